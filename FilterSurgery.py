@@ -1,0 +1,326 @@
+"""Units of filters that must go together, gates that switch them off, and the cut that really removes them."""
+
+import copy
+import fnmatch
+from collections import defaultdict
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ChannelTracing import CONVS, ChannelIds, ChannelInterpreter, output_shapes, trace
+from ExperimentErrors import InputError
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The smallest set of filters that must be removed together."""
+
+    index: int
+    filters: tuple  # ((layer name, filter index), ...)
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """One conv or prunable linear layer: how many filters, to which unit each belongs, why some may not go."""
+
+    filters: int
+    unit_of: torch.Tensor  # [filters] unit index, -1 where protected
+    reason: str | None  # why filters are protected, None if all may be removed
+
+    @property
+    def removable(self):
+        return self.unit_of >= 0
+
+
+@dataclass(frozen=True)
+class GateSite:
+    """A place where gates multiply activations: the output of the `call`-th call of a module in the forward."""
+
+    module: str
+    call: int
+    dim: int  # channel dimension of that output
+    units: torch.Tensor  # [channels] unit index, -1 for channels without a gate
+
+
+@dataclass(frozen=True)
+class CostTerm:
+    """A tensor's share of the costs: `parameters` and `macs` for every element of the product of its dimensions."""
+
+    parameters: int
+    macs: int
+    sizes: tuple  # full length of every dimension that can shrink
+    dims: tuple  # for each of them: [length] unit index or -1
+
+
+class ChannelGraph:
+    """Which channels of `model` belong together.
+
+    Args:
+        model: any `nn.Module` that `torch.fx` can trace. It is not changed.
+        example_input: [N, C, H, W] tensor of the shape that the network is used at.
+        exclude: patterns (`fnmatch`) of layer names whose filters are never removed.
+        prune_linear: also make units of the outputs of hidden fully connected layers.
+
+    Attributes:
+        units: tuple of the removable `Unit`s.
+        layers: {name: LayerInfo} of every conv layer (with `prune_linear` of every linear one), in order of execution.
+        sites: tuple of `GateSite`. Closing the gates of units there gives the logits of removing them.
+        tensors: {(parameter or buffer name, dim): [length] unit index or -1}, every tensor dimension that can shrink.
+        smooth_operations: names of operations that are not piecewise linear, () if the network is.
+
+    Raises:
+        InputError: the network cannot be traced, or a pattern matches no layer.
+    """
+
+    def __init__(self, model, example_input, exclude=(), prune_linear=False):
+        self.model = model
+        book = ChannelIds(model)
+        example = example_input[:1].expand(2, *example_input.shape[1:])  # batch statistics need two samples
+        tracing, code = self._interpret(model, example, book, prune_linear, training=False)
+        self._protect_functional_sources(tracing, book)
+        seen = set(book.filters)
+        self._interpret(model, example, book, prune_linear, training=True, known_code=code)
+        for layer in set(book.filters) - seen:
+            book.protect(book.filters[layer], "used in training alone")
+        self._exclude(book, exclude)
+        self._build_units(book, model, prune_linear)
+        self._build_sites(tracing)
+        self.smooth_operations = tuple(sorted({n.nonlinear for n in tracing.nodes.values() if n.nonlinear}))
+        self.positions = dict(tracing.positions)
+
+    @staticmethod
+    def _interpret(model, example, book, prune_linear, training, known_code=None):
+        graph_module = trace(model, training)
+        if graph_module.code == known_code:
+            return None, known_code
+        interpreter = ChannelInterpreter(graph_module, output_shapes(graph_module, example), book, prune_linear)
+        interpreter.run(example)
+        return interpreter.tracing, graph_module.code
+
+    @staticmethod
+    def _protect_functional_sources(tracing, book):
+        """A gate is a hook on a module; where zeros arise behind a plain function there is no place for one."""
+        exposed = tracing.exposed()
+        for node, info in tracing.nodes.items():
+            if info.ids is not None and node.op != "call_module" and not info.reads and node in exposed:
+                book.protect(info.ids, f"{node.name} does not keep zeros and is not a module")
+
+    @staticmethod
+    def _exclude(book, patterns):
+        for pattern in patterns:
+            names = fnmatch.filter(book.filters, pattern)
+            if not names:
+                raise InputError(f"--exclude {pattern} matches no layer; layers are: {', '.join(book.filters)}")
+            for name in names:
+                book.protect(book.filters[name], f"excluded by {pattern}")
+
+    def _build_units(self, book, model, prune_linear):
+        roots = book.roots()
+        reason_of = {}
+        for ids, reason in book.reasons:
+            for root in roots[ids].unique().tolist():
+                reason_of.setdefault(root, reason)
+        members = defaultdict(list)
+        modules = dict(model.named_modules())
+        names = [n for n in book.filters if prune_linear or isinstance(modules[n], CONVS)]
+        for name, ids in book.filters.items():
+            for index, root in enumerate(roots[ids].tolist()):
+                members[root].append((name, index))
+            if len(set(roots[ids].tolist())) == 1:
+                reason_of.setdefault(int(roots[ids[0]]), f"all filters of {name} hang together")
+        removable = [root for root in members if root not in reason_of]
+        self.units = tuple(Unit(i, tuple(members[root])) for i, root in enumerate(removable))
+        unit_of_root = torch.full((book.count,), -1, dtype=torch.long)
+        unit_of_root[torch.tensor(removable, dtype=torch.long)] = torch.arange(len(removable))
+        self._unit_of_id = unit_of_root[roots]
+        self.tensors = {key: self._unit_of_id[ids] for key, ids in book.tensors.items()}
+        self.layers = {}
+        for name in names:
+            units = self._unit_of_id[book.filters[name]]
+            reasons = [reason_of.get(r) for r, u in zip(roots[book.filters[name]].tolist(), units.tolist()) if u < 0]
+            self.layers[name] = LayerInfo(len(units), units, reasons[0] if reasons else None)
+
+    def _build_sites(self, tracing):
+        calls, sites, exposed = defaultdict(int), [], tracing.exposed()
+        for node, info in tracing.nodes.items():
+            if node.op != "call_module":
+                continue
+            call = calls[node.target]
+            calls[node.target] += 1
+            if info.ids is None or node not in exposed:
+                continue
+            ids = info.ids.movedim(info.dim, 0).flatten(1)[:, 0] if info.ids.dim() > 1 else info.ids
+            units = self._unit_of_id[ids]
+            if (units >= 0).any():
+                sites.append(GateSite(node.target, call, info.dim, units))
+        self.sites = tuple(sites)
+
+    def cost_terms(self):
+        """Every parameter as a `CostTerm`; a layer's multiply-accumulates are counted at its weight."""
+        dims = defaultdict(list)
+        for (name, dim), units in self.tensors.items():
+            dims[name].append((dim, units))
+        terms = []
+        for name, parameter in self.model.named_parameters():
+            if name not in dims:
+                continue
+            sizes = tuple(len(units) for _, units in dims[name])
+            constant = parameter.numel() // max(1, torch.Size(sizes).numel())
+            layer, _, kind = name.rpartition(".")
+            macs = constant * self.positions.get(layer, 0) if kind == "weight" else 0
+            terms.append(CostTerm(constant, macs, sizes, tuple(units for _, units in dims[name])))
+        return terms
+
+    @contextmanager
+    def gated(self, gates, on_gate=None):
+        """While open, forwards of the model multiply every unit's channels by its gate.
+
+        Args:
+            gates: [units] or [batch, units] tensor, one value a unit (and sample).
+            on_gate: called as on_gate(site, output) with every gated activation.
+
+        The hooks go away when the block ends, however it ends.
+        """
+        open_gates = torch.cat([gates, gates.new_ones(*gates.shape[:-1], 1)], -1)  # index -1: no gate
+        handles, calls = [], defaultdict(int)
+        by_module = defaultdict(dict)
+        for site in self.sites:
+            by_module[site.module][site.call] = site
+
+        def reset(module, inputs):
+            calls.clear()
+
+        def hook_for(name):
+            def hook(module, inputs, output):
+                site = by_module[name].get(calls[name])
+                calls[name] += 1
+                if site is None:
+                    return None
+                factor = open_gates[..., site.units.to(gates.device)]
+                space = output.dim() - 1 - site.dim
+                middle = (1,) * (site.dim - 1)
+                batch = factor.shape[:-1] if factor.dim() > 1 else (1,)
+                output = output * factor.reshape(*batch, *middle, -1, *(1,) * space).to(output.dtype)
+                if on_gate is not None:
+                    on_gate(site, output)
+                return output
+
+            return hook
+
+        try:
+            handles.append(self.model.register_forward_pre_hook(reset))
+            for name in by_module:
+                handles.append(self.model.get_submodule(name).register_forward_hook(hook_for(name)))
+            yield self
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def units_of(self, plan):
+        """The units that a plan {layer name: filter indices} (or an iterable of units) removes, as sorted indices.
+
+        Raises InputError if the plan names an unknown layer, a protected filter, or a part of a unit.
+        """
+        if not isinstance(plan, dict):
+            return sorted({unit.index for unit in plan})
+        chosen = set()
+        for name, indices in plan.items():
+            if name not in self.layers:
+                raise InputError(f"the plan names {name}, which is not a prunable layer")
+            for index in indices:
+                info = self.layers[name]
+                if not 0 <= index < info.filters or info.unit_of[index] < 0:
+                    raise InputError(f"filter {index} of {name} cannot be removed ({info.reason or 'no such filter'})")
+                chosen.add(int(info.unit_of[index]))
+        for index in chosen:
+            for name, filter_index in self.units[index].filters:
+                if name in self.layers and filter_index not in plan.get(name, ()):
+                    raise InputError(
+                        f"filter {filter_index} of {name} must go together with {self.units[index].filters[0]}; "
+                        "add it to the plan"
+                    )
+        return sorted(chosen)
+
+    def plan_of(self, units):
+        """The plan {layer name: sorted filter indices} that removes the units of the given indices."""
+        plan = {name: [] for name in self.layers}
+        for index in units:
+            for name, filter_index in self.units[index].filters:
+                plan[name].append(filter_index)
+        return {name: sorted(indices) for name, indices in plan.items() if indices}
+
+    def remove(self, plan):
+        """A copy of the model without the plan's filters: smaller tensors, same class, same forward.
+
+        Args:
+            plan: {layer name: filter indices} or an iterable of `Unit`s.
+
+        Raises:
+            InputError: see `units_of`, or a layer would lose its last filter.
+        """
+        gone = torch.zeros(len(self.units) + 1, dtype=torch.bool)  # the last entry stands for index -1
+        gone[self.units_of(plan)] = True
+        smaller = copy.deepcopy(self.model)
+        kept = {}
+        for (name, dim), units in self.tensors.items():
+            kept.setdefault(name, {})[dim] = torch.nonzero(~gone[units]).flatten()
+            if not len(kept[name][dim]):
+                raise InputError(f"{name.rpartition('.')[0]} would lose its last channel; remove fewer filters")
+        replaced = {}
+        for name, owner, key, tensor in _tensors(smaller):
+            if name not in kept:
+                continue
+            if id(tensor) not in replaced:
+                data = tensor.detach()
+                for dim, index in kept[name].items():
+                    data = data.index_select(dim, index.to(data.device))
+                data = data.clone(memory_format=torch.contiguous_format)
+                is_parameter = isinstance(tensor, nn.Parameter)
+                replaced[id(tensor)] = nn.Parameter(data, tensor.requires_grad) if is_parameter else data
+            setattr(owner, key, replaced[id(tensor)])
+        for name, module in smaller.named_modules():
+            _refresh_attributes(module, {dim: len(i) for dim, i in kept.get(f"{name}.weight", {}).items()})
+            if not hasattr(module, "weight") or module.weight is None:
+                _refresh_normalisation(module)
+        return smaller
+
+
+def _tensors(model):
+    """(full name, owning module, attribute, tensor) of every parameter and buffer; tied ones under their first name."""
+    first = {}
+    for prefix, module in model.named_modules(remove_duplicate=True):
+        for table in (module._parameters, module._buffers):
+            for key, tensor in list(table.items()):
+                if tensor is not None:
+                    name = f"{prefix}.{key}" if prefix else key
+                    yield first.setdefault(id(tensor), name), module, key, tensor
+
+
+def _refresh_attributes(module, lengths):
+    """Makes a layer's channel attributes agree with its cut weight; `lengths`: {dim: new length} of that weight."""
+    if not lengths:
+        return
+    if isinstance(module, CONVS):
+        transposed = isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
+        rows, columns = module.weight.shape[:2]
+        depthwise = module.groups == module.in_channels > 1
+        if depthwise:
+            multiplier = module.out_channels // module.in_channels
+            module.groups = rows // (1 if transposed else multiplier)
+        module.in_channels = rows if transposed else columns * module.groups
+        module.out_channels = columns * module.groups if transposed else rows
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = len(module.weight)
+    elif hasattr(module, "num_features"):
+        module.num_features = len(module.weight)
+    elif isinstance(module, nn.GroupNorm):
+        module.num_groups = module.num_channels = len(module.weight)
+
+
+def _refresh_normalisation(module):
+    if hasattr(module, "running_mean") and module.running_mean is not None:
+        module.num_features = len(module.running_mean)
