@@ -1,0 +1,233 @@
+"""Which units go: greedy selection under a budget, with what earlier choices did to the logits taken into account."""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+
+from ExperimentErrors import InputError
+from GradientFlowAnalyzer import weigh
+
+CHUNKS = 32  # steps of a joint selection
+BUDGETS = ("filters", "params", "macs")
+
+
+@dataclass(frozen=True)
+class Constraints:
+    """What a selection must respect.
+
+    Attributes:
+        budget: what the percentage counts: removable "filters", or "params" or "macs" of the whole network.
+        layer_bound: no layer loses more than this multiple of the target share of its removable filters; None: no bound.
+            It yields where the target cannot be met otherwise.
+        min_filters: filters that every layer keeps at least.
+        round_to: filter counts of cut layers are multiples of it where units allow.
+    """
+
+    budget: str = "filters"
+    layer_bound: float | None = None
+    min_filters: int = 1
+    round_to: int = 1
+
+    def __post_init__(self):
+        if self.budget not in BUDGETS:
+            raise InputError(f"budget must be one of {', '.join(BUDGETS)}, not {self.budget}")
+        if self.layer_bound is not None and not self.layer_bound >= 1:
+            raise InputError(f"the layer bound must be at least 1 (a multiple of the target share), not {self.layer_bound}")
+        for name in ("min_filters", "round_to"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+
+class CostModel:
+    """Parameters or multiply-accumulates of the network while units go, and what each unit would save now."""
+
+    def __init__(self, graph, kind):
+        units = len(graph.units)
+        terms = graph.cost_terms()
+        self.scale = torch.tensor([float(t.parameters if kind == "params" else t.macs) for t in terms])
+        self.alive, self.counts, self.rows = [], [], []
+        for term in terms:
+            rows = []
+            for size, unit_of in zip(term.sizes, term.dims, strict=True):
+                rows.append(len(self.alive))
+                self.alive.append(size)
+                self.counts.append(torch.bincount(unit_of[unit_of >= 0], minlength=units).float())
+            self.rows.append(rows)
+        self.alive = torch.tensor(self.alive, dtype=torch.float64)
+        self.counts = torch.stack(self.counts)
+
+    def total(self):
+        return sum(s * self.alive[rows].prod() for s, rows in zip(self.scale.double(), self.rows, strict=True)).item()
+
+    def savings(self):
+        """[units] what removing each unit alone would save, to first order in its counts."""
+        slopes = torch.zeros(len(self.alive))
+        for scale, rows in zip(self.scale, self.rows, strict=True):
+            for row in rows:
+                others = [r for r in rows if r != row]
+                slopes[row] = scale * self.alive[others].prod()
+        return slopes @ self.counts
+
+    def remove(self, unit):
+        self.alive -= self.counts[:, unit]
+
+
+@dataclass
+class Ledger:
+    """What has been removed from every layer, across rounds, against what the network had in the beginning.
+
+    Attributes:
+        removable: {layer: filters that may be removed in the beginning}.
+        total: of the budget's kind, in the beginning.
+        removed: {layer: filters removed so far}.
+    """
+
+    removable: dict
+    total: float
+    removed: dict = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, graph, constraints):
+        removable = {name: int(info.removable.sum()) for name, info in graph.layers.items()}
+        if not graph.units:
+            reasons = "; ".join(f"{name}: {info.reason}" for name, info in list(graph.layers.items())[:3])
+            raise InputError(f"no filter of this network may be removed ({reasons})")
+        kind = constraints.budget
+        total = sum(removable.values()) if kind == "filters" else CostModel(graph, kind).total()
+        return cls(removable, total)
+
+
+class Selection:
+    """The state of one selection on one graph: what is chosen, what may still be chosen, how far the target is."""
+
+    def __init__(self, graph, percentage, constraints, ledger=None):
+        if not (isinstance(percentage, (int, float)) and 0 < percentage < 100):
+            raise InputError(f"the pruning percentage must lie between 0 and 100 (both excluded), not {percentage}")
+        self.graph, self.constraints = graph, constraints
+        self.ledger = ledger or Ledger.open(graph, constraints)
+        self.chosen = []
+        self.open = torch.ones(len(graph.units), dtype=torch.bool)
+        self.layer_counts = [self._count_layers(unit) for unit in graph.units]
+        self.sizes = torch.tensor([float(len(unit.filters)) for unit in graph.units])
+        self.costs = None if constraints.budget == "filters" else CostModel(graph, constraints.budget)
+        self.goal = percentage / 100 * self.ledger.total
+        self.room = {name: self._room(name, percentage / 100) for name in graph.layers}
+        self.hard_room = {name: self._room(name, None) for name in graph.layers}
+
+    def _count_layers(self, unit):
+        counts = {}
+        for name, _ in unit.filters:
+            if name in self.graph.layers:
+                counts[name] = counts.get(name, 0) + 1
+        return counts
+
+    def _room(self, name, share):
+        """How many more filters the layer may lose: by the bound at the target share, or (None) at most."""
+        now = self.graph.layers[name].filters
+        room = now - min(now, self.constraints.min_filters)
+        bound = self.constraints.layer_bound
+        if share is not None and bound is not None and self.constraints.budget == "filters":
+            allowed = math.ceil(bound * share * self.ledger.removable[name] - 1e-9)
+            room = min(room, allowed - self.ledger.removed.get(name, 0))
+        return room
+
+    def missing(self):
+        """How much of the budget is still to be removed."""
+        if self.costs is None:
+            before = sum(self.ledger.removed.values())
+            return self.goal - before - sum(len(self.graph.units[u].filters) for u in self.chosen)
+        return self.costs.total() - (self.ledger.total - self.goal)
+
+    def savings(self):
+        """[units] what each unit's removal contributes to the budget."""
+        return self.sizes if self.costs is None else self.costs.savings().clamp_min(1e-9)
+
+    def take(self, unit):
+        """Chooses the unit if its layers have room for it; True if it was chosen."""
+        counts = self.layer_counts[unit]
+        self.open[unit] = False
+        if any(self.room[name] < count for name, count in counts.items()):
+            return False
+        for name, count in counts.items():
+            self.room[name] -= count
+            self.hard_room[name] -= count
+        if self.costs is not None:
+            self.costs.remove(unit)
+        self.chosen.append(unit)
+        return True
+
+    def relax(self):
+        """Gives up the layer bound when no unit is open; False if the target cannot be met at all."""
+        if self.room == self.hard_room:
+            return False
+        self.room = dict(self.hard_room)
+        self.open[:] = True
+        self.open[self.chosen] = False
+        return True
+
+    def close_if_unreachable(self):
+        if not self.open.any() and not self.relax():
+            share = 100 * (1 - self.missing() / self.goal) if self.goal else 0
+            raise InputError(
+                f"the layers cannot lose that much: only {share:.0f} % of the target can be removed with at least "
+                f"{self.constraints.min_filters} filter(s) a layer; ask for a lower percentage or lower --min-filters"
+            )
+
+    def done(self):
+        """True if removing the smallest open unit would leave the budget further from its goal."""
+        missing = self.missing()
+        if missing <= 0 or not self.open.any():
+            return missing <= 0
+        return missing < self.savings()[self.open].min() / 2
+
+
+def select_by_score(selection, scores):
+    """Chooses units by ascending score per unit of budget until the selection is done.
+
+    Args:
+        scores: [units] estimated loss change, or any criterion that is low for units that may go.
+    """
+    while not selection.done():
+        selection.close_if_unreachable()
+        order = (scores / selection.savings()).masked_fill(~selection.open, torch.inf).argsort()
+        for unit in order.tolist():
+            if not selection.open[unit] or selection.done():
+                break
+            selection.take(unit)
+    return selection.chosen
+
+
+def select_jointly(selection, directions, order, correction=0.0, weights=None, chunks=CHUNKS):
+    """Greedy on the marginal loss change at the logits that the units chosen so far leave.
+
+    The logits without a set S are, to first order in the network, z - sum of v_u over S. Every step scores all open
+    units there, and takes the lowest few: a `chunks`-th of the target at a time, one by one on small networks.
+
+    Args:
+        directions: TaylorScores.Directions on the selection's graph.
+        order: 2 or 3.
+        correction: [units] loss change that the directions do not see, or 0.
+        weights: [units] of gradient flow (see GradientFlowAnalyzer.weigh), or None.
+
+    Returns:
+        the chosen unit indices, and the loss change (nats) that is predicted for removing all of them.
+    """
+    shift = directions.logits.new_zeros(len(directions.labels), directions.basis.shape[2])
+    correction = torch.as_tensor(correction).cpu().expand(len(selection.graph.units))
+    chunk = max(1, int(selection.missing() / selection.savings().mean() / chunks))
+    while not selection.done():
+        selection.close_if_unreachable()
+        units = selection.open.nonzero().flatten()
+        scores = directions.scores(order, shift, units).cpu() + correction[units]
+        if weights is not None:
+            scores = weigh(scores, weights[units])
+        scores = scores / selection.savings()[units]
+        taken = 0
+        for position in scores.argsort().tolist():
+            if taken == chunk or selection.done():
+                break
+            if selection.take(int(units[position])):
+                shift += directions.coordinates[:, units[position]]
+                taken += 1
+    return selection.chosen, directions.loss_change_at(shift) + correction[selection.chosen].sum().item()
