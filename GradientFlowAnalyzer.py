@@ -1,33 +1,475 @@
-"""How much training signal flows back through each unit of filters: the norm of the loss gradient at its gates."""
+"""How much training signal flows back through each unit of filters, what is wrong with it, and weights for a ranking.
+
+The flow of unit u on sample n is the L2 norm of the gradient of that sample's loss with respect to the unit's channels
+a at its gates (after the last affine operation, before the activation function):
+
+    F[n, u] = sqrt( sum over gated channels c of u and positions x of (d loss_n / d a[n, c, x])^2 )
+
+Everything else derives from F [N, units], which `collect_flow` or the ranker's own pass collects.
+"""
+
+import math
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from itertools import accumulate, compress, pairwise
+from statistics import linear_regression, median
 
 import torch
+from torch.autograd.graph import get_gradient_edge
+from torch.nn import functional as F
+
+from ExperimentErrors import InputError
+from FilterSurgery import ChannelGraph
+
+NEAR_ZERO = 1e-2  # of the layer's mean: a unit below it hardly trains
+DEAD = 1e-6  # of the layer's mean: a unit below it does not train at all
+DEAD_SAMPLES = 32  # a ReLU that is shut on fewer images may be so by chance, so that no finding calls its filter dead
+TREND = 1e3  # fitted change of the layer norm over the whole depth from which the gradient vanishes or explodes
+OUTLYING = TREND**0.5  # times off the network's median: a layer that a trend's finding names
+BOTTLENECK = 0.02  # of the network's median step: a step towards the input that loses this much is a bottleneck
+TREND_LAYERS = 4  # fewer layers show no trend
+WEIGHT_FLOOR = 0.1  # no weight is smaller, so that a weight alone divides no score by more than 10
+NAMED = 5  # names (or lines of one kind) a finding spells out
 
 
 def unit_gradient_norms(loss, gated, units, *, retain_graph=True):
-    """Per sample, the L2 norm of the loss gradient that flows back through the channels of every unit.
-
-        F[b, u] = sqrt( sum over gate sites of u, its channels c there and positions x of (d loss_b / d a[b, c, x])^2 )
+    """The flow F of one batch (module docstring).
 
     Args:
         loss: scalar, the sum over the batch of the samples' losses (so that samples do not mix; eval mode).
-        gated: list of (GateSite, activation) as `ChannelGraph.gated(..., on_gate=...)` gives them. An activation is a
-            tensor or better its `torch.autograd.graph.get_gradient_edge`, taken inside `on_gate`: an in-place ReLU
-            behind the gate overwrites the tensor, and its gradient would be the one behind the ReLU.
+        gated: list of (GateSite, activation) as `ChannelGraph.gated(..., on_gate=...)` gives them. An activation is its
+            `torch.autograd.graph.get_gradient_edge`, taken inside `on_gate`, or the tensor itself where nothing
+            overwrites it.
         units: number of units.
         retain_graph: keep the graph for further backward passes.
 
     Returns:
         [B, units] tensor.
+
+    Raises:
+        ValueError: an activation was overwritten by an in-place ReLU, so that its gradient is the one behind the ReLU.
     """
+    for site, activation in gated:
+        if isinstance(activation, torch.Tensor) and activation._version:
+            raise ValueError(f"{site.module}: its activation was changed in place; pass get_gradient_edge(activation)")
     grads = torch.autograd.grad(loss, [a for _, a in gated], retain_graph=retain_graph, allow_unused=True)
-    squares = None
-    for (site, _), grad in zip(gated, grads):
-        if grad is None:  # computed but not used for the logits
-            continue
-        channels = grad.square().movedim(site.dim, 1).flatten(2).sum(2)
-        if squares is None:
-            squares = channels.new_zeros(len(channels), units)
+    # no gradient: computed but not used for the logits
+    used = [(site, grad) for (site, _), grad in zip(gated, grads, strict=True) if grad is not None]
+    first = used[0][1]
+    # float64: squares of a vanishing gradient underflow in float32
+    squares = torch.zeros(len(first), units, dtype=torch.float64, device=first.device)
+    for site, grad in used:
+        channels = grad.movedim(site.dim, 1).reshape(len(grad), grad.shape[site.dim], -1)
+        norms = torch.linalg.vector_norm(channels, dim=2, dtype=torch.float64)
         has_gate = site.units >= 0
-        index = site.units[has_gate].to(grad.device)
-        squares.index_add_(1, index, channels[:, has_gate.to(grad.device)])
-    return squares.sqrt()
+        squares.index_add_(1, site.units[has_gate].to(grad.device), norms[:, has_gate.to(grad.device)].square())
+    return squares.sqrt().to(first.dtype)
+
+
+def gate_flow_change(loss, gates, *, retain_graph=True):
+    """First-order change of every sample's squared gate gradient when a unit is removed, by one HVP.
+
+    With gamma_n = d loss_n / d g_n, H_n the gate Hessian and S_n(g) = ||gamma_n||^2, the step g_u: 1 -> 0 gives
+
+        C[n, u] = -d S_n / d g_u = -2 (H_n gamma_n)_u
+
+    This is the criterion of Wang, Zhang, Grosse 2020 (GraSP, arXiv:2002.07376, section 4) for gates in place of
+    weights. GraSP takes the gradient of the batch's mean loss; here every sample has its own, so that the batch size
+    does not matter.
+
+    Args:
+        loss: scalar, the sum over the batch of the samples' losses.
+        gates: [B, units] of ones with `requires_grad`, the gates of the forward.
+        retain_graph: keep the graph for further backward passes.
+
+    Returns:
+        [B, units] tensor; negative where the unit's removal takes gradient flow away.
+    """
+    (gradient,) = torch.autograd.grad(loss, gates, create_graph=True)
+    (slope,) = torch.autograd.grad(gradient.square().sum(), gates, retain_graph=retain_graph)
+    return -slope
+
+
+@contextmanager
+def frozen(model):
+    """While open, the model is in eval mode and its parameters require no gradient; then all is as it was."""
+    modes = {module: module.training for module in model.modules()}
+    wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        model.eval().requires_grad_(False)
+        yield model
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for parameter, flag in wanted.items():
+            parameter.requires_grad_(flag)
+
+
+def collect_flow(model, graph, batches, *, want_change=False):
+    """Flow and, if wanted, `gate_flow_change` of every unit under cross-entropy.
+
+    Args:
+        graph: the model's ChannelGraph.
+        batches: iterable of (images [B, ...], labels [B]) on the model's device.
+
+    Returns:
+        flow [N, units], change [N, units] or None, on the CPU.
+
+    Raises:
+        InputError: no unit, no batch, NaN in images or weights, labels outside the logits' range.
+    """
+    if not graph.units:
+        raise InputError("no filter of this network may be removed, so there is no gradient flow to measure")
+    flows, changes = [], []
+    for number, (images, labels) in enumerate(batches):
+        gates = torch.ones(len(images), len(graph.units), dtype=images.dtype, device=images.device, requires_grad=True)
+        gated = []
+
+        def record(site, output, gated=gated):
+            gated.append((site, get_gradient_edge(output)))
+
+        with frozen(model), torch.enable_grad(), graph.gated(gates, on_gate=record):
+            logits = model(images)
+        if not torch.isfinite(logits).all():
+            raise InputError(f"the network gives NaN or infinite logits on batch {number}; check images and weights")
+        if labels.min() < 0 or labels.max() >= logits.shape[1]:
+            raise InputError(f"labels of batch {number} must lie in 0..{logits.shape[1] - 1}; check head and data")
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        flows.append(unit_gradient_norms(loss, gated, len(graph.units), retain_graph=want_change).cpu())
+        if want_change:
+            changes.append(gate_flow_change(loss, gates, retain_graph=False).cpu())
+    if not flows:
+        raise InputError("there are no images to measure gradient flow on; pass at least one batch")
+    return torch.cat(flows), torch.cat(changes) if want_change else None
+
+
+def _groups(graph):
+    """[units] group index and number of groups: units that have filters in exactly the same layers are one group."""
+    index = {}
+    groups = [index.setdefault(frozenset(name for name, _ in unit.filters), len(index)) for unit in graph.units]
+    return torch.tensor(groups, dtype=torch.long), len(index)
+
+
+def _group_mean(graph, values):
+    groups, count = _groups(graph)
+    groups = groups.to(values.device)
+    sums = values.new_zeros(count).index_add_(0, groups, values)
+    return (sums / torch.bincount(groups, minlength=count))[groups]
+
+
+def _normalised(graph, raw):
+    """floor + (1 - floor) raw / (mean of raw in the layer): positive, mean 1 in each layer, 1 where all raw are 0.
+
+    The mean is over the units that have filters in the same layers, so that it is 1 in each layer also where a layer
+    has units of several kinds.
+    """
+    mean = _group_mean(graph, raw)
+    shares = torch.where(mean > 0, raw / mean.clamp_min(torch.finfo(raw.dtype).tiny), 1.0)
+    return WEIGHT_FLOOR + (1 - WEIGHT_FLOOR) * shares
+
+
+def relative_flow(graph, flow):
+    """[units] weights from the mean flow relative to the layer, r_u = mean_n F[n, u], as `_normalised` scales them.
+
+    The layer-wise normalisation of Molchanov et al. 2017 (arXiv:1611.06440, section 2.2) with the mean as norm.
+
+    Args:
+        flow: [N, units].
+    """
+    return _normalised(graph, flow.double().mean(0))
+
+
+def signal_to_noise(graph, flow):
+    """[units] weights from r_u = mean_n F[n, u] / sd_n F[n, u], as `_normalised` scales them.
+
+    Signal-to-noise as a measure of importance: Graves 2011 (Practical Variational Inference). The ratio is
+    bounded by 1000, reached where the samples agree; a unit without flow has 0.
+
+    Args:
+        flow: [N, units], N >= 2.
+
+    Raises:
+        InputError: fewer than two samples.
+    """
+    if len(flow) < 2:
+        raise InputError("the signal-to-noise of gradient flow needs at least two images; raise their number")
+    return _normalised(graph, _signal_to_noise(flow.double()))
+
+
+def preserved_flow(graph, change):
+    """[units] weights from the flow that a unit's removal takes away, as `_normalised` scales them.
+
+        c_u = mean_n C[n, u]     r_u = 2 / (1 + exp(c_u / rms of c in the layer))
+
+    r lies in (0, 2): above 1 for units whose removal lowers the squared gradient norm. Source: `gate_flow_change`,
+    which GraSP ranks weights by; the logistic function makes a weight of it that single outliers cannot blow up.
+
+    Args:
+        change: [N, units] from `gate_flow_change`.
+    """
+    mean = change.double().mean(0)
+    scale = _group_mean(graph, mean.square()).sqrt().clamp_min(torch.finfo(torch.float64).tiny)
+    return _normalised(graph, 2 * torch.sigmoid(-mean / scale))
+
+
+def weigh(scores, weights):
+    """Scores (signed loss changes, small ones go first) under weights: s w where s > 0, s / w where s <= 0.
+
+    Monotone in both: a weight above 1 raises every score, i.e. makes the removal less likely whatever the sign;
+    the sign itself, and with it whether removal helps the loss, stays. NaN (protected) stays NaN.
+    """
+    weights = weights.to(scores)
+    return torch.where(scores > 0, scores * weights, scores / weights)
+
+
+def _signal_to_noise(values):
+    """[columns] mean over sd of [N, columns] non-negative values; at most 1000, 0 where all are 0."""
+    mean = values.mean(0)
+    noise = torch.hypot(values.std(0, correction=0), 1e-3 * mean)
+    return torch.where(mean > 0, mean / noise.clamp_min(torch.finfo(values.dtype).tiny), 0.0)
+
+
+@dataclass(frozen=True)
+class LayerFlow:
+    """Flow of one layer, over those of its filters that belong to a unit. None where there is nothing to measure.
+
+    A unit gated in several places (residual stream) counts with F / sqrt(number of its gated channels).
+
+    Attributes:
+        name: layer. filters: how many it has. measured: how many of them belong to a unit.
+        reason: why the others do not, and so are not measured.
+        same_as: an earlier layer with exactly the same units, whose figures these are too; left out of the trend.
+        mean, spread: mean and standard deviation over units of the mean flow over samples.
+        norm: mean over samples of the L2 norm of the whole layer's gradient, sqrt(sum_u F^2).
+        signal_to_noise: mean over standard deviation, across samples, of that norm (at most 1000).
+        near_zero: share of units with mean flow below NEAR_ZERO x `mean`. dead: filters of units below DEAD x `mean`.
+        ratio_previous, ratio_next: `norm` over that of the neighbouring measured layer towards input and output.
+    """
+
+    name: str
+    filters: int
+    measured: int
+    reason: str | None
+    same_as: str | None = None
+    mean: float | None = None
+    spread: float | None = None
+    norm: float | None = None
+    signal_to_noise: float | None = None
+    near_zero: float | None = None
+    dead: tuple[int, ...] = ()
+    ratio_previous: float | None = None
+    ratio_next: float | None = None
+
+
+@dataclass(frozen=True)
+class GradientFlowReport:
+    """Gradient flow per unit and per layer, and what is wrong with it.
+
+    Attributes:
+        samples: number N of images.
+        unit_flow: [units] mean over samples of F.
+        filter_flow: {layer: tensor [filters] of the flow of each filter's unit, nan where protected}.
+        layers: tuple of `LayerFlow` in order of execution.
+        shrinkage: factor by which the passing norm (below) changes per layer towards the input, fitted to its
+            logarithm, bottlenecks left out; None with fewer than TREND_LAYERS layers.
+        findings: at most ten lines, () for a healthy network:
+            no gradient: the layer's norm is 0.
+            dead filters: mean flow at most DEAD x the layer's mean, on DEAD_SAMPLES images or more.
+            vanishing, exploding: the fit says a change by TREND or more over the depth; named are the layers whose
+                passing norm lies OUTLYING times below (above) the network's median.
+            bottlenecks: steps towards the input whose ratio of passing norms is below BOTTLENECK x the median step.
+
+    The passing norm of layer l is min(max_{k <= l} norm_k, max_{k >= l} norm_k). It is the norm itself in a chain; in a
+    side branch (squeeze-and-excitation, a weak residual branch) it is what passes by, since a gradient that is small in
+    the branch alone and large again before it is not lost.
+    """
+
+    samples: int
+    unit_flow: torch.Tensor
+    filter_flow: dict
+    layers: tuple[LayerFlow, ...]
+    shrinkage: float | None
+    findings: tuple[str, ...]
+
+    @classmethod
+    def from_flow(cls, graph, flow):
+        """The report on flows [N, units] that `collect_flow` or the ranker has collected.
+
+        Raises InputError if they do not fit the graph, or are not finite.
+        """
+        if flow.dim() != 2 or flow.shape[1] != len(graph.units) or not flow.numel():
+            raise InputError(f"flow must be [images, {len(graph.units)} units], both at least 1, not {[*flow.shape]}")
+        if not torch.isfinite(flow).all():
+            raise InputError("the loss gradient is NaN or infinite; check images and weights")
+        flow = flow.detach().double().cpu()
+        unit_flow = flow.mean(0)
+        padded = torch.cat([unit_flow, unit_flow.new_tensor([torch.nan])])  # index -1: protected
+        layers = _with_ratios(_layer_flows(graph, flow))
+        chain = _chain(layers)
+        narrow, passing = _split_bottlenecks(_passing(chain))
+        shrinkage = _shrinkage(passing)
+        findings = (*_dead_findings(chain, len(flow)), *_trend_findings(passing, shrinkage), *narrow)
+        filter_flow = {name: padded[info.unit_of] for name, info in graph.layers.items()}
+        return cls(len(flow), unit_flow, filter_flow, layers, shrinkage, findings)
+
+    def as_dict(self):
+        """Plain values for JSON.
+
+        {"samples", "shrinkage", "findings": [str], "thresholds": {name: float}, "layers": {name: `LayerFlow`'s fields},
+        "filters": {layer: [flow or None where protected]}}
+        """
+        filters = {
+            name: [None if value != value else value for value in values.tolist()]
+            for name, values in self.filter_flow.items()
+        }
+        layers = {layer.name: {**asdict(layer), "dead": list(layer.dead)} for layer in self.layers}
+        for figures in layers.values():
+            del figures["name"]
+        thresholds = {"near_zero": NEAR_ZERO, "dead": DEAD, "trend": TREND, "bottleneck": BOTTLENECK}
+        return {
+            "samples": self.samples,
+            "shrinkage": self.shrinkage,
+            "findings": list(self.findings),
+            "thresholds": thresholds,
+            "layers": layers,
+            "filters": filters,
+        }
+
+    def __str__(self):
+        measured = sum(layer.norm is not None for layer in self.layers)
+        head = f"Gradient flow of {measured} of {len(self.layers)} layers on {self.samples} images"
+        return "\n".join([f"{head}: {'' if self.findings else 'nothing remarkable'}".rstrip(), *self.findings])
+
+
+def _layer_flows(graph, flow):
+    """A LayerFlow for every layer of the graph, without ratios."""
+    gated_channels = torch.zeros(len(graph.units))
+    for site in graph.sites:
+        gated_channels += torch.bincount(site.units[site.units >= 0].cpu(), minlength=len(graph.units))
+    flow = flow / gated_channels.clamp_min(1).sqrt()
+    first, layers = {}, []
+    for name, info in graph.layers.items():
+        units = info.unit_of[info.removable].unique()
+        measured = int(info.removable.sum())
+        if not measured:
+            layers.append(LayerFlow(name, info.filters, 0, info.reason))
+            continue
+        owner = first.setdefault(tuple(units.tolist()), name)
+        means = flow[:, units].mean(0)
+        mean = means.mean().item()
+        norms = torch.linalg.vector_norm(flow[:, units], dim=1)
+        dead = torch.zeros(len(graph.units) + 1, dtype=torch.bool)  # the last entry stands for index -1
+        dead[units] = means <= DEAD * mean
+        layers.append(
+            LayerFlow(
+                name,
+                info.filters,
+                measured,
+                info.reason,
+                same_as=owner if owner != name else None,
+                mean=mean,
+                spread=means.std(correction=0).item(),
+                norm=norms.mean().item(),
+                signal_to_noise=_signal_to_noise(norms[:, None]).item() if len(norms) > 1 else None,
+                near_zero=(means <= NEAR_ZERO * mean).double().mean().item(),
+                dead=tuple(torch.nonzero(dead[info.unit_of]).flatten().tolist()),
+            )
+        )
+    return layers
+
+
+def _chain(layers):
+    """The layers that a trend runs over: measured ones, units that several layers share only once."""
+    return [layer for layer in layers if layer.norm is not None and layer.same_as is None]
+
+
+def _with_ratios(layers):
+    """The layers with the ratios of their norm to those of their neighbours in the chain."""
+    chain = _chain(layers)
+    ratios = {layer.name: {} for layer in layers}
+    for near_input, near_output in pairwise(chain):
+        if near_input.norm > 0 and near_output.norm > 0:
+            ratios[near_output.name]["ratio_previous"] = near_output.norm / near_input.norm
+            ratios[near_input.name]["ratio_next"] = near_input.norm / near_output.norm
+    return tuple(replace(layer, **ratios[layer.name]) for layer in layers)
+
+
+def _passing(chain):
+    """(layer, passing norm) of the layers that a gradient reaches, see `GradientFlowReport`."""
+    live = [layer for layer in chain if layer.norm > 0]
+    norms = [layer.norm for layer in live]
+    from_input = accumulate(norms, max)
+    from_output = reversed(list(accumulate(reversed(norms), max)))
+    return list(zip(live, map(min, from_input, from_output), strict=True))
+
+
+def _split_bottlenecks(passing):
+    """Findings on the bottlenecks, and the passing norms with each such step set to the median one."""
+    if len(passing) < TREND_LAYERS:
+        return [], passing
+    steps = [before / after for (_, before), (_, after) in pairwise(passing)]
+    usual = median(steps)
+    narrow = [step < BOTTLENECK * usual for step in steps]
+    names = [f"{after.name} -> {before.name}" for (before, _), (after, _) in compress(pairwise(passing), narrow)]
+    findings = [f"bottlenecks: most of the gradient is lost at {_named(names)}"] if names else []
+    layer, norm = passing[-1]
+    steady = [(layer, norm)]
+    for (layer, _), step, is_narrow in reversed(list(zip(passing[:-1], steps, narrow, strict=True))):
+        norm *= usual if is_narrow else step
+        steady.append((layer, norm))
+    return findings, steady[::-1]
+
+
+def _shrinkage(passing):
+    """Least-squares factor per layer of the passing norm on the way to the input, None with too few layers."""
+    if len(passing) < TREND_LAYERS:
+        return None
+    return math.exp(-linear_regression(range(len(passing)), [math.log(norm) for _, norm in passing]).slope)
+
+
+def _named(names):
+    rest = len(names) - NAMED
+    return ", ".join(map(str, names[:NAMED])) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _dead_findings(chain, samples):
+    silent = [layer.name for layer in chain if layer.norm == 0]
+    lines = [f"no gradient: none reaches {_named(silent)}"] if silent else []
+    dead = [layer for layer in chain if layer.dead and layer.norm > 0] if samples >= DEAD_SAMPLES else []
+    for layer in dead[:NAMED]:
+        lines.append(f"dead filters: {len(layer.dead)} of {layer.measured} in {layer.name} ({_named(layer.dead)})")
+    if dead[NAMED:]:
+        count = sum(len(layer.dead) for layer in dead[NAMED:])
+        lines.append(f"dead filters: {count} more in {len(dead[NAMED:])} further layers")
+    return lines
+
+
+def _trend_findings(passing, shrinkage):
+    if shrinkage is None or max(shrinkage, 1 / shrinkage) ** (len(passing) - 1) < TREND:
+        return []
+    middle = median(norm for _, norm in passing)
+    if shrinkage < 1:
+        kind, extreme = "vanishing", [layer.name for layer, norm in passing if norm < middle / OUTLYING]
+    else:
+        kind, extreme = "exploding", [layer.name for layer, norm in passing if norm > middle * OUTLYING]
+    where = f", most in {_named(extreme)}" if extreme else ""
+    return [f"{kind} gradient: x {shrinkage:.2g} per layer towards the input{where}"]
+
+
+class GradientFlowAnalyzer:
+    """Measures the gradient flow of a model's units under cross-entropy.
+
+    Args:
+        model: classifier; comes back as it was given.
+        example_input: [1, C, H, W] tensor.
+        graph: its ChannelGraph, made here if None.
+    """
+
+    def __init__(self, model, example_input, graph=None):
+        self.model = model
+        self.graph = ChannelGraph(model, example_input) if graph is None else graph
+
+    def analyze(self, batches):
+        """GradientFlowReport on batches of (images, labels). Raises InputError as `collect_flow` does."""
+        flow, _ = collect_flow(self.model, self.graph, batches)
+        return GradientFlowReport.from_flow(self.graph, flow)
