@@ -451,6 +451,9 @@ def test_signal_to_noise_formula():
     ratio = flow.mean(0) / flow.std(0, correction=0)
     expected = 0.1 + 0.9 * torch.cat([ratio[:5] / ratio[:5].mean(), ratio[5:] / ratio[5:].mean()])
     torch.testing.assert_close(gf.signal_to_noise(graph, flow), expected, rtol=1e-4, atol=0)
+    flow[:, 0] = 1  # samples that agree have a ratio of 1000, not infinity
+    weights = gf.signal_to_noise(graph, flow)
+    assert ((weights[0] - 0.1) / (weights[1] - 0.1)).item() == pytest.approx(1000 / ratio[1].item(), rel=1e-3)
     with pytest.raises(InputError, match="two images"):
         gf.signal_to_noise(graph, flow[:1])
 
