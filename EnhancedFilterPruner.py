@@ -5,6 +5,8 @@
     smaller = pruner.graph.remove(pruner.get_pruning_plan(30))
 """
 
+import copy
+
 import torch
 
 from ExperimentErrors import InputError
@@ -138,6 +140,13 @@ class EnhancedFilterPruner:
             )
         return self
 
+    def with_order(self, taylor_order, use_gradient_flow):
+        """A pruner of another order that shares what this one has collected."""
+        _one_of("taylor_order", taylor_order, TAYLOR_ORDERS)
+        other = copy.copy(self)
+        other.taylor_order, other.use_gradient_flow = taylor_order, use_gradient_flow
+        return other
+
     def scores(self, order=None):
         """[units] estimated signed loss change (nats) of removing each unit alone; `order` defaults to `taylor_order`."""
         order = order or self.taylor_order
@@ -145,7 +154,8 @@ class EnhancedFilterPruner:
         self._check_ranked()
         if self.directions is None:
             return self._probed_scores(order)
-        return (self.directions.scores(order) + self._correction(order)).double().cpu()
+        scores, correction = self.directions.scores(order).double().cpu(), self._correction(order)
+        return scores if correction is None else scores + correction
 
     def _check_ranked(self):
         if self.directions is None and self.probed is None:
@@ -160,16 +170,16 @@ class EnhancedFilterPruner:
         return score.cpu()
 
     def _correction(self, order):
-        """[units] or 0: what the probes add to the directions' part of h and t (the curvature of the network itself)."""
+        """[units] or None: what the probes add to the directions' h and t, the curvature of the network itself."""
         if self.probed is None or order == 1:
-            return 0.0
+            return None
         _, h, t = self.directions.moments(order=order)
         correction = (self.probed.h - h.double().mean(0)) / 2
         if order == 3:
             if self.probed.t is None:
                 raise InputError("the third order was not probed; rank with taylor_order=3")
             correction = correction - (self.probed.t - t.double().mean(0)) / 6
-        return correction
+        return correction.cpu()
 
     @property
     def filter_ranks(self):
@@ -187,6 +197,15 @@ class EnhancedFilterPruner:
     def flow_report(self):
         """GradientFlowReport of the images that `rank` saw."""
         return GradientFlowReport.from_flow(self.graph, self.directions.flow.cpu())
+
+    def curvature_report(self):
+        """What was taken for h and t: {"path", "reason", "lost", "h_error"} (h_error: mean standard error of probed h)."""
+        return {
+            "path": self.curvature_path,
+            "reason": self.curvature_reason,
+            "lost": self.directions.lost_curvature if self.directions else None,
+            "h_error": self.probed.h_error.mean().item() if self.probed else None,
+        }
 
     def get_pruning_plan(self, percentage, ledger=None):
         """The filters that go.
@@ -215,9 +234,12 @@ class EnhancedFilterPruner:
         weights = self.flow_weights()
         self.predicted_loss_change = None
         if self.selection == "joint" and self.taylor_order > 1:
-            chosen, self.predicted_loss_change = select_jointly(
-                selection, self.directions, self.taylor_order, self._correction(self.taylor_order), weights
-            )
+            correction = self._correction(self.taylor_order)
+            chosen = select_jointly(selection, self.directions, self.taylor_order, correction, weights)
+            shift = self.directions.coordinates[:, chosen].sum(1)
+            self.predicted_loss_change = self.directions.loss_change_at(shift)
+            if correction is not None:
+                self.predicted_loss_change += correction[chosen].sum().item()
             return chosen
         scores = self._squared_first_order() if self.taylor_order == 1 else self.scores()
         return select_by_score(selection, scores if weights is None else weigh(scores, weights))

@@ -97,6 +97,11 @@ class Ledger:
         total = sum(removable.values()) if kind == "filters" else CostModel(graph, kind).total()
         return cls(removable, total)
 
+    def record(self, plan):
+        """Books a plan {layer: filters} as removed."""
+        for name, filters in plan.items():
+            self.removed[name] = self.removed.get(name, 0) + len(filters)
+
 
 class Selection:
     """The state of one selection on one graph: what is chosen, what may still be chosen, how far the target is."""
@@ -181,12 +186,50 @@ class Selection:
             return missing <= 0
         return missing < self.savings()[self.open].min() / 2
 
+    def round_widths(self, scores):
+        """Makes the widths of cut layers multiples of `round_to`, by units more or fewer, close to the total.
+
+        Units that share all their layers form a cohort; one whose layers also belong to other units (grouped or
+        concatenated channels) stays as it is. What is added has low `scores`, what is given back was chosen last.
+        """
+        step = self.constraints.round_to
+        cohorts = {}
+        for unit, counts in enumerate(self.layer_counts):
+            cohorts.setdefault(frozenset(counts.items()), []).append(unit)
+        shared = [name for key in cohorts for name, _ in key]
+        chosen, deviation = set(self.chosen), 0.0
+        for key, units in cohorts.items():
+            layers = dict(key)
+            taken = [u for u in self.chosen if self.layer_counts[u] == layers]
+            if step == 1 or not taken or any(shared.count(n) > 1 for n in layers) or set(layers.values()) != {1}:
+                continue
+            width = self.graph.layers[next(iter(layers))].filters - len(taken)
+            fewer, more = -width % step, width % step
+            size, free = len(layers), [u for u in units if u not in chosen]
+            possible = []
+            if fewer <= len(taken):
+                possible.append(-fewer)
+            if width - more >= max(self.constraints.min_filters, 1):
+                possible.append(more)
+            if not possible:
+                continue
+            change = min(possible, key=lambda c: abs(deviation + c * size))
+            deviation += change * size
+            if change > 0:
+                chosen |= set(sorted(free, key=lambda u: scores[u])[:change])
+            elif change < 0:
+                chosen -= set(taken[change:])
+        self.chosen = sorted(chosen)
+
 
 def select_by_score(selection, scores):
     """Chooses units by ascending score per unit of budget until the selection is done.
 
     Args:
         scores: [units] estimated loss change, or any criterion that is low for units that may go.
+
+    Returns:
+        the chosen unit indices.
     """
     while not selection.done():
         selection.close_if_unreachable()
@@ -195,10 +238,11 @@ def select_by_score(selection, scores):
             if not selection.open[unit] or selection.done():
                 break
             selection.take(unit)
+    selection.round_widths(scores)
     return selection.chosen
 
 
-def select_jointly(selection, directions, order, correction=0.0, weights=None, chunks=CHUNKS):
+def select_jointly(selection, directions, order, correction=None, weights=None, chunks=CHUNKS):
     """Greedy on the marginal loss change at the logits that the units chosen so far leave.
 
     The logits without a set S are, to first order in the network, z - sum of v_u over S. Every step scores all open
@@ -207,27 +251,30 @@ def select_jointly(selection, directions, order, correction=0.0, weights=None, c
     Args:
         directions: TaylorScores.Directions on the selection's graph.
         order: 2 or 3.
-        correction: [units] loss change that the directions do not see, or 0.
+        correction: [units] loss change that the directions do not see, or None.
         weights: [units] of gradient flow (see GradientFlowAnalyzer.weigh), or None.
 
     Returns:
-        the chosen unit indices, and the loss change (nats) that is predicted for removing all of them.
+        the chosen unit indices.
     """
     shift = directions.logits.new_zeros(len(directions.labels), directions.basis.shape[2])
-    correction = torch.as_tensor(correction).cpu().expand(len(selection.graph.units))
     chunk = max(1, int(selection.missing() / selection.savings().mean() / chunks))
+    last = torch.zeros(len(selection.graph.units), dtype=torch.float64)
     while not selection.done():
         selection.close_if_unreachable()
         units = selection.open.nonzero().flatten()
-        scores = directions.scores(order, shift, units).cpu() + correction[units]
+        scores = directions.scores(order, shift, units).double().cpu()
+        if correction is not None:
+            scores = scores + correction[units]
         if weights is not None:
             scores = weigh(scores, weights[units])
-        scores = scores / selection.savings()[units]
+        last[units] = scores
         taken = 0
-        for position in scores.argsort().tolist():
+        for position in (scores / selection.savings()[units]).argsort().tolist():
             if taken == chunk or selection.done():
                 break
             if selection.take(int(units[position])):
                 shift += directions.coordinates[:, units[position]]
                 taken += 1
-    return selection.chosen, directions.loss_change_at(shift) + correction[selection.chosen].sum().item()
+    selection.round_widths(last)
+    return selection.chosen

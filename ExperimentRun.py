@@ -1,0 +1,84 @@
+"""The frame around a run: its results folder, one run a folder, errors and interruptions with the right exit code."""
+
+import contextlib
+import fcntl
+import json
+import signal
+import sys
+from pathlib import Path
+
+from DistributedRun import end_distributed, is_main
+from ExperimentErrors import InputError
+from ExperimentReport import plain, write_json
+from ExperimentSetup import choose_device, environment
+from FineTuning import Interrupted, TrainingDiverged
+
+NOT_COMPARED = ("resume", "output_dir", "quiet", "device", "workers")  # may differ between a run and its resumption
+
+
+def run_guarded(parser, args, run):
+    """run(args, folder) with clear errors. Exit codes: 2 bad input, 1 training diverged, 130 interrupted."""
+    try:
+        folder = Path(args.resume or args.output_dir or default_folder(parser, args))
+        with open_folder(folder, args):
+            return run(args, folder)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error.strerror or error}: {error.filename or ''}; free space or pass another --output-dir",
+              file=sys.stderr)  # fmt: skip
+        return 2
+    except TrainingDiverged as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as error:
+        reason = str(error) if isinstance(error, Interrupted) else "interrupted"
+        print(f"{reason}\ngo on with: --resume {folder} and the same arguments", file=sys.stderr)
+        return 128 + signal.SIGINT
+    finally:
+        end_distributed()
+
+
+def default_folder(parser, args):
+    """runs/ and a name that is free."""
+    base = Path("runs") / f"{Path(parser.prog).stem}-{args.model}"
+    candidates = (base if n == 1 else base.with_name(f"{base.name}-{n}") for n in range(1, 10**6))
+    return next(path for path in candidates if not path.exists())
+
+
+@contextlib.contextmanager
+def open_folder(folder, args):
+    """Makes the results folder with its config.json and locks it while the block runs.
+
+    Raises:
+        InputError: another run has the folder, it holds results already, or `--resume` finds other arguments there.
+    """
+    if not is_main():
+        yield
+        return
+    config = folder / "config.json"
+    if args.resume:
+        if not config.exists():
+            raise InputError(f"{folder} has no config.json; --resume takes the folder of an interrupted run")
+        check_same_arguments(json.loads(config.read_text()), args)
+    elif config.exists():
+        raise InputError(f"{folder} holds a run already; pass --resume {folder} or another --output-dir")
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"another run is writing into {folder}; wait for it or pass another --output-dir") from error
+        if not config.exists():
+            write_json(config, {"arguments": vars(args), "environment": environment(choose_device(args.device))})
+        yield
+
+
+def check_same_arguments(config, args):
+    """Raises InputError naming the arguments in which `args` differs from the run that is to be resumed."""
+    now, then = plain(vars(args)), config["arguments"]
+    names = sorted(n for n in now.keys() | then.keys() if n not in NOT_COMPARED and now.get(n) != then.get(n))
+    if names:
+        changes = ", ".join(f"--{n.replace('_', '-')} was {then.get(n)}, is {now.get(n)}" for n in names)
+        raise InputError(f"the folder belongs to a run with other arguments: {changes}; repeat them or start a new folder")

@@ -1,0 +1,209 @@
+"""From arguments to a trained dense network with its data: what both runners do before they prune."""
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+import torch
+import torchvision
+
+from DistributedRun import init_distributed, is_main, world_size
+from EnhancedPruning import EnhancedPruning
+from ExperimentArguments import recipe_from, settings_from
+from ExperimentData import ImageData, calibration_batches, embedded_data, load_image_folder, make_loader
+from ExperimentErrors import InputError, atomic_path
+from ExperimentModels import BuiltModel, build_model, head_name, pretrained_weights
+from FineTuning import Recipe, fine_tune
+
+EMBEDDED_TRAIN, EMBEDDED_VAL = 2000, 500
+SCRATCH_EPOCHS, HEAD_EPOCHS = 8, 3
+
+
+@dataclass
+class Experiment:
+    """A dense network that is ready to be pruned, and its data."""
+
+    args: object
+    device: torch.device
+    data: ImageData
+    built: BuiltModel
+
+    def loader(self, dataset, *, shuffle=False, seed=0, batch_size=None):
+        return make_loader(
+            dataset,
+            batch_size or self.args.batch_size,
+            shuffle=shuffle,
+            workers=self.args.workers,
+            seed=seed,
+            device=self.device,
+            distributed=world_size() > 1,
+        )
+
+    def calibration(self, samples, seed):
+        return calibration_batches(self.data, samples, self.args.batch_size, seed=seed, device=self.device)
+
+    def pruning(self, seed, *, dense_stage=None, batch_size=None):
+        """The pipeline with the calibration draw and the order of training images that belong to `seed`."""
+        args = self.args
+        calibration = self.calibration(args.calibration_samples, seed)
+        same = args.compensation_samples == args.calibration_samples
+        return EnhancedPruning(
+            self.built.model,
+            self.loader(self.data.train, shuffle=True, seed=seed, batch_size=batch_size),
+            self.loader(self.data.val, batch_size=batch_size),
+            dense_stage=dense_stage,
+            calibration=calibration,
+            compensation=calibration if same else self.calibration(args.compensation_samples, seed),
+            settings=settings_from(args),
+            recipe=recipe_from(args, self.device),
+            progress=progress(args),
+        )
+
+
+def progress(args):
+    return not args.quiet and is_main()
+
+
+def prepare(args, folder):
+    """Device, data, network; trains the network or its new head where it has no weights for the task.
+
+    Args:
+        folder: results folder, which keeps the trained dense network (the embedded data's is kept in a user cache).
+
+    Raises:
+        InputError: see ExperimentData, ExperimentModels.
+    """
+    device = init_distributed(choose_device(args.device))
+    torch.manual_seed(args.seed)
+    data = load_data(args)
+    built = build_model(
+        args.model,
+        data.num_classes,
+        image_size=data.image_size,
+        weights=args.weights,
+        imagenet_labels=data.imagenet_labels,
+    )
+    built.model.to(device)
+    experiment = Experiment(args, device, data, built)
+    if built.new_head or built.weights == "none":
+        train_dense(experiment, folder)
+    return experiment
+
+
+def choose_device(name):
+    """The torch device that `--device` names. Raises InputError if it is not there."""
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        name = next(kind for kind in ("cuda", "mps", "cpu") if available[kind])
+    if not available[name]:
+        raise InputError(f"there is no {name} device here; pass --device cpu or auto")
+    return torch.device(name)
+
+
+def load_data(args):
+    """The folder at `--data-path`, or the embedded data set."""
+    if args.data_path is None:
+        if args.image_size not in (None, 32):
+            raise InputError("the embedded images have 32 pixels; leave --image-size out or pass --data-path")
+        return embedded_data(EMBEDDED_TRAIN, EMBEDDED_VAL)
+    weights = pretrained_weights(args.model, args.weights, args.image_size)
+    data = load_image_folder(
+        args.data_path, image_size=args.image_size, weights=weights, skip_corrupt=args.skip_corrupt
+    )
+    if args.skip_corrupt and is_main():
+        print(f"{len(data.skipped)} corrupt image(s) left out")
+    return data
+
+
+def train_dense(experiment, folder):
+    """Trains the whole network, or the new head alone, unless an earlier run has done it."""
+    args, built = experiment.args, experiment.built
+    head = built.new_head
+    epochs = args.train_epochs if args.train_epochs is not None else (HEAD_EPOCHS if head else SCRATCH_EPOCHS)
+    recipe = Recipe(
+        epochs=epochs,
+        lr=args.train_lr,
+        momentum=args.momentum,
+        weight_decay=5e-4,
+        warmup_epochs=min(1.0, epochs / 4),
+        channels_last=args.channels_last,
+    )
+    if not epochs:
+        return
+    kept = (_cache_file(args, recipe) if args.data_path is None else None) or folder / "dense_model.pt"
+    if kept.exists():
+        if is_main():
+            print(f"dense {args.model} from {kept}")
+        built.model.load_state_dict(torch.load(kept, map_location=experiment.device, weights_only=True))
+        return
+    what = "new head" if head else "dense network"
+    if is_main():
+        print(f"training the {what} of {args.model} for {epochs} epochs")
+    with _only_head_trains(built) if head else contextlib.nullcontext():
+        fine_tune(
+            built.model,
+            experiment.loader(experiment.data.train, shuffle=True, seed=args.seed),
+            experiment.loader(experiment.data.val),
+            recipe,
+            description=f"train {what}",
+            progress=progress(args),
+        )
+    if is_main():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(kept) as temporary:
+            torch.save(built.model.state_dict(), temporary)
+
+
+@contextlib.contextmanager
+def _only_head_trains(built):
+    parameters = list(built.model.parameters())
+    wanted = [p.requires_grad for p in parameters]
+    built.model.requires_grad_(False)
+    built.model.get_submodule(head_name(built.model)).requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter, flag in zip(parameters, wanted, strict=True):
+            parameter.requires_grad_(flag)
+
+
+def _cache_file(args, recipe):
+    """Where the dense network that these settings lead to is kept, None if this user has no place for a cache."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    if not root:
+        home = os.path.expanduser("~")
+        if home == "~" or not os.access(home, os.W_OK):
+            return None
+        root = Path(home) / ".cache"
+    key = json.dumps(
+        [args.model, args.seed, args.batch_size, EMBEDDED_TRAIN, EMBEDDED_VAL, repr(recipe), torch.__version__]
+    )
+    return Path(root) / "enhanced-taylor-pruning" / f"{args.model}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
+
+
+def environment(device):
+    """Versions, device and git commit, for config.json."""
+    here = Path(__file__).parent
+    git = ["git", "-C", str(here), "rev-parse", "HEAD"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None  # not a git checkout
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "numpy": numpy.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}",
+        "threads": torch.get_num_threads(),
+        "processes": world_size(),
+        "git_commit": commit,
+        "command": sys.argv,
+    }

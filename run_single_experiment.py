@@ -1,0 +1,104 @@
+"""One pruning experiment: dense network -> Taylor scores -> smaller network -> fine-tuning, in one results folder.
+
+    python run_single_experiment.py
+    python run_single_experiment.py --model vgg16 --pruning-percentage 30 --taylor-order 2 \
+        --fine-tune-epochs 5 --data-path imagenet-mini
+    torchrun --nproc-per-node 2 run_single_experiment.py --model resnet50 --data-path imagenet-mini
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import torch
+
+from DistributedRun import is_main
+from EnhancedPruning import PruningResult
+from ExperimentArguments import add_shared_arguments, add_single_arguments, new_parser, parse
+from ExperimentModels import export_model, load_pruned, save_pruned
+from ExperimentReport import summary_table, write_experiment_plots, write_json
+from ExperimentRun import run_guarded
+from ExperimentSetup import environment, prepare, progress
+
+PRUNED, CHECKPOINT = "pruned_before_fine_tuning.pt", "fine_tuning_checkpoint.pt"
+
+
+def main(argv=None):
+    parser = new_parser("Prune one network by Taylor scores, fine-tune it and report.")
+    add_single_arguments(parser)
+    add_shared_arguments(parser)
+    args = parse(parser, argv)
+    return run_guarded(parser, args, run)
+
+
+def run(args, folder):
+    experiment = prepare(args, folder)
+    pruning = experiment.pruning(args.seed)
+    result = pruned(args, pruning, experiment.built, folder)
+    result = pruning.fine_tune(result, checkpoint=folder / CHECKPOINT, resume=args.resume is not None)
+    if is_main():
+        report(args, experiment, result, folder)
+    return 0
+
+
+def pruned(args, pruning, built, folder):
+    """The pruned network before fine-tuning; kept on disk, so that an interrupted run need not prune again."""
+    kept = folder / PRUNED
+    if args.resume and kept.exists():
+        model = load_pruned(kept, device=pruning.example.device)
+        return PruningResult(model=model, **torch.load(kept, weights_only=True)["extra"])
+    result = pruning.prune(
+        args.pruning_percentage, args.taylor_order, args.use_gradient_flow, oracle_samples=args.oracle_samples
+    )
+    if is_main():
+        save(kept, result, built)
+        if progress(args):
+            print_curvature(result.curvature)
+    return result
+
+
+def save(path, result, built):
+    save_pruned(
+        path,
+        result.model,
+        name=built.name,
+        num_classes=built.num_classes,
+        image_size=built.image_size,
+        extra=result.as_dict(),
+    )
+
+
+def print_curvature(curvature):
+    lost = "" if curvature["lost"] is None else f"; class directions miss {100 * curvature['lost']:.2g} % of the curvature"
+    print(f"curvature: {curvature['path']} ({curvature['reason']}){lost}")
+
+
+def report(args, experiment, result, folder):
+    """Writes the results folder and prints what a user wants to know first."""
+    results = {
+        "arguments": vars(args),
+        "environment": environment(experiment.device),
+        "model": {k: v for k, v in vars(experiment.built).items() if k not in ("model", "transforms")},
+        "data": {"name": experiment.data.name, "classes": len(experiment.data.classes),
+                 "skipped": list(map(str, experiment.data.skipped))},
+        **result.as_dict(),
+    }  # fmt: skip
+    save(folder / "pruned_model.pt", dataclasses.replace(result, scores={}, oracle=None, gradient_flow=None),
+         experiment.built)  # fmt: skip
+    write_json(folder / "results.json", results)
+    if result.gradient_flow:
+        write_json(folder / "gradient_flow.json", result.gradient_flow)
+        print("\n".join(result.gradient_flow["reports"]["dense"]["findings"][:10]))
+    plots = write_experiment_plots(results, folder)
+    for kind in args.export:
+        model = result.model.cpu().eval()
+        example = experiment.calibration(2, args.seed)[0][0][:2].cpu()
+        export_model(model, example, folder / f"pruned_model.{kind}", kind)
+    for name in (PRUNED, CHECKPOINT):
+        (folder / name).unlink(missing_ok=True)
+    print(summary_table(results))
+    print(f"results, {len(plots)} plots and pruned_model.pt: {Path(folder)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
