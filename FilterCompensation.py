@@ -1,0 +1,527 @@
+"""New weights for a pruned network in closed form: every layer is refitted to the dense network's outputs.
+
+After filters are removed, each conv and linear layer whose inputs differ from the dense network's (channels are missing,
+or layers before it answer differently) is fitted by ridge least squares on calibration images, in the order of the data:
+inputs come from the pruned network, compensated up to there, targets are the dense network's outputs of the same layer
+(He et al. 2017, arXiv:1707.06168; Luo et al. 2017, arXiv:1707.06342). For a layer with inputs x (patches, as rows),
+present weights W and dense outputs y,
+
+    min over D, b of  sum |y - x (W + D) - b|^2 + ridge * mean(diag C) * |D|^2,      C = centred Gram matrix of x,
+
+so with nothing to repair nothing changes, and few images do little harm. The intercept b goes into the layer's bias, or
+into the running mean of the BatchNorm behind it. Where a layer's output is added to a stream (y + s), the sum is
+matched: the target becomes y + (s of the dense network) - (s of this network), so errors do not pile up on the stream.
+"""
+
+import math
+import operator
+import time
+from dataclasses import asdict, dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from tqdm import tqdm
+
+from ChannelTracing import BATCH_NORMS, CONVS, trace, undisturbed
+from ExperimentErrors import InputError
+
+FITTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+TRANSPARENT = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)  # in eval mode
+RIDGES = (1.0, 3e-1, 1e-1, 3e-2, 1e-2, 1e-3, 1e-4, 1e-6)  # relative to the mean of the Gram matrix's diagonal
+HELD_OUT = 5  # every fifth image chooses the ridge
+AGREES = 1e-6  # largest relative deviation from the target that counts as none
+ROWS_PER_COLUMN = 20
+LEAST_ROWS = 4096
+CHUNK = 2**22  # elements of patches handled at once
+LARGEST_MATRIX = 6144  # columns; above, the dual problem is solved on at most as many rows
+ACTIVATION_BUDGET = 2**28  # bytes
+
+
+@dataclass(frozen=True)
+class LayerFit:
+    """How one layer was refitted. Errors are of the held-out images, relative to the spread of the dense outputs."""
+
+    name: str
+    error_before: float
+    error_after: float
+    ridge: float | None  # None: no ridge was better than the weights it had
+    rows: int  # output positions used, over all images
+    columns: int  # input channels of a group x kernel positions
+    matches: str  # "layer" or "sum"
+
+
+@dataclass
+class CompensationReport:
+    """What `compensate` did: fits in the order of the data, and layers left alone with the reason."""
+
+    layers: list[LayerFit] = field(default_factory=list)
+    left_alone: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def as_dict(self):
+        return asdict(self)
+
+
+@torch.no_grad()
+def compensate(dense, smaller, batches, kept=None, *, progress=True, activation_budget=ACTIVATION_BUDGET, seed=0):
+    """Refit the layers of `smaller`, in place, so that it answers as `dense` does on the calibration images.
+
+    Args:
+        dense: the network before any pruning.
+        smaller: what `ChannelGraph.remove` made of it, in one round or in several, compensated in between or not.
+        batches: list of (images [B, C, H, W], labels), labels are not used; every fifth image chooses the ridge.
+        kept: {layer name: indices of the filters of `dense` that `smaller` still has, in its order}. A layer that is not
+            named has all its filters, or is depthwise.
+        activation_budget: bytes of activations that may be held between two layers; where the networks need more, they
+            run again from the last place that fitted (at most once for every layer).
+        seed: of the output positions that are drawn where a layer has more than about 20 for each column of its matrix.
+
+    Conv1d-3d and Linear are fitted, with any stride, padding, dilation and groups. Transposed and depthwise convs, layers
+    called more than once and layers with tied weights are left alone; the layers behind them repair what they miss.
+    A layer of more than 6,144 columns is fitted on at most as many output positions, through their Gram matrix.
+
+    Returns a CompensationReport. Raises InputError if the networks do not belong together, `kept` does not fit, or
+    there are no images or NaNs in them.
+    """
+    start = time.perf_counter()
+    report = CompensationReport()
+    if not batches:
+        raise InputError("compensation: there are no calibration images; give at least one batch")
+    with undisturbed(dense, False), undisturbed(smaller, False):
+        plan = _Plan(dense, smaller, kept or {})
+        report.left_alone.update(plan.left_alone)
+        walk = _Walk(plan, [images for images, _ in batches], activation_budget)
+        for layer in tqdm(plan.layers, desc="compensate", unit="layer", leave=False, disable=not progress):
+            reason = _fit_layer(layer, walk, seed, report)
+            if reason:
+                report.left_alone[layer.name] = reason
+    report.seconds = time.perf_counter() - start
+    return report
+
+
+# ------------------------------------------------------------------------------------------------- what is fitted
+
+
+@dataclass
+class _Layer:
+    """A layer to fit: where it is in the graph and what follows it before its output meets a stream."""
+
+    name: str
+    position: int  # in the plan's order
+    module: nn.Module  # of the smaller network
+    kept: torch.Tensor  # [filters] indices of the dense layer's filters
+    batchnorm: nn.Module | None  # of the smaller network
+    stream: int | None  # position of the other operand of the sum
+
+    @property
+    def scale(self):
+        """[filters] factor between this layer's output and the sum."""
+        norm = self.batchnorm
+        if norm is None:
+            return self.module.weight.new_ones(len(self.kept))
+        scale = (norm.running_var + norm.eps).rsqrt()
+        return scale if norm.weight is None else scale * norm.weight
+
+    @property
+    def has_intercept(self):
+        return self.module.bias is not None or self.batchnorm is not None
+
+
+class _Plan:
+    """Both traced networks in one common order of execution, and the layers to fit.
+
+    The other operand of a sum that a layer is to match is computed before the layer.
+    """
+
+    def __init__(self, dense, smaller, kept):
+        graphs = [trace(dense), trace(smaller)]
+        nodes = [list(graph.nodes) for graph in graphs]
+        if [(n.op, n.name) for n in nodes[0]] != [(n.op, n.name) for n in nodes[1]]:
+            raise InputError("compensation: the two networks do not run the same layers; give the network that was pruned")
+        self.networks = [fx.GraphModule(m, g) for m, g in zip((dense, smaller), graphs, strict=True)]
+        self.modules = dict(smaller.named_modules(remove_duplicate=False))
+        self.left_alone = {}
+        found = self._candidates(nodes[1], dict(dense.named_modules(remove_duplicate=False)), kept)
+        order = _sorted(nodes[1], {node: stream for node, _, _, stream in found if stream is not None})
+        index = {node: i for i, node in enumerate(nodes[1])}
+        position = {node: i for i, node in enumerate(order)}
+        self.order = [[nodes[k][index[node]] for node in order] for k in (0, 1)]
+        self.layers = [
+            _Layer(node.target, position[node], self.modules[node.target], indices, norm, position.get(stream))
+            for node, indices, norm, stream in found
+        ]
+        self.layers.sort(key=lambda layer: layer.position)
+        self.last_use = self._last_use(position)
+
+    def _candidates(self, nodes, dense_modules, kept):
+        """[(node, kept filters, BatchNorm or None, other operand or None)] of the layers that are fitted."""
+        calls, owners, claimed, found = {}, {}, set(), []
+        for node in nodes:
+            if node.op == "call_module":
+                calls[node.target] = calls.get(node.target, 0) + 1
+        for name in calls:
+            weight = getattr(self.modules[name], "weight", None)
+            owners[id(weight)] = owners.get(id(weight), 0) + calls[name]
+        for node in nodes:
+            module = self.modules.get(node.target) if node.op == "call_module" else None
+            if not isinstance(module, (*CONVS, nn.Linear)):
+                continue
+            reason = "nothing reads it" if not node.users else self._unfit(module, owners[id(module.weight)])
+            if reason:
+                self.left_alone[node.target] = reason
+                continue
+            indices = _kept_filters(node.target, module, dense_modules[node.target], kept)
+            found.append((node, indices, *self._behind(node, owners, claimed)))
+        return found
+
+    @staticmethod
+    def _unfit(module, calls):
+        if not isinstance(module, FITTED):
+            return "a transposed conv"
+        if not isinstance(module, nn.Linear) and module.groups == module.in_channels > 1:
+            return "depthwise: it mixes no channels"
+        return "its weights are used more than once" if calls > 1 else None
+
+    def _behind(self, node, owners, claimed):
+        """The BatchNorm behind a layer, and the stream that its output is then added to, where this layer may match the sum."""
+        norm, last = None, node
+        while len(last.users) == 1:
+            (user,) = last.users
+            module = self.modules.get(user.target) if user.op == "call_module" else None
+            if norm is None and isinstance(module, BATCH_NORMS) and last is node and module.running_mean is not None:
+                if owners[id(getattr(module, "weight", None))] > 1 and module.weight is not None:
+                    break
+                norm = module
+            elif getattr(user.target, "__name__", None) != "stochastic_depth" and not isinstance(module, TRANSPARENT):
+                break
+            last = user
+        if len(last.users) != 1:
+            return norm, None
+        (user,) = last.users
+        others = [n for n in user.all_input_nodes if n is not last]
+        is_sum = user.target in SUMS and len(others) == 1 and len(user.args) == 2 and not user.kwargs
+        if not is_sum or user in claimed or node in _ancestors(others[0]):
+            return norm, None
+        claimed.add(user)
+        return norm, others[0]
+
+    def _last_use(self, position):
+        """[nodes] names of the values that nothing needs after the node."""
+        last = {}
+        for i, node in enumerate(self.order[1]):
+            last[node.name] = i
+            for source in node.all_input_nodes:
+                last[source.name] = i
+        dead = [[] for _ in position]
+        for name, i in last.items():
+            dead[i].append(name)
+        return dead
+
+
+def _ancestors(node):
+    seen, stack = set(), [node]
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            stack += node.all_input_nodes
+    return seen
+
+
+def _sorted(nodes, before):
+    """The nodes in an order in which also `before[node]` precedes `node`; otherwise as given."""
+    order, seen = [], set()
+    for start in nodes:
+        stack = [(start, False)]
+        while stack:
+            node, ready = stack.pop()
+            if ready:
+                order.append(node)
+            elif node not in seen:
+                seen.add(node)
+                sources = node.all_input_nodes + ([before[node]] if node in before else [])
+                stack.append((node, True))
+                stack += [(source, False) for source in reversed(sources)]
+    return order
+
+
+def _kept_filters(name, module, dense_module, kept):
+    filters, now = len(dense_module.weight), len(module.weight)
+    indices = torch.as_tensor(kept.get(name, range(filters)), dtype=torch.long, device=module.weight.device)
+    if len(indices) != now or (now and not 0 <= int(indices.min()) <= int(indices.max()) < filters):
+        raise InputError(
+            f"compensation: {name} has {now} of {filters} filters, but `kept` names {len(indices)}; give the indices of "
+            "the filters that it kept"
+        )
+    return indices
+
+
+# --------------------------------------------------------------------------------------- running both networks
+
+
+class _Walk:
+    """Runs both networks over all batches, layer after layer, from activations held since the last layer.
+
+    A network's state is {node name: value}. States are held where all batches together fit the budget; else the networks
+    run again from the last layer at which they did.
+    """
+
+    def __init__(self, plan, images, budget):
+        self.plan, self.images, self.budget = plan, images, budget
+        self.interpreters = [fx.Interpreter(network) for network in plan.networks]
+        self.starts = (0, 0)
+        self.states = [({}, {}) for _ in images]
+
+    def to(self, layer):
+        """For every batch: (dense state with the layer's output, smaller state just before the layer)."""
+        ends = (layer.position + 1, layer.position)
+        starts, hold = self.starts, None
+        for batch, images in enumerate(self.images):
+            held = self.states[batch]
+            states = tuple(self._run(k, held[k], images, starts[k], ends[k]) for k in (0, 1))
+            if hold is None:
+                total = sum(len(x) for x in self.images)
+                hold = sum(map(_bytes, states)) * total / max(1, len(images)) <= self.budget
+            if hold:
+                self.states[batch] = states
+                del held
+            yield batch, *states
+        if hold:
+            self.starts = ends
+
+    def value(self, state, k, position):
+        return state[self.plan.order[k][position].name]
+
+    def _run(self, k, held, images, start, end):
+        """A new state; held tensors are copied, for operations in place would change them."""
+        interpreter, plan = self.interpreters[k], self.plan
+        state = {name: fx.node.map_aggregate(value, _copy) for name, value in held.items()}
+        interpreter.args_iter = iter([images.clone()])
+        for position in range(start, end):
+            node = plan.order[k][position]
+            inputs = {source: state[source.name] for source in node.all_input_nodes}
+            interpreter.env = inputs
+            state[node.name] = interpreter.run_node(node)
+            for name in plan.last_use[position]:
+                del state[name]
+        return state
+
+
+def _copy(value):
+    return value.clone() if torch.is_tensor(value) else value
+
+
+def _bytes(state):
+    storages = {}
+    for value in state.values():
+        fx.node.map_aggregate(value, lambda t: storages.update({t.data_ptr(): t.nbytes}) if torch.is_tensor(t) else None)
+    return sum(storages.values())
+
+
+# ------------------------------------------------------------------------------------------------ fitting one layer
+
+
+class _NormalEquations:
+    """Sums over rows, in float64, of a layer's patches x [rows, groups, columns] and residuals r [rows, groups, outputs].
+
+    gram [groups, columns, columns] = sum x x^T, cross [groups, columns, outputs] = sum x r^T, x and r their plain sums,
+    rr [groups, outputs] = sum r^2; chunks are multiplied in the precision of the network.
+    """
+
+    def __init__(self, groups, columns, outputs, device):
+        def zeros(*shape):
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
+        self.gram, self.cross = zeros(groups, columns, columns), zeros(groups, columns, outputs)
+        self.x, self.r, self.rr = zeros(groups, columns), zeros(groups, outputs), zeros(groups, outputs)
+        self.rows = 0
+
+    def add(self, x, r):
+        x, r = x.transpose(0, 1), r.transpose(0, 1)
+        self.gram += x.mT @ x
+        self.cross += x.mT @ r
+        self.x += x.sum(1, dtype=torch.float64)
+        self.r += r.sum(1, dtype=torch.float64)
+        self.rr += r.double().square().sum(1)
+        self.rows += x.shape[1]
+
+    def merge(self, other):
+        for name in ("gram", "cross", "x", "r", "rr"):
+            getattr(self, name).add_(getattr(other, name))
+        self.rows += other.rows
+
+    def solve(self, ridge, intercept):
+        """Change of the weights [groups, columns, outputs] and intercept [groups, outputs]; None if not definite."""
+        gram, cross = self.gram.clone(), self.cross
+        if intercept:
+            gram.baddbmm_(self.x[:, :, None], self.x[:, None], alpha=-1 / self.rows)
+            cross = cross - self.x[:, :, None] * (self.r / self.rows)[:, None]
+        diagonal = gram.diagonal(dim1=1, dim2=2)
+        diagonal += ridge * diagonal.mean(1, keepdim=True) + torch.finfo(torch.float64).tiny
+        factor, failed = torch.linalg.cholesky_ex(gram)
+        if failed.any():
+            return None
+        change = torch.cholesky_solve(cross, factor)
+        bias = (self.r - (self.x[:, None] @ change)[:, 0]) / self.rows if intercept else torch.zeros_like(self.r)
+        return change, bias
+
+    def error(self, change, bias):
+        """[groups, outputs] sum over rows of |r - change^T x - bias|^2."""
+        quadratic = (change * (self.gram @ change)).sum(1) - 2 * (change * self.cross).sum(1)
+        linear = 2 * bias * ((self.x[:, None] @ change)[:, 0] - self.r)
+        return self.rr + quadratic + linear + self.rows * bias.square()
+
+
+def _fit_layer(layer, walk, seed, report):
+    """Collect the layer's normal equations, solve them, change its weights; returns why it was left alone, or None."""
+    fit = _LayerData(layer, seed, sum(len(x) for x in walk.images))
+    reason = None
+    for batch, dense_state, state in walk.to(layer):
+        if reason is None:
+            reason = fit.add(batch, *_values(layer, walk, dense_state, state))
+    if reason is None:
+        report.layers.append(fit.solve())
+    return reason
+
+
+def _values(layer, walk, dense_state, state):
+    """The layer's input, its dense output, and the two values of the stream that it is added to (None without one)."""
+    node = walk.plan.order[1][layer.position]
+    x = state[node.all_input_nodes[0].name]
+    target = walk.value(dense_state, 0, layer.position)
+    if layer.stream is None:
+        return x, target, None, None
+    return x, target, walk.value(dense_state, 0, layer.stream), walk.value(state, 1, layer.stream)
+
+
+class _LayerData:
+    """The rows of one layer: patches of its input and what its output lacks there."""
+
+    def __init__(self, layer, seed, images):
+        self.layer, self.images, self.seen = layer, images, 0
+        module = layer.module
+        self.groups = getattr(module, "groups", 1)
+        self.columns = module.weight[0].numel()
+        self.generator = torch.Generator().manual_seed(seed)
+        shape = (self.groups, self.columns, len(module.weight) // self.groups, module.weight.device)
+        self.fit, self.held_out = _NormalEquations(*shape), _NormalEquations(*shape)
+        self.weight = _as_columns(module, module.weight)
+        # The spread of the held-out dense outputs, to which errors are relative.
+        self.target = torch.zeros(3, len(module.weight), dtype=torch.float64, device=module.weight.device)
+        self.matches = "layer" if layer.stream is None else "sum"
+
+    def add(self, batch, x, target, dense_stream, stream):
+        """Add one batch; returns why the layer needs no fit, or None."""
+        layer = self.layer
+        target = _by_position(layer.module, target)[..., layer.kept]
+        where = f"compensation: {layer.name}, batch {batch}"
+        if not (torch.isfinite(x).all() and torch.isfinite(target).all()):
+            raise InputError(f"{where}: NaN or Inf in its input or in the dense network's output; check images and weights")
+        if stream is not None:
+            lacks = _by_position(layer.module, dense_stream)[..., layer.kept] - _by_position(layer.module, stream)
+            scale = layer.scale
+            weak = scale.abs() < 1e-2 * scale.abs().mean()  # a channel that all but vanishes cannot repair the sum
+            target = target + torch.where(weak, 0, lacks / torch.where(weak, 1, scale))
+        if batch == 0:
+            now = _by_position(layer.module, layer.module(x))
+            if (now - target).abs().max() <= AGREES * target.abs().max():
+                return "its outputs are the dense network's"
+        held_out = (torch.arange(self.seen, self.seen + len(x)) + 1) % HELD_OUT == 0
+        self.seen += len(x)
+        for chosen, equations in ((~held_out, self.fit), (held_out, self.held_out)):
+            self._add_rows(x, target, chosen.nonzero().flatten().to(x.device), equations)
+        return None
+
+    def _add_rows(self, x, target, images, equations):
+        """Adds the given images' rows: some positions of each image, drawn anew for every image."""
+        positions = target.shape[1]
+        wanted = max(LEAST_ROWS, ROWS_PER_COLUMN * self.columns)
+        each = min(positions, math.ceil(wanted / self.images))
+        per_chunk = max(1, CHUNK // (each * self.columns * self.groups))
+        for some in images.split(per_chunk):
+            if each == positions:
+                drawn = torch.arange(positions).expand(len(some), -1)
+            else:
+                drawn = torch.rand(len(some), positions, generator=self.generator).topk(each).indices
+            drawn = drawn.to(x.device)
+            patches = _patches(self.layer.module, x[some], drawn)
+            wanted_rows = target[some[:, None], drawn].flatten(0, 1)
+            present = torch.einsum("rgc,gco->rgo", patches, self.weight)
+            if self.layer.module.bias is not None:
+                present = present + self.layer.module.bias.view(self.groups, -1)
+            equations.add(patches, wanted_rows.view_as(present) - present)
+            if equations is self.held_out:
+                rows = wanted_rows.double()
+                self.target += torch.stack([torch.ones_like(rows).sum(0), rows.sum(0), rows.square().sum(0)])
+
+    def solve(self):
+        """Choose the ridge on the held-out images, solve with all, change the layer."""
+        layer, intercept = self.layer, self.layer.has_intercept
+        importance = layer.scale.double().square().view(self.groups, -1)
+        rows, sums, squares = self.target
+        spread = (importance.flatten() * (squares - sums.square() / rows.clamp(min=1))).sum().clamp(min=1e-300)
+        before = best = (importance * self.held_out.rr).sum().item()
+        chosen = None if self.held_out.rows else RIDGES[0]
+        for ridge in RIDGES if self.held_out.rows else ():
+            solution = self.fit.solve(ridge, intercept)
+            error = math.inf if solution is None else (importance * self.held_out.error(*solution)).sum().item()
+            if error < best:
+                best, chosen = error, ridge
+        rows = self.fit.rows + self.held_out.rows
+        if chosen is not None:
+            self.fit.merge(self.held_out)
+            self._change(*self.fit.solve(chosen, intercept))
+        before, after = (math.sqrt(max(0.0, error) / spread.item()) for error in (before, best))
+        return LayerFit(layer.name, before, after, chosen, rows, self.columns, self.matches)
+
+    def _change(self, change, bias):
+        module, norm = self.layer.module, self.layer.batchnorm
+        shape = module.weight.shape
+        change = change.mT.reshape(shape[0], -1, shape[1]).mT.reshape(shape)
+        module.weight.add_(change.to(module.weight.dtype))
+        bias = bias.flatten().to(module.weight.dtype)
+        if norm is not None:
+            norm.running_mean.sub_(bias)
+        elif module.bias is not None:
+            module.bias.add_(bias)
+
+
+def _as_columns(module, weight):
+    """A layer's weight [filters, channels of a group, *kernel] as [groups, kernel positions x channels, filters of a group]."""
+    groups = getattr(module, "groups", 1)
+    return weight.flatten(2).mT.reshape(groups, len(weight) // groups, -1).mT if weight.dim() > 2 else weight.T[None]
+
+
+def _by_position(module, output):
+    """A layer's output as [batch, positions, filters]."""
+    if isinstance(module, nn.Linear):
+        return output.reshape(len(output), -1, output.shape[-1])
+    return output.flatten(2).mT
+
+
+def _patches(module, x, drawn):
+    """What the layer sees at the drawn output positions [images, each]: [images x each, groups, columns]."""
+    if isinstance(module, nn.Linear):
+        x = x.reshape(len(x), -1, x.shape[-1])
+        return x.gather(1, drawn[..., None].expand(-1, -1, x.shape[-1])).flatten(0, 1)[:, None]
+    padding = module._reversed_padding_repeated_twice
+    if any(padding):
+        x = F.pad(x, padding, mode="constant" if module.padding_mode == "zeros" else module.padding_mode)
+    space, device = x.shape[2:], x.device
+    geometry = zip(space, module.kernel_size, module.stride, module.dilation, strict=True)
+    corner, offset = drawn.new_zeros(drawn.shape), drawn.new_zeros(1)
+    outputs = [(n - d * (k - 1) - 1) // s + 1 for n, k, s, d in zip(*_columns(space, module), strict=True)]
+    for axis, (length, kernel, stride, dilation) in enumerate(geometry):
+        index = drawn // math.prod(outputs[axis + 1 :]) % outputs[axis]
+        corner = corner * length + index * stride
+        offset = (offset[:, None] * length + torch.arange(kernel, device=device) * dilation).flatten()
+    corner = corner + torch.arange(len(x), device=device)[:, None] * math.prod(space)
+    rows = x.movedim(1, -1).reshape(-1, x.shape[1])[corner.flatten()[:, None] + offset]
+    channels = x.shape[1] // module.groups
+    return rows.unflatten(2, (module.groups, channels)).transpose(1, 2).flatten(2)
+
+
+def _columns(space, module):
+    return space, module.kernel_size, module.stride, module.dilation
