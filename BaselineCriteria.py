@@ -1,6 +1,7 @@
 """Published criteria to compare with: one score a unit, one shot, low scores go first."""
 
 import torch
+from torch.nn.modules.conv import _ConvTransposeNd
 
 from ExperimentErrors import InputError
 
@@ -28,8 +29,8 @@ def magnitude(graph, directions=None, seed=0):
     total = torch.zeros(len(graph.units), dtype=torch.float64)
     for name, info in graph.layers.items():
         weight = parameters[f"{name}.weight"].detach().double().cpu()
-        if graph.is_transposed(name):
-            weight = weight.transpose(0, 1)
+        if isinstance(graph.model.get_submodule(name), _ConvTransposeNd):
+            weight = weight.transpose(0, 1)  # [in, out, ...]
         norms = weight.flatten(1).norm(dim=1)
         norms = norms / norms.mean().clamp_min(torch.finfo(norms.dtype).tiny)
         total.index_add_(0, info.unit_of[info.removable], norms[info.removable])

@@ -43,31 +43,28 @@ class CostModel:
     """Parameters or multiply-accumulates of the network while units go, and what each unit would save now."""
 
     def __init__(self, graph, kind):
-        units = len(graph.units)
-        terms = graph.cost_terms()
-        self.scale = torch.tensor([float(t.parameters if kind == "params" else t.macs) for t in terms])
-        self.alive, self.counts, self.rows = [], [], []
-        for term in terms:
-            rows = []
-            for size, unit_of in zip(term.sizes, term.dims, strict=True):
-                rows.append(len(self.alive))
-                self.alive.append(size)
-                self.counts.append(torch.bincount(unit_of[unit_of >= 0], minlength=units).float())
-            self.rows.append(rows)
-        self.alive = torch.tensor(self.alive, dtype=torch.float64)
-        self.counts = torch.stack(self.counts)
+        units, terms = len(graph.units), graph.cost_terms()
+        self.scale = torch.tensor([float(getattr(t, {"params": "parameters"}.get(kind, kind))) for t in terms])
+        widest = max(len(term.sizes) for term in terms)
+        sizes, counts = [1], [torch.zeros(units)]  # entry 0 pads terms of fewer dimensions
+        self.rows = torch.zeros(len(terms), widest, dtype=torch.long)
+        for row, term in zip(self.rows, terms, strict=True):
+            for d, (size, unit_of) in enumerate(zip(term.sizes, term.dims, strict=True)):
+                row[d] = len(sizes)
+                sizes.append(size)
+                counts.append(torch.bincount(unit_of[unit_of >= 0], minlength=units).float())
+        self.alive, self.counts = torch.tensor(sizes, dtype=torch.float64), torch.stack(counts)
 
     def total(self):
-        return sum(s * self.alive[rows].prod() for s, rows in zip(self.scale.double(), self.rows, strict=True)).item()
+        return (self.scale * self.alive[self.rows].prod(1)).sum().item()
 
     def savings(self):
         """[units] what removing each unit alone would save, to first order in its counts."""
-        slopes = torch.zeros(len(self.alive))
-        for scale, rows in zip(self.scale, self.rows, strict=True):
-            for row in rows:
-                others = [r for r in rows if r != row]
-                slopes[row] = scale * self.alive[others].prod()
-        return slopes @ self.counts
+        sizes = self.alive[self.rows]
+        others = sizes.prod(1, keepdim=True) / sizes.clamp_min(1)
+        slopes = torch.zeros_like(self.alive).index_add_(0, self.rows.flatten(), (self.scale[:, None] * others).flatten())
+        slopes[0] = 0
+        return slopes.float() @ self.counts
 
     def remove(self, unit):
         self.alive -= self.counts[:, unit]
