@@ -545,12 +545,11 @@ def embedded_data(train_images: int = 4000, val_images: int = 1500) -> ImageData
 
 
 def _draw_split(count: int, split: int) -> tuple[torch.Tensor, torch.Tensor]:
-    labels = np.arange(count) % (len(SHAPES) * len(TEXTURES))
-    # Chunks keep the working arrays in cache; a generator for each makes a smaller set the beginning of a larger one.
-    chunks = [
-        _draw(labels[start : start + 500], np.random.default_rng([split, start])) for start in range(0, count, 500)
-    ]
-    return torch.from_numpy(np.concatenate(chunks)), torch.from_numpy(labels)
+    # Whole chunks, each with its own generator: they stay in cache, and a smaller set is the beginning of a larger one.
+    classes, chunk = len(SHAPES) * len(TEXTURES), 500
+    labels = np.arange(chunk) % classes
+    images = [_draw(labels, np.random.default_rng([split, start])) for start in range(0, count, chunk)]
+    return torch.from_numpy(np.concatenate(images)[:count]), torch.arange(count) % classes
 
 
 def _draw(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
