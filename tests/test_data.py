@@ -266,10 +266,12 @@ def test_every_mode_becomes_rgb(tmp_path, mode):
     assert image.mode == "RGB" and np.asarray(image).min() > 250
 
 
-def test_transparent_palette_needs_no_warning(tmp_path, recwarn):
-    Image.new("P", (4, 4), 1).save(tmp_path / "a.png", transparency=bytes([0, 128]))
-    assert read_image(tmp_path / "a.png").mode == "RGB"
-    assert not recwarn.list
+@pytest.mark.filterwarnings("error")
+def test_transparent_palette_needs_no_warning(tmp_path):
+    source = Image.new("P", (4, 4), 1)
+    source.putpalette([0, 0, 0, 10, 20, 30])
+    source.save(tmp_path / "a.png", transparency=bytes([0, 128]))
+    assert np.asarray(read_image(tmp_path / "a.png"))[0, 0].tolist() == [10, 20, 30]
 
 
 def test_one_pixel_images_load(tmp_path):
@@ -330,6 +332,18 @@ def test_loaders_leave_the_global_generator_alone(large, kind):
     before = torch.get_rng_state()
     list(loader)
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_order_and_augmentation_both_change_with_epoch_and_seed():
+    data = embedded_data(20, 10).train
+    orders, images = [], []
+    for seed, epoch in ((0, 0), (0, 1), (1, 0)):
+        loader = make_loader(data, 20, shuffle=True, seed=seed)
+        drawn, labels = epoch_of(loader, epoch)
+        orders.append(labels.tolist())
+        images.append(drawn[np.argsort(loader.plan.batches()[0])])
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+    assert not any(torch.equal(images[i], images[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
 
 
 def test_augmentation_does_not_depend_on_the_batch_size():
