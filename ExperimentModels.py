@@ -175,8 +175,6 @@ def _parameters_on_meta():
     """Within the block new parameters have a shape and no memory; everything else is computed as usual."""
 
     def to_meta(module, name, parameter):
-        if parameter is None or parameter.is_meta:  # a parameter that is shared must stay the same object
-            return None
         return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
 
     handle = register_module_parameter_registration_hook(to_meta)
@@ -339,7 +337,7 @@ def load_pruned(
     """Rebuild a network from `save_pruned`: same logits, dtypes and shared parameters, in eval mode, on `device`.
 
     `factory` builds the network before pruning; it is needed where the file names no torchvision model. The weights
-    before pruning take no memory, unless the factory needs values of parameters (such as a forward pass).
+    before pruning take no memory, unless the factory reads the values of its parameters.
 
     Raises InputError for a file of another kind or a newer version, a missing factory, or another network's factory.
     """
@@ -369,7 +367,7 @@ def _skeleton(content: dict, factory: Callable[[], nn.Module] | None, path: str 
     try:
         with _parameters_on_meta():
             return factory()
-    except RuntimeError:  # it computes with its parameters or moves them: only real ones will do
+    except RuntimeError:  # it reads its parameters or moves them: only real ones will do
         return factory()
 
 
