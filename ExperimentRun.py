@@ -7,7 +7,7 @@ import signal
 import sys
 from pathlib import Path
 
-from DistributedRun import end_distributed, is_main
+from DistributedRun import end_distributed, init_distributed, is_main
 from ExperimentErrors import InputError
 from ExperimentReport import plain, write_json
 from ExperimentSetup import choose_device, environment
@@ -17,11 +17,12 @@ NOT_COMPARED = ("resume", "output_dir", "quiet", "device", "workers")  # may dif
 
 
 def run_guarded(parser, args, run):
-    """run(args, folder) with clear errors. Exit codes: 2 bad input, 1 training diverged, 130 interrupted."""
+    """run(args, folder, device) with clear errors. Exit codes: 2 bad input, 1 training diverged, 130 interrupted."""
     try:
+        device = init_distributed(choose_device(args.device))
         folder = Path(args.resume or args.output_dir or default_folder(parser, args))
         with open_folder(folder, args):
-            return run(args, folder)
+            return run(args, folder, device)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

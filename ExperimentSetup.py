@@ -14,7 +14,7 @@ import numpy
 import torch
 import torchvision
 
-from DistributedRun import init_distributed, is_main, world_size
+from DistributedRun import is_main, world_size
 from EnhancedPruning import EnhancedPruning
 from ExperimentArguments import recipe_from, settings_from
 from ExperimentData import ImageData, calibration_batches, embedded_data, load_image_folder, make_loader
@@ -71,8 +71,8 @@ def progress(args):
     return not args.quiet and is_main()
 
 
-def prepare(args, folder):
-    """Device, data, network; trains the network or its new head where it has no weights for the task.
+def prepare(args, folder, device):
+    """Data and network; trains the network or its new head where it has no weights for the task.
 
     Args:
         folder: results folder, which keeps the trained dense network (the embedded data's is kept in a user cache).
@@ -80,7 +80,6 @@ def prepare(args, folder):
     Raises:
         InputError: see ExperimentData, ExperimentModels.
     """
-    device = init_distributed(choose_device(args.device))
     torch.manual_seed(args.seed)
     data = load_data(args)
     built = build_model(

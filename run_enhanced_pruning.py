@@ -33,9 +33,9 @@ def main(argv=None):
     return run_guarded(parser, parse(parser, argv), run)
 
 
-def run(args, folder):
+def run(args, folder, device):
     """Runs what is not yet in the folder, writes the tables and plots; 1 if a cell failed."""
-    experiment = prepare(args, folder)
+    experiment = prepare(args, folder, device)
     cells = folder / "cells"
     if is_main():
         cells.mkdir(exist_ok=True)

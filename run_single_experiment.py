@@ -31,8 +31,8 @@ def main(argv=None):
     return run_guarded(parser, args, run)
 
 
-def run(args, folder):
-    experiment = prepare(args, folder)
+def run(args, folder, device):
+    experiment = prepare(args, folder, device)
     pruning = experiment.pruning(args.seed)
     result = pruned(args, pruning, experiment.built, folder)
     result = pruning.fine_tune(result, checkpoint=folder / CHECKPOINT, resume=args.resume is not None)
