@@ -29,12 +29,14 @@ from ExperimentErrors import InputError
 FITTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 TRANSPARENT = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)  # in eval mode
-RIDGES = (1.0, 3e-1, 1e-1, 3e-2, 1e-2, 1e-3, 1e-4, 1e-6)  # relative to the mean of the Gram matrix's diagonal
+RIDGES = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)  # relative to the mean of the Gram matrix's diagonal
 HELD_OUT = 5  # every fifth image chooses the ridge
 AGREES = 1e-6  # largest relative deviation from the target that counts as none
-ROWS_PER_COLUMN = 20
+ROWS_PER_COLUMN = 5
 LEAST_ROWS = 4096
-CHUNK = 2**22  # elements of patches handled at once
+TRIAL_OUTPUTS = 64  # of each group, on which ridges are compared
+BLOCK = 512  # columns of the Gram matrix computed at once
+CHUNK = 2**23  # elements of patches handled at once
 LARGEST_MATRIX = 6144  # columns; above, the dual problem is solved on at most as many rows
 ACTIVATION_BUDGET = 2**28  # bytes
 
@@ -76,7 +78,7 @@ def compensate(dense, smaller, batches, kept=None, *, progress=True, activation_
             named has all its filters, or is depthwise.
         activation_budget: bytes of activations that may be held between two layers; where the networks need more, they
             run again from the last place that fitted (at most once for every layer).
-        seed: of the output positions that are drawn where a layer has more than about 20 for each column of its matrix.
+        seed: of the output positions that are drawn where a layer has more than about 5 for each column of its matrix.
 
     Conv1d-3d and Linear are fitted, with any stride, padding, dilation and groups. Transposed and depthwise convs, layers
     called more than once and layers with tied weights are left alone; the layers behind them repair what they miss.
@@ -340,38 +342,97 @@ class _NormalEquations:
 
     def add(self, x, r):
         x, r = x.transpose(0, 1), r.transpose(0, 1)
-        self.gram += x.mT @ x
+        for start in range(0, x.shape[2], BLOCK):  # the lower triangle alone
+            self.gram[:, start:, start : start + BLOCK] += x[..., start:].mT @ x[..., start : start + BLOCK]
         self.cross += x.mT @ r
         self.x += x.sum(1, dtype=torch.float64)
         self.r += r.sum(1, dtype=torch.float64)
         self.rr += r.double().square().sum(1)
         self.rows += x.shape[1]
 
+    def finish(self):
+        """Fill the upper triangle, block by block."""
+        for start in range(0, self.gram.shape[1], BLOCK):
+            end = start + BLOCK
+            self.gram[:, start:end, end:] = self.gram[:, end:, start:end].mT
+
     def merge(self, other):
         for name in ("gram", "cross", "x", "r", "rr"):
             getattr(self, name).add_(getattr(other, name))
         self.rows += other.rows
 
-    def solve(self, ridge, intercept):
+    def solve(self, ridge, intercept, outputs=slice(None)):
         """Change of the weights [groups, columns, outputs] and intercept [groups, outputs]; None if not definite."""
-        gram, cross = self.gram.clone(), self.cross
+        gram, cross, r = self.gram.clone(), self.cross[..., outputs], self.r[:, outputs]
         if intercept:
             gram.baddbmm_(self.x[:, :, None], self.x[:, None], alpha=-1 / self.rows)
-            cross = cross - self.x[:, :, None] * (self.r / self.rows)[:, None]
+            cross = cross - self.x[:, :, None] * (r / self.rows)[:, None]
         diagonal = gram.diagonal(dim1=1, dim2=2)
         diagonal += ridge * diagonal.mean(1, keepdim=True) + torch.finfo(torch.float64).tiny
         factor, failed = torch.linalg.cholesky_ex(gram)
         if failed.any():
             return None
         change = torch.cholesky_solve(cross, factor)
-        bias = (self.r - (self.x[:, None] @ change)[:, 0]) / self.rows if intercept else torch.zeros_like(self.r)
+        bias = (r - (self.x[:, None] @ change)[:, 0]) / self.rows if intercept else torch.zeros_like(r)
         return change, bias
 
-    def error(self, change, bias):
+    def error(self, change, bias, outputs=slice(None)):
         """[groups, outputs] sum over rows of |r - change^T x - bias|^2."""
-        quadratic = (change * (self.gram @ change)).sum(1) - 2 * (change * self.cross).sum(1)
-        linear = 2 * bias * ((self.x[:, None] @ change)[:, 0] - self.r)
-        return self.rr + quadratic + linear + self.rows * bias.square()
+        quadratic = (change * (self.gram @ change)).sum(1) - 2 * (change * self.cross[..., outputs]).sum(1)
+        linear = 2 * bias * ((self.x[:, None] @ change)[:, 0] - self.r[:, outputs])
+        return self.rr[:, outputs] + quadratic + linear + self.rows * bias.square()
+
+
+class _Rows:
+    """The same least squares for a layer of too many columns: few rows, kept, and their Gram matrix [rows, rows].
+
+    With K = X X^T of the centred rows, D = X^T (K + ridge)^-1 R is the same minimiser (the dual form of ridge).
+    """
+
+    def __init__(self):
+        self.chunks = []
+
+    @property
+    def rows(self):
+        return sum(len(x) for x, _ in self.chunks)
+
+    def add(self, x, r):
+        self.chunks.append((x, r))
+
+    def finish(self):
+        if self.chunks:
+            self.chunks = [tuple(map(torch.cat, zip(*self.chunks, strict=True)))]
+
+    def merge(self, other):
+        self.chunks += other.chunks
+        self.finish()
+
+    @property
+    def rr(self):
+        ((_, r),) = self.chunks
+        return r.double().square().sum(0)
+
+    def solve(self, ridge, intercept, outputs=slice(None)):
+        """As `_NormalEquations.solve`."""
+        ((x, r),) = self.chunks
+        x, r = x.transpose(0, 1), r[..., outputs].transpose(0, 1)
+        mean_x = x.mean(1, keepdim=True) if intercept else 0
+        mean_r = r.mean(1, keepdim=True) if intercept else 0
+        centred = x - mean_x
+        gram = (centred @ centred.mT).double()
+        diagonal = gram.diagonal(dim1=1, dim2=2)
+        diagonal += ridge * diagonal.sum(1, keepdim=True) / x.shape[2] + torch.finfo(torch.float64).tiny
+        factor, failed = torch.linalg.cholesky_ex(gram)
+        if failed.any():
+            return None
+        change = centred.mT @ torch.cholesky_solve((r - mean_r).double(), factor).to(x.dtype)
+        bias = (mean_r - mean_x @ change)[:, 0] if intercept else r.new_zeros(len(r), r.shape[2])
+        return change, bias
+
+    def error(self, change, bias, outputs=slice(None)):
+        ((x, r),) = self.chunks
+        left = r[..., outputs] - torch.einsum("rgc,gco->rgo", x, change) - bias
+        return left.double().square().sum(0)
 
 
 def _fit_layer(layer, walk, seed, report):
@@ -400,17 +461,24 @@ class _LayerData:
     """The rows of one layer: patches of its input and what its output lacks there."""
 
     def __init__(self, layer, seed, images):
-        self.layer, self.images, self.seen = layer, images, 0
         module = layer.module
+        self.layer, self.seen = layer, 0
         self.groups = getattr(module, "groups", 1)
         self.columns = module.weight[0].numel()
+        self.outputs = len(module.weight) // self.groups
         self.generator = torch.Generator().manual_seed(seed)
-        shape = (self.groups, self.columns, len(module.weight) // self.groups, module.weight.device)
-        self.fit, self.held_out = _NormalEquations(*shape), _NormalEquations(*shape)
+        device = module.weight.device
+        if self.columns > LARGEST_MATRIX:
+            self.fit, self.held_out = _Rows(), _Rows()
+            self.positions = max(1, LARGEST_MATRIX // images)
+        else:
+            self.fit, self.held_out = (
+                _NormalEquations(self.groups, self.columns, self.outputs, device) for _ in range(2)
+            )
+            self.positions = math.ceil(max(LEAST_ROWS, ROWS_PER_COLUMN * self.columns) / images)
         self.weight = _as_columns(module, module.weight)
-        # The spread of the held-out dense outputs, to which errors are relative.
-        self.target = torch.zeros(3, len(module.weight), dtype=torch.float64, device=module.weight.device)
-        self.matches = "layer" if layer.stream is None else "sum"
+        # Number, sum and sum of squares of the held-out dense outputs: errors are relative to their spread.
+        self.target = torch.zeros(3, len(module.weight), dtype=torch.float64, device=device)
 
     def add(self, batch, x, target, dense_stream, stream):
         """Add one batch; returns why the layer needs no fit, or None."""
@@ -436,45 +504,52 @@ class _LayerData:
 
     def _add_rows(self, x, target, images, equations):
         """Adds the given images' rows: some positions of each image, drawn anew for every image."""
-        positions = target.shape[1]
-        wanted = max(LEAST_ROWS, ROWS_PER_COLUMN * self.columns)
-        each = min(positions, math.ceil(wanted / self.images))
-        per_chunk = max(1, CHUNK // (each * self.columns * self.groups))
-        for some in images.split(per_chunk):
-            if each == positions:
-                drawn = torch.arange(positions).expand(len(some), -1)
+        module, each = self.layer.module, min(target.shape[1], self.positions)
+        for some in images.split(max(1, CHUNK // (each * module.weight[0].numel() * self.groups))):
+            if each == target.shape[1]:
+                drawn = torch.arange(each).expand(len(some), -1)
             else:
-                drawn = torch.rand(len(some), positions, generator=self.generator).topk(each).indices
+                drawn = torch.rand(len(some), target.shape[1], generator=self.generator).topk(each).indices
             drawn = drawn.to(x.device)
-            patches = _patches(self.layer.module, x[some], drawn)
-            wanted_rows = target[some[:, None], drawn].flatten(0, 1)
+            patches = _patches(module, x[some], drawn)
+            wanted = target[some[:, None], drawn].flatten(0, 1)
             present = torch.einsum("rgc,gco->rgo", patches, self.weight)
-            if self.layer.module.bias is not None:
-                present = present + self.layer.module.bias.view(self.groups, -1)
-            equations.add(patches, wanted_rows.view_as(present) - present)
+            if module.bias is not None:
+                present = present + module.bias.view(self.groups, -1)
+            equations.add(patches, wanted.view_as(present) - present)
             if equations is self.held_out:
-                rows = wanted_rows.double()
-                self.target += torch.stack([torch.ones_like(rows).sum(0), rows.sum(0), rows.square().sum(0)])
+                wanted = wanted.double()
+                self.target += torch.stack([torch.ones_like(wanted).sum(0), wanted.sum(0), wanted.square().sum(0)])
 
     def solve(self):
         """Choose the ridge on the held-out images, solve with all, change the layer."""
-        layer, intercept = self.layer, self.layer.has_intercept
-        importance = layer.scale.double().square().view(self.groups, -1)
-        rows, sums, squares = self.target
-        spread = (importance.flatten() * (squares - sums.square() / rows.clamp(min=1))).sum().clamp(min=1e-300)
-        before = best = (importance * self.held_out.rr).sum().item()
-        chosen = None if self.held_out.rows else RIDGES[0]
-        for ridge in RIDGES if self.held_out.rows else ():
-            solution = self.fit.solve(ridge, intercept)
-            error = math.inf if solution is None else (importance * self.held_out.error(*solution)).sum().item()
-            if error < best:
-                best, chosen = error, ridge
+        layer = self.layer
+        self.fit.finish()
+        self.held_out.finish()
         rows = self.fit.rows + self.held_out.rows
-        if chosen is not None:
+        ridge, before, after = self._choose_ridge() if self.held_out.rows else (RIDGES[0], math.nan, math.nan)
+        if ridge is not None:
             self.fit.merge(self.held_out)
-            self._change(*self.fit.solve(chosen, intercept))
-        before, after = (math.sqrt(max(0.0, error) / spread.item()) for error in (before, best))
-        return LayerFit(layer.name, before, after, chosen, rows, self.columns, self.matches)
+            self._change(*self.fit.solve(ridge, layer.has_intercept))
+        matches = "layer" if layer.stream is None else "sum"
+        return LayerFit(layer.name, before, after, ridge, rows, self.columns, matches)
+
+    def _choose_ridge(self):
+        """(ridge, relative held-out error before, after): from the largest ridge down until the error rises."""
+        some = torch.linspace(0, self.outputs - 1, min(self.outputs, TRIAL_OUTPUTS)).round().long().to(self.weight.device)
+        importance = self.layer.scale.double().square().view(self.groups, -1)
+        count, sums, squares = self.target.view(3, self.groups, -1)
+        spread = (importance * (squares - sums.square() / count))[:, some].sum().item()
+        importance = importance[:, some]
+        before = best = (importance * self.held_out.rr[:, some]).sum().item()
+        chosen = None
+        for ridge in RIDGES:
+            solution = self.fit.solve(ridge, self.layer.has_intercept, some)
+            error = math.inf if solution is None else (importance * self.held_out.error(*solution, some)).sum().item()
+            if error >= best:
+                break
+            best, chosen = error, ridge
+        return chosen, *(math.sqrt(max(0.0, error) / spread) if spread > 0 else math.inf for error in (before, best))
 
     def _change(self, change, bias):
         module, norm = self.layer.module, self.layer.batchnorm
