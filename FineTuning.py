@@ -515,8 +515,8 @@ def fine_tune(
     """
     _check_fine_tuning(model, train_loader, recipe, teacher)
     checkpoint = Path(checkpoint) if checkpoint else None
-    with _modes_kept(model, *([teacher] if teacher else [])):
-        if teacher:
+    with _modes_kept(model, *([] if teacher is None else [teacher])):
+        if teacher is not None:
             teacher.eval()
         run = _Run(model, recipe, teacher, len(train_loader), checkpoint)
         try:

@@ -182,14 +182,14 @@ def test_best_epoch_is_kept_and_epoch_zero_competes():
     assert states_equal(model, good)
 
 
-def test_equal_top1_is_decided_by_loss():
+@pytest.mark.parametrize("label, best_epoch", [(0, 3), (1, 0)])  # training lowers, or raises, the validation loss
+def test_equal_top1_is_decided_by_loss(label, best_epoch):
     model = Fixed(2)
-    images = torch.tensor([[2.0, 0.0], [0.0, 2.0]])[:, :, None, None]
-    train = ListLoader(images[:1], torch.tensor([0]), 1)
-    val = ListLoader(images[:1], torch.tensor([0]), 1)
+    images = torch.tensor([2.0, 0.0]).reshape(1, 2, 1, 1)
+    train, val = ListLoader(images, torch.tensor([label]), 1), ListLoader(images, torch.tensor([0]), 1)
     history = fine_tune(model, train, val, Recipe(epochs=3, lr=0.1), progress=False)
     assert [epoch["top1"] for epoch in history.epochs] == [100.0] * 4
-    assert history.best_epoch == min(range(4), key=lambda epoch: history.epochs[epoch]["loss"]) == 3
+    assert history.best_epoch == min(range(4), key=lambda epoch: history.epochs[epoch]["loss"]) == best_epoch
 
 
 def test_no_epochs_means_evaluation_only():
@@ -220,13 +220,20 @@ def test_distillation_loss_equals_the_formula():
     torch.testing.assert_close(distillation_loss(student, teacher, 3.0), expected, rtol=1e-12, atol=0)
 
 
-def test_one_step_follows_the_documented_loss():
+@pytest.mark.parametrize("clip_norm", [None, 0.05])
+def test_one_step_follows_the_documented_loss(clip_norm):
     images, labels = toy_data(images=12, dtype=torch.float64)
     model, teacher = toy_model(batchnorm=False).double(), toy_model(batchnorm=False, seed=1).double()
     reference = copy.deepcopy(model)
     w, temperature = 0.3, 2.0
     recipe = Recipe(
-        epochs=1, lr=0.1, weight_decay=0.01, label_smoothing=0.2, distillation_weight=w, temperature=temperature
+        epochs=1,
+        lr=0.1,
+        weight_decay=0.01,
+        label_smoothing=0.2,
+        distillation_weight=w,
+        temperature=temperature,
+        clip_norm=clip_norm,
     )
     logits = reference(images)
     p, q = (teacher(images) / temperature).softmax(1), (logits / temperature).softmax(1)
@@ -239,9 +246,21 @@ def test_one_step_follows_the_documented_loss():
     assert history.epochs[1]["train_loss"] == pytest.approx(loss.item(), rel=1e-12)
     loss.backward()
     assert history.best_epoch == 1
+    norm = sum(p.grad.square().sum() for p in reference.parameters()).sqrt().item()
+    shrink = clip_norm / (norm + 1e-6) if clip_norm else 1.0
+    assert shrink <= 1
     for new, old in zip(model.parameters(), reference.parameters(), strict=True):
-        step = 0.1 * 1.9 * (old.grad + 0.01 * old)  # first Nesterov step: (1 + momentum) x gradient
+        step = 0.1 * 1.9 * (shrink * old.grad + 0.01 * old)  # first Nesterov step: (1 + momentum) x gradient
         torch.testing.assert_close(new, old - step, rtol=1e-10, atol=1e-12)
+
+
+def test_teacher_teaches_in_eval_mode_and_is_untouched():
+    teacher = toy_model(seed=1).train()
+    before = copy.deepcopy(teacher)
+    fine_tune(toy_model(), *toy_loaders(), Recipe(epochs=1, distillation_weight=0.5), teacher=teacher, progress=False)
+    assert states_equal(teacher, before)  # in train mode its BatchNorm statistics would move
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert all(module.training for module in teacher.modules())
 
 
 def test_ema_starts_at_the_given_weights():
