@@ -1,6 +1,5 @@
 """Units of filters that must go together, gates that switch them off, and the cut that really removes them."""
 
-import copy
 import fnmatch
 from collections import defaultdict
 from contextlib import contextmanager
@@ -8,8 +7,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvTransposeNd
 
-from ChannelTracing import CONVS, ChannelIds, ChannelInterpreter, output_shapes, trace
+from ChannelTracing import CONVS, ChannelIds, ChannelInterpreter, copy_of, trace, undisturbed
 from ExperimentErrors import InputError
 
 
@@ -59,71 +59,82 @@ class ChannelGraph:
 
     Args:
         model: any `nn.Module` that `torch.fx` can trace. It is not changed.
-        example_input: [N, C, H, W] tensor of the shape that the network is used at.
+        example_input: [N, C, H, W] tensor of the shape that the network is used at. A copy of the model runs it if it
+            has operations that are not known by name.
         exclude: patterns (`fnmatch`) of layer names whose filters are never removed.
         prune_linear: also make units of the outputs of hidden fully connected layers.
 
     Attributes:
         units: tuple of the removable `Unit`s.
         layers: {name: LayerInfo} of every conv layer (with `prune_linear` of every linear one), in order of execution.
+            Depthwise convs have no entry: their filters go with the channels that they read.
         sites: tuple of `GateSite`. Closing the gates of units there gives the logits of removing them.
         tensors: {(parameter or buffer name, dim): [length] unit index or -1}, every tensor dimension that can shrink.
         smooth_operations: names of operations that are not piecewise linear, () if the network is.
 
     Raises:
-        InputError: the network cannot be traced, or a pattern matches no layer.
+        InputError: the network cannot be traced, copied, or run on the example, or a pattern matches no layer.
     """
 
     def __init__(self, model, example_input, exclude=(), prune_linear=False):
         self.model = model
         book = ChannelIds(model)
         example = example_input[:1].expand(2, *example_input.shape[1:])  # batch statistics need two samples
-        tracing, code = self._interpret(model, example, book, prune_linear, training=False)
-        self._protect_functional_sources(tracing, book)
+        tracing, graph = self._interpret(example, book, prune_linear, training=False)
+        exposed = tracing.exposed()
+        self._protect_functional_sources(tracing, exposed, book)
         seen = set(book.filters)
-        self._interpret(model, example, book, prune_linear, training=True, known_code=code)
+        self._interpret(example, book, prune_linear, training=True, known=graph)
         for layer in set(book.filters) - seen:
             book.protect(book.filters[layer], "used in training alone")
         self._exclude(book, exclude)
-        self._build_units(book, model, prune_linear)
-        self._build_sites(tracing)
+        self._build_units(book, prune_linear)
+        self._build_sites(tracing, exposed)
         self.smooth_operations = tuple(sorted({n.nonlinear for n in tracing.nodes.values() if n.nonlinear}))
         self.positions = dict(tracing.positions)
 
-    @staticmethod
-    def _interpret(model, example, book, prune_linear, training, known_code=None):
-        graph_module = trace(model, training)
-        if graph_module.code == known_code:
-            return None, known_code
-        interpreter = ChannelInterpreter(graph_module, output_shapes(graph_module, example), book, prune_linear)
-        interpreter.run(example)
-        return interpreter.tracing, graph_module.code
+    def _interpret(self, example, book, prune_linear, training, known=None):
+        """Tracing in the given mode and the text of the traced graph; no tracing if that text is already known."""
+        with undisturbed(self.model, training):
+            graph = trace(self.model)
+            if str(graph) == known:
+                return None, known
+            interpreter = ChannelInterpreter(self.model, graph, example, book, prune_linear)
+            try:
+                interpreter.run(example)
+            except RuntimeError as error:
+                cause, mode = str(error).strip().split("\n")[0], "in training mode " if training else ""
+                raise InputError(
+                    f"{type(self.model).__name__} cannot be run {mode}on an example of shape "
+                    f"{tuple(example.shape[1:])} ({cause}); pass an example_input that the network can process"
+                ) from error
+            return interpreter.tracing, str(graph)
 
     @staticmethod
-    def _protect_functional_sources(tracing, book):
+    def _protect_functional_sources(tracing, exposed, book):
         """A gate is a hook on a module; where zeros arise behind a plain function there is no place for one."""
-        exposed = tracing.exposed()
         for node, info in tracing.nodes.items():
             if info.ids is not None and node.op != "call_module" and not info.reads and node in exposed:
                 book.protect(info.ids, f"{node.name} does not keep zeros and is not a module")
 
     @staticmethod
     def _exclude(book, patterns):
+        outputs = book.widths | book.filters
         for pattern in patterns:
-            names = fnmatch.filter(book.filters, pattern)
+            names = fnmatch.filter(outputs, pattern)
             if not names:
                 raise InputError(f"--exclude {pattern} matches no layer; layers are: {', '.join(book.filters)}")
             for name in names:
-                book.protect(book.filters[name], f"excluded by {pattern}")
+                book.protect(outputs[name], f"excluded by {pattern}")
 
-    def _build_units(self, book, model, prune_linear):
+    def _build_units(self, book, prune_linear):
         roots = book.roots()
         reason_of = {}
         for ids, reason in book.reasons:
             for root in roots[ids].unique().tolist():
                 reason_of.setdefault(root, reason)
         members = defaultdict(list)
-        modules = dict(model.named_modules())
+        modules = dict(self.model.named_modules())
         names = [n for n in book.filters if prune_linear or isinstance(modules[n], CONVS)]
         for name, ids in book.filters.items():
             for index, root in enumerate(roots[ids].tolist()):
@@ -135,15 +146,16 @@ class ChannelGraph:
         unit_of_root = torch.full((book.count,), -1, dtype=torch.long)
         unit_of_root[torch.tensor(removable, dtype=torch.long)] = torch.arange(len(removable))
         self._unit_of_id = unit_of_root[roots]
+        self._widths = {name: self._unit_of_id[ids] for name, ids in book.widths.items()}
         self.tensors = {key: self._unit_of_id[ids] for key, ids in book.tensors.items()}
         self.layers = {}
         for name in names:
             units = self._unit_of_id[book.filters[name]]
-            reasons = [reason_of.get(r) for r, u in zip(roots[book.filters[name]].tolist(), units.tolist()) if u < 0]
-            self.layers[name] = LayerInfo(len(units), units, reasons[0] if reasons else None)
+            protected = roots[book.filters[name]][units < 0].tolist()
+            self.layers[name] = LayerInfo(len(units), units, reason_of[protected[0]] if protected else None)
 
-    def _build_sites(self, tracing):
-        calls, sites, exposed = defaultdict(int), [], tracing.exposed()
+    def _build_sites(self, tracing, exposed):
+        calls, sites = defaultdict(int), []
         for node, info in tracing.nodes.items():
             if node.op != "call_module":
                 continue
@@ -151,8 +163,8 @@ class ChannelGraph:
             calls[node.target] += 1
             if info.ids is None or node not in exposed:
                 continue
-            ids = info.ids.movedim(info.dim, 0).flatten(1)[:, 0] if info.ids.dim() > 1 else info.ids
-            units = self._unit_of_id[ids]
+            along = [slice(None) if dim == info.dim else 0 for dim in range(info.ids.dim())]
+            units = self._unit_of_id[info.ids[tuple(along)]]
             if (units >= 0).any():
                 sites.append(GateSite(node.target, call, info.dim, units))
         self.sites = tuple(sites)
@@ -184,8 +196,7 @@ class ChannelGraph:
         The hooks go away when the block ends, however it ends.
         """
         open_gates = torch.cat([gates, gates.new_ones(*gates.shape[:-1], 1)], -1)  # index -1: no gate
-        handles, calls = [], defaultdict(int)
-        by_module = defaultdict(dict)
+        handles, calls, by_module = [], defaultdict(int), defaultdict(dict)
         for site in self.sites:
             by_module[site.module][site.call] = site
 
@@ -224,7 +235,11 @@ class ChannelGraph:
         Raises InputError if the plan names an unknown layer, a protected filter, or a part of a unit.
         """
         if not isinstance(plan, dict):
-            return sorted({unit.index for unit in plan})
+            units = set(plan)
+            if foreign := units.difference(self.units):
+                raise InputError(f"{foreign.pop()} is no unit of this graph; take units from graph.units")
+            return sorted(unit.index for unit in units)
+        plan = {name: {int(index) for index in indices} for name, indices in plan.items()}
         chosen = set()
         for name, indices in plan.items():
             if name not in self.layers:
@@ -262,65 +277,52 @@ class ChannelGraph:
         """
         gone = torch.zeros(len(self.units) + 1, dtype=torch.bool)  # the last entry stands for index -1
         gone[self.units_of(plan)] = True
-        smaller = copy.deepcopy(self.model)
-        kept = {}
+        kept = defaultdict(dict)
         for (name, dim), units in self.tensors.items():
-            kept.setdefault(name, {})[dim] = torch.nonzero(~gone[units]).flatten()
+            kept[name][dim] = torch.nonzero(~gone[units]).flatten()
             if not len(kept[name][dim]):
                 raise InputError(f"{name.rpartition('.')[0]} would lose its last channel; remove fewer filters")
-        replaced = {}
-        for name, owner, key, tensor in _tensors(smaller):
-            if name not in kept:
-                continue
-            if id(tensor) not in replaced:
-                data = tensor.detach()
-                for dim, index in kept[name].items():
-                    data = data.index_select(dim, index.to(data.device))
-                data = data.clone(memory_format=torch.contiguous_format)
-                is_parameter = isinstance(tensor, nn.Parameter)
-                replaced[id(tensor)] = nn.Parameter(data, tensor.requires_grad) if is_parameter else data
-            setattr(owner, key, replaced[id(tensor)])
+        cut = {}  # id of a tensor of the model: what a deep copy has in its place
+        for name, tensor in [*self.model.named_parameters(), *self.model.named_buffers()]:
+            if name in kept:
+                cut[id(tensor)] = _select(tensor, kept[name])
+        smaller = copy_of(self.model, cut)
+        smaller.zero_grad(set_to_none=True)
         for name, module in smaller.named_modules():
-            _refresh_attributes(module, {dim: len(i) for dim, i in kept.get(f"{name}.weight", {}).items()})
-            if not hasattr(module, "weight") or module.weight is None:
-                _refresh_normalisation(module)
+            if name not in self._widths and (f"{name}.weight", 0) in self.tensors:
+                _refresh_layer(module)
+        for name, units in self._widths.items():
+            _refresh_width(smaller.get_submodule(name), int((~gone[units]).sum()))
         return smaller
 
 
-def _tensors(model):
-    """(full name, owning module, attribute, tensor) of every parameter and buffer; tied ones under their first name."""
-    first = {}
-    for prefix, module in model.named_modules(remove_duplicate=True):
-        for table in (module._parameters, module._buffers):
-            for key, tensor in list(table.items()):
-                if tensor is not None:
-                    name = f"{prefix}.{key}" if prefix else key
-                    yield first.setdefault(id(tensor), name), module, key, tensor
+def _select(tensor, kept):
+    """A new parameter or buffer with the given indices of every dimension."""
+    data = tensor.detach()
+    for dim, index in kept.items():
+        if len(index) < data.shape[dim]:
+            data = data.index_select(dim, index.to(data.device))
+    data = data.clone(memory_format=torch.contiguous_format)
+    return nn.Parameter(data, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else data
 
 
-def _refresh_attributes(module, lengths):
-    """Makes a layer's channel attributes agree with its cut weight; `lengths`: {dim: new length} of that weight."""
-    if not lengths:
-        return
-    if isinstance(module, CONVS):
-        transposed = isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
-        rows, columns = module.weight.shape[:2]
-        depthwise = module.groups == module.in_channels > 1
-        if depthwise:
-            multiplier = module.out_channels // module.in_channels
-            module.groups = rows // (1 if transposed else multiplier)
-        module.in_channels = rows if transposed else columns * module.groups
-        module.out_channels = columns * module.groups if transposed else rows
-    elif isinstance(module, nn.Linear):
+def _refresh_layer(module):
+    """Makes the attributes of a conv or linear layer agree with its cut weight."""
+    if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
-    elif isinstance(module, nn.PReLU):
-        module.num_parameters = len(module.weight)
-    elif hasattr(module, "num_features"):
-        module.num_features = len(module.weight)
-    elif isinstance(module, nn.GroupNorm):
-        module.num_groups = module.num_channels = len(module.weight)
+    elif isinstance(module, CONVS):
+        rows, columns = module.weight.shape[:2]
+        if isinstance(module, _ConvTransposeNd):
+            module.in_channels, module.out_channels = rows, columns * module.groups
+        else:
+            module.in_channels, module.out_channels = columns * module.groups, rows
 
 
-def _refresh_normalisation(module):
-    if hasattr(module, "running_mean") and module.running_mean is not None:
-        module.num_features = len(module.running_mean)
+def _refresh_width(module, channels):
+    """Makes the attributes of a layer with one setting a channel agree with its number of output channels."""
+    if isinstance(module, CONVS):  # depthwise
+        module.groups = module.in_channels = channels * module.in_channels // module.out_channels
+        module.out_channels = channels
+    for attribute in ("num_features", "num_channels", "num_groups", "num_parameters"):
+        if hasattr(module, attribute):
+            setattr(module, attribute, channels)
