@@ -1,0 +1,269 @@
+"""Every criterion side by side on one network, one set of calibration images and one set of prunable filters.
+
+    python benchmarks/compare_criteria.py --model resnet32 --weights resnet32.th --data-path cifar10
+    python benchmarks/compare_criteria.py --model vgg11_bn            # trained by the toolkit on the embedded data
+
+For every criterion: top-1 and loss after real removal without fine-tuning and, with --fine-tune-epochs, after one short
+fine-tuning of one recipe; correlation and relative error of single-filter estimates with the true loss change; seconds
+of scoring as a ratio to one forward+backward pass over the same images. Mean and standard deviation over calibration
+seeds. Torch-Pruning's criteria run where torch-pruning is installed (benchmarks/requirements.txt).
+"""
+
+import argparse
+import copy
+import importlib.util
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+
+from cifar_resnets import cifar_resnet
+
+from BaselineCriteria import BASELINES
+from EnhancedPruning import EnhancedPruning, PruningSettings, spearman, true_loss_changes
+from ExperimentData import calibration_batches, embedded_data, load_image_folder, make_loader
+from ExperimentModels import build_model
+from FilterSelection import Constraints, Selection, select_by_score
+from FineTuning import Recipe, evaluate, fine_tune
+
+OURS = [f"order {order}" for order in (1, 2, 3)]
+VARIANTS = {  # suffix of a criterion's name: settings
+    "": {"compensate": False},
+    ", one shot": {"compensate": False, "rounds": 1},
+    ", independent, one shot": {"compensate": False, "rounds": 1, "selection": "independent"},
+    ", compensated": {"compensate": True},
+}
+CPU = torch.device("cpu")
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="vgg11_bn", help="resnet20..resnet110 of cifar_resnets.py, or torchvision's")
+    parser.add_argument("--weights", help="weights file")
+    parser.add_argument("--data-path", help="ImageFolder root (default: the embedded data)")
+    parser.add_argument("--percentages", type=float, nargs="+", default=[10, 30, 50, 70])
+    parser.add_argument("--calibration-samples", type=int, default=600)
+    parser.add_argument("--compensation-samples", type=int, default=1000)
+    parser.add_argument("--test-images", type=int, default=2000)
+    parser.add_argument("--fine-tune-epochs", type=int, default=0)
+    parser.add_argument("--fine-tune-images", type=int, default=2000)
+    parser.add_argument("--lr", type=float, nargs="+", default=[0.01], help="the best on held-out images is taken for each")
+    parser.add_argument("--rounds", type=int, default=PruningSettings.rounds)
+    parser.add_argument("--layer-bound", type=float, default=Constraints.layer_bound)
+    parser.add_argument("--true-changes", type=int, default=60, help="filters whose true loss change is measured")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--criteria", nargs="+", help="substrings of the criteria to run (default: all)")
+    parser.add_argument("--output", default="compare_criteria.json")
+    return parser.parse_args()
+
+
+# --------------------------------------------------------------------------------------------------- Torch-Pruning
+
+PEERS = {
+    "TP magnitude": ("GroupMagnitudeImportance", {}),
+    "TP LAMP": ("LAMPImportance", {}),
+    "TP FPGM": ("FPGMImportance", {}),
+    "TP BN scale": ("BNScaleImportance", {}),
+    "TP Taylor": ("GroupTaylorImportance", {}),
+    "TP Hessian": ("GroupHessianImportance", {}),
+}
+
+
+def peer_scores(name, model, graph, batches):
+    """[units] importance by Torch-Pruning, from its own dependency groups, for our units."""
+    import torch_pruning as tp
+
+    kind, arguments = PEERS[name]
+    importance = getattr(tp.importance, kind)(**arguments)
+    model.requires_grad_(True).zero_grad()
+    for images, labels in batches if kind == "GroupTaylorImportance" else ():
+        (F.cross_entropy(model(images), labels, reduction="sum") / sum(len(y) for _, y in batches)).backward()
+    for images, labels in batches[:1] if kind == "GroupHessianImportance" else ():
+        for image, label in zip(images.split(1), labels.split(1), strict=True):
+            model.zero_grad()  # the Hessian's diagonal from squared per-sample gradients, as its documentation says
+            F.cross_entropy(model(image), label).backward()
+            importance.accumulate_grad(model)
+    dependencies = tp.DependencyGraph().build_dependency(model, example_inputs=batches[0][0][:1])
+    scores = torch.full((len(graph.units),), torch.nan, dtype=torch.float64)
+    modules = dict(model.named_modules())
+    for layer, info in graph.layers.items():
+        if not info.removable.any():  # Torch-Pruning fails on channels that meet padding
+            continue
+        group = dependencies.get_pruning_group(modules[layer], tp.prune_conv_out_channels, list(range(info.filters)))
+        values = importance(group)
+        for index in info.removable.nonzero().flatten().tolist():
+            unit = int(info.unit_of[index])
+            if graph.units[unit].filters[0] == (layer, index):
+                scores[unit] = values[index].double()
+    model.zero_grad(set_to_none=True)
+    return scores
+
+
+# --------------------------------------------------------------------------------------------------- one seed
+
+
+def load(arguments):
+    data = load_image_folder(arguments.data_path) if arguments.data_path else embedded_data(2000, 1000)
+    if arguments.weights and arguments.model.removeprefix("resnet").isdigit():
+        model = cifar_resnet(int(arguments.model.removeprefix("resnet")), arguments.weights)
+    else:
+        model = build_model(
+            arguments.model, data.num_classes, image_size=data.image_size, weights=arguments.weights or "none"
+        ).model
+    return data, model
+
+
+def balanced(data, images, seed):
+    """A validation loader of some images of every class, in turn."""
+    by_class = [torch.nonzero(torch.as_tensor(data.val.targets) == c).flatten() for c in range(data.num_classes)]
+    order = torch.stack([index[: images // data.num_classes] for index in by_class], 1).flatten()
+    return list(zip(data.val.take(order).split(250), torch.as_tensor(data.val.targets)[order].split(250), strict=True))
+
+
+def networks(criterion, pruning, data, arguments, seed, batches):
+    """{percentage: pruned network}."""
+    for suffix in sorted(VARIANTS, key=len, reverse=True):
+        name = criterion.removesuffix(suffix) if suffix else criterion
+        if name in OURS and name + suffix == criterion:
+            settings = PruningSettings(**{
+                "rounds": arguments.rounds, "seed": seed,
+                "constraints": Constraints(layer_bound=arguments.layer_bound), **VARIANTS[suffix]})  # fmt: skip
+            ours = EnhancedPruning(pruning.model, pruning.train_loader, pruning.val_loader, calibration=batches,
+                                   compensation=pruning.compensation, settings=settings, progress=False)  # fmt: skip
+            return {n.percentage: n.model for n in ours.path(name, arguments.percentages)}
+    if criterion in BASELINES:
+        return {n.percentage: n.model for n in pruning.path(criterion, arguments.percentages, seed=seed)}
+    if criterion.endswith(", compensated"):
+        base = criterion.removesuffix(", compensated")
+        return {n.percentage: pruning._compensated(n.model, n.kept)
+                for n in pruning.path(base, arguments.percentages, seed=seed)}  # fmt: skip
+    scores = peer_scores(criterion, pruning.model, pruning.graph, batches)
+    return {
+        p: pruning.graph.remove(
+            [pruning.graph.units[u] for u in select_by_score(Selection(pruning.graph, p, Constraints()), scores)]
+        )
+        for p in arguments.percentages
+    }
+
+
+def single_estimates(pruning, batches, arguments, seed):
+    """{criterion: {"spearman", "pearson", "relative_error"}} against the true loss change of randomly drawn filters."""
+    generator = torch.Generator().manual_seed(seed)
+    units = torch.randperm(len(pruning.graph.units), generator=generator)[: arguments.true_changes]
+    true = true_loss_changes(pruning.model, pruning.graph, batches, units.tolist(), progress=False)
+    ranked = pruning.dense_pruner(3)
+    estimates = {f"order {order}": ranked.scores(order)[units] for order in (1, 2, 3)}
+    for name, criterion in BASELINES.items():
+        estimates[name] = criterion(pruning.graph, ranked.directions, seed)[units]
+    if importlib.util.find_spec("torch_pruning"):
+        for name in PEERS:
+            estimates[name] = peer_scores(name, pruning.model, pruning.graph, batches)[units]
+    return {
+        name: {
+            "spearman": spearman(values, true),
+            "pearson": torch.corrcoef(torch.stack([values, true]))[0, 1].item(),
+            "relative_error": ((values - true).norm() / true.norm()).item() if name in OURS else None,
+        }
+        for name, values in estimates.items()
+    }
+
+
+def cost(pruning, batches):
+    """Seconds of collecting for all orders over those of one forward+backward pass over the same images."""
+    model = pruning.model.requires_grad_(True)
+    start = time.perf_counter()
+    for images, labels in batches:
+        F.cross_entropy(model(images), labels).backward()
+    plain = time.perf_counter() - start
+    model.zero_grad(set_to_none=True)
+    start = time.perf_counter()
+    pruning._pruner(model, 3, False, pruning.graph).rank(batches)
+    return (time.perf_counter() - start) / plain
+
+
+def tuned(model, data, arguments, seed):
+    """Top-1 after fine-tuning, with the learning rate that is best on held-out training images."""
+    best = None
+    images = calibration_batches(data, arguments.fine_tune_images, arguments.fine_tune_images, seed=seed)[0]
+    cut = len(images[1]) // 10
+    held_out = [(images[0][:cut], images[1][:cut])]
+    train = make_loader(torch.utils.data.TensorDataset(images[0][cut:], images[1][cut:]), 64, shuffle=True, seed=seed)
+    for lr in arguments.lr:
+        candidate = copy.deepcopy(model)
+        history = fine_tune(candidate, train, held_out, Recipe(epochs=arguments.fine_tune_epochs, lr=lr), progress=False)
+        top1 = history.epochs[history.best_epoch]["top1"]
+        if best is None or top1 > best[0]:
+            best = (top1, candidate)
+    return best[1]
+
+
+def run(arguments):
+    data, dense = load(arguments)
+    val = balanced(data, arguments.test_images, 0)
+    names = arguments.criteria
+    everything = [order + suffix for suffix in VARIANTS for order in OURS]
+    everything += [*BASELINES, "magnitude, compensated", "molchanov2019, compensated"]
+    if importlib.util.find_spec("torch_pruning"):
+        everything += list(PEERS)
+    criteria = [c for c in everything if not names or any(c == n or (n.endswith("*") and c.startswith(n[:-1])) for n in names)]
+    results = {"arguments": vars(arguments), "torch": torch.__version__, "threads": torch.get_num_threads(), "rows": []}
+    accuracy = evaluate(dense, val, progress=False)
+    results["dense"] = {"top1": accuracy.top1, "loss": accuracy.loss, "images": accuracy.images}
+    print(f"dense: top-1 {accuracy.top1:.1f} %, loss {accuracy.loss:.3f}, {accuracy.images} images", flush=True)
+    for seed in arguments.seeds:
+        batches = calibration_batches(data, arguments.calibration_samples, 100, seed=seed)
+        more = calibration_batches(data, arguments.compensation_samples, 100, seed=seed)
+        pruning = EnhancedPruning(dense, val, val, calibration=batches, compensation=more,
+                                  settings=PruningSettings(compensate=False), progress=False)  # fmt: skip
+        pruning.graph.model.eval()
+        if arguments.true_changes:
+            estimates = single_estimates(pruning, batches, arguments, seed)
+            results.setdefault("single", []).append({"seed": seed, "cost": cost(pruning, batches), **estimates})
+        for criterion in criteria:
+            start = time.perf_counter()
+            for percentage, model in networks(criterion, pruning, data, arguments, seed, batches).items():
+                after = evaluate(model, val, progress=False)
+                row = {"criterion": criterion, "percentage": percentage, "seed": seed, "top1": after.top1, "loss": after.loss}
+                if arguments.fine_tune_epochs:
+                    row["tuned_top1"] = evaluate(tuned(model, data, arguments, seed), val, progress=False).top1
+                results["rows"].append(row)
+            last = [f"{r['top1']:.1f}" for r in results["rows"] if r["criterion"] == criterion and r["seed"] == seed]
+            print(f"seed {seed}, {criterion}: {' '.join(last)} ({time.perf_counter() - start:.0f} s)", flush=True)
+            Path(arguments.output).write_text(json.dumps(results, indent=1))
+    return results
+
+
+def spread(values):
+    return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def tables(results):
+    """Markdown: top-1 by percentage, mean and standard deviation over seeds; then single-filter estimates."""
+    percentages = sorted({row["percentage"] for row in results["rows"]})
+    for key, title in (("top1", "without fine-tuning"), ("tuned_top1", "after fine-tuning")):
+        rows = [row for row in results["rows"] if key in row]
+        if not rows:
+            continue
+        print(f"\n| top-1 {title} | " + " | ".join(f"{p:g} %" for p in percentages) + " |")
+        print("|---" * (1 + len(percentages)) + "|")
+        for criterion in dict.fromkeys(row["criterion"] for row in rows):
+            cells = [[r[key] for r in rows if r["criterion"] == criterion and r["percentage"] == p] for p in percentages]
+            print(f"| {criterion} | " + " | ".join(spread(c) for c in cells) + " |")
+    singles = results.get("single", [])
+    if singles:
+        print("\n| single filters | Spearman | Pearson | relative error |\n|---|---|---|---|")
+        for name in (n for n in singles[0] if n not in ("seed", "cost")):
+            columns = [[s[name][k] for s in singles] for k in ("spearman", "pearson", "relative_error")]
+            cells = [f"{statistics.mean(c):.3f}" if None not in c else "" for c in columns]
+            print(f"| {name} | " + " | ".join(cells) + " |")
+        print(f"\nscoring costs {spread([s['cost'] for s in singles])} forward+backward passes")
+
+
+if __name__ == "__main__":
+    tables(run(parse_arguments()))
