@@ -28,15 +28,17 @@ from ExperimentErrors import InputError
 
 FITTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+RELUS = {torch.relu, torch.relu_, F.relu, F.relu_, "relu", "relu_"}
 TRANSPARENT = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)  # in eval mode
 RIDGES = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)  # relative to the mean of the Gram matrix's diagonal
 HELD_OUT = 5  # every fifth image chooses the ridge
 AGREES = 1e-6  # largest relative deviation from the target that counts as none
-ROWS_PER_COLUMN = 5
+ROWS_PER_COLUMN = 3
 LEAST_ROWS = 4096
+RELAXATIONS = 3  # of targets behind a ReLU
+WEAK = 1e-2  # relative to the mean scale of the channels
 TRIAL_OUTPUTS = 64  # of each group, on which ridges are compared
 BLOCK = 512  # columns of the Gram matrix computed at once
-CHUNK = 2**23  # elements of patches handled at once
 LARGEST_MATRIX = 6144  # columns; above, the dual problem is solved on at most as many rows
 ACTIVATION_BUDGET = 2**28  # bytes
 
@@ -116,6 +118,7 @@ class _Layer:
     kept: torch.Tensor  # [filters] indices of the dense layer's filters
     batchnorm: nn.Module | None  # of the smaller network
     stream: int | None  # position of the other operand of the sum
+    rectified: bool  # a ReLU, and nothing else, reads the layer's output (the sum, if there is one)
 
     @property
     def scale(self):
@@ -125,6 +128,15 @@ class _Layer:
             return self.module.weight.new_ones(len(self.kept))
         scale = (norm.running_var + norm.eps).rsqrt()
         return scale if norm.weight is None else scale * norm.weight
+
+    @property
+    def shift(self):
+        """[filters] what the BatchNorm adds to scale x output."""
+        norm = self.batchnorm
+        if norm is None:
+            return torch.zeros_like(self.scale)
+        shift = -self.scale * norm.running_mean
+        return shift if norm.bias is None else shift + norm.bias
 
     @property
     def has_intercept(self):
@@ -146,26 +158,27 @@ class _Plan:
         self.modules = dict(smaller.named_modules(remove_duplicate=False))
         self.left_alone = {}
         found = self._candidates(nodes[1], dict(dense.named_modules(remove_duplicate=False)), kept)
-        order = _sorted(nodes[1], {node: stream for node, _, _, stream in found if stream is not None})
+        order = _sorted(nodes[1], {node: stream for node, _, _, stream, _ in found if stream is not None})
         index = {node: i for i, node in enumerate(nodes[1])}
         position = {node: i for i, node in enumerate(order)}
         self.order = [[nodes[k][index[node]] for node in order] for k in (0, 1)]
         self.layers = [
-            _Layer(node.target, position[node], self.modules[node.target], indices, norm, position.get(stream))
-            for node, indices, norm, stream in found
+            _Layer(node.target, position[node], self.modules[node.target], indices, norm, position.get(stream), rectified)
+            for node, indices, norm, stream, rectified in found
         ]
         self.layers.sort(key=lambda layer: layer.position)
         self.last_use = self._last_use(position)
 
     def _candidates(self, nodes, dense_modules, kept):
-        """[(node, kept filters, BatchNorm or None, other operand or None)] of the layers that are fitted."""
+        """[(node, kept filters, BatchNorm or None, other operand or None, rectified)] of the layers that are fitted."""
         calls, owners, claimed, found = {}, {}, set(), []
         for node in nodes:
             if node.op == "call_module":
                 calls[node.target] = calls.get(node.target, 0) + 1
-        for name in calls:
-            weight = getattr(self.modules[name], "weight", None)
-            owners[id(weight)] = owners.get(id(weight), 0) + calls[name]
+        for name, number in calls.items():
+            for attribute in ("weight", "running_mean"):
+                tensor = id(getattr(self.modules[name], attribute, None))
+                owners[tensor] = owners.get(tensor, 0) + number
         for node in nodes:
             module = self.modules.get(node.target) if node.op == "call_module" else None
             if not isinstance(module, (*CONVS, nn.Linear)):
@@ -187,27 +200,35 @@ class _Plan:
         return "its weights are used more than once" if calls > 1 else None
 
     def _behind(self, node, owners, claimed):
-        """The BatchNorm behind a layer, and the stream that its output is then added to, where this layer may match the sum."""
-        norm, last = None, node
+        """What follows a layer: its BatchNorm, the stream of the sum that it is to match (each may be None), a ReLU or not."""
+        norm, last, stream = None, node, None
         while len(last.users) == 1:
             (user,) = last.users
             module = self.modules.get(user.target) if user.op == "call_module" else None
-            if norm is None and isinstance(module, BATCH_NORMS) and last is node and module.running_mean is not None:
-                if owners[id(getattr(module, "weight", None))] > 1 and module.weight is not None:
-                    break
+            if last is node and self._folds(module, owners):
                 norm = module
             elif getattr(user.target, "__name__", None) != "stochastic_depth" and not isinstance(module, TRANSPARENT):
                 break
             last = user
-        if len(last.users) != 1:
-            return norm, None
-        (user,) = last.users
-        others = [n for n in user.all_input_nodes if n is not last]
-        is_sum = user.target in SUMS and len(others) == 1 and len(user.args) == 2 and not user.kwargs
-        if not is_sum or user in claimed or node in _ancestors(others[0]):
-            return norm, None
-        claimed.add(user)
-        return norm, others[0]
+        users = list(last.users)
+        others = [n for n in users[0].all_input_nodes if n is not last] if len(users) == 1 else []
+        if len(others) == 1 and users[0].target in SUMS and len(users[0].args) == 2 and not users[0].kwargs:
+            if users[0] in claimed or node in _ancestors(others[0]):
+                return norm, None, False  # the sum is matched by another layer
+            claimed.add(users[0])
+            last, stream = users[0], others[0]
+        return norm, stream, all(self._is_relu(user) for user in last.users)
+
+    @staticmethod
+    def _folds(module, owners):
+        """Whether the module is a BatchNorm of one layer alone, into whose running mean an intercept can go."""
+        if not isinstance(module, BATCH_NORMS) or module.running_mean is None:
+            return False
+        return owners[id(module.running_mean)] == 1
+
+    def _is_relu(self, node):
+        target = self.modules.get(node.target) if node.op == "call_module" else node.target
+        return isinstance(target, nn.ReLU) or target in RELUS
 
     def _last_use(self, position):
         """[nodes] names of the values that nothing needs after the node."""
@@ -282,7 +303,7 @@ class _Walk:
         starts, hold = self.starts, None
         for batch, images in enumerate(self.images):
             held = self.states[batch]
-            states = tuple(self._run(k, held[k], images, starts[k], ends[k]) for k in (0, 1))
+            states = tuple(self._run(k, held[k], images, starts[k], ends[k], copy=not hold) for k in (0, 1))
             if hold is None:
                 total = sum(len(x) for x in self.images)
                 hold = sum(map(_bytes, states)) * total / max(1, len(images)) <= self.budget
@@ -296,10 +317,10 @@ class _Walk:
     def value(self, state, k, position):
         return state[self.plan.order[k][position].name]
 
-    def _run(self, k, held, images, start, end):
-        """A new state; held tensors are copied, for operations in place would change them."""
+    def _run(self, k, held, images, start, end, copy):
+        """The state at `end`. Held tensors that will be needed again are copied: operations in place would change them."""
         interpreter, plan = self.interpreters[k], self.plan
-        state = {name: fx.node.map_aggregate(value, _copy) for name, value in held.items()}
+        state = {name: fx.node.map_aggregate(value, _copy) if copy else value for name, value in held.items()}
         interpreter.args_iter = iter([images.clone()])
         for position in range(start, end):
             node = plan.order[k][position]
@@ -325,114 +346,114 @@ def _bytes(state):
 # ------------------------------------------------------------------------------------------------ fitting one layer
 
 
-class _NormalEquations:
-    """Sums over rows, in float64, of a layer's patches x [rows, groups, columns] and residuals r [rows, groups, outputs].
-
-    gram [groups, columns, columns] = sum x x^T, cross [groups, columns, outputs] = sum x r^T, x and r their plain sums,
-    rr [groups, outputs] = sum r^2; chunks are multiplied in the precision of the network.
-    """
-
-    def __init__(self, groups, columns, outputs, device):
-        def zeros(*shape):
-            return torch.zeros(shape, dtype=torch.float64, device=device)
-
-        self.gram, self.cross = zeros(groups, columns, columns), zeros(groups, columns, outputs)
-        self.x, self.r, self.rr = zeros(groups, columns), zeros(groups, outputs), zeros(groups, outputs)
-        self.rows = 0
-
-    def add(self, x, r):
-        x, r = x.transpose(0, 1), r.transpose(0, 1)
-        for start in range(0, x.shape[2], BLOCK):  # the lower triangle alone
-            self.gram[:, start:, start : start + BLOCK] += x[..., start:].mT @ x[..., start : start + BLOCK]
-        self.cross += x.mT @ r
-        self.x += x.sum(1, dtype=torch.float64)
-        self.r += r.sum(1, dtype=torch.float64)
-        self.rr += r.double().square().sum(1)
-        self.rows += x.shape[1]
-
-    def finish(self):
-        """Fill the upper triangle, block by block."""
-        for start in range(0, self.gram.shape[1], BLOCK):
-            end = start + BLOCK
-            self.gram[:, start:end, end:] = self.gram[:, end:, start:end].mT
-
-    def merge(self, other):
-        for name in ("gram", "cross", "x", "r", "rr"):
-            getattr(self, name).add_(getattr(other, name))
-        self.rows += other.rows
-
-    def solve(self, ridge, intercept, outputs=slice(None)):
-        """Change of the weights [groups, columns, outputs] and intercept [groups, outputs]; None if not definite."""
-        gram, cross, r = self.gram.clone(), self.cross[..., outputs], self.r[:, outputs]
-        if intercept:
-            gram.baddbmm_(self.x[:, :, None], self.x[:, None], alpha=-1 / self.rows)
-            cross = cross - self.x[:, :, None] * (r / self.rows)[:, None]
-        diagonal = gram.diagonal(dim1=1, dim2=2)
-        diagonal += ridge * diagonal.mean(1, keepdim=True) + torch.finfo(torch.float64).tiny
-        factor, failed = torch.linalg.cholesky_ex(gram)
-        if failed.any():
-            return None
-        change = torch.cholesky_solve(cross, factor)
-        bias = (r - (self.x[:, None] @ change)[:, 0]) / self.rows if intercept else torch.zeros_like(r)
-        return change, bias
-
-    def error(self, change, bias, outputs=slice(None)):
-        """[groups, outputs] sum over rows of |r - change^T x - bias|^2."""
-        quadratic = (change * (self.gram @ change)).sum(1) - 2 * (change * self.cross[..., outputs]).sum(1)
-        linear = 2 * bias * ((self.x[:, None] @ change)[:, 0] - self.r[:, outputs])
-        return self.rr[:, outputs] + quadratic + linear + self.rows * bias.square()
-
-
+@dataclass
 class _Rows:
-    """The same least squares for a layer of too many columns: few rows, kept, and their Gram matrix [rows, rows].
+    """Output positions of a layer: patches x [rows, groups, columns], residuals r [rows, groups, outputs].
 
-    With K = X X^T of the centred rows, D = X^T (K + ridge)^-1 R is the same minimiser (the dual form of ridge).
+    A residual is what the layer's output lacks of its target; `rectified` [rows, groups, outputs] is the target as the
+    ReLU behind the layer sees it, None without one.
     """
 
-    def __init__(self):
-        self.chunks = []
+    x: torch.Tensor
+    r: torch.Tensor
+    rectified: torch.Tensor | None
+
+    def left(self, change, bias, outputs=slice(None)):
+        """The residuals after a change of weights [groups, columns, outputs] and bias [groups, outputs]."""
+        return self.r[..., outputs] - _product(self.x, change.to(self.x.dtype)) - bias.to(self.x.dtype)
+
+    def relaxed(self, change, bias, scale, divisor):
+        """The residuals after the change if no more is asked for below the ReLU's kink than to stay below it.
+
+        A target below the kink becomes the present output, at most the kink: this majorises a convex bound of the error
+        behind the ReLU, so solving and relaxing in turn descends on it. `scale` [groups, outputs] leads from the layer's
+        output to the ReLU's argument, `divisor` back.
+        """
+        present = self.rectified - scale * self.left(change, bias)
+        asked = torch.where(self.rectified > 0, self.rectified, present.clamp(max=0))
+        return self.r + (asked - self.rectified) / divisor
+
+
+class _Solver:
+    """Ridge least squares on centred patches: (C + ridge mean(diag C)) D = X^T R with C = X^T X, a group at a time.
+
+    Products are taken in the precision of the network, chunk by chunk, and summed in float64.
+    """
+
+    def __init__(self, groups, columns, intercept, device):
+        self.gram = torch.zeros(groups, columns, columns, dtype=torch.float64, device=device)
+        self.sum = torch.zeros(groups, 1, columns, dtype=torch.float64, device=device)
+        self.chunks, self.intercept, self.factor = [], intercept, None
 
     @property
     def rows(self):
-        return sum(len(x) for x, _ in self.chunks)
+        return sum(len(chunk.x) for chunk in self.chunks)
 
-    def add(self, x, r):
-        self.chunks.append((x, r))
+    def add(self, chunk):
+        x = chunk.x.transpose(0, 1)
+        for start in range(0, x.shape[2], BLOCK):  # the lower triangle alone, which is what Cholesky reads
+            self.gram[:, start:, start : start + BLOCK] += x[..., start:].mT @ x[..., start : start + BLOCK]
+        self.sum += x.sum(1, keepdim=True)
+        self.chunks.append(chunk)
 
-    def finish(self):
-        if self.chunks:
-            self.chunks = [tuple(map(torch.cat, zip(*self.chunks, strict=True)))]
+    def factorise(self, ridge):
+        """Whether the matrix is positive definite with this ridge."""
+        self.factor = None
+        gram = self.gram.clone()
+        if self.intercept:
+            gram.baddbmm_(self.sum.mT, self.sum, alpha=-1 / self.rows)
+        self.factor, failed = _cholesky(gram, ridge, gram.shape[1])
+        return not failed
 
-    def merge(self, other):
-        self.chunks += other.chunks
-        self.finish()
+    def solve(self, residuals):
+        """Change of the weights [groups, columns, outputs] and intercept [groups, outputs]; a tensor of residuals a chunk."""
+        pairs = [(c.x.transpose(0, 1), r.transpose(0, 1)) for c, r in zip(self.chunks, residuals, strict=True)]
+        cross = sum((x.mT @ r).double() for x, r in pairs)
+        if not self.intercept:
+            return torch.cholesky_solve(cross, self.factor), cross.new_zeros(len(cross), cross.shape[2])
+        mean = sum(r.sum(1, keepdim=True, dtype=torch.float64) for _, r in pairs) / self.rows
+        change = torch.cholesky_solve(cross - self.sum.mT * mean, self.factor)
+        return change, (mean - self.sum @ change / self.rows)[:, 0]
 
-    @property
-    def rr(self):
-        ((_, r),) = self.chunks
-        return r.double().square().sum(0)
 
-    def solve(self, ridge, intercept, outputs=slice(None)):
-        """As `_NormalEquations.solve`."""
-        ((x, r),) = self.chunks
-        x, r = x.transpose(0, 1), r[..., outputs].transpose(0, 1)
-        mean_x = x.mean(1, keepdim=True) if intercept else 0
-        mean_r = r.mean(1, keepdim=True) if intercept else 0
-        centred = x - mean_x
-        gram = (centred @ centred.mT).double()
-        diagonal = gram.diagonal(dim1=1, dim2=2)
-        diagonal += ridge * diagonal.sum(1, keepdim=True) / x.shape[2] + torch.finfo(torch.float64).tiny
-        factor, failed = torch.linalg.cholesky_ex(gram)
-        if failed.any():
-            return None
-        change = centred.mT @ torch.cholesky_solve((r - mean_r).double(), factor).to(x.dtype)
-        bias = (mean_r - mean_x @ change)[:, 0] if intercept else r.new_zeros(len(r), r.shape[2])
-        return change, bias
+class _DualSolver(_Solver):
+    """The same minimiser through a matrix of [rows, rows]: D = X^T (X X^T + ridge mean(diag C))^-1 R."""
 
-    def error(self, change, bias, outputs=slice(None)):
-        ((x, r),) = self.chunks
-        left = r[..., outputs] - torch.einsum("rgc,gco->rgo", x, change) - bias
-        return left.double().square().sum(0)
+    def __init__(self, groups, columns, intercept, device):
+        super().__init__(groups, 0, intercept, device)
+        self.sum = self.gram.new_zeros(groups, 1, columns)
+
+    def add(self, chunk):
+        self.sum += chunk.x.sum(0)[:, None]
+        self.chunks.append(chunk)
+
+    def _centred(self):
+        x = torch.cat([chunk.x for chunk in self.chunks]).transpose(0, 1)
+        return x - (self.sum / self.rows).to(x.dtype) if self.intercept else x
+
+    def factorise(self, ridge):
+        x = self._centred()
+        self.factor, failed = _cholesky((x @ x.mT).double(), ridge, x.shape[2])
+        return not failed
+
+    def solve(self, residuals):
+        r, x = torch.cat(residuals).transpose(0, 1).double(), self._centred()
+        mean = r.mean(1, keepdim=True) if self.intercept else torch.zeros_like(r[:, :1])
+        change = (x.mT @ torch.cholesky_solve(r - mean, self.factor).to(x.dtype)).double()
+        return change, (mean - self.sum @ change / self.rows if self.intercept else mean)[:, 0]
+
+
+def _cholesky(gram, ridge, columns):
+    """(lower factor of gram + ridge x trace / columns, whether it failed); writes on `gram`, reads its lower triangle."""
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    diagonal += ridge * diagonal.sum(1, keepdim=True) / columns + torch.finfo(torch.float64).tiny
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    return factor, bool(failed.any())
+
+
+def _product(x, weight):
+    """[rows, groups, outputs] of patches [rows, groups, columns] and weights [groups, columns, outputs]."""
+    return (x.transpose(0, 1) @ weight).transpose(0, 1)
 
 
 def _fit_layer(layer, walk, seed, report):
@@ -458,98 +479,120 @@ def _values(layer, walk, dense_state, state):
 
 
 class _LayerData:
-    """The rows of one layer: patches of its input and what its output lacks there."""
+    """The rows of one layer, and its fit to them."""
 
     def __init__(self, layer, seed, images):
         module = layer.module
         self.layer, self.seen = layer, 0
         self.groups = getattr(module, "groups", 1)
         self.columns = module.weight[0].numel()
-        self.outputs = len(module.weight) // self.groups
         self.generator = torch.Generator().manual_seed(seed)
-        device = module.weight.device
+        solver, wanted = _Solver, max(LEAST_ROWS, ROWS_PER_COLUMN * self.columns)
         if self.columns > LARGEST_MATRIX:
-            self.fit, self.held_out = _Rows(), _Rows()
-            self.positions = max(1, LARGEST_MATRIX // images)
-        else:
-            self.fit, self.held_out = (
-                _NormalEquations(self.groups, self.columns, self.outputs, device) for _ in range(2)
-            )
-            self.positions = math.ceil(max(LEAST_ROWS, ROWS_PER_COLUMN * self.columns) / images)
+            solver, wanted = _DualSolver, LARGEST_MATRIX
+        self.positions = max(1, round(wanted / images))
+        self.solver = solver(self.groups, self.columns, layer.has_intercept, module.weight.device)
+        self.held_out, self.held_out_targets = [], []
         self.weight = _as_columns(module, module.weight)
-        # Number, sum and sum of squares of the held-out dense outputs: errors are relative to their spread.
-        self.target = torch.zeros(3, len(module.weight), dtype=torch.float64, device=device)
+        self.scale = layer.scale
+        # A channel that all but vanishes behind its BatchNorm can repair neither a sum nor what a ReLU sees.
+        weak = self.scale.abs() <= WEAK * self.scale.abs().mean()
+        self.divisor = torch.where(weak, torch.inf, self.scale)
 
     def add(self, batch, x, target, dense_stream, stream):
         """Add one batch; returns why the layer needs no fit, or None."""
         layer = self.layer
         target = _by_position(layer.module, target)[..., layer.kept]
-        where = f"compensation: {layer.name}, batch {batch}"
-        if not (torch.isfinite(x).all() and torch.isfinite(target).all()):
-            raise InputError(f"{where}: NaN or Inf in its input or in the dense network's output; check images and weights")
         if stream is not None:
-            lacks = _by_position(layer.module, dense_stream)[..., layer.kept] - _by_position(layer.module, stream)
-            scale = layer.scale
-            weak = scale.abs() < 1e-2 * scale.abs().mean()  # a channel that all but vanishes cannot repair the sum
-            target = target + torch.where(weak, 0, lacks / torch.where(weak, 1, scale))
+            stream = _by_position(layer.module, stream)
+            lacks = _by_position(layer.module, dense_stream)[..., layer.kept] - stream
+            target = target + lacks / self.divisor
         if batch == 0:
             now = _by_position(layer.module, layer.module(x))
             if (now - target).abs().max() <= AGREES * target.abs().max():
                 return "its outputs are the dense network's"
         held_out = (torch.arange(self.seen, self.seen + len(x)) + 1) % HELD_OUT == 0
         self.seen += len(x)
-        for chosen, equations in ((~held_out, self.fit), (held_out, self.held_out)):
-            self._add_rows(x, target, chosen.nonzero().flatten().to(x.device), equations)
+        for chosen in (~held_out, held_out):
+            images = chosen.nonzero().flatten().to(x.device)
+            if not len(images):
+                continue
+            rows, wanted = self._rows(x, target, stream, images)
+            if not torch.isfinite(rows.r).all():
+                raise InputError(
+                    f"compensation: NaN or Inf in {layer.name} on batch {batch}; check the images and both networks' weights"
+                )
+            if chosen is held_out:
+                self.held_out.append(rows)
+                self.held_out_targets.append(wanted)
+            else:
+                self.solver.add(rows)
         return None
 
-    def _add_rows(self, x, target, images, equations):
-        """Adds the given images' rows: some positions of each image, drawn anew for every image."""
+    def _rows(self, x, target, stream, images):
+        """The given images' rows, some positions of each image drawn anew for every image, and the targets there."""
         module, each = self.layer.module, min(target.shape[1], self.positions)
-        for some in images.split(max(1, CHUNK // (each * module.weight[0].numel() * self.groups))):
-            if each == target.shape[1]:
-                drawn = torch.arange(each).expand(len(some), -1)
-            else:
-                drawn = torch.rand(len(some), target.shape[1], generator=self.generator).topk(each).indices
-            drawn = drawn.to(x.device)
-            patches = _patches(module, x[some], drawn)
-            wanted = target[some[:, None], drawn].flatten(0, 1)
-            present = torch.einsum("rgc,gco->rgo", patches, self.weight)
-            if module.bias is not None:
-                present = present + module.bias.view(self.groups, -1)
-            equations.add(patches, wanted.view_as(present) - present)
-            if equations is self.held_out:
-                wanted = wanted.double()
-                self.target += torch.stack([torch.ones_like(wanted).sum(0), wanted.sum(0), wanted.square().sum(0)])
+        if each == target.shape[1]:
+            drawn = torch.arange(each).expand(len(images), -1)
+        else:
+            drawn = torch.rand(len(images), target.shape[1], generator=self.generator).topk(each).indices
+        drawn = drawn.to(x.device)
+
+        def at_drawn(outputs):
+            return outputs[images[:, None], drawn].flatten(0, 1).unflatten(1, (self.groups, -1))
+
+        patches, wanted = _patches(module, x[images], drawn), at_drawn(target)
+        present = _product(patches, self.weight)
+        if module.bias is not None:
+            present = present + module.bias.view(self.groups, -1)
+        rectified = None
+        if self.layer.rectified:
+            before_stream = self._grouped(self.scale) * wanted + self._grouped(self.layer.shift)
+            rectified = before_stream if stream is None else before_stream + at_drawn(stream)
+        return _Rows(patches, wanted - present, rectified), wanted
+
+    def _grouped(self, per_filter):
+        return per_filter.view(self.groups, -1)
 
     def solve(self):
         """Choose the ridge on the held-out images, solve with all, change the layer."""
-        layer = self.layer
-        self.fit.finish()
-        self.held_out.finish()
-        rows = self.fit.rows + self.held_out.rows
-        ridge, before, after = self._choose_ridge() if self.held_out.rows else (RIDGES[0], math.nan, math.nan)
-        if ridge is not None:
-            self.fit.merge(self.held_out)
-            self._change(*self.fit.solve(ridge, layer.has_intercept))
+        layer, solver = self.layer, self.solver
+        ridge, before, after = RIDGES[0], math.nan, math.nan
+        if self.held_out and solver.chunks:
+            ridge, before, after = self._choose_ridge()
+        for chunk in self.held_out:
+            solver.add(chunk)
+        if ridge is not None and solver.factorise(ridge):
+            solution = solver.solve([chunk.r for chunk in solver.chunks])
+            for _ in range(RELAXATIONS if layer.rectified else 0):
+                factors = self._grouped(self.scale), self._grouped(self.divisor)
+                solution = solver.solve([chunk.relaxed(*solution, *factors) for chunk in solver.chunks])
+            self._change(*solution)
         matches = "layer" if layer.stream is None else "sum"
-        return LayerFit(layer.name, before, after, ridge, rows, self.columns, matches)
+        return LayerFit(layer.name, before, after, ridge, solver.rows, self.columns, matches)
 
     def _choose_ridge(self):
         """(ridge, relative held-out error before, after): from the largest ridge down until the error rises."""
-        some = torch.linspace(0, self.outputs - 1, min(self.outputs, TRIAL_OUTPUTS)).round().long().to(self.weight.device)
-        importance = self.layer.scale.double().square().view(self.groups, -1)
-        count, sums, squares = self.target.view(3, self.groups, -1)
-        spread = (importance * (squares - sums.square() / count))[:, some].sum().item()
-        importance = importance[:, some]
-        before = best = (importance * self.held_out.rr[:, some]).sum().item()
+        outputs = self.layer.module.weight.shape[0] // self.groups
+        some = torch.linspace(0, outputs - 1, min(outputs, TRIAL_OUTPUTS)).round().long().to(self.weight.device)
+        importance = self._grouped(self.scale.double().square())[:, some]
+        targets = torch.cat(self.held_out_targets)[..., some].double()
+        spread = (importance * (targets - targets.mean(0)).square()).sum().item()
+
+        def error(left):
+            return sum((importance * rest.double().square()).sum().item() for rest in left)
+
+        before = best = error(chunk.r[..., some] for chunk in self.held_out)
         chosen = None
         for ridge in RIDGES:
-            solution = self.fit.solve(ridge, self.layer.has_intercept, some)
-            error = math.inf if solution is None else (importance * self.held_out.error(*solution, some)).sum().item()
-            if error >= best:
+            if not self.solver.factorise(ridge):
                 break
-            best, chosen = error, ridge
-        return chosen, *(math.sqrt(max(0.0, error) / spread) if spread > 0 else math.inf for error in (before, best))
+            solution = self.solver.solve([chunk.r[..., some] for chunk in self.solver.chunks])
+            after = error(chunk.left(*solution, some) for chunk in self.held_out)
+            if after >= best:
+                break
+            best, chosen = after, ridge
+        return chosen, *(math.sqrt(e / spread) if spread else math.inf for e in (before, best))
 
     def _change(self, change, bias):
         module, norm = self.layer.module, self.layer.batchnorm
