@@ -92,12 +92,12 @@ def _add_model_and_data(group):
     group.add_argument("--workers", type=number(int, 0), default=2, help="processes that decode images")
     group.add_argument("--train-epochs", type=number(int, 0), help="epochs that train the dense network, or its new "
                        "head, where there are no weights for it (default: 8 from scratch, 3 for a head)")  # fmt: skip
-    group.add_argument("--train-lr", type=number(float, 0, False), default=0.05, help="learning rate of that training")
+    group.add_argument("--train-lr", type=number(float, 0, False), default=0.02, help="learning rate of that training")
 
 
 def _add_selection(group):
     group.add_argument("--use-gradient-flow", action="store_true", help="weigh scores by gradient flow and report it")
-    group.add_argument("--calibration-samples", type=number(int, 1), default=500, help="training images that score")
+    group.add_argument("--calibration-samples", type=number(int, 1), default=300, help="training images that score")
     group.add_argument("--selection", choices=SELECTIONS, default="joint", help="whether filters are chosen with regard "
                        "to each other")  # fmt: skip
     group.add_argument("--rounds", type=number(int, 1), default=PruningSettings.rounds, help="collections of scores on "

@@ -24,6 +24,7 @@ from FineTuning import Recipe, fine_tune
 
 EMBEDDED_TRAIN, EMBEDDED_VAL = 2000, 500
 SCRATCH_EPOCHS, HEAD_EPOCHS = 8, 3
+SCRATCH_BATCH = 16  # small data sets need many steps to leave the plateau at the start
 
 
 @dataclass
@@ -148,7 +149,12 @@ def train_dense(experiment, folder):
     with _only_head_trains(built) if head else contextlib.nullcontext():
         fine_tune(
             built.model,
-            experiment.loader(experiment.data.train, shuffle=True, seed=args.seed),
+            experiment.loader(
+                experiment.data.train,
+                shuffle=True,
+                seed=args.seed,
+                batch_size=None if head else min(SCRATCH_BATCH, args.batch_size),
+            ),
             experiment.loader(experiment.data.val),
             recipe,
             description=f"train {what}",
@@ -182,7 +188,7 @@ def _cache_file(args, recipe):
             return None
         root = Path(home) / ".cache"
     key = json.dumps(
-        [args.model, args.seed, args.batch_size, EMBEDDED_TRAIN, EMBEDDED_VAL, repr(recipe), torch.__version__]
+        [args.model, args.seed, min(SCRATCH_BATCH, args.batch_size), EMBEDDED_TRAIN, EMBEDDED_VAL, repr(recipe), torch.__version__]
     )
     return Path(root) / "enhanced-taylor-pruning" / f"{args.model}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
 
