@@ -88,8 +88,8 @@ def undisturbed(model, training):
     saved = [(module, dict(vars(module))) for module in model.modules()]
     try:
         for module, _ in saved:
-            module.training = training
-            module._forward_hooks, module._forward_pre_hooks = OrderedDict(), OrderedDict()
+            no_hooks = {"_forward_hooks": OrderedDict(), "_forward_pre_hooks": OrderedDict()}
+            vars(module).update(no_hooks, training=training)
         yield
     finally:
         for module, attributes in saved:
@@ -175,21 +175,18 @@ class ChannelIds:
             self.tensors[key] = ids
 
     def roots(self):
-        """[count] for every id the smallest id of its class (union-find)."""
-        parent = list(range(self.count))
-
-        def find(i):
-            while parent[i] != i:
-                parent[i] = parent[parent[i]]
-                i = parent[i]
-            return i
-
-        for a, b in self.edges:
-            for i, j in zip(a.tolist(), b.tolist(), strict=True):
-                i, j = find(i), find(j)
-                if i != j:
-                    parent[max(i, j)] = min(i, j)
-        return torch.tensor([find(i) for i in range(self.count)], dtype=torch.long)
+        """[count] for every id the smallest id of its class: every edge hooks the larger label on the smaller one."""
+        label = torch.arange(self.count)
+        if not self.edges:
+            return label
+        a, b = (torch.cat(ends) for ends in zip(*self.edges, strict=True))
+        while not torch.equal(label[a], label[b]):
+            ends = torch.cat([label[a], label[b]])
+            low = torch.minimum(label[a], label[b]).repeat(2)
+            label = label.scatter_reduce(0, ends, low, "amin")
+            while not torch.equal(label, label[label]):
+                label = label[label]
+        return label
 
 
 class Length(int):
@@ -357,7 +354,7 @@ class ChannelInterpreter(fx.Interpreter):
         else:
             name = operation_name(node)
             result = self.run_function(node, info, name, args, kwargs, tensors)
-        if node.op.startswith("call") and name not in PIECEWISE_LINEAR | PRODUCTS and tensors and not info.constant:
+        if node.op.startswith("call") and tensors and not (info.constant or name in PIECEWISE_LINEAR or name in PRODUCTS):
             info.nonlinear = name
         if not instances(torch.Tensor, result):
             info.source = True  # a size or a flag: no path for zeros

@@ -4,6 +4,7 @@ import fnmatch
 from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -13,8 +14,7 @@ from ChannelTracing import CONVS, ChannelIds, ChannelInterpreter, copy_of, trace
 from ExperimentErrors import InputError
 
 
-@dataclass(frozen=True)
-class Unit:
+class Unit(NamedTuple):
     """The smallest set of filters that must be removed together."""
 
     index: int
@@ -80,11 +80,11 @@ class ChannelGraph:
         self.model = model
         book = ChannelIds(model)
         example = example_input[:1].expand(2, *example_input.shape[1:])  # batch statistics need two samples
-        tracing, graph = self._interpret(example, book, prune_linear, training=False)
+        tracing, text = self._interpret(example, book, prune_linear, training=False)
         exposed = tracing.exposed()
         self._protect_functional_sources(tracing, exposed, book)
         seen = set(book.filters)
-        self._interpret(example, book, prune_linear, training=True, known=graph)
+        self._interpret(example, book, prune_linear, training=True, known=text)
         for layer in set(book.filters) - seen:
             book.protect(book.filters[layer], "used in training alone")
         self._exclude(book, exclude)
@@ -94,10 +94,11 @@ class ChannelGraph:
         self.positions = dict(tracing.positions)
 
     def _interpret(self, example, book, prune_linear, training, known=None):
-        """Tracing in the given mode and the text of the traced graph; no tracing if that text is already known."""
+        """What a trace in the given mode shows, and the trace as text; (None, `known`) if the text is the known one."""
         with undisturbed(self.model, training):
             graph = trace(self.model)
-            if str(graph) == known:
+            text = [f"{node} {node.target} {node.args} {node.kwargs}" for node in graph.nodes]
+            if text == known:
                 return None, known
             interpreter = ChannelInterpreter(self.model, graph, example, book, prune_linear)
             try:
@@ -108,7 +109,7 @@ class ChannelGraph:
                     f"{type(self.model).__name__} cannot be run {mode}on an example of shape "
                     f"{tuple(example.shape[1:])} ({cause}); pass an example_input that the network can process"
                 ) from error
-            return interpreter.tracing, str(graph)
+            return interpreter.tracing, text
 
     @staticmethod
     def _protect_functional_sources(tracing, exposed, book):
@@ -133,25 +134,27 @@ class ChannelGraph:
         for ids, reason in book.reasons:
             for root in roots[ids].unique().tolist():
                 reason_of.setdefault(root, reason)
-        members = defaultdict(list)
         modules = dict(self.model.named_modules())
         names = [n for n in book.filters if prune_linear or isinstance(modules[n], CONVS)]
-        for name, ids in book.filters.items():
-            for index, root in enumerate(roots[ids].tolist()):
-                members[root].append((name, index))
-            if len(set(roots[ids].tolist())) == 1:
-                reason_of.setdefault(int(roots[ids[0]]), f"all filters of {name} hang together")
+        classes = {name: roots[ids] for name, ids in book.filters.items()}
+        for name, of_filter in classes.items():
+            if (of_filter == of_filter[0]).all():
+                reason_of.setdefault(int(of_filter[0]), f"all filters of {name} hang together")
+        filters = [(name, index) for name, of_filter in classes.items() for index in range(len(of_filter))]
+        members = group(filters, torch.cat([torch.zeros(0, dtype=torch.long), *classes.values()]))
         removable = [root for root in members if root not in reason_of]
-        self.units = tuple(Unit(i, tuple(members[root])) for i, root in enumerate(removable))
+        self.units = tuple(Unit(index, members[root]) for index, root in enumerate(removable))
         unit_of_root = torch.full((book.count,), -1, dtype=torch.long)
         unit_of_root[torch.tensor(removable, dtype=torch.long)] = torch.arange(len(removable))
         self._unit_of_id = unit_of_root[roots]
         self._widths = {name: self._unit_of_id[ids] for name, ids in book.widths.items()}
-        self.tensors = {key: self._unit_of_id[ids] for key, ids in book.tensors.items()}
+        vectors = {id(ids): ids for ids in book.tensors.values()}  # many tensors share one
+        vectors = {key: self._unit_of_id[ids] for key, ids in vectors.items()}
+        self.tensors = {key: vectors[id(ids)] for key, ids in book.tensors.items()}
         self.layers = {}
         for name in names:
             units = self._unit_of_id[book.filters[name]]
-            protected = roots[book.filters[name]][units < 0].tolist()
+            protected = classes[name][units < 0].tolist()
             self.layers[name] = LayerInfo(len(units), units, reason_of[protected[0]] if protected else None)
 
     def _build_sites(self, tracing, exposed):
@@ -244,11 +247,12 @@ class ChannelGraph:
         for name, indices in plan.items():
             if name not in self.layers:
                 raise InputError(f"the plan names {name}, which is not a prunable layer")
+            unit_of = self.layers[name].unit_of.tolist()
             for index in indices:
-                info = self.layers[name]
-                if not 0 <= index < info.filters or info.unit_of[index] < 0:
-                    raise InputError(f"filter {index} of {name} cannot be removed ({info.reason or 'no such filter'})")
-                chosen.add(int(info.unit_of[index]))
+                if not 0 <= index < len(unit_of) or unit_of[index] < 0:
+                    reason = self.layers[name].reason or "no such filter"
+                    raise InputError(f"filter {index} of {name} cannot be removed ({reason})")
+                chosen.add(unit_of[index])
         for index in chosen:
             for name, filter_index in self.units[index].filters:
                 if name in self.layers and filter_index not in plan.get(name, ()):
@@ -275,34 +279,44 @@ class ChannelGraph:
         Raises:
             InputError: see `units_of`, or a layer would lose its last filter.
         """
-        gone = torch.zeros(len(self.units) + 1, dtype=torch.bool)  # the last entry stands for index -1
-        gone[self.units_of(plan)] = True
+        stays = torch.ones(len(self.units) + 1, dtype=torch.bool)  # the last entry stands for index -1
+        stays[self.units_of(plan)] = False
+        shared = {id(units): units for units in self.tensors.values()}
+        indices = {key: stays[units].nonzero()[:, 0] for key, units in shared.items()}
         kept = defaultdict(dict)
         for (name, dim), units in self.tensors.items():
-            kept[name][dim] = torch.nonzero(~gone[units]).flatten()
-            if not len(kept[name][dim]):
+            index = indices[id(units)]
+            if not len(index):
                 raise InputError(f"{name.rpartition('.')[0]} would lose its last channel; remove fewer filters")
+            if len(index) < len(units):
+                kept[name][dim] = index
         cut = {}  # id of a tensor of the model: what a deep copy has in its place
         for name, tensor in [*self.model.named_parameters(), *self.model.named_buffers()]:
             if name in kept:
                 cut[id(tensor)] = _select(tensor, kept[name])
         smaller = copy_of(self.model, cut)
-        smaller.zero_grad(set_to_none=True)
         for name, module in smaller.named_modules():
             if name not in self._widths and (f"{name}.weight", 0) in self.tensors:
                 _refresh_layer(module)
         for name, units in self._widths.items():
-            _refresh_width(smaller.get_submodule(name), int((~gone[units]).sum()))
+            _refresh_width(smaller.get_submodule(name), int(stays[units].sum()))
         return smaller
+
+
+def group(items, labels):
+    """{label: tuple of the items that bear it}, in ascending order of the labels [len(items)]."""
+    values, counts = labels.unique(return_counts=True)
+    ordered = [items[i] for i in labels.argsort(stable=True).tolist()]
+    ends = counts.cumsum(0)
+    bounds = zip(values.tolist(), (ends - counts).tolist(), ends.tolist(), strict=True)
+    return {value: tuple(ordered[start:end]) for value, start, end in bounds}
 
 
 def _select(tensor, kept):
     """A new parameter or buffer with the given indices of every dimension."""
     data = tensor.detach()
-    for dim, index in kept.items():
-        if len(index) < data.shape[dim]:
-            data = data.index_select(dim, index.to(data.device))
-    data = data.clone(memory_format=torch.contiguous_format)
+    for dim, index in sorted(kept.items(), key=lambda item: item[0]):  # rows first: they are copied fastest
+        data = data.index_select(dim, index.to(data.device))
     return nn.Parameter(data, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else data
 
 

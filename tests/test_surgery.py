@@ -28,7 +28,7 @@ def randomise(model, seed=0):
         noise = torch.rand(tensor.shape, generator=generator, dtype=torch.double).to(tensor)
         if name.endswith("running_var"):
             tensor.data = 0.5 + noise
-        elif tensor.dim() < 2 or min(tensor.shape) == tensor.numel():
+        elif sum(size > 1 for size in tensor.shape) < 2:
             tensor.data = tensor.data + noise - 0.3
     return model
 
@@ -357,6 +357,33 @@ class ForeignSize(Block):
         return y.view(b, c, h, w).relu()
 
 
+class SplitInTwoWays(Block):
+    """No number in the code says which of two dimensions shrinks."""
+
+    def forward(self, x):
+        x = self.a(x)
+        b, c, h, w = x.shape
+        return self.b(x.view(b, c // 4, -1, h, w).transpose(1, 2).reshape(b, c, h, w))
+
+
+class ForeignSplit(Block):
+    """Parts as long as another tensor has channels."""
+
+    def forward(self, x):
+        one, two = torch.cat([self.b(x), x.abs()], 1).split(self.a(x).size(1), dim=1)
+        return one - two
+
+
+class TimesCount(Block):
+    def forward(self, x):
+        return self.b(F.relu(self.a(x)) * x.size(1))
+
+
+class Power(Block):
+    def forward(self, x):
+        return self.b(2 ** torch.tanh(self.a(x)))
+
+
 class ScaledByCount(Block):
     def forward(self, x):
         x = F.relu(self.a(x))
@@ -400,7 +427,7 @@ class ChannelsLast(nn.Module):
 
     def forward(self, x):
         y = self.norm(self.mix(x).permute(0, 2, 3, 1))
-        y = self.scale * self.down(torch.sigmoid(self.up(y)))
+        y = self.scale * self.down(F.gelu(self.up(y)))
         return x + y.permute(0, 3, 1, 2)
 
 
@@ -423,15 +450,24 @@ class Tied(Block):
 class RawParameters(Block):
     def __init__(self, c):
         super().__init__(c)
-        self.scale, self.shift = nn.Parameter(torch.ones(c, 1, 1)), nn.Parameter(torch.zeros(1, c, 1, 1))
-        self.gamma = nn.Parameter(torch.ones(1))
+        self.scale, self.gamma = nn.Parameter(torch.ones(c, 1, 1)), nn.Parameter(torch.ones(1))
         self.register_buffer("deviation", torch.ones(c))
-        self.loose = torch.ones(c, 1, 1, dtype=torch.double)
 
     def forward(self, x):
         x = F.relu(self.a(x) * self.scale)
-        x = self.gamma * self.b(x + self.shift) / self.deviation.view(1, -1, 1, 1)
-        return torch.maximum(x * self.loose, self.a(x))
+        x = self.gamma * self.b(x) / self.deviation.view(1, -1, 1, 1)
+        return torch.maximum(x, self.a(x))
+
+
+class RawShift(Block):
+    """A shift that no gate closes, and a tensor that is neither parameter nor buffer."""
+
+    def __init__(self, c):
+        super().__init__(c)
+        self.shift, self.loose = nn.Parameter(torch.zeros(1, c, 1, 1)), torch.ones(c, 1, 1, dtype=torch.double)
+
+    def forward(self, x):
+        return self.b(self.a(x) + self.shift) * self.loose
 
 
 class FunctionalConv(Block):
@@ -674,7 +710,7 @@ def test_kept_filters_keep_their_weights():
     assert torch.equal(smaller.blocks[0].a[0].weight, model.blocks[0].a[0].weight[:7, [1, 3, 4, 5, 6, 7]])
     assert torch.equal(smaller.stem[1].running_var, model.stem[1].running_var[[1, 3, 4, 5, 6, 7]])
     assert not smaller.stem[0].weight.requires_grad and smaller.stem[0].bias.requires_grad
-    assert all(p.grad is None for p in smaller.parameters())
+    assert all(p.grad is None for p in smaller.parameters())  # those of the dense network fit no more
     assert smaller.classifier.weight.data_ptr() != model.classifier.weight.data_ptr()
 
 
@@ -736,7 +772,7 @@ def test_exclude():
 
 
 def test_gates_of_every_sample():
-    model, x = net(Residual, Shared, ChannelsLast), images(3)
+    model, x = net(Residual, Shared, ChannelsLast, Siamese), images(3)
     graph = ChannelGraph(model, x[:1], prune_linear=True)
     gates = torch.rand(3, len(graph.units), dtype=torch.double)
     with torch.no_grad():
@@ -745,6 +781,7 @@ def test_gates_of_every_sample():
         for i in range(3):
             with graph.gated(gates[i]):
                 torch.testing.assert_close(model(x[i : i + 1]), together[i : i + 1])
+    assert any(site.dim == 3 for site in graph.sites)
 
 
 def test_open_gates_change_nothing_and_give_gradients():
@@ -764,7 +801,7 @@ def test_open_gates_change_nothing_and_give_gradients():
 def test_hooks_go_away_when_the_forward_raises():
     model = net(Shared)
     graph = ChannelGraph(model, images(1))
-    gates = torch.zeros(len(graph.units), dtype=torch.double)
+    gates = torch.rand(len(graph.units), dtype=torch.double)
     with pytest.raises(RuntimeError), graph.gated(gates):
         model(torch.zeros(1, 7, SIZE, SIZE, dtype=torch.double))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
@@ -798,7 +835,7 @@ class Remembering(Net):
 
 def test_the_model_comes_back_as_it_was():
     torch.manual_seed(0)
-    model = randomise(Remembering([Plain, ChannelsLast, Parametrized]).double()).train()
+    model = randomise(Remembering([Plain, Nested, ChannelsLast, Parametrized]).double()).train()
     model.blocks[0].a.eval()
     model.stem[0].weight.requires_grad_(False)
     seen = []
@@ -817,7 +854,8 @@ def test_the_model_comes_back_as_it_was():
     graph = ChannelGraph(model, images(1))
     graph.remove(random_units(graph, 0.3, 0))
     after = state()
-    assert not seen and torch.equal(before[0], after[0]) and before[1] == after[1]
+    same_random_state, same_modules = torch.equal(before[0], after[0]), before[1] == after[1]
+    assert not seen and same_random_state and same_modules  # plain flags: pytest takes minutes to print networks
     for (name, old, grad), (_, new, new_grad) in zip(before[2], after[2], strict=True):
         assert torch.equal(old, new) and grad == new_grad, name
     assert not hasattr(model, "last")
