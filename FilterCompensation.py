@@ -28,14 +28,12 @@ from ExperimentErrors import InputError
 
 FITTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
-RELUS = {torch.relu, torch.relu_, F.relu, F.relu_, "relu", "relu_"}
 TRANSPARENT = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)  # in eval mode
 RIDGES = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)  # relative to the mean of the Gram matrix's diagonal
 HELD_OUT = 5  # every fifth image chooses the ridge
 AGREES = 1e-6  # largest relative deviation from the target that counts as none
 ROWS_PER_COLUMN = 3
 LEAST_ROWS = 4096
-RELAXATIONS = 3  # of targets behind a ReLU
 WEAK = 1e-2  # relative to the mean scale of the channels
 TRIAL_OUTPUTS = 64  # of each group, on which ridges are compared
 BLOCK = 512  # columns of the Gram matrix computed at once
@@ -118,7 +116,6 @@ class _Layer:
     kept: torch.Tensor  # [filters] indices of the dense layer's filters
     batchnorm: nn.Module | None  # of the smaller network
     stream: int | None  # position of the other operand of the sum
-    rectified: bool  # a ReLU, and nothing else, reads the layer's output (the sum, if there is one)
 
     @property
     def scale(self):
@@ -128,15 +125,6 @@ class _Layer:
             return self.module.weight.new_ones(len(self.kept))
         scale = (norm.running_var + norm.eps).rsqrt()
         return scale if norm.weight is None else scale * norm.weight
-
-    @property
-    def shift(self):
-        """[filters] what the BatchNorm adds to scale x output."""
-        norm = self.batchnorm
-        if norm is None:
-            return torch.zeros_like(self.scale)
-        shift = -self.scale * norm.running_mean
-        return shift if norm.bias is None else shift + norm.bias
 
     @property
     def has_intercept(self):
@@ -158,19 +146,19 @@ class _Plan:
         self.modules = dict(smaller.named_modules(remove_duplicate=False))
         self.left_alone = {}
         found = self._candidates(nodes[1], dict(dense.named_modules(remove_duplicate=False)), kept)
-        order = _sorted(nodes[1], {node: stream for node, _, _, stream, _ in found if stream is not None})
+        order = _sorted(nodes[1], {node: stream for node, _, _, stream in found if stream is not None})
         index = {node: i for i, node in enumerate(nodes[1])}
         position = {node: i for i, node in enumerate(order)}
         self.order = [[nodes[k][index[node]] for node in order] for k in (0, 1)]
         self.layers = [
-            _Layer(node.target, position[node], self.modules[node.target], indices, norm, position.get(stream), rectified)
-            for node, indices, norm, stream, rectified in found
+            _Layer(node.target, position[node], self.modules[node.target], indices, norm, position.get(stream))
+            for node, indices, norm, stream in found
         ]
         self.layers.sort(key=lambda layer: layer.position)
         self.last_use = self._last_use(position)
 
     def _candidates(self, nodes, dense_modules, kept):
-        """[(node, kept filters, BatchNorm or None, other operand or None, rectified)] of the layers that are fitted."""
+        """[(node, kept filters, BatchNorm or None, other operand or None)] of the layers that are fitted."""
         calls, owners, claimed, found = {}, {}, set(), []
         for node in nodes:
             if node.op == "call_module":
@@ -200,8 +188,8 @@ class _Plan:
         return "its weights are used more than once" if calls > 1 else None
 
     def _behind(self, node, owners, claimed):
-        """What follows a layer: its BatchNorm, the stream of the sum that it is to match (each may be None), a ReLU or not."""
-        norm, last, stream = None, node, None
+        """What follows a layer: its BatchNorm, and the stream of the sum that it is to match; each may be None."""
+        norm, last = None, node
         while len(last.users) == 1:
             (user,) = last.users
             module = self.modules.get(user.target) if user.op == "call_module" else None
@@ -210,14 +198,21 @@ class _Plan:
             elif getattr(user.target, "__name__", None) != "stochastic_depth" and not isinstance(module, TRANSPARENT):
                 break
             last = user
-        users = list(last.users)
-        others = [n for n in users[0].all_input_nodes if n is not last] if len(users) == 1 else []
-        if len(others) == 1 and users[0].target in SUMS and len(users[0].args) == 2 and not users[0].kwargs:
-            if users[0] in claimed or node in _ancestors(others[0]):
-                return norm, None, False  # the sum is matched by another layer
-            claimed.add(users[0])
-            last, stream = users[0], others[0]
-        return norm, stream, all(self._is_relu(user) for user in last.users)
+        return norm, self._stream(node, last, claimed)
+
+    @staticmethod
+    def _stream(node, last, claimed):
+        """The other operand of the sum that `last`, which carries the layer's output, goes into; None if there is none,
+        it needs this layer, or another layer matches the sum already."""
+        if len(last.users) != 1:
+            return None
+        (user,) = last.users
+        others = [n for n in user.all_input_nodes if n is not last]
+        is_sum = user.target in SUMS and len(user.args) == 2 and len(others) == 1 and not user.kwargs
+        if not is_sum or user in claimed or node in _ancestors(others[0]):
+            return None
+        claimed.add(user)
+        return others[0]
 
     @staticmethod
     def _folds(module, owners):
@@ -225,10 +220,6 @@ class _Plan:
         if not isinstance(module, BATCH_NORMS) or module.running_mean is None:
             return False
         return owners[id(module.running_mean)] == 1
-
-    def _is_relu(self, node):
-        target = self.modules.get(node.target) if node.op == "call_module" else node.target
-        return isinstance(target, nn.ReLU) or target in RELUS
 
     def _last_use(self, position):
         """[nodes] names of the values that nothing needs after the node."""
@@ -348,99 +339,86 @@ def _bytes(state):
 
 @dataclass
 class _Rows:
-    """Output positions of a layer: patches x [rows, groups, columns], residuals r [rows, groups, outputs].
-
-    A residual is what the layer's output lacks of its target; `rectified` [rows, groups, outputs] is the target as the
-    ReLU behind the layer sees it, None without one.
-    """
+    """Output positions of a layer: patches x [groups, rows, columns], and r [groups, rows, outputs], what its output
+    lacks of the target there."""
 
     x: torch.Tensor
     r: torch.Tensor
-    rectified: torch.Tensor | None
 
     def left(self, change, bias, outputs=slice(None)):
-        """The residuals after a change of weights [groups, columns, outputs] and bias [groups, outputs]."""
-        return self.r[..., outputs] - _product(self.x, change.to(self.x.dtype)) - bias.to(self.x.dtype)
-
-    def relaxed(self, change, bias, scale, divisor):
-        """The residuals after the change if no more is asked for below the ReLU's kink than to stay below it.
-
-        A target below the kink becomes the present output, at most the kink: this majorises a convex bound of the error
-        behind the ReLU, so solving and relaxing in turn descends on it. `scale` [groups, outputs] leads from the layer's
-        output to the ReLU's argument, `divisor` back.
-        """
-        present = self.rectified - scale * self.left(change, bias)
-        asked = torch.where(self.rectified > 0, self.rectified, present.clamp(max=0))
-        return self.r + (asked - self.rectified) / divisor
+        """r after a change of weights [groups, columns, outputs] and bias [groups, 1, outputs]."""
+        return self.r[..., outputs] - self.x @ change.to(self.x.dtype) - bias.to(self.x.dtype)
 
 
 class _Solver:
     """Ridge least squares on centred patches: (C + ridge mean(diag C)) D = X^T R with C = X^T X, a group at a time.
 
-    Products are taken in the precision of the network, chunk by chunk, and summed in float64.
+    Products are taken in the precision of the network, batch by batch, and summed in float64.
     """
 
-    def __init__(self, groups, columns, intercept, device):
-        self.gram = torch.zeros(groups, columns, columns, dtype=torch.float64, device=device)
-        self.sum = torch.zeros(groups, 1, columns, dtype=torch.float64, device=device)
-        self.chunks, self.intercept, self.factor = [], intercept, None
+    def __init__(self, groups, columns, outputs, intercept, device):
+        def zeros(*shape):
+            return torch.zeros(groups, *shape, dtype=torch.float64, device=device)
 
-    @property
-    def rows(self):
-        return sum(len(chunk.x) for chunk in self.chunks)
+        self.gram, self.cross = zeros(columns, columns), zeros(columns, outputs)
+        self.sum_x, self.sum_r = zeros(1, columns), zeros(1, outputs)
+        self.rows, self.intercept, self.factor = 0, intercept, None
 
-    def add(self, chunk):
-        x = chunk.x.transpose(0, 1)
+    def add(self, part):
+        x, r = part.x, part.r
         for start in range(0, x.shape[2], BLOCK):  # the lower triangle alone, which is what Cholesky reads
             self.gram[:, start:, start : start + BLOCK] += x[..., start:].mT @ x[..., start : start + BLOCK]
-        self.sum += x.sum(1, keepdim=True)
-        self.chunks.append(chunk)
+        self.cross += x.mT @ r
+        self.sum_x += x.sum(1, keepdim=True)
+        self.sum_r += r.sum(1, keepdim=True)
+        self.rows += x.shape[1]
 
     def factorise(self, ridge):
         """Whether the matrix is positive definite with this ridge."""
         self.factor = None
         gram = self.gram.clone()
         if self.intercept:
-            gram.baddbmm_(self.sum.mT, self.sum, alpha=-1 / self.rows)
+            gram.baddbmm_(self.sum_x.mT, self.sum_x, alpha=-1 / self.rows)
         self.factor, failed = _cholesky(gram, ridge, gram.shape[1])
         return not failed
 
-    def solve(self, residuals):
-        """Change of the weights [groups, columns, outputs] and intercept [groups, outputs]; a tensor of residuals a chunk."""
-        pairs = [(c.x.transpose(0, 1), r.transpose(0, 1)) for c, r in zip(self.chunks, residuals, strict=True)]
-        cross = sum((x.mT @ r).double() for x, r in pairs)
+    def solve(self, outputs=slice(None)):
+        """Change of the weights [groups, columns, outputs] and intercept [groups, 1, outputs]."""
+        cross, sum_r = self.cross[..., outputs], self.sum_r[..., outputs]
         if not self.intercept:
-            return torch.cholesky_solve(cross, self.factor), cross.new_zeros(len(cross), cross.shape[2])
-        mean = sum(r.sum(1, keepdim=True, dtype=torch.float64) for _, r in pairs) / self.rows
-        change = torch.cholesky_solve(cross - self.sum.mT * mean, self.factor)
-        return change, (mean - self.sum @ change / self.rows)[:, 0]
+            return torch.cholesky_solve(cross, self.factor), torch.zeros_like(sum_r)
+        change = torch.cholesky_solve(cross - self.sum_x.mT * (sum_r / self.rows), self.factor)
+        return change, (sum_r - self.sum_x @ change) / self.rows
 
 
-class _DualSolver(_Solver):
+class _DualSolver:
     """The same minimiser through a matrix of [rows, rows]: D = X^T (X X^T + ridge mean(diag C))^-1 R."""
 
-    def __init__(self, groups, columns, intercept, device):
-        super().__init__(groups, 0, intercept, device)
-        self.sum = self.gram.new_zeros(groups, 1, columns)
+    def __init__(self, intercept):
+        self.parts, self.intercept, self.factor = [], intercept, None
 
-    def add(self, chunk):
-        self.sum += chunk.x.sum(0)[:, None]
-        self.chunks.append(chunk)
+    @property
+    def rows(self):
+        return sum(part.x.shape[1] for part in self.parts)
 
-    def _centred(self):
-        x = torch.cat([chunk.x for chunk in self.chunks]).transpose(0, 1)
-        return x - (self.sum / self.rows).to(x.dtype) if self.intercept else x
+    def add(self, part):
+        self.parts.append(part)
+
+    def _centred(self, rows):
+        """(rows less their mean, the mean); the mean is 0 without an intercept."""
+        mean = rows.mean(1, keepdim=True) if self.intercept else torch.zeros_like(rows[:, :1])
+        return rows - mean, mean
 
     def factorise(self, ridge):
-        x = self._centred()
+        x, _ = self._centred(torch.cat([part.x for part in self.parts], 1))
         self.factor, failed = _cholesky((x @ x.mT).double(), ridge, x.shape[2])
         return not failed
 
-    def solve(self, residuals):
-        r, x = torch.cat(residuals).transpose(0, 1).double(), self._centred()
-        mean = r.mean(1, keepdim=True) if self.intercept else torch.zeros_like(r[:, :1])
-        change = (x.mT @ torch.cholesky_solve(r - mean, self.factor).to(x.dtype)).double()
-        return change, (mean - self.sum @ change / self.rows if self.intercept else mean)[:, 0]
+    def solve(self, outputs=slice(None)):
+        x, mean_x = self._centred(torch.cat([part.x for part in self.parts], 1))
+        r, mean_r = self._centred(torch.cat([part.r[..., outputs] for part in self.parts], 1))
+        change = x.mT @ torch.cholesky_solve(r.double(), self.factor).to(x.dtype)
+        return change, mean_r - mean_x @ change
 
 
 def _cholesky(gram, ridge, columns):
@@ -449,11 +427,6 @@ def _cholesky(gram, ridge, columns):
     diagonal += ridge * diagonal.sum(1, keepdim=True) / columns + torch.finfo(torch.float64).tiny
     factor, failed = torch.linalg.cholesky_ex(gram)
     return factor, bool(failed.any())
-
-
-def _product(x, weight):
-    """[rows, groups, outputs] of patches [rows, groups, columns] and weights [groups, columns, outputs]."""
-    return (x.transpose(0, 1) @ weight).transpose(0, 1)
 
 
 def _fit_layer(layer, walk, seed, report):
@@ -485,17 +458,19 @@ class _LayerData:
         module = layer.module
         self.layer, self.seen = layer, 0
         self.groups = getattr(module, "groups", 1)
-        self.columns = module.weight[0].numel()
+        self.columns, self.outputs = module.weight[0].numel(), len(module.weight) // self.groups
         self.generator = torch.Generator().manual_seed(seed)
-        solver, wanted = _Solver, max(LEAST_ROWS, ROWS_PER_COLUMN * self.columns)
         if self.columns > LARGEST_MATRIX:
-            solver, wanted = _DualSolver, LARGEST_MATRIX
-        self.positions = max(1, round(wanted / images))
-        self.solver = solver(self.groups, self.columns, layer.has_intercept, module.weight.device)
+            self.solver, rows = _DualSolver(layer.has_intercept), LARGEST_MATRIX
+        else:
+            shape = self.groups, self.columns, self.outputs
+            self.solver = _Solver(*shape, layer.has_intercept, module.weight.device)
+            rows = max(LEAST_ROWS, ROWS_PER_COLUMN * self.columns)
+        self.positions = max(1, round(rows / images))
         self.held_out, self.held_out_targets = [], []
         self.weight = _as_columns(module, module.weight)
         self.scale = layer.scale
-        # A channel that all but vanishes behind its BatchNorm can repair neither a sum nor what a ReLU sees.
+        # A channel that all but vanishes behind its BatchNorm cannot repair the sum.
         weak = self.scale.abs() <= WEAK * self.scale.abs().mean()
         self.divisor = torch.where(weak, torch.inf, self.scale)
 
@@ -504,8 +479,7 @@ class _LayerData:
         layer = self.layer
         target = _by_position(layer.module, target)[..., layer.kept]
         if stream is not None:
-            stream = _by_position(layer.module, stream)
-            lacks = _by_position(layer.module, dense_stream)[..., layer.kept] - stream
+            lacks = _by_position(layer.module, dense_stream)[..., layer.kept] - _by_position(layer.module, stream)
             target = target + lacks / self.divisor
         if batch == 0:
             now = _by_position(layer.module, layer.module(x))
@@ -517,7 +491,7 @@ class _LayerData:
             images = chosen.nonzero().flatten().to(x.device)
             if not len(images):
                 continue
-            rows, wanted = self._rows(x, target, stream, images)
+            rows, wanted = self._rows(x, target, images)
             if not torch.isfinite(rows.r).all():
                 raise InputError(
                     f"compensation: NaN or Inf in {layer.name} on batch {batch}; check the images and both networks' weights"
@@ -529,7 +503,7 @@ class _LayerData:
                 self.solver.add(rows)
         return None
 
-    def _rows(self, x, target, stream, images):
+    def _rows(self, x, target, images):
         """The given images' rows, some positions of each image drawn anew for every image, and the targets there."""
         module, each = self.layer.module, min(target.shape[1], self.positions)
         if each == target.shape[1]:
@@ -537,58 +511,43 @@ class _LayerData:
         else:
             drawn = torch.rand(len(images), target.shape[1], generator=self.generator).topk(each).indices
         drawn = drawn.to(x.device)
-
-        def at_drawn(outputs):
-            return outputs[images[:, None], drawn].flatten(0, 1).unflatten(1, (self.groups, -1))
-
-        patches, wanted = _patches(module, x[images], drawn), at_drawn(target)
-        present = _product(patches, self.weight)
+        patches = _patches(module, x[images], drawn)
+        wanted = target[images[:, None], drawn].view(-1, self.groups, self.outputs).transpose(0, 1)
+        present = patches @ self.weight
         if module.bias is not None:
-            present = present + module.bias.view(self.groups, -1)
-        rectified = None
-        if self.layer.rectified:
-            before_stream = self._grouped(self.scale) * wanted + self._grouped(self.layer.shift)
-            rectified = before_stream if stream is None else before_stream + at_drawn(stream)
-        return _Rows(patches, wanted - present, rectified), wanted
-
-    def _grouped(self, per_filter):
-        return per_filter.view(self.groups, -1)
+            present = present + module.bias.view(self.groups, 1, -1)
+        return _Rows(patches, wanted - present), wanted
 
     def solve(self):
         """Choose the ridge on the held-out images, solve with all, change the layer."""
         layer, solver = self.layer, self.solver
         ridge, before, after = RIDGES[0], math.nan, math.nan
-        if self.held_out and solver.chunks:
+        if self.held_out and solver.rows:
             ridge, before, after = self._choose_ridge()
-        for chunk in self.held_out:
-            solver.add(chunk)
+        for rows in self.held_out:
+            solver.add(rows)
         if ridge is not None and solver.factorise(ridge):
-            solution = solver.solve([chunk.r for chunk in solver.chunks])
-            for _ in range(RELAXATIONS if layer.rectified else 0):
-                factors = self._grouped(self.scale), self._grouped(self.divisor)
-                solution = solver.solve([chunk.relaxed(*solution, *factors) for chunk in solver.chunks])
-            self._change(*solution)
+            self._change(*solver.solve())
         matches = "layer" if layer.stream is None else "sum"
         return LayerFit(layer.name, before, after, ridge, solver.rows, self.columns, matches)
 
     def _choose_ridge(self):
         """(ridge, relative held-out error before, after): from the largest ridge down until the error rises."""
-        outputs = self.layer.module.weight.shape[0] // self.groups
-        some = torch.linspace(0, outputs - 1, min(outputs, TRIAL_OUTPUTS)).round().long().to(self.weight.device)
-        importance = self._grouped(self.scale.double().square())[:, some]
-        targets = torch.cat(self.held_out_targets)[..., some].double()
-        spread = (importance * (targets - targets.mean(0)).square()).sum().item()
+        some = torch.linspace(0, self.outputs - 1, min(self.outputs, TRIAL_OUTPUTS)).round().long().to(self.weight.device)
+        importance = self.scale.double().square().view(self.groups, 1, -1)[..., some]
+        targets = torch.cat(self.held_out_targets, 1)[..., some].double()
+        spread = (importance * (targets - targets.mean(1, keepdim=True)).square()).sum().item()
 
         def error(left):
             return sum((importance * rest.double().square()).sum().item() for rest in left)
 
-        before = best = error(chunk.r[..., some] for chunk in self.held_out)
+        before = best = error(rows.r[..., some] for rows in self.held_out)
         chosen = None
         for ridge in RIDGES:
             if not self.solver.factorise(ridge):
                 break
-            solution = self.solver.solve([chunk.r[..., some] for chunk in self.solver.chunks])
-            after = error(chunk.left(*solution, some) for chunk in self.held_out)
+            solution = self.solver.solve(some)
+            after = error(rows.left(*solution, some) for rows in self.held_out)
             if after >= best:
                 break
             best, chosen = after, ridge
@@ -620,10 +579,10 @@ def _by_position(module, output):
 
 
 def _patches(module, x, drawn):
-    """What the layer sees at the drawn output positions [images, each]: [images x each, groups, columns]."""
+    """What the layer sees at the drawn output positions [images, each]: [groups, images x each, columns]."""
     if isinstance(module, nn.Linear):
         x = x.reshape(len(x), -1, x.shape[-1])
-        return x.gather(1, drawn[..., None].expand(-1, -1, x.shape[-1])).flatten(0, 1)[:, None]
+        return x.gather(1, drawn[..., None].expand(-1, -1, x.shape[-1])).flatten(0, 1)[None]
     padding = module._reversed_padding_repeated_twice
     if any(padding):
         x = F.pad(x, padding, mode="constant" if module.padding_mode == "zeros" else module.padding_mode)
@@ -638,7 +597,7 @@ def _patches(module, x, drawn):
     corner = corner + torch.arange(len(x), device=device)[:, None] * math.prod(space)
     rows = x.movedim(1, -1).reshape(-1, x.shape[1])[corner.flatten()[:, None] + offset]
     channels = x.shape[1] // module.groups
-    return rows.unflatten(2, (module.groups, channels)).transpose(1, 2).flatten(2)
+    return rows.unflatten(2, (module.groups, channels)).permute(2, 0, 1, 3).flatten(2)
 
 
 def _columns(space, module):

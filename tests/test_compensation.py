@@ -185,7 +185,6 @@ def unfolded(module, x):
 def test_weights_are_the_ridge_solution(second, monkeypatch):
     """Against `lstsq` on stacked rows [patches; sqrt(ridge)], group by group, with the intercept through centring."""
     monkeypatch.setattr(FilterCompensation, "RIDGES", (1e-2,))
-    monkeypatch.setattr(FilterCompensation, "RELAXATIONS", 0)
     torch.manual_seed(0)
     model = settle(plain(**second)).double()
     smaller, kept = cut(model, {"0": [1, 5]})
@@ -220,7 +219,7 @@ def test_sum_is_matched(monkeypatch):
     report = compensate(model, smaller, batches, kept, progress=False)
     assert {fit.name: fit.matches for fit in report.layers}["conv4"] == "sum"
     behind = FilterCompensation._Plan._behind
-    monkeypatch.setattr(FilterCompensation._Plan, "_behind", lambda *a: (behind(*a)[0], None, False))
+    monkeypatch.setattr(FilterCompensation._Plan, "_behind", lambda *a: (behind(*a)[0], None))
     compensate(model, branch, batches, kept, progress=False)
     sums = [[], [], []]
     for network, found in zip((model, smaller, branch), sums, strict=True):
