@@ -321,7 +321,7 @@ class EnhancedPruning:
         if flow:
             flow = _with_stage(flow, "fine-tuned", self._flow_report(model))
         return dataclasses.replace(
-            result, model=model, stages=stages, fine_tuning=history.epochs, gradient_flow=flow
+            result, model=model, stages=stages, fine_tuning=history.epochs[1:], gradient_flow=flow
         )
 
     # -- parts -------------------------------------------------------------------------------------------------------

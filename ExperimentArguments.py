@@ -37,7 +37,8 @@ class _Formatter(argparse.HelpFormatter):
     """Appends the default to every help line that has one."""
 
     def _get_help_string(self, action):
-        if action.default in (None, argparse.SUPPRESS, False) or "default" in action.help:
+        silent = isinstance(action.default, bool) or action.default in (None, argparse.SUPPRESS, [])
+        if silent or "default" in action.help:
             return action.help
         default = " ".join(map(str, action.default)) if isinstance(action.default, list) else "%(default)s"
         return f"{action.help} (default: {default})"
@@ -125,7 +126,7 @@ def _add_training(group):
     group.add_argument("--momentum", type=number(float, 0), default=recipe.momentum, help="of SGD")
     group.add_argument("--weight-decay", type=number(float, 0), default=recipe.weight_decay, help="of SGD")
     group.add_argument("--warmup-epochs", type=number(float, 0), default=recipe.warmup_epochs, help="linear warm-up")
-    group.add_argument("--label-smoothing", type=number(float, 0), default=recipe.label_smoothing, help="0 for none")
+    group.add_argument("--label-smoothing", type=number(float, 0), default=recipe.label_smoothing, help="of the cross-entropy")
     group.add_argument("--distillation-weight", type=number(float, 0), default=recipe.distillation_weight,
                        help="share of the loss that follows the dense network")  # fmt: skip
     group.add_argument("--temperature", type=number(float, 0, False), default=recipe.temperature, help="of distillation")
