@@ -25,7 +25,7 @@ class Constraints:
     """
 
     budget: str = "filters"
-    layer_bound: float | None = 1.2
+    layer_bound: float | None = 1.03
     min_filters: int = 1
     round_to: int = 1
 
