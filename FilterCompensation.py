@@ -30,7 +30,7 @@ FITTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 TRANSPARENT = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)  # in eval mode
 RIDGES = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)  # relative to the mean of the Gram matrix's diagonal
-HELD_OUT = 5  # every fifth image chooses the ridge
+HELD_OUT = 0.2  # share of the images that chooses the ridge, drawn: their order may follow the classes
 AGREES = 1e-6  # largest relative deviation from the target that counts as none
 ROWS_PER_COLUMN = 3
 LEAST_ROWS = 4096
@@ -73,12 +73,14 @@ def compensate(dense, smaller, batches, kept=None, *, progress=True, activation_
     Args:
         dense: the network before any pruning.
         smaller: what `ChannelGraph.remove` made of it, in one round or in several, compensated in between or not.
-        batches: list of (images [B, C, H, W], labels), labels are not used; every fifth image chooses the ridge.
+        batches: list of (images [B, C, H, W], labels), labels are not used; a fifth of the images, drawn at
+            random, chooses the ridge.
         kept: {layer name: indices of the filters of `dense` that `smaller` still has, in its order}. A layer that is not
             named has all its filters, or is depthwise.
         activation_budget: bytes of activations that may be held between two layers; where the networks need more, they
             run again from the last place that fitted (at most once for every layer).
-        seed: of the output positions that are drawn where a layer has more than about 5 for each column of its matrix.
+        seed: of that draw, and of the output positions that are drawn where a layer has many: over all images at least
+            4,096, and three for each column of its matrix.
 
     Conv1d-3d and Linear are fitted, with any stride, padding, dilation and groups. Transposed and depthwise convs, layers
     called more than once and layers with tied weights are left alone; the layers behind them repair what they miss.
@@ -460,6 +462,7 @@ class _LayerData:
         self.groups = getattr(module, "groups", 1)
         self.columns, self.outputs = module.weight[0].numel(), len(module.weight) // self.groups
         self.generator = torch.Generator().manual_seed(seed)
+        self.is_held_out = torch.randperm(images, generator=self.generator) < int(HELD_OUT * images)
         if self.columns > LARGEST_MATRIX:
             self.solver, rows = _DualSolver(layer.has_intercept), LARGEST_MATRIX
         else:
@@ -485,7 +488,7 @@ class _LayerData:
             now = _by_position(layer.module, layer.module(x))
             if (now - target).abs().max() <= AGREES * target.abs().max():
                 return "its outputs are the dense network's"
-        held_out = (torch.arange(self.seen, self.seen + len(x)) + 1) % HELD_OUT == 0
+        held_out = self.is_held_out[self.seen : self.seen + len(x)]
         self.seen += len(x)
         for chosen in (~held_out, held_out):
             images = chosen.nonzero().flatten().to(x.device)

@@ -268,6 +268,18 @@ def test_budget_and_row_sampling_change_nothing_or_little(network, monkeypatch):
     torch.testing.assert_close(results[1], results[2])
 
 
+@pytest.mark.parametrize("period", [2, 5, 10])
+def test_held_out_images_do_not_follow_the_order_of_the_classes(period):
+    """Calibration images come with the classes taking turns; all of them must choose the ridge."""
+    torch.manual_seed(0)
+    model = settle(NETWORKS["plain"]())
+    smaller, kept = cut(model, {"0": [1]})
+    (layer, *_) = FilterCompensation._Plan(model, smaller, kept).layers
+    held_out = FilterCompensation._LayerData(layer, 0, 200).is_held_out
+    assert held_out.sum() == 40
+    assert set((held_out.nonzero().flatten() % period).tolist()) == set(range(period))
+
+
 def test_dual_form_is_the_same_solution(monkeypatch):
     torch.manual_seed(0)
     model = settle(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(392, 5))).double()
