@@ -10,39 +10,19 @@ model, images and libraries. One line a repeat, then the ratios of the medians: 
 
 import argparse
 import json
-import resource
-import statistics
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
+
+from measuring import Start, in_turn, print_ratios
 
 from ExperimentModels import build_model
 from FilterCompensation import compensate
 from FilterSurgery import ChannelGraph
-
-
-def peak_bytes():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-class Start:
-    """Clocks and peak memory at the start of a part. CPU seconds bear other programs on the machine better than wall time."""
-
-    def __init__(self):
-        self.wall, self.cpu, self.bytes = time.perf_counter(), time.process_time(), peak_bytes()
-
-    def since(self):
-        return {
-            "wall seconds": time.perf_counter() - self.wall,
-            "CPU seconds": time.process_time() - self.cpu,
-            "peak bytes": peak_bytes() - self.bytes,
-        }
 
 
 def random_plan(graph, percentage):
@@ -94,17 +74,8 @@ def main():
     args = parser.parse_args()
     if args.part:
         return run_part(args)
-    results = {"training": [], "compensation": []}
-    for repeat in range(args.repeats):
-        for part, measured in results.items():
-            process = subprocess.run(
-                [sys.executable, __file__, *sys.argv[1:], "--part", part], check=True, capture_output=True, text=True
-            )
-            measured.append(json.loads(process.stdout.splitlines()[-1]))
-            print(f"{repeat + 1} {part:12s}", ", ".join(f"{value:.4g} {unit}" for unit, value in measured[-1].items()))
-    for unit in measured[-1]:
-        medians = {part: statistics.median(m[unit] for m in measured) for part, measured in results.items()}
-        print(f"{unit}: compensation / training epoch = {medians['compensation'] / medians['training']:.2f}")
+    results = in_turn(__file__, sys.argv[1:], ("training", "compensation"), args.repeats)
+    print_ratios(results, "compensation", "training")
 
 
 if __name__ == "__main__":

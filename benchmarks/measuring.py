@@ -1,0 +1,48 @@
+"""Seconds and peak memory of parts of a program, each in a process of its own, in turn."""
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+
+def peak_bytes():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class Start:
+    """Clocks and peak memory at the start of a part. CPU seconds bear other programs on the machine better than wall time."""
+
+    def __init__(self):
+        self.wall, self.cpu, self.bytes = time.perf_counter(), time.process_time(), peak_bytes()
+
+    def since(self):
+        return {
+            "wall seconds": time.perf_counter() - self.wall,
+            "CPU seconds": time.process_time() - self.cpu,
+            "peak bytes": peak_bytes() - self.bytes,
+        }
+
+
+def in_turn(script, arguments, parts, repeats):
+    """{part: [what it printed as JSON, one a repeat]} of `script arguments --part PART`."""
+    results = {part: [] for part in parts}
+    for repeat in range(repeats):
+        for part, measured in results.items():
+            command = [sys.executable, script, *arguments, "--part", part]
+            process = subprocess.run(command, check=True, capture_output=True, text=True)
+            measured.append(json.loads(process.stdout.splitlines()[-1]))
+            values = ", ".join(f"{value:.4g} {unit}" for unit, value in measured[-1].items())
+            print(f"{repeat + 1} {part:12s} {values}", flush=True)
+    return results
+
+
+def print_ratios(results, part, reference):
+    """The ratios of the medians, and the least and the largest ratio of one repeat."""
+    for unit in ("wall seconds", "CPU seconds", "peak bytes"):
+        ours, theirs = [m[unit] for m in results[part]], [m[unit] for m in results[reference]]
+        ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+        median = statistics.median(ours) / statistics.median(theirs)
+        print(f"{unit}: {part} / {reference} = {median:.2f} ({min(ratios):.2f} to {max(ratios):.2f}, n = {len(ratios)})")
