@@ -22,7 +22,7 @@ from ExperimentErrors import InputError
 from FilterCompensation import compensate
 from FilterSelection import Constraints, Ledger, Selection, select_by_score
 from FilterSurgery import ChannelGraph
-from FineTuning import Recipe, evaluate, fine_tune, reestimate_batchnorm
+from FineTuning import Recipe, evaluate, fine_tune, reestimate_batchnorm, train_steps
 from GradientFlowAnalyzer import GradientFlowAnalyzer, frozen
 
 MONITOR_IMAGES = 500  # validation images on which every round is watched
@@ -35,6 +35,9 @@ class PruningSettings:
 
     rounds: collections of statistics on the way to the percentage, each at the network pruned so far.
     compensate: least squares on the calibration images after every round (FilterCompensation).
+    steps_between_rounds: training steps after every round but the last (Molchanov et al. 2017), at the recipe's learning
+        rate. Compensation then fits to the outputs of the network before the round's cut, not of the dense network, which
+        would undo the training: each round repairs its own cut, and training what remains of earlier ones.
     reestimate_batchnorm: new BatchNorm statistics from the calibration images before fine-tuning.
     """
 
@@ -46,12 +49,15 @@ class PruningSettings:
     exclude: tuple = ()
     prune_linear: bool = False
     compensate: bool = True
+    steps_between_rounds: int = 0
     reestimate_batchnorm: bool = False
     seed: int = 0
 
     def __post_init__(self):
         if self.rounds < 1:
             raise InputError(f"rounds must be at least 1, not {self.rounds}")
+        if self.steps_between_rounds < 0:
+            raise InputError(f"steps_between_rounds must be at least 0, not {self.steps_between_rounds}")
 
 
 @dataclass
@@ -61,11 +67,12 @@ class PruningResult:
     Attributes:
         model: the smaller, fine-tuned network.
         stages: one dictionary a stage (dense, pruned, compensated, fine-tuned): accuracy and profile.
-        rounds: one dictionary a round: filters removed, predicted and measured loss change, accuracy on MONITOR_IMAGES.
+        rounds: one dictionary a round: filters removed, predicted and measured loss change, accuracy on MONITOR_IMAGES
+            after selection, compensation and, where there is some before the next round, training.
         layers: {name: {"filters", "kept", "reason"}}.
         scores: {name: [filters] estimated loss change of removing each filter alone from the dense network, or None}.
         plan: {name: removed filters, in the dense network's numbering}.
-        seconds: {"score", "select", "surgery", "compensate", "watch"}: summed over the rounds.
+        seconds: {"score", "select", "surgery", "compensate", "watch", "train"}: summed over the rounds.
         curvature: {"path": "exact" or "hvp", "reason", "lost": share of curvature outside the class directions}.
         fine_tuning: one dictionary an epoch.
         gradient_flow, oracle: see results.json in the README, or None.
@@ -185,7 +192,7 @@ class EnhancedPruning:
 
         Args:
             method: "order 1", "order 2", "order 3" (rounds, compensated as the settings say) or the name of a baseline
-                (one shot from the dense network, as published).
+                (one shot from the dense network, as published, so that no training lies between rounds).
         """
         percentages = sorted(percentages)
         if not method.startswith("order "):
@@ -198,6 +205,7 @@ class EnhancedPruning:
         network = PrunedNetwork(0.0, self.model, self.model, _all_filters(self.graph), [], {})
         steps = {percentages[-1] * (i + 1) / self.settings.rounds for i in range(self.settings.rounds)}
         for percentage in sorted(steps | set(percentages)):
+            network = self._trained(network)
             network = self._round(network, order, percentage, ledger, use_gradient_flow)
             if percentage in percentages:
                 yield network
@@ -223,11 +231,15 @@ class EnhancedPruning:
             "measured_loss_change": self._loss(smaller) - self._loss(network.model),
             "after_selection": self._watch(smaller),
             "after_compensation": None,
+            "after_training": None,
         }
         uncompensated = smaller
         clock.lap("watch")
         if self.settings.compensate:
-            smaller = self._compensated(smaller, kept)
+            target, target_kept = self.model, kept
+            if self.settings.steps_between_rounds:  # see PruningSettings
+                target, target_kept = network.model, _without(_all_filters(pruner.graph), plan)
+            smaller = self._compensated(smaller, target_kept, target)
             clock.lap("compensate")
             record["after_compensation"] = self._watch(smaller)
         return PrunedNetwork(percentage, smaller, uncompensated, kept, [*network.rounds, record], clock.seconds)
@@ -243,18 +255,36 @@ class EnhancedPruning:
         clock.lap("surgery")
         return PrunedNetwork(percentage, smaller, smaller, kept, [], clock.seconds)
 
+    def _trained(self, network):
+        """The network of a round after the training that lies before the next; the dense network as it is."""
+        if not (network.rounds and self.settings.steps_between_rounds):
+            return network
+        clock, last, model = _Clock(network.seconds), network.rounds[-1], copy.deepcopy(network.model)
+        train_steps(
+            model,
+            self.train_loader,
+            self.recipe,
+            self.settings.steps_between_rounds,
+            loss_before=(last["after_compensation"] or last["after_selection"])["loss"],
+            teacher=self.model if self.recipe.distillation_weight else None,
+            turn=last["round"] - 1,
+            seed=self.settings.seed,
+            description=f"train after round {last['round']}",
+            progress=self.progress,
+        )
+        clock.lap("train")
+        rounds = [*network.rounds[:-1], {**last, "after_training": self._watch(model)}]
+        return dataclasses.replace(network, model=model, rounds=rounds, seconds=clock.seconds)
+
     @staticmethod
     def _cut(graph, plan, kept):
-        smaller = graph.remove(plan)
-        remaining = {}
-        for name, indices in kept.items():
-            gone = set(plan.get(name, ()))
-            remaining[name] = [index for position, index in enumerate(indices) if position not in gone]
-        return smaller, remaining
+        return graph.remove(plan), _without(kept, plan)
 
-    def _compensated(self, smaller, kept):
+    def _compensated(self, smaller, kept, target=None):
+        """A copy of `smaller` fitted to the outputs of `target` (default: dense), in whose numbering `kept` is."""
         smaller = copy.deepcopy(smaller)
-        compensate(self.model, smaller, self.compensation, kept, progress=self.progress)
+        target = self.model if target is None else target
+        compensate(target, smaller, self.compensation, kept, progress=self.progress)
         return smaller
 
     def result_of(self, network, taylor_order=None, use_gradient_flow=False):
@@ -491,6 +521,15 @@ def spearman(a, b):
 
 def _all_filters(graph):
     return {name: list(range(info.filters)) for name, info in graph.layers.items()}
+
+
+def _without(kept, plan):
+    """{layer: the indices in `kept` whose positions `plan` does not remove}."""
+    gone = {name: set(positions) for name, positions in plan.items()}
+    return {
+        name: [index for position, index in enumerate(indices) if position not in gone.get(name, ())]
+        for name, indices in kept.items()
+    }
 
 
 def _first_images(loader, samples):

@@ -122,6 +122,8 @@ def _add_selection(group):
 def _add_training(group):
     recipe = Recipe()
     group.add_argument("--fine-tune-epochs", type=number(int, 0), default=2, help="epochs after pruning, 0 for none")
+    group.add_argument("--fine-tune-between", type=number(int, 0), default=PruningSettings.steps_between_rounds,
+                       metavar="STEPS", help="training steps after every round but the last")  # fmt: skip
     group.add_argument("--lr", type=number(float, 0, False), default=recipe.lr, help="largest learning rate")
     group.add_argument("--momentum", type=number(float, 0), default=recipe.momentum, help="of SGD")
     group.add_argument("--weight-decay", type=number(float, 0), default=recipe.weight_decay, help="of SGD")
@@ -159,6 +161,7 @@ def settings_from(args):
         exclude=tuple(args.exclude),
         prune_linear=args.prune_linear,
         compensate=args.compensate,
+        steps_between_rounds=args.fine_tune_between,
         reestimate_batchnorm=args.reestimate_batchnorm,
         seed=args.seed,
     )

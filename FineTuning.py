@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -266,7 +266,13 @@ class _Run:
     """One fine-tuning under way: all that a checkpoint holds, and how a step, an epoch and a checkpoint are made."""
 
     def __init__(
-        self, model: nn.Module, recipe: Recipe, teacher: nn.Module | None, batches: int, checkpoint: Path | None
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        teacher: nn.Module | None,
+        batches: int,
+        checkpoint: Path | None = None,
+        constant_lr: bool = False,
     ):
         self.model, self.recipe, self.teacher, self.checkpoint = model, recipe, teacher, checkpoint
         self.device = next(model.parameters()).device
@@ -282,7 +288,9 @@ class _Run:
             nesterov=recipe.momentum > 0,
         )
         warmup, total = recipe.warmup_epochs * self.steps, recipe.epochs * self.steps
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: lr_factor(step, warmup, total))
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: 1.0 if constant_lr else lr_factor(step, warmup, total)
+        )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.amp == "fp16")
         self.network = self._training_network()
         self.ema = None
@@ -383,13 +391,13 @@ class _Run:
             self.checkpoint if self.saved_epoch is not None else None,
         )
 
-    def train_epoch(self, loader, epoch: int, bar: tqdm) -> dict:
-        """All steps of one epoch; returns its largest learning rate and mean training loss per image."""
+    def train_epoch(self, loader, epoch: int, bar: tqdm, limit: int | None = None) -> dict:
+        """The steps of one epoch, `limit` at most; returns its largest learning rate and mean training loss per image."""
         self.network.train()
         loader.set_epoch(epoch)
         loss_sum = images = lr = step = 0
         iterator = iter(loader)
-        while batches := list(itertools.islice(iterator, self.recipe.accumulate)):
+        while step != limit and (batches := list(itertools.islice(iterator, self.recipe.accumulate))):
             step, lr = step + 1, max(lr, self.lr)
             step_loss, step_images = self.step(batches, epoch, step)
             loss_sum, images = loss_sum + step_loss, images + step_images
@@ -526,13 +534,54 @@ def fine_tune(
         except KeyboardInterrupt:
             raise _interrupted(run) from None
         except torch.OutOfMemoryError as error:
-            raise InputError(
-                f"{description}: out of memory on {run.device} in epoch {len(run.history.epochs)}; lower --batch-size, "
-                f"or lower it and raise --accumulate (now {recipe.accumulate}) by the same factor"
-            ) from error
+            raise _out_of_memory(run, description) from error
         finally:
             run.restore_best()
     return run.history
+
+
+def train_steps(
+    model: nn.Module,
+    train_loader,
+    recipe: Recipe,
+    steps: int,
+    *,
+    loss_before: float,
+    teacher: nn.Module | None = None,
+    turn: int = 0,
+    seed: int = 0,
+    description: str = "train",
+    progress: bool = True,
+) -> None:
+    """Train `model` in place for `steps` optimiser steps at the constant rate `recipe.lr`; it keeps the last weights.
+
+    For the short trainings between pruning rounds (Molchanov et al. 2017): the recipe without epochs, warm-up, decay and
+    weight averaging, and without validation. `loss_before` (nats), of the model as it is given, sets the limit above which
+    training counts as diverged. Each `turn` on one loader sees epochs of its own, from 1 on. Dropout follows `seed` and
+    `turn`, and the random generators come back as they were, so that what follows does not depend on this training.
+
+    Raises InputError and TrainingDiverged as fine_tune does; the model then has its weights from before.
+    """
+    recipe = replace(recipe, epochs=1, warmup_epochs=0.0, ema_decay=0.0)
+    _check_fine_tuning(model, train_loader, recipe, teacher)
+    with _modes_kept(model, *([] if teacher is None else [teacher])):
+        if teacher is not None:
+            teacher.eval()
+        run = _Run(model, recipe, teacher, len(train_loader), constant_lr=True)
+        run.history.epochs.append({"epoch": 0, "loss": loss_before})
+        epochs, rng = math.ceil(steps / run.steps), _rng_state(run.device)
+        torch.manual_seed(seed + turn)
+        try:
+            with tqdm(total=steps, desc=description, unit="step", leave=False, disable=not (progress and is_main())) as bar:
+                for epoch in range(epochs):
+                    run.train_epoch(train_loader, 1 + turn * epochs + epoch, bar, steps - epoch * run.steps)
+            broadcast_buffers(model)
+            run.best = _copy(model.state_dict())
+        except torch.OutOfMemoryError as error:
+            raise _out_of_memory(run, description) from error
+        finally:
+            run.restore_best()
+            _set_rng_state(rng, run.device)
 
 
 def _run_epochs(run: _Run, train_loader, val_loader, description: str, progress: bool) -> None:
@@ -556,6 +605,13 @@ def _run_epochs(run: _Run, train_loader, val_loader, description: str, progress:
                 f"{name}: {train_loss}validation loss {accuracy.loss:.4f}, "
                 f"top-1 {accuracy.top1:.2f} %, top-5 {accuracy.top5:.2f} %"
             )
+
+
+def _out_of_memory(run: _Run, description: str) -> InputError:
+    return InputError(
+        f"{description}: out of memory on {run.device} in epoch {len(run.history.epochs)}; lower --batch-size, "
+        f"or lower it and raise --accumulate (now {run.recipe.accumulate}) by the same factor"
+    )
 
 
 def _interrupted(run: _Run) -> Interrupted:

@@ -24,6 +24,7 @@ from FineTuning import (
     fine_tune,
     lr_factor,
     reestimate_batchnorm,
+    train_steps,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -303,6 +304,48 @@ def test_channels_last_trains_the_same_and_leaves_no_trace():
     assert strided[0].weight.is_contiguous()
     for a, b in zip(plain.parameters(), strided.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+# ----------------------------------------------------------------------------------------- training between rounds
+
+
+@pytest.mark.parametrize("turn", [0, 2])
+def test_train_steps_is_sgd_at_a_constant_rate(turn):
+    train, _ = toy_loaders(images=36, dtype=torch.float64)  # 3 steps per epoch
+    model = toy_model(batchnorm=False).double()
+    reference = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(reference.parameters(), 0.05, momentum=0.9, weight_decay=1e-4, nesterov=True)
+    epochs = [1 + 2 * turn, 2 + 2 * turn]  # of its own every turn
+    for epoch, steps in zip(epochs, (3, 2), strict=True):
+        train.set_epoch(epoch)
+        for images, labels in list(train)[:steps]:
+            optimizer.zero_grad()
+            F.cross_entropy(reference(images), labels, label_smoothing=0.1).backward()
+            optimizer.step()
+    recipe = Recipe(epochs=0, lr=0.05, label_smoothing=0.1, ema_decay=0.9)  # averaging and epochs play no part
+    train_steps(model, train, recipe, 5, loss_before=1.1, turn=turn, progress=False)
+    for new, old in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(new, old, rtol=1e-10, atol=1e-12)
+
+
+def test_train_steps_leaves_random_generators_and_modes_alone():
+    models = []
+    for seed in (3, 4):
+        model = toy_model().eval()  # with dropout
+        torch.manual_seed(seed)
+        state = torch.get_rng_state()
+        train_steps(model, toy_loaders()[0], Recipe(lr=0.05), 8, loss_before=1.1, progress=False)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert not model.training and all(parameter.grad is None for parameter in model.parameters())
+        models.append(model)
+    assert states_equal(*models) and not states_equal(models[0], toy_model())
+
+
+def test_train_steps_gives_the_weights_back_where_training_diverges():
+    model = Poisoned(toy_model(), step=2, factor=math.nan)
+    with pytest.raises(TrainingDiverged, match="epoch 1, step 2 of 6"):
+        train_steps(model, toy_loaders()[0], Recipe(lr=0.05), 4, loss_before=1.1, progress=False)
+    assert states_equal(model.model, toy_model())
 
 
 # ------------------------------------------------------------------------------------- breaking off and going on

@@ -14,6 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
+import EnhancedPruning
+import FineTuning
 import run_enhanced_pruning
 import run_single_experiment
 from ExperimentData import load_image_folder, make_loader
@@ -202,6 +204,84 @@ def test_a_single_run_killed_in_fine_tuning_resumes_to_the_same_result(finished,
     assert without_timings(whole) == without_timings(resumed)
 
 
+@pytest.fixture
+def progressive(plain_network, images, labels, monkeypatch):
+    """progressive(steps between the rounds): a pipeline of three rounds, the networks that were trained between the rounds
+    and (target, smaller network, kept filters) of every compensation."""
+    loader = make_loader(torch.utils.data.TensorDataset(images, labels), 6, shuffle=True)
+    trained, compensations = [], []
+
+    def train_steps(model, *arguments, **keywords):
+        trained.append(model)
+        FineTuning.train_steps(model, *arguments, **keywords)
+
+    def compensate(target, smaller, batches, kept, *, progress):
+        compensations.append((target, smaller, kept))
+
+    def pipeline(steps):
+        settings = EnhancedPruning.PruningSettings(rounds=3, steps_between_rounds=steps)
+        pruning = EnhancedPruning.EnhancedPruning(plain_network, loader, loader, settings=settings, progress=False)
+        return pruning, trained, compensations
+
+    monkeypatch.setattr(EnhancedPruning, "train_steps", train_steps)
+    monkeypatch.setattr(EnhancedPruning, "compensate", compensate)
+    return pipeline
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_compensation_fits_to_the_dense_network_or_to_the_trained_one_before_the_cut(progressive, steps):
+    pruning, trained, compensations = progressive(steps)
+    result = pruning.prune(60, 2)
+    after = [r["after_training"] is not None for r in result.rounds]
+    assert after == [steps > 0, steps > 0, False]  # after every round but the last
+    expected = [pruning.model, *trained] if steps else [pruning.model] * 3
+    for (target, smaller, kept), network in zip(compensations, expected, strict=True):
+        assert target is network
+        for layer in ("0", "4"):
+            weight, source = smaller.get_submodule(layer).weight, target.get_submodule(layer).weight
+            assert len(kept[layer]) == len(weight) and set(kept[layer]) <= set(range(len(source)))
+            if layer == "0":  # its inputs are whole: the kept filters are those of the target
+                assert torch.equal(weight, source[kept[layer]])
+
+
+def test_what_a_sweep_gets_on_the_way_is_not_trained(progressive):
+    pruning, trained, _ = progressive(3)
+    networks = list(pruning.path("order 2", [20, 60]))
+    assert [len(n.rounds) for n in networks] == [1, 3] and len(trained) == 2
+    assert networks[0].rounds[0]["after_training"] is None and networks[1].rounds[0]["after_training"] is not None
+    before, after = networks[0].model.state_dict(), trained[0].state_dict()
+    assert not torch.equal(before["0.weight"], after["0.weight"])
+    trained.clear()
+    (baseline,) = pruning.path("magnitude", [60])  # one shot: there is nothing between rounds
+    assert not trained and "train" not in baseline.seconds
+
+
+def test_a_progressive_run_interrupted_twice_ends_in_the_same_result(image_folder, tmp_path, monkeypatch):
+    extra = ["--fine-tune-epochs", "1", "--fine-tune-between", "4", "--rounds", "3"]
+    assert single(image_folder, tmp_path / "whole", *extra) == 0
+    folder, train, calls = tmp_path / "broken", EnhancedPruning.train_steps, []
+
+    def interrupted(model, *arguments, **keywords):
+        calls.append(keywords["turn"])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        train(model, *arguments, **keywords)
+
+    def stop(*arguments, **keywords):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(EnhancedPruning, "train_steps", interrupted)
+    with monkeypatch.context() as patch:
+        patch.setattr(EnhancedPruning, "fine_tune", stop)
+        assert single(image_folder, folder, *extra) == 130  # between the second round and the third
+        assert single(image_folder, folder, *extra, "--resume", str(folder)) == 130  # before fine-tuning
+    assert single(image_folder, folder, *extra, "--resume", str(folder)) == 0
+    assert calls == [0, 1, 0, 1]  # the last resumption did not prune again
+    whole, resumed = (json.loads((f / "results.json").read_text()) for f in (tmp_path / "whole", folder))
+    assert without_timings(whole) == without_timings(resumed)
+    assert whole["seconds"]["train"] > 0
+
+
 @pytest.fixture(scope="module")
 def swept(image_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sweep") / "run"
@@ -244,8 +324,6 @@ def test_a_sweep_with_other_arguments_does_not_resume(swept, capsys):
 
 
 def test_a_failed_cell_is_recorded_and_the_rest_goes_on(image_folder, tmp_path, monkeypatch, capsys):
-    import EnhancedPruning
-
     train = EnhancedPruning.fine_tune
 
     def diverges_once(model, *arguments, **keywords):
