@@ -334,6 +334,7 @@ class EnhancedPruning:
             self.recipe, epochs=epochs, warmup_epochs=min(self.recipe.warmup_epochs, epochs / 2)
         )
         start, model = time.perf_counter(), copy.deepcopy(result.model)
+        torch.manual_seed(self.settings.seed)  # dropout does not depend on what ran before, as after an interruption
         if self.settings.reestimate_batchnorm:
             reestimate_batchnorm(model, self.calibration)
         history = fine_tune(
