@@ -25,7 +25,7 @@ from torchvision import models
 from torchvision.models import WeightsEnum
 from torchvision.models.vgg import cfgs, make_layers
 
-from ExperimentErrors import InputError, atomic_path
+from ExperimentErrors import InputError, atomic_file, atomic_path
 
 SMALL_IMAGE = 64  # below this many pixels the strided ImageNet stems leave nothing to look at
 IMAGENET_CLASSES = 1000
@@ -216,8 +216,15 @@ def _download(weights: WeightsEnum) -> dict[str, Tensor]:
         ) from error
 
 
-def _read_plain(path: Path, device: str | torch.device = "cpu"):
-    """Content of a file of tensors and plain values. Pickled code is refused, never run."""
+def read_tensors(
+    path: Path,
+    device: str | torch.device = "cpu",
+    remedy: str = "save it again with torch.save(model.state_dict(), path)",
+):
+    """Content of a file of tensors and plain values. Pickled code is refused, never run.
+
+    Raises InputError, ending in `remedy`, if it cannot be read.
+    """
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except OSError as error:
@@ -225,12 +232,12 @@ def _read_plain(path: Path, device: str | torch.device = "cpu"):
     except UNREADABLE as error:
         raise InputError(
             f"{path} cannot be read as tensors: it is damaged, of another kind, or holds pickled code, which is "
-            "refused; save it again with torch.save(model.state_dict(), path)"
+            f"refused; {remedy}"
         ) from error
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:
-    content = _read_plain(path)
+    content = read_tensors(path)
     if isinstance(content, dict) and content.get("format") == FORMAT:
         raise InputError(f"{path} is a pruned network, not weights for a whole one; load it with load_pruned")
     for key in ("state_dict", "model"):
@@ -327,8 +334,8 @@ def save_pruned(
     }
     if name is not None:
         _check_same_network(_skeleton(content, None, path), content, f"the model to save is not {name}")
-    with atomic_path(path) as temporary:
-        torch.save(content, temporary)
+    with atomic_file(path) as file:
+        torch.save(content, file)
 
 
 def load_pruned(
@@ -341,7 +348,7 @@ def load_pruned(
 
     Raises InputError for a file of another kind or a newer version, a missing factory, or another network's factory.
     """
-    content = _read_plain(Path(path), device)
+    content = read_tensors(Path(path), device)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise InputError(f"{path} is not a pruned network; give a file that save_pruned wrote")
     if content.get("format_version", 0) > FORMAT_VERSION:
@@ -440,8 +447,8 @@ def export_model(model: nn.Module, example_input: Tensor, path: str | Path, form
         example_input = torch.cat([example_input, example_input])
     if format == "pt2":
         program = torch.export.export(model, (example_input,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-        with atomic_path(path) as temporary:
-            torch.export.save(program, temporary)
+        with atomic_file(path) as file:
+            torch.export.save(program, file)
         return
     try:
         import onnx  # noqa: F401

@@ -18,8 +18,8 @@ from DistributedRun import is_main, world_size
 from EnhancedPruning import EnhancedPruning
 from ExperimentArguments import recipe_from, settings_from
 from ExperimentData import ImageData, calibration_batches, embedded_data, load_image_folder, make_loader
-from ExperimentErrors import InputError, atomic_path
-from ExperimentModels import BuiltModel, build_model, head_name, pretrained_weights
+from ExperimentErrors import InputError, atomic_file
+from ExperimentModels import BuiltModel, build_model, head_name, pretrained_weights, read_tensors
 from FineTuning import Recipe, fine_tune
 
 EMBEDDED_TRAIN, EMBEDDED_VAL = 2000, 500
@@ -141,7 +141,7 @@ def train_dense(experiment, folder):
     if kept.exists():
         if is_main():
             print(f"dense {args.model} from {kept}")
-        built.model.load_state_dict(torch.load(kept, map_location=experiment.device, weights_only=True))
+        built.model.load_state_dict(read_tensors(kept, experiment.device, "remove the file to train the network again"))
         return
     what = "new head" if head else "dense network"
     if is_main():
@@ -161,9 +161,8 @@ def train_dense(experiment, folder):
             progress=progress(args),
         )
     if is_main():
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(kept) as temporary:
-            torch.save(built.model.state_dict(), temporary)
+        with atomic_file(kept) as file:
+            torch.save(built.model.state_dict(), file)
 
 
 @contextlib.contextmanager
@@ -181,16 +180,21 @@ def _only_head_trains(built):
 
 def _cache_file(args, recipe):
     """Where the dense network that these settings lead to is kept, None if this user has no place for a cache."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    if not root:
-        home = os.path.expanduser("~")
-        if home == "~" or not os.access(home, os.W_OK):
-            return None
-        root = Path(home) / ".cache"
+    root = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    folder = root / "enhanced-taylor-pruning"
+    if not root.is_absolute():  # there is no home
+        return None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    if not os.access(folder, os.W_OK):
+        return None
+    batch_size = min(SCRATCH_BATCH, args.batch_size)
     key = json.dumps(
-        [args.model, args.seed, min(SCRATCH_BATCH, args.batch_size), EMBEDDED_TRAIN, EMBEDDED_VAL, repr(recipe), torch.__version__]
+        [args.model, args.seed, batch_size, EMBEDDED_TRAIN, EMBEDDED_VAL, repr(recipe), torch.__version__]
     )
-    return Path(root) / "enhanced-taylor-pruning" / f"{args.model}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
+    return folder / f"{args.model}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
 
 
 def environment(device):

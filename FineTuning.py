@@ -27,7 +27,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from DistributedRun import all_reduce_sum, barrier, broadcast_buffers, gather_objects, is_main, rank, world_size
-from ExperimentErrors import InputError, atomic_path
+from ExperimentErrors import InputError, atomic_file
 
 AMP_DTYPES = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -433,8 +433,8 @@ class _Run:
                 "scaler": self.scaler.state_dict(),
                 "rng": rng,
             }
-            with atomic_path(self.checkpoint) as temporary:
-                torch.save(state, temporary)
+            with atomic_file(self.checkpoint) as file:
+                torch.save(state, file)
         barrier()
         self.saved_epoch = self.history.epochs[-1]["epoch"]
 

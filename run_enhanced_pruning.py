@@ -37,8 +37,6 @@ def run(args, folder, device):
     """Runs what is not yet in the folder, writes the tables and plots; 1 if a cell failed."""
     experiment = prepare(args, folder, device)
     cells = folder / "cells"
-    if is_main():
-        cells.mkdir(exist_ok=True)
     methods = [f"order {order}" for order in sorted(set(args.taylor_orders))]
     methods += args.baselines if args.compare_baseline else []
     percentages = sorted(set(args.pruning_percentages))
@@ -57,12 +55,14 @@ class Sweep:
     def __init__(self, args, experiment, folder, seed, dense):
         self.args, self.experiment, self.folder, self.seed = args, experiment, folder, seed
         self.pruning = experiment.pruning(seed, dense_stage=dense or _read(folder / "dense.json"))
+        stage = self.pruning.dense_stage()
         if is_main():
-            write_json(folder / "dense.json", self.pruning.dense_stage())
+            folder.mkdir(exist_ok=True)
+            write_json(folder / "dense.json", stage)
 
     def run(self, method, percentages):
-        """All percentages of a method, on one way down; finished cells are passed over."""
-        todo = [p for p in percentages if not self.file(method, p).exists()]
+        """All percentages of a method, on one way down; finished cells are passed over, failed ones tried again."""
+        todo = [p for p in percentages if (_read(self.file(method, p)) or {}).get("status") != "done"]
         if not todo:
             return
         try:
@@ -119,11 +119,13 @@ class Sweep:
 
 
 def _read(path):
-    return json.loads(path.read_text()) if path.exists() else None
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def report(args, experiment, folder, dense):
-    cells = [json.loads(file.read_text()) for file in sorted((folder / "cells").glob("*_seed-*.json"))]
+    for checkpoint in (folder / "cells").glob("*.checkpoint"):  # of cells that were killed after their last step
+        checkpoint.unlink()
+    cells = [_read(file) for file in sorted((folder / "cells").glob("*_seed-*.json"))]
     sweep = {"arguments": vars(args), "environment": environment(experiment.device), "dense": dense, "cells": cells}
     paths = write_sweep(sweep, folder)
     print(sweep_table(sweep))
@@ -131,7 +133,8 @@ def report(args, experiment, folder, dense):
     print(verdict(sweep))
     failed = sum(cell["status"] == "failed" for cell in cells)
     if failed:
-        print(f"{failed} of {len(cells)} cells failed; results.md names them", file=sys.stderr)
+        print(f"{failed} of {len(cells)} cells failed; results.md names them, --resume {folder} and the same arguments "
+              "try them again", file=sys.stderr)  # fmt: skip
     return 1 if failed else 0
 
 
