@@ -104,10 +104,13 @@ def plain(value):
 
 
 def write_json(path, value) -> None:
-    """Write `value` as strict JSON, keys in the order they were put in (the layers' order carries meaning)."""
+    """Write `value` as strict JSON, keys in the order they were put in (the layers' order carries meaning).
+
+    Paths that are not UTF-8 reach Python as lone surrogates; they are written, and come back, as JSON's escapes.
+    """
     text = json.dumps(plain(value), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def numbers(values) -> np.ndarray:

@@ -214,8 +214,12 @@ def _stage_columns(stage):
     return plain({key: value for key, value in stage.items() if key in CSV_COLUMNS})
 
 
+def _open_text(path):
+    return open(path, "w", newline="", encoding="utf-8", errors="backslashreplace")
+
+
 def _write_csv(sweep, path):
-    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+    with atomic_path(path) as temporary, _open_text(temporary) as file:
         writer = csv.DictWriter(file, CSV_COLUMNS, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(_csv_rows(sweep))
@@ -506,8 +510,8 @@ def write_sweep(sweep: dict, folder) -> list[Path]:
     text = _markdown(sweep)
     write_json(folder / "results.json", sweep)
     _write_csv(sweep, folder / "results.csv")
-    with atomic_path(folder / "results.md") as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    with atomic_path(folder / "results.md") as temporary, _open_text(temporary) as file:
+        file.write(text)
     done = _done(sweep)
     plots = {}
     if done:
