@@ -6,9 +6,11 @@
 """
 
 import copy
+import dataclasses
 
 import torch
 
+from ChannelEstimates import channel_estimates
 from ExperimentErrors import InputError
 from FilterSelection import Constraints, Selection, select_by_score, select_jointly
 from FilterSurgery import ChannelGraph
@@ -17,7 +19,7 @@ from HessianProbes import cross_entropy, probe_derivatives
 from TaylorScores import collect_directions
 
 TAYLOR_ORDERS = (1, 2, 3)
-SELECTIONS = ("joint", "independent")
+SELECTIONS = ("auto", "joint", "independent")
 CURVATURES = ("exact", "hvp", "auto")
 CLASS_PROBES = 12
 
@@ -35,7 +37,8 @@ class EnhancedFilterPruner:
         example_input: [N, C, H, W] tensor like the images.
         taylor_order: 1, 2 or 3.
         use_gradient_flow: weigh the scores by gradient flow (GradientFlowAnalyzer).
-        selection: "joint" (greedy on marginal loss changes, FilterSelection) or "independent" (every unit alone).
+        selection: "joint" (greedy on marginal loss changes, FilterSelection), "independent" (every unit alone) or "auto":
+            joint, but independent where the layers behind will be refitted (see `rank`).
         curvature: "exact" (class directions; along residual streams the Gauss-Newton part), "hvp" (random probes,
             HessianProbes) or "auto": exact where the traced network is piecewise linear. `curvature_path` and
             `curvature_reason` say what was taken and why.
@@ -57,7 +60,7 @@ class EnhancedFilterPruner:
         taylor_order=2,
         use_gradient_flow=False,
         *,
-        selection="joint",
+        selection="auto",
         curvature="auto",
         class_probes=CLASS_PROBES,
         constraints=None,
@@ -84,9 +87,10 @@ class EnhancedFilterPruner:
         if not self.graph.units:
             raise InputError("no filter of this network may be removed: " + self._reasons())
         self.curvature_path, self.curvature_reason = self._choose_curvature(curvature)
-        if loss is not cross_entropy and (selection == "joint" or self.curvature_path == "exact"):
+        if loss is not cross_entropy and (selection != "independent" or self.curvature_path == "exact"):
             raise InputError("a loss other than cross-entropy needs selection='independent' and curvature='hvp'")
         self.directions = self.probed = self.predicted_loss_change = None
+        self.repairs = False
 
     @staticmethod
     def _check_finite(model):
@@ -105,11 +109,15 @@ class EnhancedFilterPruner:
             return "hvp", "the loss is not cross-entropy"
         return ("hvp", f"the network has {smooth}") if smooth else ("exact", "the network is piecewise linear")
 
-    def rank(self, batches):
+    def rank(self, batches, compensation=None):
         """One pass over the calibration images collects what all orders need.
 
         Args:
             batches: iterable of (images, labels) on the model's device.
+            compensation: such batches on which the layers behind will be refitted after the cut (FilterCompensation). Then
+                all scores are of what the other channels of a layer cannot repair (ChannelEstimates), and those of
+                orders 2 and 3 are against the network's own predictions, which is what compensation aims at: their
+                second derivatives are complete in any network, without probes.
 
         Returns:
             self.
@@ -118,6 +126,7 @@ class EnhancedFilterPruner:
             InputError: no images, NaN images or logits, labels outside the logits' range.
         """
         batches = list(batches)
+        self.repairs = bool(compensation)
         if self.loss is cross_entropy:
             self.directions = collect_directions(
                 self.model,
@@ -126,8 +135,9 @@ class EnhancedFilterPruner:
                 self.class_probes,
                 progress=self.progress,
                 want_flow=self.use_gradient_flow,
+                estimates=channel_estimates(self.model, self.graph, compensation) if self.repairs else None,
             )
-        if self.curvature_path == "hvp":
+        if self.curvature_path == "hvp" and not self.repairs:
             self.probed = probe_derivatives(
                 self.model,
                 self.graph,
@@ -154,8 +164,11 @@ class EnhancedFilterPruner:
         self._check_ranked()
         if self.directions is None:
             return self._probed_scores(order)
-        scores, correction = self.directions.scores(order).double().cpu(), self._correction(order)
+        scores, correction = self._directions(order).scores(order).double().cpu(), self._correction(order)
         return scores if correction is None else scores + correction
+
+    def _directions(self, order):
+        return dataclasses.replace(self.directions, own_targets=self.repairs and order > 1)
 
     def _check_ranked(self):
         if self.directions is None and self.probed is None:
@@ -212,7 +225,7 @@ class EnhancedFilterPruner:
 
         Order 1 selects by the mean squared per-sample first-order term (Molchanov et al. 2019, eq. 8), orders 2 and 3
         by the signed loss change, marginal to what is chosen already if the selection is joint.
-        `predicted_loss_change` (nats) is what the chosen orders predict for the whole plan, None for order 1.
+        `predicted_loss_change` (nats) is what the directions predict for the whole plan, None for order 1.
 
         Args:
             percentage: of the budget in `constraints` (default: of the filters that may be removed), in (0, 100),
@@ -231,18 +244,21 @@ class EnhancedFilterPruner:
         """Like `get_pruning_plan`; returns the indices of the chosen units."""
         self._check_ranked()
         selection = Selection(self.graph, percentage, self.constraints, ledger)
-        weights = self.flow_weights()
-        self.predicted_loss_change = None
-        if self.selection == "joint" and self.taylor_order > 1:
-            correction = self._correction(self.taylor_order)
-            chosen = select_jointly(selection, self.directions, self.taylor_order, correction, weights)
-            shift = self.directions.coordinates[:, chosen].sum(1)
-            self.predicted_loss_change = self.directions.loss_change_at(shift)
-            if correction is not None:
-                self.predicted_loss_change += correction[chosen].sum().item()
-            return chosen
-        scores = self._squared_first_order() if self.taylor_order == 1 else self.scores()
-        return select_by_score(selection, scores if weights is None else weigh(scores, weights))
+        weights, order = self.flow_weights(), self.taylor_order
+        joint = self.selection == "joint" or (self.selection == "auto" and not self.repairs)
+        if joint and order > 1:
+            chosen = select_jointly(selection, self._directions(order), order, self._correction(order), weights)
+        else:
+            scores = self._squared_first_order() if order == 1 else self.scores()
+            chosen = select_by_score(selection, scores if weights is None else weigh(scores, weights))
+        self.predicted_loss_change = self._predicted(chosen) if order > 1 and self.directions else None
+        return chosen
+
+    def _predicted(self, chosen):
+        """Mean loss change (nats) of removing the chosen units together, to first order in the network."""
+        shift, correction = self.directions.coordinates[:, chosen].sum(1), self._correction(self.taylor_order)
+        change = self._directions(self.taylor_order).loss_change_at(shift)
+        return change if correction is None else change + correction[chosen].sum().item()
 
     def _squared_first_order(self):
         if self.directions is None:

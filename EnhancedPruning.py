@@ -42,7 +42,7 @@ class PruningSettings:
     """
 
     rounds: int = 5
-    selection: str = "joint"
+    selection: str = "auto"
     curvature: str = "auto"
     class_probes: int = CLASS_PROBES
     constraints: Constraints = Constraints()
@@ -146,7 +146,7 @@ class EnhancedPruning:
         self.example = self.calibration[0][0][:1]
         self.monitor = _every_kth_image(val_loader, MONITOR_IMAGES)
         self.graph = ChannelGraph(model, self.example, self.settings.exclude, self.settings.prune_linear)
-        self._dense_stage, self._dense_pruner = dense_stage, None
+        self._dense_stage, self._dense_pruners = dense_stage, {}
 
     # -- the whole way -----------------------------------------------------------------------------------------------
 
@@ -214,9 +214,9 @@ class EnhancedPruning:
         """One round: score the network as it is, select, cut, compensate; returns the next network."""
         clock = _Clock(network.seconds)
         if network.model is self.model:
-            pruner = self.dense_pruner(order, use_gradient_flow)
+            pruner = self.dense_pruner(order, use_gradient_flow, self.settings.compensate)
         else:
-            pruner = self._pruner(network.model, order, use_gradient_flow).rank(self.calibration)
+            pruner = self._ranked(network.model, order, use_gradient_flow, self.settings.compensate)
         clock.lap("score")
         plan = pruner.get_pruning_plan(percentage, ledger)
         clock.lap("select")
@@ -363,13 +363,21 @@ class EnhancedPruning:
             self._dense_stage = self.stage("dense", self.model)
         return self._dense_stage
 
-    def dense_pruner(self, order, use_gradient_flow=False):
-        """A pruner that has ranked the dense network. All orders share one pass over the calibration images."""
-        cached = self._dense_pruner
+    def dense_pruner(self, order, use_gradient_flow=False, repairs=False):
+        """A pruner that has ranked the dense network. All orders share one pass over the calibration images.
+
+        Args:
+            repairs: score what compensation cannot repair (EnhancedFilterPruner.rank) instead of the removal alone.
+        """
+        cached = self._dense_pruners.get(repairs)
         if cached is None or (use_gradient_flow and not cached.use_gradient_flow):
-            cached = self._pruner(self.model, 3, use_gradient_flow, self.graph).rank(self.calibration)
-            self._dense_pruner = cached
+            cached = self._ranked(self.model, 3, use_gradient_flow, repairs, self.graph)
+            self._dense_pruners[repairs] = cached
         return cached.with_order(order, use_gradient_flow)
+
+    def _ranked(self, model, order, use_gradient_flow, repairs, graph=None):
+        pruner = self._pruner(model, order, use_gradient_flow, graph)
+        return pruner.rank(self.calibration, self.compensation if repairs else None)
 
     def _pruner(self, model, order, use_gradient_flow, graph=None):
         settings = self.settings

@@ -99,8 +99,8 @@ def _add_model_and_data(group):
 def _add_selection(group):
     group.add_argument("--use-gradient-flow", action="store_true", help="weigh scores by gradient flow and report it")
     group.add_argument("--calibration-samples", type=number(int, 1), default=300, help="training images that score")
-    group.add_argument("--selection", choices=SELECTIONS, default="joint", help="whether filters are chosen with regard "
-                       "to each other")  # fmt: skip
+    group.add_argument("--selection", choices=SELECTIONS, default=PruningSettings.selection, help="with regard to each other, "
+                       "each alone, or auto: joint, independent with compensation")  # fmt: skip
     group.add_argument("--rounds", type=number(int, 1), default=PruningSettings.rounds, help="collections of scores on "
                        "the way down")  # fmt: skip
     group.add_argument("--curvature", choices=CURVATURES, default="auto", help="exact class directions, Hessian-vector "

@@ -1,6 +1,7 @@
 """Units of filters that must go together, gates that switch them off, and the cut that really removes them."""
 
 import fnmatch
+import math
 from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,6 +46,29 @@ class GateSite:
 
 
 @dataclass(frozen=True)
+class Reader:
+    """A conv or linear layer that reads channels of units."""
+
+    layer: str
+    groups: int
+    units: torch.Tensor  # [input channels or features] unit index, -1 for what always stays
+    positions: int  # consecutive features of a linear layer's input that are one flattened channel
+    is_linear: bool
+
+    def to_rows(self, x):
+        """The layer's input x [B, channels, ...] or [B, ..., features] as [B, groups, channels of a group, positions]."""
+        if self.is_linear:
+            x = x.reshape(len(x), -1, x.shape[-1]).mT
+        return x.reshape(len(x), self.groups, len(self.units) // self.groups // self.positions, -1)
+
+    def from_rows(self, rows, shape):
+        """What `to_rows` made of an input of that shape, made undone."""
+        if self.is_linear:
+            rows = rows.reshape(len(rows), len(self.units), -1).mT
+        return rows.reshape(shape)
+
+
+@dataclass(frozen=True)
 class CostTerm:
     """A tensor's share of the costs: `parameters` and `macs` for every element of the product of its dimensions."""
 
@@ -69,6 +93,7 @@ class ChannelGraph:
         layers: {name: LayerInfo} of every conv layer (with `prune_linear` of every linear one), in order of execution.
             Depthwise convs have no entry: their filters go with the channels that they read.
         sites: tuple of `GateSite`. Closing the gates of units there gives the logits of removing them.
+        readers: tuple of `Reader`s. Depthwise and transposed convs, functional ones and layers without units are none.
         tensors: {(parameter or buffer name, dim): [length] unit index or -1}, every tensor dimension that can shrink.
         smooth_operations: names of operations that are not piecewise linear, () if the network is.
 
@@ -90,6 +115,7 @@ class ChannelGraph:
         self._exclude(book, exclude)
         self._build_units(book, prune_linear)
         self._build_sites(tracing, exposed)
+        self.readers = tuple(self._readers())
         self.smooth_operations = tuple(sorted({n.nonlinear for n in tracing.nodes.values() if n.nonlinear}))
         self.positions = dict(tracing.positions)
 
@@ -172,6 +198,16 @@ class ChannelGraph:
                 sites.append(GateSite(node.target, call, info.dim, units))
         self.sites = tuple(sites)
 
+    def _readers(self):
+        for (name, dim), units in self.tensors.items():
+            layer, _, kind = name.rpartition(".")
+            module = self.model.get_submodule(layer) if kind == "weight" and dim == 1 else None
+            if not isinstance(module, (*CONVS, nn.Linear)) or isinstance(module, _ConvTransposeNd) or (units < 0).all():
+                continue
+            linear, groups = isinstance(module, nn.Linear), getattr(module, "groups", 1)
+            runs = units.unique_consecutive(return_counts=True)[1].tolist()
+            yield Reader(layer, groups, units.repeat(groups), math.gcd(*runs) if linear else 1, linear)
+
     def cost_terms(self):
         """Every parameter as a `CostTerm`; a layer's multiply-accumulates are counted at its weight."""
         dims = defaultdict(list)
@@ -189,12 +225,14 @@ class ChannelGraph:
         return terms
 
     @contextmanager
-    def gated(self, gates, on_gate=None):
+    def gated(self, gates, on_gate=None, estimates=None):
         """While open, forwards of the model multiply every unit's channels by its gate.
 
         Args:
             gates: [units] or [batch, units] tensor, one value a unit (and sample).
             on_gate: called as on_gate(site, output) with every gated activation.
+            estimates: {layer name: ChannelEstimates.ChannelEstimate}; there the layer reads, in place of a channel whose
+                gate is closed, what its other channels say of it.
 
         The hooks go away when the block ends, however it ends.
         """
@@ -223,8 +261,22 @@ class ChannelGraph:
 
             return hook
 
+        def estimate_for(estimate):
+            reader = estimate.reader
+
+            def hook(module, inputs):
+                x = inputs[0]
+                closed = 1 - open_gates[..., reader.units.to(gates.device)]
+                space = x.dim() - 2
+                shape = (*(1,) * space, len(reader.units)) if reader.is_linear else (len(reader.units), *(1,) * space)
+                return x + closed.reshape(-1, *shape).to(x.dtype) * estimate(x.detach()), *inputs[1:]
+
+            return hook
+
         try:
             handles.append(self.model.register_forward_pre_hook(reset))
+            for name, estimate in (estimates or {}).items():
+                handles.append(self.model.get_submodule(name).register_forward_pre_hook(estimate_for(estimate)))
             for name in by_module:
                 handles.append(self.model.get_submodule(name).register_forward_hook(hook_for(name)))
             yield self

@@ -103,6 +103,8 @@ class Directions:
         basis: [N, K, R]. logits: [N, K]. labels: [N].
         lost_curvature: share of the curvature that the basis misses.
         flow: [N, U] norm of the loss gradient that flows back through the unit's channels, or None.
+        own_targets: the loss is the cross-entropy against the network's own probabilities at no shift instead of the
+            labels. Then phi = 0 at no shift, and along one gate h is the whole second derivative in any network.
     """
 
     coordinates: torch.Tensor
@@ -111,6 +113,13 @@ class Directions:
     labels: torch.Tensor
     lost_curvature: float
     flow: torch.Tensor | None = None
+    own_targets: bool = False
+
+    def targets(self):
+        """[N, K] probabilities that the loss compares with."""
+        if self.own_targets:
+            return self.logits.softmax(1)
+        return F.one_hot(self.labels, self.logits.shape[1]).to(self.logits)
 
     def moments(self, shift=None, units=None, order=3):
         """phi, h, t [N, U'] of the units (a slice or index, default all) at the logits z - Q shift.
@@ -122,7 +131,7 @@ class Directions:
         c = self.coordinates if units is None else self.coordinates[:, units]
         logits = self.logits if shift is None else self.logits - torch.einsum("nkr,nr->nk", self.basis, shift)
         p, basis = logits.softmax(1), self.basis
-        gradient = torch.einsum("nkr,nk->nr", basis, p - F.one_hot(self.labels, p.shape[1]).to(p))
+        gradient = torch.einsum("nkr,nk->nr", basis, p - self.targets())
         phi = torch.einsum("nur,nr->nu", c, gradient)
         if order == 1:
             return phi, None, None
@@ -156,10 +165,10 @@ class Directions:
     def loss_change_at(self, shift):
         """Mean loss at the logits z - Q shift minus the loss at z, in nats."""
         shifted = self.logits - torch.einsum("nkr,nr->nk", self.basis, shift)
-        return (F.cross_entropy(shifted, self.labels) - F.cross_entropy(self.logits, self.labels)).item()
+        return (F.cross_entropy(shifted, self.targets()) - F.cross_entropy(self.logits, self.targets())).item()
 
 
-def collect_directions(model, graph, batches, probes, *, progress=True, want_flow=False):
+def collect_directions(model, graph, batches, probes, *, progress=True, want_flow=False, estimates=None):
     """Per-sample logit directions of every unit by class-direction backward passes through the gates.
 
     One forward and R backward passes a batch; no weight gradients. Under torch.distributed every process takes its
@@ -170,6 +179,7 @@ def collect_directions(model, graph, batches, probes, *, progress=True, want_flo
         batches: sequence of (images [B, ...], labels [B]) on the model's device.
         probes: R, directions a sample.
         want_flow: also collect the gradient flow (one more backward pass).
+        estimates: see ChannelGraph.gated: directions of removing the units and of what repairs the layers behind them.
 
     Returns:
         Directions.
@@ -183,7 +193,8 @@ def collect_directions(model, graph, batches, probes, *, progress=True, want_flo
     mine, parts = batches[rank() :: world_size()], []
     with frozen(model):
         for number, (images, labels) in tqdm(mine, desc="score", leave=False, disable=not progress or not is_main()):
-            parts.append((number, _collect_batch(model, graph, images, labels, probes, number, want_flow)))
+            batch = images, labels
+            parts.append((number, _collect_batch(model, graph, batch, probes, number, want_flow, estimates)))
     parts = sorted((p for share in gather_objects(parts) for p in share), key=lambda part: part[0])
     return Directions.join([part for _, part in parts])
 
@@ -203,18 +214,19 @@ def check_batch(images, labels, logits, number):
         )
 
 
-def _collect_batch(model, graph, images, labels, probes, number, want_flow):
+def _collect_batch(model, graph, batch, probes, number, want_flow, estimates):
+    images, labels = batch
     try:
-        return _collect(model, graph, images, labels, probes, number, want_flow)
+        return _collect(model, graph, images, labels, probes, number, want_flow, estimates)
     except torch.OutOfMemoryError as error:
         if len(images) == 1:
             raise InputError("one image does not fit into GPU memory for scoring; lower --image-size") from error
     half = len(images) // 2  # outside of the except block, which would keep the failed pass alive
     split = ((images[:half], labels[:half]), (images[half:], labels[half:]))
-    return Directions.join([_collect_batch(model, graph, *part, probes, number, want_flow) for part in split])
+    return Directions.join([_collect_batch(model, graph, part, probes, number, want_flow, estimates) for part in split])
 
 
-def _collect(model, graph, images, labels, probes, number, want_flow):
+def _collect(model, graph, images, labels, probes, number, want_flow, estimates):
     gates = torch.ones(len(images), len(graph.units), dtype=images.dtype, device=images.device, requires_grad=True)
     gated = []
 
@@ -222,7 +234,7 @@ def _collect(model, graph, images, labels, probes, number, want_flow):
         if want_flow:
             gated.append((site, get_gradient_edge(output)))
 
-    with torch.enable_grad(), graph.gated(gates, on_gate=record):
+    with torch.enable_grad(), graph.gated(gates, record, estimates):
         logits = model(images)
     check_batch(images, labels, logits, number)
     basis, lost = class_basis(logits.detach(), labels, probes)

@@ -24,9 +24,9 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).
 
 from measuring import Start, in_turn, print_ratios
 
-from EnhancedFilterPruner import CLASS_PROBES, EnhancedFilterPruner
+from EnhancedFilterPruner import CLASS_PROBES
 from ExperimentModels import build_model, head_name
-from FilterSelection import Selection, Constraints, select_by_score, select_jointly
+from FilterSelection import Constraints, Selection, select_jointly
 from FilterSurgery import ChannelGraph
 from TaylorScores import Directions, class_basis, collect_directions
 
@@ -85,7 +85,7 @@ def seconds(action, repeats=3):
     return min(times)
 
 
-def scoring_seconds(images=64, units=None, classes=10, image_size=32, model="vgg11_bn"):
+def scoring_seconds(images=64, classes=10, image_size=32, model="vgg11_bn"):
     x, y = torch.randn(images, 3, image_size, image_size), torch.randint(classes, (images,))
     net = network(model, classes, image_size, x[:16], 1.0)
     graph = ChannelGraph(net, x[:1])
@@ -99,7 +99,7 @@ def selection_seconds(order, samples=1000, units=4224, classes=10, percentage=50
     width = units / 4224
     model = torch.nn.Sequential()
     inputs = 3
-    for index, filters in enumerate([64] * 2 + [128] * 2 + [256] * 3 + [512] * 6):
+    for filters in [64] * 2 + [128] * 2 + [256] * 3 + [512] * 6:
         filters = round(filters * width)
         model.append(torch.nn.Conv2d(inputs, filters, 1)).append(torch.nn.ReLU())
         inputs = filters
