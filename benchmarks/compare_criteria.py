@@ -27,8 +27,9 @@ from cifar_resnets import cifar_resnet
 
 from BaselineCriteria import BASELINES
 from EnhancedPruning import EnhancedPruning, PruningSettings, spearman, true_loss_changes
+from ExperimentArguments import add_shared_arguments, new_parser, parse
 from ExperimentData import calibration_batches, embedded_data, load_image_folder, make_loader
-from ExperimentModels import build_model
+from ExperimentSetup import EMBEDDED_TRAIN, EMBEDDED_VAL, prepare
 from FilterSelection import Constraints, Selection, select_by_score
 from FineTuning import Recipe, evaluate, fine_tune
 
@@ -42,22 +43,27 @@ VARIANTS = {  # suffix of a criterion's name: settings
 CPU = torch.device("cpu")
 
 
-def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def add_network_arguments(parser):
+    """What `load` and `balanced` need, the draws and their seeds."""
     parser.add_argument("--model", default="vgg11_bn", help="resnet20..resnet110 of cifar_resnets.py, or torchvision's")
     parser.add_argument("--weights", help="weights file")
     parser.add_argument("--data-path", help="ImageFolder root (default: the embedded data)")
-    parser.add_argument("--percentages", type=float, nargs="+", default=[10, 30, 50, 70])
     parser.add_argument("--calibration-samples", type=int, default=600)
     parser.add_argument("--compensation-samples", type=int, default=1000)
     parser.add_argument("--test-images", type=int, default=2000)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add_network_arguments(parser)
+    parser.add_argument("--percentages", type=float, nargs="+", default=[10, 30, 50, 70])
     parser.add_argument("--fine-tune-epochs", type=int, default=0)
     parser.add_argument("--fine-tune-images", type=int, default=2000)
     parser.add_argument("--lr", type=float, nargs="+", default=[0.01], help="the best on held-out images is taken for each")
     parser.add_argument("--rounds", type=int, default=PruningSettings.rounds)
     parser.add_argument("--layer-bound", type=float, default=Constraints.layer_bound)
     parser.add_argument("--true-changes", type=int, default=60, help="filters whose true loss change is measured")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--criteria", nargs="+", help="substrings of the criteria to run (default: all)")
     parser.add_argument("--output", default="compare_criteria.json")
     return parser.parse_args()
@@ -109,14 +115,17 @@ def peer_scores(name, model, graph, batches):
 
 
 def load(arguments):
-    data = load_image_folder(arguments.data_path) if arguments.data_path else embedded_data(2000, 1000)
-    if arguments.weights and arguments.model.removeprefix("resnet").isdigit():
-        model = cifar_resnet(int(arguments.model.removeprefix("resnet")), arguments.weights)
-    else:
-        model = build_model(
-            arguments.model, data.num_classes, image_size=data.image_size, weights=arguments.weights or "none"
-        ).model
-    return data, model
+    """Data and dense network; where there are no weights for it, it is trained (and kept) as the runners do."""
+    depth = arguments.model.removeprefix("resnet")
+    if arguments.weights and arguments.data_path and depth.isdigit():
+        return load_image_folder(arguments.data_path), cifar_resnet(int(depth), arguments.weights)
+    parser = new_parser("a runner's arguments")
+    add_shared_arguments(parser)
+    given = {"--model": arguments.model, "--weights": arguments.weights, "--data-path": arguments.data_path}
+    words = [word for pair in given.items() if pair[1] for word in pair]
+    experiment = prepare(parse(parser, [*words, "--device", "cpu"]), Path(arguments.output).parent, CPU)
+    data = experiment.data if arguments.data_path else embedded_data(EMBEDDED_TRAIN, 2 * EMBEDDED_VAL)
+    return data, experiment.built.model.eval()
 
 
 def balanced(data, images, seed):
@@ -239,8 +248,9 @@ def run(arguments):
     return results
 
 
-def spread(values):
-    return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+def spread(values, digits=1):
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{deviation}"
 
 
 def tables(results):
