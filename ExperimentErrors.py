@@ -24,7 +24,7 @@ def atomic_path(path):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        if error.filename in (None, str(temporary)):  # a failed write names no file
+        if error.errno and error.filename in (None, str(temporary)):  # a failed write names no file
             error.filename = str(path)
         raise
     finally:

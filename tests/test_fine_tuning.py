@@ -443,12 +443,12 @@ def test_interrupt_while_writing_leaves_the_previous_checkpoint(tmp_path, monkey
     unbroken, _ = rich_run()
     save, calls = torch.save, []
 
-    def interrupted_save(state, path):
-        calls.append(path)
+    def interrupted_save(state, file):
+        calls.append(file)
         if len(calls) == 4:  # epochs 0, 1, 2 are written, 3 breaks off half-way
-            Path(path).write_bytes(b"half a file")
+            file.write(b"half a file")
             raise KeyboardInterrupt
-        save(state, path)
+        save(state, file)
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", interrupted_save)
