@@ -53,7 +53,7 @@ def single(image_folder, output, *extra):
 def without_timings(value):
     """results.json without what may differ between two equal runs."""
     if isinstance(value, dict):
-        varying = ("seconds", "latency_ms", "command", "output_dir", "resume", "file_bytes", "quiet")
+        varying = ("seconds", "latency_ms", "command", "output_dir", "resume", "file_bytes", "quiet", "git_commit")
         return {k: without_timings(v) for k, v in value.items() if k not in varying}
     return [without_timings(v) for v in value] if isinstance(value, list) else value
 
