@@ -228,7 +228,7 @@ class EnhancedPruning:
             "percentage": percentage,
             "filters_removed": sum(map(len, plan.values())),
             "predicted_loss_change": pruner.predicted_loss_change,
-            "measured_loss_change": self._loss(smaller) - self._loss(network.model),
+            "measured_loss_change": None,
             "after_selection": self._watch(smaller),
             "after_compensation": None,
             "after_training": None,
@@ -242,6 +242,8 @@ class EnhancedPruning:
             smaller = self._compensated(smaller, target_kept, target)
             clock.lap("compensate")
             record["after_compensation"] = self._watch(smaller)
+        record["measured_loss_change"] = self._loss(smaller) - self._loss(network.model)
+        clock.lap("watch")
         return PrunedNetwork(percentage, smaller, uncompensated, kept, [*network.rounds, record], clock.seconds)
 
     def _baseline(self, name, percentage, seed):

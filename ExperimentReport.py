@@ -165,6 +165,18 @@ def summary_table(results: dict) -> str:
     return text_table(["stage", *(column[0] for column in columns)], rows)
 
 
+def rounds_table(rounds: list) -> str:
+    """A row a round of pruning: does the loss change by what the scores said?"""
+    watched = ("after_selection", "after_compensation", "after_training")
+    rows = []
+    for record in rounds:
+        predicted, measured = numbers([record["predicted_loss_change"], record["measured_loss_change"]])
+        top1 = [f"{record[key]['top1']:.1f}" if record.get(key) else "-" for key in watched]
+        changes = [f"{value:+.4f}" if math.isfinite(value) else "-" for value in (predicted, measured)]
+        rows.append([str(record["round"]), f"{record['percentage']:g}", *changes, *top1])
+    return text_table(["round", "% removed", "loss change predicted", "measured", "top-1 cut", "repaired", "trained"], rows)
+
+
 # Figures
 
 

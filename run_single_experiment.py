@@ -16,7 +16,7 @@ from DistributedRun import is_main
 from EnhancedPruning import PruningResult
 from ExperimentArguments import add_shared_arguments, add_single_arguments, new_parser, parse
 from ExperimentModels import export_model, load_pruned, save_pruned
-from ExperimentReport import summary_table, write_experiment_plots, write_json
+from ExperimentReport import rounds_table, summary_table, write_experiment_plots, write_json
 from ExperimentRun import run_guarded
 from ExperimentSetup import environment, prepare, progress
 
@@ -96,7 +96,8 @@ def report(args, experiment, result, folder):
         export_model(model, example, folder / f"pruned_model.{kind}", kind)
     for name in (PRUNED, CHECKPOINT):
         (folder / name).unlink(missing_ok=True)
-    print(summary_table(results))
+    print(rounds_table(results["rounds"]))
+    print(f"\n{summary_table(results)}")
     print(f"results, {len(plots)} plots and pruned_model.pt: {Path(folder)}")
 
 

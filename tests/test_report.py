@@ -219,6 +219,19 @@ def test_summary_table_has_values_and_changes():
     assert max(map(len, (header, dense, pruned, change))) <= 100
 
 
+def test_rounds_table_sets_the_prediction_beside_the_measurement():
+    rounds = [
+        {"round": 1, "percentage": 10.0, "predicted_loss_change": 0.01234, "measured_loss_change": -0.02,
+         "after_selection": {"top1": 70.0}, "after_compensation": {"top1": 80.0}, "after_training": None},
+        {"round": 2, "percentage": 20.0, "predicted_loss_change": None, "measured_loss_change": 0.5,
+         "after_selection": {"top1": 60.0}, "after_compensation": None},
+    ]  # fmt: skip
+    _, _, *rows = ExperimentReport.rounds_table(rounds).splitlines()
+    assert [row.split() for row in rows] == [
+        ["1", "10", "+0.0123", "-0.0200", "70.0", "80.0", "-"], ["2", "20", "-", "+0.5000", "60.0", "-", "-"]
+    ]  # fmt: skip
+
+
 def test_settings_of_matplotlib_come_back(tmp_path):
     import matplotlib
 
