@@ -407,7 +407,7 @@ def _plot_oracle(results, path):
     everything = np.concatenate([true, *predicted.values()])
     limits = np.nanmin(everything), np.nanmax(everything)
     width = COLUMN_WIDTH if len(predicted) == 1 else TEXT_WIDTH
-    with saved_figure(path, width=width, height=2.8) as figure:
+    with saved_figure(path, width=width, height=3.1) as figure:
         panels = figure.subplots(1, len(predicted), sharex=True, sharey=True, squeeze=False)[0]
         for axes, (order, values) in zip(panels, predicted.items(), strict=True):
             style = METHODS[f"order {order}"]
@@ -417,7 +417,7 @@ def _plot_oracle(results, path):
             axes.plot(true, values, style.marker, color=style.colour, markersize=3, alpha=0.6, markeredgewidth=0)
             (rank,) = numbers([oracle["spearman"].get(order)])
             axes.set_title(f"{style.label}: Spearman {format(rank, '.3f') if math.isfinite(rank) else 'undefined'}")
-            axes.set_aspect("equal")
+            axes.set_box_aspect(1)
             axes.set_xlabel("true loss change (nats)")
             axes.tick_params(axis="x", rotation=45)
         panels[0].set_ylabel("estimated loss change (nats)")
