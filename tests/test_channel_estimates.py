@@ -3,6 +3,8 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from test_surgery import BLOCKS, net
+from test_surgery import images as noise
 from torch import nn
 
 from ChannelEstimates import channel_estimates
@@ -69,6 +71,29 @@ def test_a_closed_channel_is_replaced_by_its_estimate(layers, images, labels):
         with graph.gated(torch.ones_like(gates), estimates=estimates):
             assert torch.allclose(model(images), model(images))
     assert gone.sum() == (36 if reader.is_linear else 2 if reader.groups == 2 else 1)
+
+
+@pytest.mark.parametrize("kind", BLOCKS, ids=lambda kind: kind.__name__)
+def test_estimates_in_networks_of_all_kinds(kind):
+    """They are finite, do nothing while gates are open, and are all that is added where gates close."""
+    model, x = net(kind), noise()
+    graph = ChannelGraph(model, x)
+    estimates = channel_estimates(model, graph, [(x, None)])
+    assert "classifier" in estimates
+    gates = torch.ones(len(graph.units), dtype=x.dtype)
+    with torch.no_grad():
+        dense = model(x)
+        with graph.gated(gates, estimates=estimates):
+            assert torch.equal(model(x), dense)
+        gates[::2] = 0
+        with graph.gated(gates, estimates=estimates):
+            assert torch.isfinite(model(x)).all()
+        with graph.gated(gates):
+            removed = model(x)
+        for estimate in estimates.values():
+            estimate.matrix, estimate.offset = estimate.matrix * 0, estimate.offset * 0
+        with graph.gated(gates, estimates=estimates):
+            assert torch.equal(model(x), removed)
 
 
 def test_directions_are_derivatives_of_the_replacement(relu_network, images, labels):
