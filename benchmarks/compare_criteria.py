@@ -39,6 +39,7 @@ VARIANTS = {  # suffix of a criterion's name: settings
     ", one shot": {"compensate": False, "rounds": 1},
     ", independent, one shot": {"compensate": False, "rounds": 1, "selection": "independent"},
     ", compensated": {"compensate": True},
+    ", joint, compensated": {"compensate": True, "selection": "joint"},
 }
 CPU = torch.device("cpu")
 
