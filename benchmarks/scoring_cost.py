@@ -24,6 +24,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).
 
 from measuring import Start, in_turn, print_ratios
 
+from ChannelEstimates import channel_estimates
 from EnhancedFilterPruner import CLASS_PROBES
 from ExperimentModels import build_model, head_name
 from FilterSelection import Constraints, Selection, select_jointly
@@ -66,7 +67,8 @@ def run_part(arguments):
             F.cross_entropy(model(x), y).backward()
         print(json.dumps(start.since()))
         return
-    directions = collect_directions(model, graph, batches, arguments.class_probes, progress=False)
+    estimates = channel_estimates(model, graph, batches) if arguments.repairs else None
+    directions = collect_directions(model, graph, batches, arguments.class_probes, progress=False, estimates=estimates)
     measured = start.since()
     kept = directions.coordinates.nbytes
     print(json.dumps({**measured, "peak bytes": measured["peak bytes"] - kept, "direction bytes": kept,
@@ -143,6 +145,7 @@ def main():
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--class-probes", type=int, default=CLASS_PROBES)
     parser.add_argument("--entropy", type=float, default=1.0, help="nats, of the predictions")
+    parser.add_argument("--repairs", action="store_true", help="score what compensation cannot repair")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--growth", action="store_true")
     parser.add_argument("--part", choices=("pass", "scoring"), help=argparse.SUPPRESS)
