@@ -1,0 +1,72 @@
+"""Does the speed-up arrive? Latency of pruned networks against their multiply-accumulates, with and without --round-to 8.
+
+    python benchmarks/latency.py --model resnet50 --image-size 224 --batch-size 8
+
+Filters go by L2 magnitude with the default layer bound, from random weights: shapes alone matter here. The networks run in
+turn, `--repeats` times each; printed are medians over those of the dense network and the interquartile range.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from BaselineCriteria import magnitude
+from EnhancedPruning import profile
+from ExperimentModels import build_model
+from FilterSelection import Constraints, Selection, select_by_score
+from FilterSurgery import ChannelGraph
+
+
+@torch.no_grad()
+def milliseconds(model, images):
+    start = time.perf_counter()
+    model(images)
+    if images.is_cuda:
+        torch.cuda.synchronize()
+    return 1000 * (time.perf_counter() - start)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="resnet50")
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--percentages", type=float, nargs="+", default=[10, 30, 50, 70])
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments = parser.parse_args()
+    dense = build_model(arguments.model, 1000, image_size=arguments.image_size, weights="none").model.eval()
+    images = torch.randn(arguments.batch_size, 3, arguments.image_size, arguments.image_size)
+    graph = ChannelGraph(dense, images[:1])
+    scores = magnitude(graph)
+    networks = {("dense", 1): dense}
+    for percentage in arguments.percentages:
+        for step in (1, 8):
+            chosen = select_by_score(Selection(graph, percentage, Constraints(round_to=step)), scores)
+            networks[f"{percentage:g} %", step] = graph.remove([graph.units[u] for u in chosen])
+    macs = {key: profile(model, images[:1])["macs"] for key, model in networks.items()}
+    times = {key: [] for key in networks}
+    images = images.to(arguments.device)
+    for key, model in networks.items():
+        milliseconds(model.to(arguments.device), images)
+    for _ in range(arguments.repeats):
+        for key, model in networks.items():
+            times[key].append(milliseconds(model, images))
+    base = statistics.median(times["dense", 1])
+    print(f"{arguments.model}, {arguments.batch_size} images of {arguments.image_size} pixels on {arguments.device}, "
+          f"{torch.get_num_threads()} threads, n = {arguments.repeats}: dense {base:.1f} ms\n")  # fmt: skip
+    print("| filters removed | multiple of | MACs left | time left | interquartile |\n|---|---|---|---|---|")
+    for (name, step), values in times.items():
+        low, middle, high = (value / base for value in statistics.quantiles(values, n=4))
+        left = macs[name, step] / macs["dense", 1]
+        print(f"| {name} | {step} | {left:.0%} | {middle:.0%} | {low:.0%} to {high:.0%} |")
+
+
+if __name__ == "__main__":
+    main()
