@@ -53,7 +53,7 @@ def main():
     macs = {key: profile(model, images[:1])["macs"] for key, model in networks.items()}
     times = {key: [] for key in networks}
     images = images.to(arguments.device)
-    for key, model in networks.items():
+    for model in networks.values():
         milliseconds(model.to(arguments.device), images)
     for _ in range(arguments.repeats):
         for key, model in networks.items():
