@@ -123,10 +123,13 @@ class EnhancedFilterPruner:
             self.
 
         Raises:
-            InputError: no images, NaN images or logits, labels outside the logits' range.
+            InputError: no images, NaN images or logits, labels outside the logits' range; `compensation` with another
+                loss than cross-entropy.
         """
+        if compensation and self.loss is not cross_entropy:
+            raise InputError("scores behind compensation need the cross-entropy; rank without compensation batches")
         batches = list(batches)
-        self.repairs = bool(compensation)
+        self.repairs, self.directions, self.probed = bool(compensation), None, None
         if self.loss is cross_entropy:
             self.directions = collect_directions(
                 self.model,

@@ -10,6 +10,7 @@ from torch import nn
 from ChannelEstimates import channel_estimates
 from EnhancedFilterPruner import EnhancedFilterPruner
 from EnhancedPruning import spearman
+from ExperimentErrors import InputError
 from FilterCompensation import compensate
 from FilterSurgery import ChannelGraph
 from TaylorScores import collect_directions
@@ -191,3 +192,14 @@ def test_own_targets_give_the_whole_second_derivative_of_a_smooth_network(silu_n
 
         second = torch.autograd.functional.hessian(loss, torch.tensor(1.0, dtype=torch.float64))
         assert scores[unit] == pytest.approx(second.item() / 2, rel=1e-8)
+
+
+def test_another_loss_has_no_scores_behind_compensation(plain_network, images, labels):
+    def squares(logits, labels):
+        return (logits - F.one_hot(labels, logits.shape[1])).square().sum(1)
+
+    batches = [(images, labels)]
+    pruner = EnhancedFilterPruner(plain_network, images, 2, loss=squares, selection="independent", progress=False)
+    with pytest.raises(InputError, match="cross-entropy"):
+        pruner.rank(batches, batches)
+    assert len(pruner.rank(batches).get_pruning_plan(30)) > 0
