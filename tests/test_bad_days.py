@@ -141,6 +141,7 @@ def in_child(runner, arguments, log):
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background of a script
     tqdm.set_lock(threading.RLock())  # its default is a semaphore of the system, which a kill would leave behind
     sys.exit(importlib.import_module(runner).main(arguments))
 
