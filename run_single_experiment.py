@@ -88,7 +88,8 @@ def report(args, experiment, result, folder):
     write_json(folder / "results.json", results)
     if result.gradient_flow:
         write_json(folder / "gradient_flow.json", result.gradient_flow)
-        print("\n".join(result.gradient_flow["reports"]["dense"]["findings"][:10]))
+        findings = result.gradient_flow["reports"]["dense"]["findings"]
+        print("\n".join(findings[:10] or ["gradient flow: nothing remarkable"]))
     plots = write_experiment_plots(results, folder)
     for kind in args.export:
         model = result.model.cpu().eval()
