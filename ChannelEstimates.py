@@ -30,8 +30,8 @@ class ChannelEstimate:
     """
 
     def __init__(self, reader, rows, total, products):
-        mean = total / rows
-        covariance = products / rows - mean[:, :, None] * mean[:, None, :]
+        mean = (total / rows)[:, :, None]
+        covariance = products / rows - mean @ mean.mT
         channels = covariance.shape[1]
         ridge = (RIDGE + channels / rows) * covariance.diagonal(dim1=1, dim2=2).mean(1)
         identity = torch.eye(channels).to(covariance)
@@ -43,8 +43,7 @@ class ChannelEstimate:
                 if unit >= 0 and count > 1:  # twins go together: neither can stand for the other
                     twins = (units == unit).nonzero()[:, 0].to(left.device)
                     left[group, twins] = torch.linalg.solve(precision[group, twins][:, twins], precision[group, twins])
-        self.reader, self.matrix, self.mean = reader, identity - left, mean[:, :, None]
-        self.offset = self.mean - self.matrix @ self.mean
+        self.reader, self.matrix, self.offset = reader, identity - left, left @ mean
 
     def __call__(self, x):
         """The estimates, in the shape of the reader's input x."""

@@ -378,12 +378,8 @@ class EnhancedPruning:
         return cached.with_order(order, use_gradient_flow)
 
     def _ranked(self, model, order, use_gradient_flow, repairs, graph=None):
-        pruner = self._pruner(model, order, use_gradient_flow, graph)
-        return pruner.rank(self.calibration, self.compensation if repairs else None)
-
-    def _pruner(self, model, order, use_gradient_flow, graph=None):
         settings = self.settings
-        return EnhancedFilterPruner(
+        pruner = EnhancedFilterPruner(
             model,
             self.example,
             order,
@@ -398,6 +394,7 @@ class EnhancedPruning:
             seed=settings.seed,
             progress=self.progress,
         )
+        return pruner.rank(self.calibration, self.compensation if repairs else None)
 
     def oracle(self, samples):
         """The true loss change of removing `samples` randomly drawn units, one at a time, against every order's estimate.

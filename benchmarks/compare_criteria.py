@@ -193,7 +193,7 @@ def cost(pruning, batches):
     plain = time.perf_counter() - start
     model.zero_grad(set_to_none=True)
     start = time.perf_counter()
-    pruning._pruner(model, 3, False, pruning.graph).rank(batches)
+    pruning._ranked(model, 3, False, False, pruning.graph)
     return (time.perf_counter() - start) / plain
 
 

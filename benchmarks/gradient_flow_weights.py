@@ -20,7 +20,7 @@ from compare_criteria import add_network_arguments, balanced, load, spread, tune
 from EnhancedFilterPruner import EnhancedFilterPruner
 from EnhancedPruning import EnhancedPruning, PruningSettings
 from ExperimentData import calibration_batches
-from ExperimentErrors import atomic_path
+from ExperimentReport import write_json
 from FineTuning import evaluate
 from GradientFlowAnalyzer import collect_flow, preserved_flow, relative_flow, signal_to_noise
 
@@ -93,8 +93,7 @@ def main():
                 new = list(one(name, compensate, seed, model, data, val, arguments))
                 rows += new
                 print(*(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for r in new for k, v in r.items()), flush=True)
-                with atomic_path(output) as temporary:
-                    temporary.write_text(json.dumps({"arguments": vars(arguments), "rows": rows}, indent=1))
+                write_json(output, {"arguments": vars(arguments), "rows": rows})
     table(rows)
 
 

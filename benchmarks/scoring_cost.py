@@ -2,7 +2,7 @@
 
     python benchmarks/scoring_cost.py                                  # 10 classes, VGG-16 with BatchNorm at 32 pixels
     python benchmarks/scoring_cost.py --model resnet18 --classes 1000 --image-size 64
-    python benchmarks/scoring_cost.py --growth                         # fitted exponents, and ResNet-152 from them
+    python benchmarks/scoring_cost.py --growth                         # fitted exponents
 
 The first two: seconds and peak memory of collecting for all orders, over one pass of forward and backward with weight
 gradients over the same noise images; memory is the growth of the process's peak resident size beyond model and images,
