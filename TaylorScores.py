@@ -28,6 +28,7 @@ from ExperimentErrors import InputError
 from GradientFlowAnalyzer import frozen, unit_gradient_norms
 
 SUPPORT = 32  # classes, most probable first, over which expectations are taken where there are more
+BLOCK = 2**17  # units x samples that are scored at once: what they need stays in a core's cache
 
 
 def closed_third_order(phi, h, t):
@@ -149,7 +150,19 @@ class Directions:
 
     def scores(self, order, shift=None, units=None):
         """[U'] mean over samples of the signed loss change of removing each unit alone at the shifted logits."""
-        return loss_change(order, *self.moments(shift, units, order)).mean(0)
+        samples, width = self.coordinates.shape[:2]
+        total = 0.0
+        for rows in torch.arange(samples).split(max(1, BLOCK // width)):
+            rows = slice(rows[0], rows[-1] + 1)
+            here = None if shift is None else shift[rows]
+            total = total + loss_change(order, *self.rows(rows).moments(here, units, order)).sum(0)
+        return total / samples
+
+    def rows(self, rows):
+        """The directions of a slice of the samples."""
+        flow = None if self.flow is None else self.flow[rows]
+        parts = (getattr(self, name)[rows] for name in ("coordinates", "basis", "logits", "labels"))
+        return type(self)(*parts, self.lost_curvature, flow, self.own_targets)
 
     @classmethod
     def join(cls, parts):
