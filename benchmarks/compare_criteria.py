@@ -4,15 +4,16 @@
     python benchmarks/compare_criteria.py --model vgg11_bn            # trained by the toolkit on the embedded data
 
 For every criterion: top-1 and loss after real removal without fine-tuning and, with --fine-tune-epochs, after one short
-fine-tuning of one recipe; correlation and relative error of single-filter estimates with the true loss change; seconds
-of scoring as a ratio to one forward+backward pass over the same images. Mean and standard deviation over calibration
-seeds. Torch-Pruning's criteria run where torch-pruning is installed (benchmarks/requirements.txt).
+fine-tuning of one recipe, its learning rate chosen from --lr in the first seed; correlation and relative error of
+single-filter estimates with the true loss change; seconds of scoring as a ratio to one forward+backward pass over the same
+images. Mean and standard deviation over calibration seeds. Torch-Pruning's criteria run where torch-pruning is installed
+(benchmarks/requirements.txt). An interrupted run goes on with the criterion at which it was.
 """
 
 import argparse
 import copy
 import importlib.util
-import json
+import math
 import statistics
 import sys
 import time
@@ -24,11 +25,13 @@ import torch.nn.functional as F
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
 from cifar_resnets import cifar_resnet
+from measuring import started
 
 from BaselineCriteria import BASELINES
 from EnhancedPruning import EnhancedPruning, PruningSettings, spearman, true_loss_changes
 from ExperimentArguments import add_shared_arguments, new_parser, parse
 from ExperimentData import calibration_batches, embedded_data, load_image_folder, make_loader
+from ExperimentReport import write_json
 from ExperimentSetup import EMBEDDED_TRAIN, EMBEDDED_VAL, prepare
 from FilterSelection import Constraints, Selection, select_by_score
 from FineTuning import Recipe, evaluate, fine_tune
@@ -42,6 +45,7 @@ VARIANTS = {  # suffix of a criterion's name: settings
     ", joint, compensated": {"compensate": True, "selection": "joint"},
 }
 CPU = torch.device("cpu")
+HELD_OUT = 500  # training images that choose the learning rate and the epoch
 
 
 def add_network_arguments(parser):
@@ -61,7 +65,9 @@ def parse_arguments():
     parser.add_argument("--percentages", type=float, nargs="+", default=[10, 30, 50, 70])
     parser.add_argument("--fine-tune-epochs", type=int, default=0)
     parser.add_argument("--fine-tune-images", type=int, default=2000)
-    parser.add_argument("--lr", type=float, nargs="+", default=[0.01], help="the best on held-out images is taken for each")
+    parser.add_argument("--lr", type=float, nargs="+", default=[0.01],
+                        help="the best on held-out images is taken for each criterion and percentage")  # fmt: skip
+    parser.add_argument("--amp", choices=("bf16",), help="fine-tune in mixed precision, channels-last")
     parser.add_argument("--rounds", type=int, default=PruningSettings.rounds)
     parser.add_argument("--layer-bound", type=float, default=Constraints.layer_bound)
     parser.add_argument("--true-changes", type=int, default=60, help="filters whose true loss change is measured")
@@ -197,20 +203,28 @@ def cost(pruning, batches):
     return (time.perf_counter() - start) / plain
 
 
-def tuned(model, data, arguments, seed):
-    """Top-1 after fine-tuning, with the learning rate that is best on held-out training images."""
+def tuned(model, data, arguments, seed, rates):
+    """(network, learning rate) after fine-tuning with the one of the rates that is best on held-out training images."""
+    images, labels = calibration_batches(data, arguments.fine_tune_images + HELD_OUT, 1 << 20, seed=seed)[0]
+    held_out = [(images[:HELD_OUT], labels[:HELD_OUT])]
+    rest = torch.utils.data.TensorDataset(images[HELD_OUT:], labels[HELD_OUT:])
+    train = make_loader(rest, 64, shuffle=True, seed=seed)
+    fixed = {"epochs": arguments.fine_tune_epochs, "amp": arguments.amp, "channels_last": bool(arguments.amp)}
     best = None
-    images = calibration_batches(data, arguments.fine_tune_images, arguments.fine_tune_images, seed=seed)[0]
-    cut = len(images[1]) // 10
-    held_out = [(images[0][:cut], images[1][:cut])]
-    train = make_loader(torch.utils.data.TensorDataset(images[0][cut:], images[1][cut:]), 64, shuffle=True, seed=seed)
-    for lr in arguments.lr:
+    for lr in rates:
         candidate = copy.deepcopy(model)
-        history = fine_tune(candidate, train, held_out, Recipe(epochs=arguments.fine_tune_epochs, lr=lr), progress=False)
+        history = fine_tune(candidate, train, held_out, Recipe(lr=lr, **fixed), progress=False)
         top1 = history.epochs[history.best_epoch]["top1"]
         if best is None or top1 > best[0]:
-            best = (top1, candidate)
-    return best[1]
+            best = (top1, candidate, lr)
+    return best[1:]
+
+
+def rates(results, criterion, percentage):
+    """The learning rates to try: all, or the one that the first seed chose."""
+    rows = results["rows"]
+    chosen = [r["lr"] for r in rows if (r["criterion"], r["percentage"]) == (criterion, percentage) and "lr" in r]
+    return chosen[:1] or results["arguments"]["lr"]
 
 
 def run(arguments):
@@ -218,11 +232,12 @@ def run(arguments):
     val = balanced(data, arguments.test_images, 0)
     names = arguments.criteria
     everything = [order + suffix for suffix in VARIANTS for order in OURS]
-    everything += [*BASELINES, "magnitude, compensated", "molchanov2019, compensated"]
+    everything += [name + suffix for suffix in ("", ", compensated") for name in BASELINES]
     if importlib.util.find_spec("torch_pruning"):
         everything += list(PEERS)
     criteria = [c for c in everything if not names or any(c == n or (n.endswith("*") and c.startswith(n[:-1])) for n in names)]
-    results = {"arguments": vars(arguments), "torch": torch.__version__, "threads": torch.get_num_threads(), "rows": []}
+    results = started(arguments, ("seeds", "criteria", "output"), {"rows": [], "single": []})
+    results |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
     accuracy = evaluate(dense, val, progress=False)
     results["dense"] = {"top1": accuracy.top1, "loss": accuracy.loss, "images": accuracy.images}
     print(f"dense: top-1 {accuracy.top1:.1f} %, loss {accuracy.loss:.3f}, {accuracy.images} images", flush=True)
@@ -232,20 +247,23 @@ def run(arguments):
         pruning = EnhancedPruning(dense, val, val, calibration=batches, compensation=more,
                                   settings=PruningSettings(compensate=False), progress=False)  # fmt: skip
         pruning.graph.model.eval()
-        if arguments.true_changes:
+        if arguments.true_changes and seed not in [single["seed"] for single in results["single"]]:
             estimates = single_estimates(pruning, batches, arguments, seed)
-            results.setdefault("single", []).append({"seed": seed, "cost": cost(pruning, batches), **estimates})
-        for criterion in criteria:
-            start = time.perf_counter()
+            results["single"].append({"seed": seed, "cost": cost(pruning, batches), **estimates})
+        done = {row["criterion"] for row in results["rows"] if row["seed"] == seed}
+        for criterion in (c for c in criteria if c not in done):
+            start, rows = time.perf_counter(), []
             for percentage, model in networks(criterion, pruning, data, arguments, seed, batches).items():
                 after = evaluate(model, val, progress=False)
                 row = {"criterion": criterion, "percentage": percentage, "seed": seed, "top1": after.top1, "loss": after.loss}
                 if arguments.fine_tune_epochs:
-                    row["tuned_top1"] = evaluate(tuned(model, data, arguments, seed), val, progress=False).top1
-                results["rows"].append(row)
-            last = [f"{r['top1']:.1f}" for r in results["rows"] if r["criterion"] == criterion and r["seed"] == seed]
-            print(f"seed {seed}, {criterion}: {' '.join(last)} ({time.perf_counter() - start:.0f} s)", flush=True)
-            Path(arguments.output).write_text(json.dumps(results, indent=1))
+                    model, row["lr"] = tuned(model, data, arguments, seed, rates(results, criterion, percentage))
+                    row["tuned_top1"] = evaluate(model, val, progress=False).top1
+                rows.append(row)
+            results["rows"] += rows
+            values = " ".join(f"{row['top1']:.1f} {row.get('tuned_top1', math.nan):.1f}" for row in rows)
+            print(f"seed {seed}, {criterion}: {values} ({time.perf_counter() - start:.0f} s)", flush=True)
+            write_json(arguments.output, results)
     return results
 
 
@@ -266,7 +284,7 @@ def tables(results):
         for criterion in dict.fromkeys(row["criterion"] for row in rows):
             cells = [[r[key] for r in rows if r["criterion"] == criterion and r["percentage"] == p] for p in percentages]
             print(f"| {criterion} | " + " | ".join(spread(c) for c in cells) + " |")
-    singles = results.get("single", [])
+    singles = results["single"]
     if singles:
         print("\n| single filters | Spearman | Pearson | relative error |\n|---|---|---|---|")
         for name in (n for n in singles[0] if n not in ("seed", "cost")):

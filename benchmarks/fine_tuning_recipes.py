@@ -13,7 +13,6 @@ evaluation included. Every finished cell is in `--output`: the same command, wit
 import argparse
 import copy
 import itertools
-import json
 import sys
 from pathlib import Path
 
@@ -22,6 +21,7 @@ import torch
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
 from compare_criteria import add_network_arguments, balanced, load, spread
+from measuring import started
 
 from EnhancedPruning import EnhancedPruning, PruningSettings
 from ExperimentData import calibration_batches, make_loader
@@ -118,18 +118,8 @@ def parse_arguments():
     return parser.parse_args()
 
 
-def started(arguments):
-    """The results so far; ends the program if they belong to other arguments."""
-    output = Path(arguments.output)
-    results = json.loads(output.read_text()) if output.exists() else {"arguments": vars(arguments), "cells": []}
-    then, now = ({k: v for k, v in a.items() if k not in MAY_DIFFER} for a in (results["arguments"], vars(arguments)))
-    if then != now:
-        raise SystemExit(f"{output} has results of {then}; give another --output")
-    return {**results, "arguments": vars(arguments)}
-
-
 def run(arguments):
-    results = started(arguments)
+    results = started(arguments, MAY_DIFFER, {"cells": []})
     done = {(cell["recipe"], cell["seed"]) for cell in results["cells"]}
     todo = [(name, s) for s in arguments.seeds for name in arguments.recipes if (name, s) not in done]
     if not todo:

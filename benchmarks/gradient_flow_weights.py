@@ -34,6 +34,7 @@ def parse_arguments():
     parser.add_argument("--fine-tune-epochs", type=int, default=2)
     parser.add_argument("--fine-tune-images", type=int, default=2000)
     parser.add_argument("--lr", type=float, nargs="+", default=[0.01])
+    parser.add_argument("--amp", choices=("bf16",), help="fine-tune in mixed precision, channels-last")
     parser.add_argument("--output", default="gradient_flow_weights.json")
     return parser.parse_args()
 
@@ -63,7 +64,7 @@ def one(name, compensate, seed, model, data, val, arguments):
             yield {
                 "weights": name, "compensated": bool(compensate), "seed": seed, "percentage": network.percentage,
                 "top1": evaluate(network.model, val, progress=False).top1,
-                "tuned_top1": evaluate(tuned(network.model, data, arguments, seed), val, progress=False).top1,
+                "tuned_top1": evaluate(tuned(network.model, data, arguments, seed, arguments.lr)[0], val, progress=False).top1,
             }  # fmt: skip
 
 

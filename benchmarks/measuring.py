@@ -1,4 +1,4 @@
-"""Seconds and peak memory of parts of a program, each in a process of its own, in turn."""
+"""Seconds and peak memory of parts of a program, each in a process of its own, in turn; results that a run takes up again."""
 
 import json
 import resource
@@ -6,6 +6,7 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 
 def peak_bytes():
@@ -46,3 +47,17 @@ def print_ratios(results, part, reference):
         ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
         median = statistics.median(ours) / statistics.median(theirs)
         print(f"{unit}: {part} / {reference} = {median:.2f} ({min(ratios):.2f} to {max(ratios):.2f}, n = {len(ratios)})")
+
+
+def started(arguments, may_differ, empty):
+    """The results so far in `arguments.output`, or `empty`; ends the program if they belong to other arguments.
+
+    Args:
+        may_differ: names of arguments that may differ between a run and its continuation.
+    """
+    output = Path(arguments.output)
+    results = json.loads(output.read_text()) if output.exists() else {"arguments": vars(arguments), **empty}
+    then, now = ({k: v for k, v in a.items() if k not in may_differ} for a in (results["arguments"], vars(arguments)))
+    if then != now:
+        raise SystemExit(f"{output} has results of {then}; give another --output")
+    return {**results, "arguments": vars(arguments)}
