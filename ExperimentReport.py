@@ -327,7 +327,7 @@ def _plot_accuracy(results, path):
 
 
 def _trajectory(axes, results, key, places, at_rounds, at_epochs, colour, label):
-    """One quantity along the run: a large marker a stage, small ones for rounds and epochs.
+    """One quantity along the run: a large marker a stage, small ones for rounds, training between them, and epochs.
 
     Where every round ends compensated, the line goes through the compensated networks, and a broken one through what
     each round was before that, down to the pruned stage.
@@ -337,6 +337,8 @@ def _trajectory(axes, results, key, places, at_rounds, at_epochs, colour, label)
     steps = dict(zip(at_epochs, (epoch.get(key) for epoch in results["fine_tuning"]), strict=False))
     rounds = list(zip(at_rounds, results["rounds"], strict=False))
     steps |= {x: (step.get("after_compensation") or step["after_selection"]).get(key) for x, step in rounds}
+    trained = [(x, step["after_training"]) for x, step in rounds if step.get("after_training")]  # never the last round
+    steps |= {x + (at_rounds[1] - at_rounds[0]) / 2: step.get(key) for x, step in trained}
     line = points | steps
     if any((step.get("after_compensation") or {}).get(key) is not None for _, step in rounds):
         broken = {places["dense"]: stages["dense"], **{x: step["after_selection"].get(key) for x, step in rounds}}

@@ -68,6 +68,21 @@ class Reader:
         return rows.reshape(shape)
 
 
+class _Blend(torch.autograd.Function):
+    """x + closed * estimate, of which only the estimate is kept for the backward passes, and no copy made at closed = 0."""
+
+    @staticmethod
+    def forward(ctx, x, closed, estimate):
+        ctx.save_for_backward(estimate)
+        ctx.shape = closed.shape
+        return x + closed * estimate if closed.any() else x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (estimate,) = ctx.saved_tensors
+        return gradient, (gradient * estimate).sum_to_size(ctx.shape), None
+
+
 @dataclass(frozen=True)
 class CostTerm:
     """A tensor's share of the costs: `parameters` and `macs` for every element of the product of its dimensions."""
@@ -269,7 +284,7 @@ class ChannelGraph:
                 closed = 1 - open_gates[..., reader.units.to(gates.device)]
                 space = x.dim() - 2
                 shape = (*(1,) * space, len(reader.units)) if reader.is_linear else (len(reader.units), *(1,) * space)
-                return x + closed.reshape(-1, *shape).to(x.dtype) * estimate(x.detach()), *inputs[1:]
+                return _Blend.apply(x, closed.reshape(-1, *shape).to(x.dtype), estimate(x.detach())), *inputs[1:]
 
             return hook
 

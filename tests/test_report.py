@@ -184,6 +184,17 @@ def test_experiment_plots_of_a_bare_run(tmp_path):
     assert len(ExperimentReport.write_experiment_plots(results, tmp_path)) == 3
 
 
+def test_training_between_rounds_lies_on_the_line():
+    results = make_results({"conv1": 4, "fc": 3}, rounds=3, epochs=0)
+    results["rounds"][0]["after_training"] = {"top1": 55.5, "loss": 1.5}
+    axes = Figure().subplots()
+    places, at_rounds, at_epochs = ExperimentReport._timeline(results)
+    ExperimentReport._trajectory(axes, results, "top1", places, at_rounds, at_epochs, "blue", "top-1")
+    (line,) = (line for line in axes.lines if line.get_label() == "top-1")
+    ((x, _),) = (point for point in line.get_xydata() if point[1] == 55.5)
+    assert at_rounds[0] < x < at_rounds[1]
+
+
 def test_a_hundred_and_fifty_layers_keep_apart_labels():
     names = list(resnet_layers([3, 8, 36, 3]))
     figure = Figure(figsize=(7.16, 3))
