@@ -9,6 +9,7 @@
 import copy
 import difflib
 import http.client
+import io
 import json
 import pickle
 import re
@@ -447,8 +448,10 @@ def export_model(model: nn.Module, example_input: Tensor, path: str | Path, form
         example_input = torch.cat([example_input, example_input])
     if format == "pt2":
         program = torch.export.export(model, (example_input,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        buffer = io.BytesIO()  # on a full disk, torch.export's own writer ends the process
+        torch.export.save(program, buffer)
         with atomic_file(path) as file:
-            torch.export.save(program, file)
+            file.write(buffer.getbuffer())
         return
     try:
         import onnx  # noqa: F401

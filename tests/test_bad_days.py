@@ -4,6 +4,7 @@ No fault is simulated: processes get SIGKILL, writes fail at a limit of the oper
 """
 
 import contextlib
+import errno
 import importlib
 import json
 import multiprocessing
@@ -30,7 +31,7 @@ import run_single_experiment
 from ExperimentArguments import add_shared_arguments, add_single_arguments, new_parser, parse
 from ExperimentData import _balanced_order, load_image_folder
 from ExperimentErrors import InputError, atomic_path
-from ExperimentModels import load_pruned
+from ExperimentModels import export_model, load_pruned
 
 ROOT = Path(__file__).parent.parent
 QUICK = [
@@ -283,6 +284,17 @@ def test_a_single_run_on_a_full_disk_loses_nothing_and_goes_on(images, whole, tm
     assert [record["epoch"] for record in checkpoint["history"]] == [0]
     assert single(images, "--resume", folder) == 0
     assert_same_run(folder, whole)
+
+
+@pytest.mark.parametrize("kind", ["pt2", "onnx"])
+def test_an_export_on_a_full_disk_leaves_nothing(kind, tmp_path):
+    if kind == "onnx":
+        pytest.importorskip("onnxscript")
+    model, file = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 10_000)), tmp_path / f"model.{kind}"
+    with full_disk(50_000), pytest.raises(OSError) as error:
+        export_model(model, torch.zeros(2, 3, 2, 2), file, kind)
+    assert error.value.errno == errno.EFBIG and error.value.filename == str(file)
+    assert not names(tmp_path)
 
 
 def test_a_sweep_on_a_full_disk_loses_nothing_and_goes_on(images, whole, tmp_path, capsys):
