@@ -190,17 +190,25 @@ def single_estimates(pruning, batches, arguments, seed):
     }
 
 
-def cost(pruning, batches):
-    """Seconds of collecting for all orders over those of one forward+backward pass over the same images."""
-    model = pruning.model.requires_grad_(True)
-    start = time.perf_counter()
-    for images, labels in batches:
-        F.cross_entropy(model(images), labels).backward()
-    plain = time.perf_counter() - start
-    model.zero_grad(set_to_none=True)
-    start = time.perf_counter()
-    pruning._ranked(model, 3, False, False, pruning.graph)
-    return (time.perf_counter() - start) / plain
+def costs(pruning, batches):
+    """{criterion: seconds of scoring over those of one forward+backward pass over the same images}."""
+    model, seconds = pruning.model.requires_grad_(True), {}
+
+    def timed(name, action):
+        start = time.perf_counter()
+        action()
+        seconds[name] = time.perf_counter() - start
+
+    def one_pass():
+        for images, labels in batches:
+            F.cross_entropy(model(images), labels).backward()
+        model.zero_grad(set_to_none=True)
+
+    timed("pass", one_pass)
+    timed("ours, all orders", lambda: pruning._ranked(model, 3, False, False, pruning.graph))
+    for name in PEERS if importlib.util.find_spec("torch_pruning") else ():
+        timed(name, lambda name=name: peer_scores(name, model, pruning.graph, batches))
+    return {name: value / seconds["pass"] for name, value in seconds.items()}
 
 
 def tuned(model, data, arguments, seed, rates):
@@ -249,7 +257,7 @@ def run(arguments):
         pruning.graph.model.eval()
         if arguments.true_changes and seed not in [single["seed"] for single in results["single"]]:
             estimates = single_estimates(pruning, batches, arguments, seed)
-            results["single"].append({"seed": seed, "cost": cost(pruning, batches), **estimates})
+            results["single"].append({"seed": seed, "costs": costs(pruning, batches), **estimates})
         done = {row["criterion"] for row in results["rows"] if row["seed"] == seed}
         for criterion in (c for c in criteria if c not in done):
             start, rows = time.perf_counter(), []
@@ -287,11 +295,12 @@ def tables(results):
     singles = results["single"]
     if singles:
         print("\n| single filters | Spearman | Pearson | relative error |\n|---|---|---|---|")
-        for name in (n for n in singles[0] if n not in ("seed", "cost")):
+        for name in (n for n in singles[0] if n not in ("seed", "costs")):
             columns = [[s[name][k] for s in singles] for k in ("spearman", "pearson", "relative_error")]
             cells = [f"{statistics.mean(c):.3f}" if None not in c else "" for c in columns]
             print(f"| {name} | " + " | ".join(cells) + " |")
-        print(f"\nscoring costs {spread([s['cost'] for s in singles])} forward+backward passes")
+        print("\nseconds of scoring over one forward+backward pass: "
+              + ", ".join(f"{name} {spread([s['costs'][name] for s in singles])}" for name in singles[0]["costs"]))  # fmt: skip
 
 
 if __name__ == "__main__":
