@@ -215,11 +215,15 @@ class EnhancedFilterPruner:
         return GradientFlowReport.from_flow(self.graph, self.directions.flow.cpu())
 
     def curvature_report(self):
-        """What was taken for h and t: {"path", "reason", "lost", "h_error"} (h_error: mean standard error of probed h)."""
+        """What was taken for h and t: {"path", "reason", "sampled", "h_error"}.
+
+        sampled: share of the curvature for which random directions stand (TaylorScores.class_basis).
+        h_error: mean standard error of probed h.
+        """
         return {
             "path": self.curvature_path,
             "reason": self.curvature_reason,
-            "lost": self.directions.lost_curvature if self.directions else None,
+            "sampled": self.directions.sampled_curvature if self.directions else None,
             "h_error": self.probed.h_error.mean().item() if self.probed else None,
         }
 

@@ -73,7 +73,7 @@ class PruningResult:
         scores: {name: [filters] estimated loss change of removing each filter alone from the dense network, or None}.
         plan: {name: removed filters, in the dense network's numbering}.
         seconds: {"score", "select", "surgery", "compensate", "watch", "train"}: summed over the rounds.
-        curvature: {"path": "exact" or "hvp", "reason", "lost": share of curvature outside the class directions}.
+        curvature: {"path": "exact" or "hvp", "reason", "sampled": share of it that random directions stand for}.
         fine_tuning: one dictionary an epoch.
         gradient_flow, oracle: see results.json in the README, or None.
     """

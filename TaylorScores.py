@@ -12,8 +12,10 @@ Removing the unit is the step g_u: 1 -> 0. Its estimated loss change is
     order 2   -phi + h/2
     order 3   -phi + log(w+ exp(-x+) + w- exp(-x-))        (`closed_third_order`)
 
-The directions are kept in a per-sample orthonormal basis Q [K, R] that holds p - e_y exactly and the leading
-eigenvectors of diag(p) - p p^T: v_u ~ Q c_u with R numbers c_u instead of K.
+The directions are kept in a per-sample basis Q [K, R]: v_u ~ Q c_u with R numbers c_u = Q^T v_u instead of K. Up to K - 1
+directions it is orthonormal and exact. With more classes it holds p - e_y, the leading eigenvectors of diag(p) - p p^T, and
+one random direction that stands for the rest of the curvature, right on the mean over its signs (a low-rank part and a
+stochastic remainder, as in Hutch++: Meyer, Musco, Musco, Woodruff 2021, arXiv:2010.09649).
 """
 
 from dataclasses import dataclass
@@ -27,7 +29,7 @@ from DistributedRun import gather_objects, is_main, rank, world_size
 from ExperimentErrors import InputError
 from GradientFlowAnalyzer import frozen, unit_gradient_norms
 
-SUPPORT = 32  # classes, most probable first, over which expectations are taken where there are more
+SUPPORT = 32  # classes, most probable first, over which expectations are taken; all others count as one more
 BLOCK = 2**17  # units x samples that are scored at once: what they need stays in a core's cache
 
 
@@ -67,15 +69,16 @@ def loss_change(order, phi, h=None, t=None):
     return closed_third_order(phi, h, t)
 
 
-def class_basis(logits, labels, probes):
-    """Per-sample orthonormal basis of the logit directions that matter.
+def class_basis(logits, labels, probes, signs=None):
+    """Per-sample basis of the logit directions that matter.
 
     Args:
         logits: [N, K]. labels: [N]. probes: number R of directions, at most K - 1 are needed
             (a shift along the vector of ones changes no probability).
+        signs: [N, K] of random -1 and 1, for the last direction where R < K - 1.
 
     Returns:
-        basis [N, K, R] and the share of the curvature tr(diag(p) - p p^T) that it misses.
+        basis [N, K, R] and the share of the curvature tr(diag(p) - p p^T) for which the random direction stands.
     """
     n, k = logits.shape
     if probes >= k - 1:
@@ -83,16 +86,47 @@ def class_basis(logits, labels, probes):
         complement = torch.linalg.qr(torch.cat([ones, torch.eye(k, dtype=logits.dtype, device=logits.device)], 1))[0]
         return complement[:, 1:k].expand(n, k, k - 1), 0.0
     p = logits.softmax(1)
-    gradient = p - F.one_hot(labels, k).to(p)
+    columns = [(p - F.one_hot(labels, k).to(p))[:, :, None]]
     top, classes = p.topk(min(k, max(SUPPORT, 2 * probes)), 1)
-    fisher = torch.diag_embed(top) - top[:, :, None] * top[:, None, :]
-    leading = torch.linalg.eigh(fisher.double())[1][:, :, -(probes - 1) :].flip(-1).to(p)
-    spread = torch.zeros(n, k, probes - 1, dtype=p.dtype, device=p.device)
-    spread.scatter_(1, classes[:, :, None].expand_as(leading), leading)
-    basis = torch.linalg.qr(torch.cat([gradient[:, :, None], spread], 2))[0]
+    if probes > 2:
+        fisher = torch.diag_embed(top) - top[:, :, None] * top[:, None, :]
+        leading = torch.linalg.eigh(fisher.double())[1][:, :, -(probes - 2) :].flip(-1).to(p)
+        spread = torch.zeros(n, k, probes - 2, dtype=p.dtype, device=p.device)
+        columns.append(spread.scatter_(1, classes[:, :, None].expand_as(leading), leading))
+    basis = torch.linalg.qr(torch.cat(columns, 2))[0]
     kept = torch.einsum("nkr,nk,nkr->n", basis, p, basis) - torch.einsum("nk,nkr->nr", p, basis).square().sum(1)
-    lost = 1 - (kept.sum() / (p.sum(1) - p.square().sum(1)).sum().clamp_min(torch.finfo(p.dtype).tiny)).item()
-    return basis, lost
+    tiny = torch.finfo(p.dtype).tiny
+    rest = 1 - (kept.sum() / (p.sum(1) - p.square().sum(1)).sum().clamp_min(tiny)).item()
+    return torch.cat([basis, _remainder(p, basis, signs)[:, :, None]], 2), rest
+
+
+def _support(p, basis):
+    """p [N, K], basis [N, K, R] on the SUPPORT most probable classes and one that stands for all others by their mean."""
+    if p.shape[1] <= SUPPORT + 1:
+        return p, basis
+    top, classes = p.topk(SUPPORT, 1)
+    held = basis.gather(1, classes[:, :, None].expand(-1, -1, basis.shape[2]))
+    others = (1 - top.sum(1, keepdim=True)).clamp_min(torch.finfo(p.dtype).eps)
+    mean = (torch.einsum("nk,nkr->nr", p, basis) - torch.einsum("nk,nkr->nr", top, held)) / others
+    return torch.cat([top, others], 1), torch.cat([held, mean[:, None]], 1)
+
+
+def _remainder(p, basis, signs):
+    """[N, K] random direction b for what lies outside of the orthonormal `basis` [N, K, R - 1].
+
+    With F = diag(p) - p p^T = A A^T and P = 1 - Q Q^T, w = P A s has E[w w^T] = P F P over the signs s, so E[(w.v)^2] is the
+    curvature of v there. b is w scaled so that a vector b (b.v) has the curvature (w.v)^2.
+    """
+    root = p.sqrt()
+    w = root * signs - p * (root * signs).sum(1, keepdim=True)
+    for _ in range(2):  # once more against rounding
+        w = w - torch.einsum("nkr,njr,nj->nk", basis, basis, w)
+    tiny = torch.finfo(p.dtype).tiny
+    length = w.norm(dim=1, keepdim=True)
+    q = w / length.clamp_min(tiny)
+    some, values = _support(p, q[:, :, None])  # where `Directions.moments` takes its curvature
+    curvature = (some * values[:, :, 0].square()).sum(1, keepdim=True) - (some * values[:, :, 0]).sum(1, keepdim=True).square()
+    return q * (length / curvature.clamp_min(tiny).sqrt()).clamp_max(p.shape[1] ** 0.5).sqrt()
 
 
 @dataclass
@@ -102,7 +136,7 @@ class Directions:
     Attributes:
         coordinates: [N, U, R] of v_u in the sample's basis.
         basis: [N, K, R]. logits: [N, K]. labels: [N].
-        lost_curvature: share of the curvature that the basis misses.
+        sampled_curvature: share of the curvature for which random directions stand (`class_basis`).
         flow: [N, U] norm of the loss gradient that flows back through the unit's channels, or None.
         own_targets: the loss is the cross-entropy against the network's own probabilities at no shift instead of the
             labels. Then phi = 0 at no shift, and along one gate h is the whole second derivative in any network.
@@ -112,7 +146,7 @@ class Directions:
     basis: torch.Tensor
     logits: torch.Tensor
     labels: torch.Tensor
-    lost_curvature: float
+    sampled_curvature: float
     flow: torch.Tensor | None = None
     own_targets: bool = False
 
@@ -136,10 +170,7 @@ class Directions:
         phi = torch.einsum("nur,nr->nu", c, gradient)
         if order == 1:
             return phi, None, None
-        if p.shape[1] > SUPPORT:
-            p, classes = p.topk(SUPPORT, 1)
-            p = p / p.sum(1, keepdim=True)
-            basis = basis.gather(1, classes[:, :, None].expand(-1, -1, basis.shape[2]))
+        p, basis = _support(p, basis)
         centred = basis - torch.einsum("nk,nkr->nr", p, basis)[:, None]
         if order == 2:
             fisher = torch.einsum("nkr,nk,nks->nrs", centred, p, centred)
@@ -162,7 +193,7 @@ class Directions:
         """The directions of a slice of the samples."""
         flow = None if self.flow is None else self.flow[rows]
         parts = (getattr(self, name)[rows] for name in ("coordinates", "basis", "logits", "labels"))
-        return type(self)(*parts, self.lost_curvature, flow, self.own_targets)
+        return type(self)(*parts, self.sampled_curvature, flow, self.own_targets)
 
     @classmethod
     def join(cls, parts):
@@ -172,8 +203,8 @@ class Directions:
             tensors = [getattr(part, name) for part in parts]
             values[name] = None if tensors[0] is None else torch.cat(tensors)
         samples = sum(len(part.labels) for part in parts)
-        lost = sum(part.lost_curvature * len(part.labels) for part in parts) / samples
-        return cls(lost_curvature=lost, **values)
+        sampled = sum(part.sampled_curvature * len(part.labels) for part in parts) / samples
+        return cls(sampled_curvature=sampled, **values)
 
     def loss_change_at(self, shift):
         """Mean loss at the logits z - Q shift minus the loss at z, in nats."""
@@ -227,19 +258,28 @@ def check_batch(images, labels, logits, number):
         )
 
 
-def _collect_batch(model, graph, batch, probes, number, want_flow, estimates):
+def _collect_batch(model, graph, batch, probes, number, want_flow, estimates, first=0):
+    """`first`: how many images of the batch come before these."""
     images, labels = batch
     try:
-        return _collect(model, graph, images, labels, probes, number, want_flow, estimates)
+        return _collect(model, graph, images, labels, probes, number, want_flow, estimates, first)
     except torch.OutOfMemoryError as error:
         if len(images) == 1:
             raise InputError("one image does not fit into GPU memory for scoring; lower --image-size") from error
     half = len(images) // 2  # outside of the except block, which would keep the failed pass alive
-    split = ((images[:half], labels[:half]), (images[half:], labels[half:]))
-    return Directions.join([_collect_batch(model, graph, part, probes, number, want_flow, estimates) for part in split])
+    split = ((images[:half], labels[:half], first), (images[half:], labels[half:], first + half))
+    return Directions.join(
+        [_collect_batch(model, graph, (x, y), probes, number, want_flow, estimates, start) for x, y, start in split]
+    )
 
 
-def _collect(model, graph, images, labels, probes, number, want_flow, estimates):
+def _signs(number, first, samples, classes):
+    """[samples, classes] of -1 and 1: the same for an image of a batch however the batch is split."""
+    generator = torch.Generator().manual_seed(number)
+    return 2 * torch.randint(2, (first + samples, classes), generator=generator)[first:] - 1
+
+
+def _collect(model, graph, images, labels, probes, number, want_flow, estimates, first):
     gates = torch.ones(len(images), len(graph.units), dtype=images.dtype, device=images.device, requires_grad=True)
     gated = []
 
@@ -250,11 +290,12 @@ def _collect(model, graph, images, labels, probes, number, want_flow, estimates)
     with torch.enable_grad(), graph.gated(gates, record, estimates):
         logits = model(images)
     check_batch(images, labels, logits, number)
-    basis, lost = class_basis(logits.detach(), labels, probes)
+    signs = _signs(number, first, *logits.shape).to(logits)
+    basis, sampled = class_basis(logits.detach(), labels, probes, signs)
     flow = None
     if want_flow:
         flow = unit_gradient_norms(F.cross_entropy(logits, labels, reduction="sum"), gated, len(graph.units))
     coordinates = torch.empty(*gates.shape, basis.shape[2], dtype=gates.dtype, device=gates.device)
     for r in range(basis.shape[2]):
         (coordinates[:, :, r],) = torch.autograd.grad(logits, gates, basis[:, :, r], retain_graph=True)
-    return Directions(coordinates, basis, logits.detach(), labels, lost, flow)
+    return Directions(coordinates, basis, logits.detach(), labels, sampled, flow)

@@ -69,8 +69,8 @@ def save(path, result, built):
 
 
 def print_curvature(curvature):
-    lost = "" if curvature["lost"] is None else f"; class directions miss {100 * curvature['lost']:.2g} % of the curvature"
-    print(f"curvature: {curvature['path']} ({curvature['reason']}){lost}")
+    sampled = f"; random directions stand for {100 * curvature['sampled']:.2g} % of it" if curvature["sampled"] else ""
+    print(f"curvature: {curvature['path']} ({curvature['reason']}){sampled}")
 
 
 def report(args, experiment, result, folder):

@@ -108,18 +108,24 @@ def test_filter_ranks_follow_layers_and_mark_protected_filters(relu_network, ima
 @pytest.mark.parametrize("classes", [3, 10])
 def test_full_basis_loses_nothing(classes):
     logits = torch.randn(5, classes, dtype=torch.float64)
-    basis, lost = class_basis(logits, torch.arange(5) % classes, classes)
-    assert basis.shape == (5, classes, classes - 1) and lost == 0
+    basis, sampled = class_basis(logits, torch.arange(5) % classes, classes)
+    assert basis.shape == (5, classes, classes - 1) and sampled == 0
     eye = torch.eye(classes - 1, dtype=torch.float64).expand(5, -1, -1)
     torch.testing.assert_close(basis.transpose(1, 2) @ basis, eye)
     torch.testing.assert_close(basis.sum(1), torch.zeros(5, classes - 1, dtype=torch.float64))
 
 
-def test_truncated_basis_holds_the_gradient_and_reports_what_it_misses():
+def random_signs(samples, classes):
+    return 2 * torch.randint(2, (samples, classes), generator=torch.Generator().manual_seed(1)).double() - 1
+
+
+def test_truncated_basis_holds_the_gradient_and_reports_what_it_samples():
     generator = torch.Generator().manual_seed(0)
     logits = 3 * torch.randn(6, 100, dtype=torch.float64, generator=generator)
-    labels = torch.arange(6)
-    basis, lost = class_basis(logits, labels, 12)
+    labels, signs = torch.arange(6), random_signs(6, 100)
+    basis, sampled = class_basis(logits, labels, 12, signs)
+    assert basis.shape == (6, 100, 12)
+    basis = basis[:, :, :-1]
     p = logits.softmax(1)
     gradient = p - F.one_hot(labels, 100)
     projected = torch.einsum("nkr,njr,nj->nk", basis, basis, gradient)
@@ -127,8 +133,26 @@ def test_truncated_basis_holds_the_gradient_and_reports_what_it_misses():
     fisher = torch.diag_embed(p) - p[:, :, None] * p[:, None]
     kept = torch.einsum("nkr,nkj,njr->", basis, fisher, basis)
     total = torch.einsum("nkk->", fisher)
-    assert lost == pytest.approx(1 - (kept / total).item(), abs=1e-9)
-    assert class_basis(logits, labels, 40)[1] < lost < 0.5
+    assert sampled == pytest.approx(1 - (kept / total).item(), abs=1e-9)
+    assert class_basis(logits, labels, 40, signs)[1] < sampled < 0.5
+
+
+@pytest.mark.parametrize("probes", [2, 12])
+def test_the_random_direction_makes_the_curvature_right_on_the_mean(probes):
+    """Curvature of one v at many draws of the signs, against its variance under p; without the draws it is far too low."""
+    draws, classes = 4000, 60
+    generator = torch.Generator().manual_seed(0)
+    logits, v = torch.randn(2, classes, dtype=torch.float64, generator=generator)
+    p, labels = logits.softmax(0), torch.zeros(draws, dtype=torch.long)
+    logits = logits.expand(draws, -1)
+    basis, sampled = class_basis(logits, labels, probes, random_signs(draws, classes))
+    coordinates = torch.einsum("nkr,k->nr", basis, v)[:, None]
+    phi, h, _ = Directions(coordinates, basis, logits, labels, sampled).moments()
+    torch.testing.assert_close(phi, ((p * v).sum() - v[0]).expand_as(phi))
+    true = (p * v.square()).sum() - (p * v).sum().square()
+    held = Directions(coordinates[..., :-1], basis[..., :-1], logits, labels, 0.0).moments()[1]
+    assert abs(h.mean() - true) < 4 * h.std() / draws**0.5 + 0.01 * true
+    assert held.mean() < 0.8 * true
 
 
 def series(phi, h, t):
