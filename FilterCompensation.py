@@ -33,7 +33,7 @@ RIDGES = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)  # relative to th
 HELD_OUT = 0.2  # share of the images that chooses the ridge, drawn: their order may follow the classes
 AGREES = 1e-6  # largest relative deviation from the target that counts as none
 ROWS_PER_COLUMN = 3
-LEAST_ROWS = 4096
+LEAST_ROWS = 16384
 WEAK = 1e-2  # relative to the mean scale of the channels
 TRIAL_OUTPUTS = 64  # of each group, on which ridges are compared
 BLOCK = 512  # columns of the Gram matrix computed at once
@@ -80,7 +80,7 @@ def compensate(dense, smaller, batches, kept=None, *, progress=True, activation_
         activation_budget: bytes of activations that may be held between two layers; where the networks need more, they
             run again from the last place that fitted (at most once for every layer).
         seed: of that draw, and of the output positions that are drawn where a layer has many: over all images at least
-            4,096, and three for each column of its matrix.
+            16,384, and three for each column of its matrix.
 
     Conv1d-3d and Linear are fitted, with any stride, padding, dilation and groups. Transposed and depthwise convs, layers
     called more than once and layers with tied weights are left alone; the layers behind them repair what they miss.

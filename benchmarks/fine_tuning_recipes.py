@@ -12,6 +12,7 @@ evaluation included. Every finished cell is in `--output`: the same command, wit
 
 import argparse
 import copy
+import dataclasses
 import itertools
 import sys
 from pathlib import Path
@@ -78,6 +79,8 @@ class Seed:
         self.calibration = calibration_batches(data, arguments.calibration_samples, 100, seed=seed)
         self.compensation = calibration_batches(data, arguments.compensation_samples, 100, seed=seed)
         self.train = make_loader(data.train, arguments.batch_size, shuffle=True, seed=seed)
+        amp = arguments.amp
+        self.recipe = Recipe(epochs=1, lr=arguments.lr, amp=amp, channels_last=bool(amp))
         self.networks = {}
 
     def pruned(self, steps_between):
@@ -85,7 +88,7 @@ class Seed:
             settings = PruningSettings(seed=self.seed, steps_between_rounds=steps_between)
             pruning = EnhancedPruning(
                 self.dense, self.train, self.val, calibration=self.calibration, compensation=self.compensation,
-                settings=settings, recipe=Recipe(lr=self.arguments.lr), progress=False,
+                settings=settings, recipe=self.recipe, progress=False,
             )  # fmt: skip
             (self.networks[steps_between],) = pruning.path("order 2", [self.arguments.percentage])
         return self.networks[steps_between]
@@ -98,7 +101,7 @@ class Seed:
         model, last_steps = copy.deepcopy(network.model), steps - gaps * between
         if name in REESTIMATED:
             reestimate_batchnorm(model, self.calibration)
-        recipe = Recipe(epochs=1, lr=self.arguments.lr, **changes(name, steps))
+        recipe = dataclasses.replace(self.recipe, **changes(name, steps))
         torch.manual_seed(self.seed)  # dropout
         history = fine_tune(model, Steps(self.train, last_steps), self.val, recipe, teacher=self.dense, progress=False)
         before, after = ({key: record[key] for key in ("top1", "loss")} for record in history.epochs)
@@ -113,6 +116,7 @@ def parse_arguments():
     parser.add_argument("--steps", type=int, default=400, help="optimiser steps of every recipe")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=Recipe.lr)
+    parser.add_argument("--amp", choices=("bf16",), help="train in mixed precision, channels-last")
     parser.add_argument("--recipes", nargs="+", choices=NAMES, default=list(NAMES))
     parser.add_argument("--output", default="fine_tuning_recipes.json")
     return parser.parse_args()
