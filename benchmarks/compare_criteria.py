@@ -214,8 +214,8 @@ def costs(pruning, batches):
 def tuned(model, data, arguments, seed, rates):
     """(network, learning rate) after fine-tuning with the one of the rates that is best on held-out training images."""
     images, labels = calibration_batches(data, arguments.fine_tune_images + HELD_OUT, 1 << 20, seed=seed)[0]
-    held_out = [(images[:HELD_OUT], labels[:HELD_OUT])]
-    rest = torch.utils.data.TensorDataset(images[HELD_OUT:], labels[HELD_OUT:])
+    held_out = [(images[-HELD_OUT:], labels[-HELD_OUT:])]  # none of those that compensation has seen, which come first
+    rest = torch.utils.data.TensorDataset(images[:-HELD_OUT], labels[:-HELD_OUT])
     train = make_loader(rest, 64, shuffle=True, seed=seed)
     fixed = {"epochs": arguments.fine_tune_epochs, "amp": arguments.amp, "channels_last": bool(arguments.amp)}
     best = None
