@@ -16,11 +16,13 @@ matched: the target becomes y + (s of the dense network) - (s of this network), 
 import math
 import operator
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from ChannelTracing import BATCH_NORMS, CONVS, trace, undisturbed
@@ -101,8 +103,42 @@ def compensate(dense, smaller, batches, kept=None, *, progress=True, activation_
             reason = _fit_layer(layer, walk, seed, report)
             if reason:
                 report.left_alone[layer.name] = reason
+        if report.layers:
+            _settle_batchnorms(smaller, walk.images)
     report.seconds = time.perf_counter() - start
     return report
+
+
+@torch.no_grad()
+def _settle_batchnorms(model, batches):
+    """Gives every BatchNorm the statistics of its present inputs, and the scale and shift with which its outputs stay.
+
+    Fitted layers answer with other variances than those that the running statistics still hold. Training, which normalises
+    by the batch, would undo at its first step what the fits have done.
+    """
+    sums = {}
+
+    def record(norm, inputs):
+        x = inputs[0].double().movedim(1, 0).flatten(1)
+        held = sums.get(norm, (0, 0.0, 0.0, 0))
+        sums[norm] = tuple(a + b for a, b in zip(held, (x.shape[1], x.sum(1), x.square().sum(1), 1), strict=True))
+
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None and m.affine]
+    with ExitStack() as hooks:
+        for norm in norms:
+            hooks.callback(norm.register_forward_pre_hook(record).remove)
+        for images in batches:
+            model(images)
+    for norm, (count, total, squares, calls) in sums.items():
+        if calls != len(batches):  # called more than once: every call has statistics of its own
+            continue
+        mean = total / count
+        var = (squares / count - mean.square()).clamp_min(0)
+        before, now = ((v.double() + norm.eps).sqrt() for v in (norm.running_var, var))
+        norm.bias.add_(norm.weight * (mean - norm.running_mean) / before)
+        norm.weight.mul_(now / before)
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(var)
 
 
 # ------------------------------------------------------------------------------------------------- what is fitted

@@ -206,7 +206,34 @@ def test_weights_are_the_ridge_solution(second, monkeypatch):
         change = torch.linalg.lstsq(torch.cat([centred, penalty]), wanted).solution
         bias = left.mean(0) - rows.mean(0) @ change
         torch.testing.assert_close((smaller[2].weight - conv.weight)[outputs].flatten(1), change.T)
-        torch.testing.assert_close(before[3].running_mean[outputs] - smaller[3].running_mean[outputs], bias)
+        torch.testing.assert_close(zero_of(before[3])[outputs] - zero_of(smaller[3])[outputs], bias)
+
+
+def zero_of(norm):
+    """The input at which a BatchNorm in evaluation gives 0."""
+    return norm.running_mean - norm.bias * (norm.running_var + norm.eps).sqrt() / norm.weight
+
+
+def test_training_starts_at_the_compensated_network():
+    """In training mode, which normalises by the batch, the network gives what it gives in evaluation."""
+    torch.manual_seed(0)
+    model = settle(Residual()).double()
+    smaller, kept = cut(model, random_plan(model))
+    batches = images(100, dtype=torch.float64)
+    compensate(model, smaller, batches, kept, progress=False)
+    x = torch.cat([x for x, _ in batches])
+    with torch.no_grad():
+        torch.testing.assert_close(copy.deepcopy(smaller).train()(x), smaller.eval()(x), rtol=1e-4, atol=1e-4)
+
+
+def test_settled_statistics_change_no_output():
+    torch.manual_seed(0)
+    model = settle(Residual()).double().eval()
+    batches = [x for x, _ in images(100, dtype=torch.float64)]
+    before = model(batches[0])
+    FilterCompensation._settle_batchnorms(model, batches)
+    torch.testing.assert_close(model(batches[0]), before)
+    torch.testing.assert_close(model.bn1.running_mean, model.conv1(torch.relu(model.stem(torch.cat(batches)))).mean((0, 2, 3)))
 
 
 def test_sum_is_matched(monkeypatch):
