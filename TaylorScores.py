@@ -120,7 +120,7 @@ def _remainder(p, basis, signs):
     root = p.sqrt()
     w = root * signs - p * (root * signs).sum(1, keepdim=True)
     for _ in range(2):  # once more against rounding
-        w = w - torch.einsum("nkr,njr,nj->nk", basis, basis, w)
+        w = w - torch.einsum("nkr,nr->nk", basis, torch.einsum("nkr,nk->nr", basis, w))
     tiny = torch.finfo(p.dtype).tiny
     length = w.norm(dim=1, keepdim=True)
     q = w / length.clamp_min(tiny)
