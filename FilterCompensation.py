@@ -109,7 +109,6 @@ def compensate(dense, smaller, batches, kept=None, *, progress=True, activation_
     return report
 
 
-@torch.no_grad()
 def _settle_batchnorms(model, batches):
     """Gives every BatchNorm the statistics of its present inputs, and the scale and shift with which its outputs stay.
 

@@ -18,7 +18,7 @@ one random direction that stands for the rest of the curvature, right on the mea
 stochastic remainder, as in Hutch++: Meyer, Musco, Musco, Woodruff 2021, arXiv:2010.09649).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.autograd.graph import get_gradient_edge
@@ -30,6 +30,7 @@ from ExperimentErrors import InputError
 from GradientFlowAnalyzer import frozen, unit_gradient_norms
 
 SUPPORT = 32  # classes, most probable first, over which expectations are taken; all others count as one more
+PER_SAMPLE = ("coordinates", "basis", "logits", "labels", "flow")  # tensors of Directions
 BLOCK = 2**17  # units x samples that are scored at once: what they need stays in a core's cache
 
 
@@ -125,7 +126,8 @@ def _remainder(p, basis, signs):
     length = w.norm(dim=1, keepdim=True)
     q = w / length.clamp_min(tiny)
     some, values = _support(p, q[:, :, None])  # where `Directions.moments` takes its curvature
-    curvature = (some * values[:, :, 0].square()).sum(1, keepdim=True) - (some * values[:, :, 0]).sum(1, keepdim=True).square()
+    values = values.squeeze(2)
+    curvature = (some * values.square()).sum(1, keepdim=True) - (some * values).sum(1, keepdim=True).square()
     return q * (length / curvature.clamp_min(tiny).sqrt()).clamp_max(p.shape[1] ** 0.5).sqrt()
 
 
@@ -191,15 +193,14 @@ class Directions:
 
     def rows(self, rows):
         """The directions of a slice of the samples."""
-        flow = None if self.flow is None else self.flow[rows]
-        parts = (getattr(self, name)[rows] for name in ("coordinates", "basis", "logits", "labels"))
-        return type(self)(*parts, self.sampled_curvature, flow, self.own_targets)
+        tensors = {name: getattr(self, name) for name in PER_SAMPLE}
+        return replace(self, **{name: None if tensor is None else tensor[rows] for name, tensor in tensors.items()})
 
     @classmethod
     def join(cls, parts):
         """The directions of several batches as one."""
         values = {}
-        for name in ("coordinates", "basis", "logits", "labels", "flow"):
+        for name in PER_SAMPLE:
             tensors = [getattr(part, name) for part in parts]
             values[name] = None if tensors[0] is None else torch.cat(tensors)
         samples = sum(len(part.labels) for part in parts)

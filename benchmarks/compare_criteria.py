@@ -49,7 +49,7 @@ HELD_OUT = 500  # training images that choose the learning rate and the epoch
 
 
 def add_network_arguments(parser):
-    """What `load` and `balanced` need, the draws and their seeds."""
+    """What `load` and `balanced` need, the draws and their seeds, and the precision of training."""
     parser.add_argument("--model", default="vgg11_bn", help="resnet20..resnet110 of cifar_resnets.py, or torchvision's")
     parser.add_argument("--weights", help="weights file")
     parser.add_argument("--data-path", help="ImageFolder root (default: the embedded data)")
@@ -57,6 +57,7 @@ def add_network_arguments(parser):
     parser.add_argument("--compensation-samples", type=int, default=1000)
     parser.add_argument("--test-images", type=int, default=2000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--amp", choices=("bf16",), help="train in mixed precision, channels-last")
 
 
 def parse_arguments():
@@ -67,7 +68,6 @@ def parse_arguments():
     parser.add_argument("--fine-tune-images", type=int, default=2000)
     parser.add_argument("--lr", type=float, nargs="+", default=[0.01],
                         help="the best on held-out images is taken for each criterion and percentage")  # fmt: skip
-    parser.add_argument("--amp", choices=("bf16",), help="fine-tune in mixed precision, channels-last")
     parser.add_argument("--rounds", type=int, default=PruningSettings.rounds)
     parser.add_argument("--layer-bound", type=float, default=Constraints.layer_bound)
     parser.add_argument("--true-changes", type=int, default=60, help="filters whose true loss change is measured")
@@ -213,7 +213,8 @@ def costs(pruning, batches):
 
 def tuned(model, data, arguments, seed, rates):
     """(network, learning rate) after fine-tuning with the one of the rates that is best on held-out training images."""
-    images, labels = calibration_batches(data, arguments.fine_tune_images + HELD_OUT, 1 << 20, seed=seed)[0]
+    count = arguments.fine_tune_images + HELD_OUT
+    ((images, labels),) = calibration_batches(data, count, count, seed=seed)
     held_out = [(images[-HELD_OUT:], labels[-HELD_OUT:])]  # none of those that compensation has seen, which come first
     rest = torch.utils.data.TensorDataset(images[:-HELD_OUT], labels[:-HELD_OUT])
     train = make_loader(rest, 64, shuffle=True, seed=seed)
@@ -228,7 +229,7 @@ def tuned(model, data, arguments, seed, rates):
     return best[1:]
 
 
-def rates(results, criterion, percentage):
+def rates_to_try(results, criterion, percentage):
     """The learning rates to try: all, or the one that the first seed chose."""
     rows = results["rows"]
     chosen = [r["lr"] for r in rows if (r["criterion"], r["percentage"]) == (criterion, percentage) and "lr" in r]
@@ -265,7 +266,7 @@ def run(arguments):
                 after = evaluate(model, val, progress=False)
                 row = {"criterion": criterion, "percentage": percentage, "seed": seed, "top1": after.top1, "loss": after.loss}
                 if arguments.fine_tune_epochs:
-                    model, row["lr"] = tuned(model, data, arguments, seed, rates(results, criterion, percentage))
+                    model, row["lr"] = tuned(model, data, arguments, seed, rates_to_try(results, criterion, percentage))
                     row["tuned_top1"] = evaluate(model, val, progress=False).top1
                 rows.append(row)
             results["rows"] += rows

@@ -116,7 +116,6 @@ def parse_arguments():
     parser.add_argument("--steps", type=int, default=400, help="optimiser steps of every recipe")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=Recipe.lr)
-    parser.add_argument("--amp", choices=("bf16",), help="train in mixed precision, channels-last")
     parser.add_argument("--recipes", nargs="+", choices=NAMES, default=list(NAMES))
     parser.add_argument("--output", default="fine_tuning_recipes.json")
     return parser.parse_args()

@@ -8,7 +8,6 @@ Mean and standard deviation over seeds (calibration draw and order of training i
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from unittest.mock import patch
@@ -16,6 +15,7 @@ from unittest.mock import patch
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
 from compare_criteria import add_network_arguments, balanced, load, spread, tuned
+from measuring import started
 
 from EnhancedFilterPruner import EnhancedFilterPruner
 from EnhancedPruning import EnhancedPruning, PruningSettings
@@ -34,7 +34,6 @@ def parse_arguments():
     parser.add_argument("--fine-tune-epochs", type=int, default=2)
     parser.add_argument("--fine-tune-images", type=int, default=2000)
     parser.add_argument("--lr", type=float, nargs="+", default=[0.01])
-    parser.add_argument("--amp", choices=("bf16",), help="fine-tune in mixed precision, channels-last")
     parser.add_argument("--output", default="gradient_flow_weights.json")
     return parser.parse_args()
 
@@ -84,8 +83,8 @@ def main():
     arguments = parse_arguments()
     data, model = load(arguments)
     val = balanced(data, arguments.test_images, 0)
-    output = Path(arguments.output)
-    rows = json.loads(output.read_text())["rows"] if output.exists() else []
+    results = started(arguments, ("seeds", "compensate", "output"), {"rows": []})
+    rows = results["rows"]
     for seed in arguments.seeds:
         for compensate in arguments.compensate:
             for name in ("none", "relative flow", "signal-to-noise", "preserved flow"):
@@ -94,7 +93,7 @@ def main():
                 new = list(one(name, compensate, seed, model, data, val, arguments))
                 rows += new
                 print(*(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for r in new for k, v in r.items()), flush=True)
-                write_json(output, {"arguments": vars(arguments), "rows": rows})
+                write_json(arguments.output, results)
     table(rows)
 
 
