@@ -34,9 +34,10 @@ class PruningSettings:
     """How filters are chosen and the network is repaired; arguments of EnhancedFilterPruner unless said here.
 
     rounds: collections of statistics on the way to the percentage, each at the network pruned so far.
-    compensate: least squares on the calibration images after every round (FilterCompensation).
+    compensate: least squares on the calibration images after every round (FilterCompensation), each time from the dense
+        network's weights: fitted on top of earlier fits they would drift away from them round by round.
     steps_between_rounds: training steps after every round but the last (Molchanov et al. 2017), at the recipe's learning
-        rate. Compensation then fits to the outputs of the network before the round's cut, not of the dense network, which
+        rate. Compensation then fits to the network before the round's cut, from its weights, not to the dense one, which
         would undo the training: each round repairs its own cut, and training what remains of earlier ones.
     reestimate_batchnorm: new BatchNorm statistics from the calibration images before fine-tuning.
     """
@@ -236,10 +237,10 @@ class EnhancedPruning:
         uncompensated = smaller
         clock.lap("watch")
         if self.settings.compensate:
-            target, target_kept = self.model, kept
             if self.settings.steps_between_rounds:  # see PruningSettings
-                target, target_kept = network.model, _without(_all_filters(pruner.graph), plan)
-            smaller = self._compensated(smaller, target_kept, target)
+                smaller = self._compensated(smaller, _without(_all_filters(pruner.graph), plan), network.model)
+            else:
+                smaller = self._compensated(self.graph.remove(self._plan(kept)), kept)
             clock.lap("compensate")
             record["after_compensation"] = self._watch(smaller)
         record["measured_loss_change"] = self._loss(smaller) - self._loss(network.model)
@@ -282,6 +283,10 @@ class EnhancedPruning:
     def _cut(graph, plan, kept):
         return graph.remove(plan), _without(kept, plan)
 
+    def _plan(self, kept):
+        """{layer: removed filters} in the dense network's numbering."""
+        return {n: sorted(set(range(self.graph.layers[n].filters)) - set(k)) for n, k in kept.items()}
+
     def _compensated(self, smaller, kept, target=None):
         """A copy of `smaller` fitted to the outputs of `target` (default: dense), in whose numbering `kept` is."""
         smaller = copy.deepcopy(smaller)
@@ -306,7 +311,7 @@ class EnhancedPruning:
                 }
                 for name, info in self.graph.layers.items()
             },
-            plan={n: sorted(set(range(self.graph.layers[n].filters)) - set(k)) for n, k in network.kept.items()},
+            plan=self._plan(network.kept),
             seconds=network.seconds,
         )
         if taylor_order:

@@ -16,13 +16,12 @@ matched: the target becomes y + (s of the dense network) - (s of this network), 
 import math
 import operator
 import time
-from contextlib import ExitStack
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from ChannelTracing import BATCH_NORMS, CONVS, trace, undisturbed
@@ -32,13 +31,16 @@ FITTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 TRANSPARENT = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)  # in eval mode
 RIDGES = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)  # relative to the mean of the Gram matrix's diagonal
+LARGE_RIDGE = 1e-2
 HELD_OUT = 0.2  # share of the images that chooses the ridge, drawn: their order may follow the classes
 AGREES = 1e-6  # largest relative deviation from the target that counts as none
 ROWS_PER_COLUMN = 3
-LEAST_ROWS = 16384
+ENOUGH_ROWS = 16384
+GRAM_COST = 2**34  # multiply-adds of a Gram matrix, up to which a layer gets as many rows
 WEAK = 1e-2  # relative to the mean scale of the channels
 TRIAL_OUTPUTS = 64  # of each group, on which ridges are compared
-BLOCK = 512  # columns of the Gram matrix computed at once
+AT_ONCE = 4096  # rows
+BLOCK = 256  # columns of the Gram matrix computed at once
 LARGEST_MATRIX = 6144  # columns; above, the dual problem is solved on at most as many rows
 ACTIVATION_BUDGET = 2**28  # bytes
 
@@ -81,8 +83,8 @@ def compensate(dense, smaller, batches, kept=None, *, progress=True, activation_
             named has all its filters, or is depthwise.
         activation_budget: bytes of activations that may be held between two layers; where the networks need more, they
             run again from the last place that fitted (at most once for every layer).
-        seed: of that draw, and of the output positions that are drawn where a layer has many: over all images at least
-            16,384, and three for each column of its matrix.
+        seed: of that draw, and of the output positions that are drawn where a layer has many: over all images 16,384,
+            fewer where a wide layer makes them dear, but three for each column of its matrix.
 
     Conv1d-3d and Linear are fitted, with any stride, padding, dilation and groups. Transposed and depthwise convs, layers
     called more than once and layers with tied weights are left alone; the layers behind them repair what they miss.
@@ -104,40 +106,27 @@ def compensate(dense, smaller, batches, kept=None, *, progress=True, activation_
             if reason:
                 report.left_alone[layer.name] = reason
         if report.layers:
-            _settle_batchnorms(smaller, walk.images)
+            walk.settle_batchnorms()
     report.seconds = time.perf_counter() - start
     return report
 
 
-def _settle_batchnorms(model, batches):
-    """Gives every BatchNorm the statistics of its present inputs, and the scale and shift with which its outputs stay.
+def _settle(norm, count, total, squares):
+    """Gives a BatchNorm the statistics of its present inputs, and the scale and shift with which its outputs stay.
 
     Fitted layers answer with other variances than those that the running statistics still hold. Training, which normalises
     by the batch, would undo at its first step what the fits have done.
+
+    Args:
+        count: inputs a channel. total, squares: [channels] float64 sums of them and of their squares.
     """
-    sums = {}
-
-    def record(norm, inputs):
-        x = inputs[0].double().movedim(1, 0).flatten(1)
-        held = sums.get(norm, (0, 0.0, 0.0, 0))
-        sums[norm] = tuple(a + b for a, b in zip(held, (x.shape[1], x.sum(1), x.square().sum(1), 1), strict=True))
-
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None and m.affine]
-    with ExitStack() as hooks:
-        for norm in norms:
-            hooks.callback(norm.register_forward_pre_hook(record).remove)
-        for images in batches:
-            model(images)
-    for norm, (count, total, squares, calls) in sums.items():
-        if calls != len(batches):  # called more than once: every call has statistics of its own
-            continue
-        mean = total / count
-        var = (squares / count - mean.square()).clamp_min(0)
-        before, now = ((v.double() + norm.eps).sqrt() for v in (norm.running_var, var))
-        norm.bias.add_(norm.weight * (mean - norm.running_mean) / before)
-        norm.weight.mul_(now / before)
-        norm.running_mean.copy_(mean)
-        norm.running_var.copy_(var)
+    mean = total / count
+    var = (squares / count - mean.square()).clamp_min(0)
+    before, now = ((v.double() + norm.eps).sqrt() for v in (norm.running_var, var))
+    norm.bias.add_(norm.weight * (mean - norm.running_mean) / before)
+    norm.weight.mul_(now / before)
+    norm.running_mean.copy_(mean)
+    norm.running_var.copy_(var)
 
 
 # ------------------------------------------------------------------------------------------------- what is fitted
@@ -192,6 +181,11 @@ class _Plan:
             for node, indices, norm, stream in found
         ]
         self.layers.sort(key=lambda layer: layer.position)
+        calls = Counter(node.target for node in order if node.op == "call_module")
+        self.batchnorms = {
+            name: m for name, m in self.modules.items()
+            if calls[name] == 1 and isinstance(m, BATCH_NORMS) and m.affine and m.running_mean is not None
+        }  # fmt: skip
         self.last_use = self._last_use(position)
 
     def _candidates(self, nodes, dense_modules, kept):
@@ -316,7 +310,8 @@ class _Walk:
     """Runs both networks over all batches, layer after layer, from activations held since the last layer.
 
     A network's state is {node name: value}. States are held where all batches together fit the budget; else the networks
-    run again from the last layer at which they did.
+    run again from the last layer at which they did. On the way the inputs of BatchNorms are summed up; what counts is the
+    last run on every batch, when all layers before have been fitted.
     """
 
     def __init__(self, plan, images, budget):
@@ -324,6 +319,7 @@ class _Walk:
         self.interpreters = [fx.Interpreter(network) for network in plan.networks]
         self.starts = (0, 0)
         self.states = [({}, {}) for _ in images]
+        self.sums = {name: [None] * len(images) for name in plan.batchnorms}  # by batch
 
     def to(self, layer):
         """For every batch: (dense state with the layer's output, smaller state just before the layer)."""
@@ -331,7 +327,7 @@ class _Walk:
         starts, hold = self.starts, None
         for batch, images in enumerate(self.images):
             held = self.states[batch]
-            states = tuple(self._run(k, held[k], images, starts[k], ends[k], copy=not hold) for k in (0, 1))
+            states = tuple(self._run(k, held[k], batch, starts[k], ends[k], copy=not hold) for k in (0, 1))
             if hold is None:
                 total = sum(len(x) for x in self.images)
                 hold = sum(map(_bytes, states)) * total / max(1, len(images)) <= self.budget
@@ -345,15 +341,25 @@ class _Walk:
     def value(self, state, k, position):
         return state[self.plan.order[k][position].name]
 
-    def _run(self, k, held, images, start, end, copy):
+    def settle_batchnorms(self):
+        """Runs on to the end, and gives every BatchNorm that is called once the statistics of its present inputs."""
+        for batch, (_, held) in enumerate(self.states):
+            self._run(1, held, batch, self.starts[1], len(self.plan.order[1]), copy=False)
+        for name, sums in self.sums.items():
+            _settle(self.plan.batchnorms[name], *(sum(parts) for parts in zip(*sums, strict=True)))
+
+    def _run(self, k, held, batch, start, end, copy):
         """The state at `end`. Held tensors that will be needed again are copied: operations in place would change them."""
         interpreter, plan = self.interpreters[k], self.plan
         state = {name: fx.node.map_aggregate(value, _copy) if copy else value for name, value in held.items()}
-        interpreter.args_iter = iter([images.clone()])
+        interpreter.args_iter = iter([self.images[batch].clone()])
         for position in range(start, end):
             node = plan.order[k][position]
             inputs = {source: state[source.name] for source in node.all_input_nodes}
             interpreter.env = inputs
+            if k == 1 and node.target in self.sums:
+                x = inputs[node.all_input_nodes[0]].movedim(1, 0).flatten(1)
+                self.sums[node.target][batch] = x.shape[1], x.sum(1, dtype=torch.float64), x.square().sum(1, dtype=torch.float64)
             state[node.name] = interpreter.run_node(node)
             for name in plan.last_use[position]:
                 del state[name]
@@ -399,32 +405,43 @@ class _Solver:
 
         self.gram, self.cross = zeros(columns, columns), zeros(columns, outputs)
         self.sum_x, self.sum_r = zeros(1, columns), zeros(1, outputs)
-        self.rows, self.intercept, self.factor = 0, intercept, None
+        self.rows, self.intercept, self.factor, self.pending = 0, intercept, None, []
 
     def add(self, part):
-        x, r = part.x, part.r
+        self.pending.append(part)
+        self.rows += part.x.shape[1]
+        if sum(p.x.shape[1] for p in self.pending) >= AT_ONCE:
+            self._flush()
+
+    def _flush(self):
+        """Adds what is pending to the sums: many rows at once, as every addition goes over the whole matrix."""
+        if not self.pending:
+            return
+        x, r = (torch.cat([getattr(part, name) for part in self.pending], 1) for name in ("x", "r"))
+        self.pending = []
         for start in range(0, x.shape[2], BLOCK):  # the lower triangle alone, which is what Cholesky reads
             self.gram[:, start:, start : start + BLOCK] += x[..., start:].mT @ x[..., start : start + BLOCK]
         self.cross += x.mT @ r
         self.sum_x += x.sum(1, keepdim=True)
         self.sum_r += r.sum(1, keepdim=True)
-        self.rows += x.shape[1]
 
-    def factorise(self, ridge):
-        """Whether the matrix is positive definite with this ridge."""
+    def factorise(self, ridge, trial=False):
+        """Whether the matrix is positive definite with this ridge; a `trial` takes float32 where the ridge is large."""
+        self._flush()
         self.factor = None
         gram = self.gram.clone()
         if self.intercept:
             gram.baddbmm_(self.sum_x.mT, self.sum_x, alpha=-1 / self.rows)
-        self.factor, failed = _cholesky(gram, ridge, gram.shape[1])
+        self.factor, failed = _cholesky(gram.float() if trial and ridge >= LARGE_RIDGE else gram, ridge, gram.shape[1])
         return not failed
 
     def solve(self, outputs=slice(None)):
         """Change of the weights [groups, columns, outputs] and intercept [groups, 1, outputs]."""
         cross, sum_r = self.cross[..., outputs], self.sum_r[..., outputs]
         if not self.intercept:
-            return torch.cholesky_solve(cross, self.factor), torch.zeros_like(sum_r)
-        change = torch.cholesky_solve(cross - self.sum_x.mT * (sum_r / self.rows), self.factor)
+            return torch.cholesky_solve(cross.to(self.factor), self.factor), torch.zeros_like(sum_r)
+        cross = cross - self.sum_x.mT * (sum_r / self.rows)
+        change = torch.cholesky_solve(cross.to(self.factor), self.factor).to(cross)
         return change, (sum_r - self.sum_x @ change) / self.rows
 
 
@@ -446,7 +463,7 @@ class _DualSolver:
         mean = rows.mean(1, keepdim=True) if self.intercept else torch.zeros_like(rows[:, :1])
         return rows - mean, mean
 
-    def factorise(self, ridge):
+    def factorise(self, ridge, trial=False):
         x, _ = self._centred(torch.cat([part.x for part in self.parts], 1))
         self.factor, failed = _cholesky((x @ x.mT).double(), ridge, x.shape[2])
         return not failed
@@ -461,7 +478,7 @@ class _DualSolver:
 def _cholesky(gram, ridge, columns):
     """(lower factor of gram + ridge x trace / columns, whether it failed); writes on `gram`, reads its lower triangle."""
     diagonal = gram.diagonal(dim1=1, dim2=2)
-    diagonal += ridge * diagonal.sum(1, keepdim=True) / columns + torch.finfo(torch.float64).tiny
+    diagonal += ridge * diagonal.sum(1, keepdim=True) / columns + torch.finfo(gram.dtype).tiny
     factor, failed = torch.linalg.cholesky_ex(gram)
     return factor, bool(failed.any())
 
@@ -503,7 +520,7 @@ class _LayerData:
         else:
             shape = self.groups, self.columns, self.outputs
             self.solver = _Solver(*shape, layer.has_intercept, module.weight.device)
-            rows = max(LEAST_ROWS, ROWS_PER_COLUMN * self.columns)
+            rows = max(ROWS_PER_COLUMN * self.columns, min(ENOUGH_ROWS, GRAM_COST // self.columns**2))
         self.positions = max(1, round(rows / images))
         self.held_out, self.held_out_targets = [], []
         self.weight = _as_columns(module, module.weight)
@@ -582,7 +599,7 @@ class _LayerData:
         before = best = error(rows.r[..., some] for rows in self.held_out)
         chosen = None
         for ridge in RIDGES:
-            if not self.solver.factorise(ridge):
+            if not self.solver.factorise(ridge, trial=True):
                 break
             solution = self.solver.solve(some)
             after = error(rows.left(*solution, some) for rows in self.held_out)

@@ -226,15 +226,32 @@ def test_training_starts_at_the_compensated_network():
         torch.testing.assert_close(copy.deepcopy(smaller).train()(x), smaller.eval()(x), rtol=1e-4, atol=1e-4)
 
 
-def test_settled_statistics_change_no_output():
+@pytest.mark.parametrize("budget", [0, 2**28])
+def test_batchnorms_hold_the_statistics_of_their_present_inputs(budget):
+    """Also behind layers that were not fitted, and where the networks run again."""
     torch.manual_seed(0)
-    model = settle(Residual()).double().eval()
-    batches = [x for x, _ in images(100, dtype=torch.float64)]
-    before = model(batches[0])
+    model = settle(Residual()).double()
+    smaller, kept = cut(model, random_plan(model))
+    batches = images(100, dtype=torch.float64)
+    compensate(model, smaller, batches, kept, progress=False, activation_budget=budget)
+    norms, seen = [m for m in smaller.modules() if isinstance(m, nn.BatchNorm2d)], {}
+    for norm in norms:
+        norm.register_forward_pre_hook(lambda module, inputs: seen.setdefault(module, []).append(inputs[0]))
+    logits(smaller, batches)
+    for norm in norms:
+        x = torch.cat(seen[norm])
+        torch.testing.assert_close(norm.running_mean, x.mean((0, 2, 3)))
+        torch.testing.assert_close(norm.running_var, x.var((0, 2, 3), unbiased=False))
+
+
+def test_settling_a_batchnorm_changes_no_output():
+    torch.manual_seed(0)
+    norm, x = settle(nn.BatchNorm2d(4)).double().eval(), torch.randn(8, 4, 5, 5, dtype=torch.float64)
+    before, rows = norm(x), x.movedim(1, 0).flatten(1)
     with torch.no_grad():
-        FilterCompensation._settle_batchnorms(model, batches)
-    torch.testing.assert_close(model(batches[0]), before)
-    torch.testing.assert_close(model.bn1.running_mean, model.conv1(torch.relu(model.stem(torch.cat(batches)))).mean((0, 2, 3)))
+        FilterCompensation._settle(norm, rows.shape[1], rows.sum(1), rows.square().sum(1))
+    torch.testing.assert_close(norm(x), before)
+    torch.testing.assert_close(norm.running_mean, rows.mean(1))
 
 
 def test_sum_is_matched(monkeypatch):

@@ -1,5 +1,6 @@
 """Both command lines from the outside: what they write, what they refuse, and that a killed run goes on."""
 
+import copy
 import json
 import os
 import re
@@ -207,7 +208,7 @@ def test_a_single_run_killed_in_fine_tuning_resumes_to_the_same_result(finished,
 @pytest.fixture
 def progressive(plain_network, images, labels, monkeypatch):
     """progressive(steps between the rounds): a pipeline of three rounds, the networks that were trained between the rounds
-    and (target, smaller network, kept filters) of every compensation."""
+    and (target, smaller network, kept filters) of every compensation, which here doubles the first layer's weights."""
     loader = make_loader(torch.utils.data.TensorDataset(images, labels), 6, shuffle=True)
     trained, compensations = [], []
 
@@ -216,7 +217,8 @@ def progressive(plain_network, images, labels, monkeypatch):
         FineTuning.train_steps(model, *arguments, **keywords)
 
     def compensate(target, smaller, batches, kept, *, progress):
-        compensations.append((target, smaller, kept))
+        compensations.append((target, copy.deepcopy(smaller), kept))
+        smaller.get_submodule("0").weight.data.mul_(2)
 
     def pipeline(steps):
         settings = EnhancedPruning.PruningSettings(rounds=3, steps_between_rounds=steps)
@@ -230,6 +232,7 @@ def progressive(plain_network, images, labels, monkeypatch):
 
 @pytest.mark.parametrize("steps", [0, 3])
 def test_compensation_fits_to_the_dense_network_or_to_the_trained_one_before_the_cut(progressive, steps):
+    """And starts at the weights of that network: fits do not pile up over the rounds."""
     pruning, trained, compensations = progressive(steps)
     result = pruning.prune(60, 2)
     after = [r["after_training"] is not None for r in result.rounds]
