@@ -359,7 +359,8 @@ class _Walk:
             interpreter.env = inputs
             if k == 1 and node.target in self.sums:
                 x = inputs[node.all_input_nodes[0]].movedim(1, 0).flatten(1)
-                self.sums[node.target][batch] = x.shape[1], x.sum(1, dtype=torch.float64), x.square().sum(1, dtype=torch.float64)
+                sums = (values.sum(1, dtype=torch.float64) for values in (x, x.square()))
+                self.sums[node.target][batch] = x.shape[1], *sums
             state[node.name] = interpreter.run_node(node)
             for name in plan.last_use[position]:
                 del state[name]

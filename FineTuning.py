@@ -394,7 +394,8 @@ class _Run:
     def train_epoch(self, loader, epoch: int, bar: tqdm, limit: int | None = None) -> dict:
         """The steps of one epoch, `limit` at most; returns its largest learning rate and mean training loss per image."""
         self.network.train()
-        loader.set_epoch(epoch)
+        if hasattr(loader, "set_epoch"):
+            loader.set_epoch(epoch)
         loss_sum = images = lr = step = 0
         iterator = iter(loader)
         while step != limit and (batches := list(itertools.islice(iterator, self.recipe.accumulate))):
@@ -510,13 +511,13 @@ def fine_tune(
 ) -> History:
     """Train `model` in place; it ends with the weights of the epoch of best validation top-1 (ties: least loss).
 
-    Loaders yield (images [B, C, H, W], labels [B]) on the model's device; `train_loader.set_epoch(epoch)` sets order
-    and augmentation, epochs count from 1. The given weights compete as epoch 0, so the result is never worse than they
-    are on the validation images. With an EMA, its weights are the ones validated and kept.
+    Loaders yield (images [B, C, H, W], labels [B]) on the model's device; `train_loader.set_epoch(epoch)`, where there is
+    one, sets order and augmentation, epochs count from 1. The given weights compete as epoch 0, so the result is never
+    worse than they are on the validation images. With an EMA, its weights are the ones validated and kept.
 
     `checkpoint` is written after every epoch. `resume=True` goes on from it (from the start if there is no such file),
-    on CPU with the same bits as an unbroken run. Under torch.distributed each process calls this with its own shard of
-    equally many batches; rank 0 writes and prints.
+    on CPU with the same bits as an unbroken run if the loader has `set_epoch`. Under torch.distributed each process calls
+    this with its own shard of equally many batches; rank 0 writes and prints.
 
     Raises InputError (settings, data, a checkpoint of another run, GPU memory), TrainingDiverged, and Interrupted on
     Ctrl-C; in each case the model holds the best weights so far.

@@ -622,3 +622,11 @@ def test_two_processes_equal_one(tmp_path):
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(first["state"][name], tensor, rtol=1e-10, atol=1e-12)
         assert torch.equal(first["state"][name], second["state"][name])
+
+
+def test_a_plain_dataloader_will_do():
+    images, labels = toy_data()
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, labels), 32, shuffle=True)
+    model = toy_model()
+    history = fine_tune(model, loader, loader, Recipe(epochs=2, lr=0.05), progress=False)
+    assert len(history.epochs) == 3
