@@ -5,8 +5,8 @@
 
 For every criterion: top-1 and loss after real removal without fine-tuning and, with --fine-tune-epochs, after one short
 fine-tuning of one recipe, its learning rate chosen from --lr in the first seed; correlation and relative error of
-single-filter estimates with the true loss change; seconds of scoring as a ratio to one forward+backward pass over the same
-images. Mean and standard deviation over calibration seeds. Torch-Pruning's criteria run where torch-pruning is installed
+single-filter estimates with the true loss change; seconds and peak memory of scoring as ratios to one forward+backward pass
+over the same images. Mean and standard deviation over calibration seeds. Torch-Pruning's criteria run where torch-pruning is installed
 (benchmarks/requirements.txt). An interrupted run goes on with the criterion at which it was.
 """
 
@@ -25,7 +25,7 @@ import torch.nn.functional as F
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
 from cifar_resnets import cifar_resnet
-from measuring import started
+from measuring import measured, started
 
 from BaselineCriteria import BASELINES
 from EnhancedPruning import EnhancedPruning, PruningSettings, spearman, true_loss_changes
@@ -191,24 +191,20 @@ def single_estimates(pruning, batches, arguments, seed):
 
 
 def costs(pruning, batches):
-    """{criterion: seconds of scoring over those of one forward+backward pass over the same images}."""
-    model, seconds = pruning.model.requires_grad_(True), {}
-
-    def timed(name, action):
-        start = time.perf_counter()
-        action()
-        seconds[name] = time.perf_counter() - start
+    """{criterion: (seconds, peak bytes) of scoring over those of one forward+backward pass over the same images}."""
+    model = pruning.model.requires_grad_(True)
 
     def one_pass():
         for images, labels in batches:
             F.cross_entropy(model(images), labels).backward()
         model.zero_grad(set_to_none=True)
 
-    timed("pass", one_pass)
-    timed("ours, all orders", lambda: pruning._ranked(model, 3, False, False, pruning.graph))
+    seconds, memory = measured(one_pass)
+    parts = {"ours, all orders": lambda: pruning._ranked(model, 3, False, False, pruning.graph)}
     for name in PEERS if importlib.util.find_spec("torch_pruning") else ():
-        timed(name, lambda name=name: peer_scores(name, model, pruning.graph, batches))
-    return {name: value / seconds["pass"] for name, value in seconds.items()}
+        parts[name] = lambda name=name: peer_scores(name, model, pruning.graph, batches)
+    found = {name: measured(part) for name, part in parts.items()}
+    return {name: (s / seconds, m / memory) for name, (s, m) in found.items()}
 
 
 def tuned(model, data, arguments, seed, rates):
@@ -300,8 +296,10 @@ def tables(results):
             columns = [[s[name][k] for s in singles] for k in ("spearman", "pearson", "relative_error")]
             cells = [f"{statistics.mean(c):.3f}" if None not in c else "" for c in columns]
             print(f"| {name} | " + " | ".join(cells) + " |")
-        print("\nseconds of scoring over one forward+backward pass: "
-              + ", ".join(f"{name} {spread([s['costs'][name] for s in singles])}" for name in singles[0]["costs"]))  # fmt: skip
+        print("\n| scoring over one forward+backward pass | seconds | peak memory |\n|---|---|---|")
+        for name in singles[0]["costs"]:
+            seconds, memory = (spread(column) for column in zip(*(s["costs"][name] for s in singles), strict=True))
+            print(f"| {name} | {seconds} | {memory} |")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
-"""Seconds and peak memory of parts of a program, each in a process of its own, in turn; results that a run takes up again."""
+"""Seconds and peak memory of parts of a program, in a process each or one by one; results that a run takes up again."""
 
+import ctypes
+import gc
 import json
+import math
 import resource
 import statistics
 import subprocess
@@ -25,6 +28,23 @@ class Start:
             "CPU seconds": time.process_time() - self.cpu,
             "peak bytes": peak_bytes() - self.bytes,
         }
+
+
+def measured(action):
+    """(wall seconds of the action, bytes by which its peak was above what was resident before; Linux only, else nan)."""
+    gc.collect()
+    linux = sys.platform == "linux"
+    if linux:
+        ctypes.CDLL(None).malloc_trim(0)  # what earlier parts have freed would hide what this one needs
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again (man 5 proc)
+    before, start = _resident("VmRSS") if linux else math.nan, time.perf_counter()
+    action()
+    return time.perf_counter() - start, (_resident("VmHWM") if linux else math.nan) - before
+
+
+def _resident(field):
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return 1024 * int(line.split()[1])
 
 
 def in_turn(script, arguments, parts, repeats):
