@@ -5,8 +5,8 @@
 
 For every criterion: top-1 and loss after real removal without fine-tuning and, with --fine-tune-epochs, after one short
 fine-tuning of one recipe, its learning rate chosen from --lr in the first seed; correlation and relative error of
-single-filter estimates with the true loss change; seconds and peak memory of scoring as ratios to one forward+backward pass
-over the same images. Mean and standard deviation over calibration seeds. Torch-Pruning's criteria run where torch-pruning is installed
+single-filter estimates with the true loss change; seconds and peak memory of scoring as ratios to one forward+backward
+pass over the same images. Mean and standard deviation over calibration seeds. Torch-Pruning's criteria run where torch-pruning is installed
 (benchmarks/requirements.txt). An interrupted run goes on with the criterion at which it was.
 """
 
@@ -204,7 +204,7 @@ def costs(pruning, batches):
     for name in PEERS if importlib.util.find_spec("torch_pruning") else ():
         parts[name] = lambda name=name: peer_scores(name, model, pruning.graph, batches)
     found = {name: measured(part) for name, part in parts.items()}
-    return {name: (s / seconds, m / memory) for name, (s, m) in found.items()}
+    return {name: (s / seconds, None if m is None else m / memory) for name, (s, m) in found.items()}
 
 
 def tuned(model, data, arguments, seed, rates):
@@ -298,8 +298,8 @@ def tables(results):
             print(f"| {name} | " + " | ".join(cells) + " |")
         print("\n| scoring over one forward+backward pass | seconds | peak memory |\n|---|---|---|")
         for name in singles[0]["costs"]:
-            seconds, memory = (spread(column) for column in zip(*(s["costs"][name] for s in singles), strict=True))
-            print(f"| {name} | {seconds} | {memory} |")
+            columns = zip(*(s["costs"][name] for s in singles), strict=True)
+            print(f"| {name} | " + " | ".join("" if None in column else spread(column) for column in columns) + " |")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 import ctypes
 import gc
 import json
-import math
 import resource
 import statistics
 import subprocess
@@ -31,15 +30,15 @@ class Start:
 
 
 def measured(action):
-    """(wall seconds of the action, bytes by which its peak was above what was resident before; Linux only, else nan)."""
+    """(wall seconds of the action, bytes by which its peak was above what was resident before, None outside of Linux)."""
     gc.collect()
     linux = sys.platform == "linux"
     if linux:
         ctypes.CDLL(None).malloc_trim(0)  # what earlier parts have freed would hide what this one needs
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts again (man 5 proc)
-    before, start = _resident("VmRSS") if linux else math.nan, time.perf_counter()
+    before, start = linux and _resident("VmRSS"), time.perf_counter()
     action()
-    return time.perf_counter() - start, (_resident("VmHWM") if linux else math.nan) - before
+    return time.perf_counter() - start, _resident("VmHWM") - before if linux else None
 
 
 def _resident(field):
