@@ -6,8 +6,8 @@
 For every criterion: top-1 and loss after real removal without fine-tuning and, with --fine-tune-epochs, after one short
 fine-tuning of one recipe, its learning rate chosen from --lr in the first seed; correlation and relative error of
 single-filter estimates with the true loss change; seconds and peak memory of scoring as ratios to one forward+backward
-pass over the same images. Mean and standard deviation over calibration seeds. Torch-Pruning's criteria run where torch-pruning is installed
-(benchmarks/requirements.txt). An interrupted run goes on with the criterion at which it was.
+pass over the same images. Mean and standard deviation over calibration seeds. Torch-Pruning's criteria run where
+torch-pruning is installed (benchmarks/requirements.txt). An interrupted run goes on with the criterion at which it was.
 """
 
 import argparse
