@@ -31,7 +31,7 @@ FITTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 TRANSPARENT = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)  # in eval mode
 RIDGES = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)  # relative to the mean of the Gram matrix's diagonal
-LARGE_RIDGE = 1e-2  # from here on trials are factorised in float32
+LARGE_RIDGE = 1e-2
 HELD_OUT = 0.2  # share of the images that chooses the ridge, drawn: their order may follow the classes
 AGREES = 1e-6  # largest relative deviation from the target that counts as none
 ROWS_PER_COLUMN = 3
@@ -400,13 +400,14 @@ class _Solver:
     Products are taken in the precision of the network, batch by batch, and summed in float64.
     """
 
-    def __init__(self, groups, columns, outputs, intercept, device):
+    def __init__(self, groups, columns, outputs, intercept, like):
         def zeros(*shape):
-            return torch.zeros(groups, *shape, dtype=torch.float64, device=device)
+            return torch.zeros(groups, *shape, dtype=torch.float64, device=like.device)
 
         self.gram, self.cross = zeros(columns, columns), zeros(columns, outputs)
         self.sum_x, self.sum_r = zeros(1, columns), zeros(1, outputs)
         self.rows, self.intercept, self.factor, self.pending = 0, intercept, None, []
+        self.precision = torch.promote_types(like.dtype, torch.float32)
 
     def add(self, part):
         self.pending.append(part)
@@ -426,14 +427,17 @@ class _Solver:
         self.sum_x += x.sum(1, keepdim=True)
         self.sum_r += r.sum(1, keepdim=True)
 
-    def factorise(self, ridge, trial=False):
-        """Whether the matrix is positive definite with this ridge; a `trial` takes float32 where the ridge is large."""
+    def factorise(self, ridge):
+        """Whether the matrix is positive definite with this ridge; one that is large hides the rounding of the network's
+        own precision."""
         self._flush()
         self.factor = None
         gram = self.gram.clone()
         if self.intercept:
             gram.baddbmm_(self.sum_x.mT, self.sum_x, alpha=-1 / self.rows)
-        self.factor, failed = _cholesky(gram.float() if trial and ridge >= LARGE_RIDGE else gram, ridge, gram.shape[1])
+        if ridge >= LARGE_RIDGE:
+            gram = gram.to(self.precision)
+        self.factor, failed = _cholesky(gram, ridge, gram.shape[1])
         return not failed
 
     def solve(self, outputs=slice(None)):
@@ -464,7 +468,7 @@ class _DualSolver:
         mean = rows.mean(1, keepdim=True) if self.intercept else torch.zeros_like(rows[:, :1])
         return rows - mean, mean
 
-    def factorise(self, ridge, trial=False):
+    def factorise(self, ridge):
         x, _ = self._centred(torch.cat([part.x for part in self.parts], 1))
         self.factor, failed = _cholesky((x @ x.mT).double(), ridge, x.shape[2])
         return not failed
@@ -520,7 +524,7 @@ class _LayerData:
             self.solver, rows = _DualSolver(layer.has_intercept), LARGEST_MATRIX
         else:
             shape = self.groups, self.columns, self.outputs
-            self.solver = _Solver(*shape, layer.has_intercept, module.weight.device)
+            self.solver = _Solver(*shape, layer.has_intercept, module.weight)
             rows = max(ROWS_PER_COLUMN * self.columns, min(ENOUGH_ROWS, GRAM_COST // self.columns**2))
         self.positions = max(1, round(rows / images))
         self.held_out, self.held_out_targets = [], []
@@ -600,7 +604,7 @@ class _LayerData:
         before = best = error(rows.r[..., some] for rows in self.held_out)
         chosen = None
         for ridge in RIDGES:
-            if not self.solver.factorise(ridge, trial=True):
+            if not self.solver.factorise(ridge):
                 break
             solution = self.solver.solve(some)
             after = error(rows.left(*solution, some) for rows in self.held_out)
