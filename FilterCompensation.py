@@ -170,6 +170,9 @@ class _Plan:
             raise InputError("compensation: the two networks do not run the same layers; give the network that was pruned")
         self.networks = [fx.GraphModule(m, g) for m, g in zip((dense, smaller), graphs, strict=True)]
         self.modules = dict(smaller.named_modules(remove_duplicate=False))
+        self.uses = Counter(  # {id of a tensor: calls of modules that have it}
+            id(getattr(self._module(node), name, None)) for node in nodes[1] for name in ("weight", "running_mean")
+        )
         self.left_alone = {}
         found = self._candidates(nodes[1], dict(dense.named_modules(remove_duplicate=False)), kept)
         order = _sorted(nodes[1], {node: stream for node, _, _, stream in found if stream is not None})
@@ -181,33 +184,26 @@ class _Plan:
             for node, indices, norm, stream in found
         ]
         self.layers.sort(key=lambda layer: layer.position)
-        calls = Counter(node.target for node in order if node.op == "call_module")
-        self.batchnorms = {
-            name: m for name, m in self.modules.items()
-            if calls[name] == 1 and isinstance(m, BATCH_NORMS) and m.affine and m.running_mean is not None
-        }  # fmt: skip
+        self.batchnorms = {node.name: self._module(node) for node in order if self._settles(self._module(node))}
         self.last_use = self._last_use(position)
+
+    def _module(self, node):
+        """The module of the smaller network that the node calls, or None."""
+        return self.modules.get(node.target) if node.op == "call_module" else None
 
     def _candidates(self, nodes, dense_modules, kept):
         """[(node, kept filters, BatchNorm or None, other operand or None)] of the layers that are fitted."""
-        calls, owners, claimed, found = {}, {}, set(), []
+        claimed, found = set(), []
         for node in nodes:
-            if node.op == "call_module":
-                calls[node.target] = calls.get(node.target, 0) + 1
-        for name, number in calls.items():
-            for attribute in ("weight", "running_mean"):
-                tensor = id(getattr(self.modules[name], attribute, None))
-                owners[tensor] = owners.get(tensor, 0) + number
-        for node in nodes:
-            module = self.modules.get(node.target) if node.op == "call_module" else None
+            module = self._module(node)
             if not isinstance(module, (*CONVS, nn.Linear)):
                 continue
-            reason = "nothing reads it" if not node.users else self._unfit(module, owners[id(module.weight)])
+            reason = "nothing reads it" if not node.users else self._unfit(module, self.uses[id(module.weight)])
             if reason:
                 self.left_alone[node.target] = reason
                 continue
             indices = _kept_filters(node.target, module, dense_modules[node.target], kept)
-            found.append((node, indices, *self._behind(node, owners, claimed)))
+            found.append((node, indices, *self._behind(node, claimed)))
         return found
 
     @staticmethod
@@ -218,13 +214,13 @@ class _Plan:
             return "depthwise: it mixes no channels"
         return "its weights are used more than once" if calls > 1 else None
 
-    def _behind(self, node, owners, claimed):
+    def _behind(self, node, claimed):
         """What follows a layer: its BatchNorm, and the stream of the sum that it is to match; each may be None."""
         norm, last = None, node
         while len(last.users) == 1:
             (user,) = last.users
-            module = self.modules.get(user.target) if user.op == "call_module" else None
-            if last is node and self._folds(module, owners):
+            module = self._module(user)
+            if last is node and self._folds(module):
                 norm = module
             elif getattr(user.target, "__name__", None) != "stochastic_depth" and not isinstance(module, TRANSPARENT):
                 break
@@ -245,12 +241,15 @@ class _Plan:
         claimed.add(user)
         return others[0]
 
-    @staticmethod
-    def _folds(module, owners):
+    def _folds(self, module):
         """Whether the module is a BatchNorm of one layer alone, into whose running mean an intercept can go."""
         if not isinstance(module, BATCH_NORMS) or module.running_mean is None:
             return False
-        return owners[id(module.running_mean)] == 1
+        return self.uses[id(module.running_mean)] == 1
+
+    def _settles(self, module):
+        """Whether it is one whose scale, too, belongs to that layer alone."""
+        return self._folds(module) and module.affine and self.uses[id(module.weight)] == 1
 
     def _last_use(self, position):
         """[nodes] names of the values that nothing needs after the node."""
@@ -342,7 +341,7 @@ class _Walk:
         return state[self.plan.order[k][position].name]
 
     def settle_batchnorms(self):
-        """Runs on to the end, and gives every BatchNorm that is called once the statistics of its present inputs."""
+        """Runs on to the end, and gives every BatchNorm of one layer alone the statistics of its present inputs."""
         for batch, (_, held) in enumerate(self.states):
             self._run(1, held, batch, self.starts[1], len(self.plan.order[1]), copy=False)
         for name, sums in self.sums.items():
@@ -357,10 +356,10 @@ class _Walk:
             node = plan.order[k][position]
             inputs = {source: state[source.name] for source in node.all_input_nodes}
             interpreter.env = inputs
-            if k == 1 and node.target in self.sums:
+            if k == 1 and node.name in self.sums:
                 x = inputs[node.all_input_nodes[0]].movedim(1, 0).flatten(1)
                 sums = (values.sum(1, dtype=torch.float64) for values in (x, x.square()))
-                self.sums[node.target][batch] = x.shape[1], *sums
+                self.sums[node.name][batch] = x.shape[1], *sums
             state[node.name] = interpreter.run_node(node)
             for name in plan.last_use[position]:
                 del state[name]
@@ -397,7 +396,7 @@ class _Rows:
 class _Solver:
     """Ridge least squares on centred patches: (C + ridge mean(diag C)) D = X^T R with C = X^T X, a group at a time.
 
-    Products are taken in the precision of the network, batch by batch, and summed in float64.
+    Products are taken in the precision of the network, of a few batches at once, and summed in float64.
     """
 
     def __init__(self, groups, columns, outputs, intercept, like):

@@ -35,15 +35,11 @@ def measured(action):
     linux = sys.platform == "linux"
     if linux:
         ctypes.CDLL(None).malloc_trim(0)  # what earlier parts have freed would hide what this one needs
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again (man 5 proc)
-    before, start = linux and _resident("VmRSS"), time.perf_counter()
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again at what is resident (man 5 proc)
+    start = Start()
     action()
-    return time.perf_counter() - start, _resident("VmHWM") - before if linux else None
-
-
-def _resident(field):
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return 1024 * int(line.split()[1])
+    found = start.since()
+    return found["wall seconds"], found["peak bytes"] if linux else None
 
 
 def in_turn(script, arguments, parts, repeats):

@@ -244,6 +244,21 @@ def test_batchnorms_hold_the_statistics_of_their_present_inputs(budget):
         torch.testing.assert_close(norm.running_var, x.var((0, 2, 3), unbiased=False))
 
 
+@pytest.mark.parametrize("shared", ["running_mean", "weight"])
+def test_a_batchnorm_that_shares_tensors_is_left_as_it_is(shared):
+    """One scale or one mean cannot fit the inputs of two layers."""
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Conv2d(6, 6, 3), nn.BatchNorm2d(6), nn.Conv2d(6, 4, 3)
+    model = settle(nn.Sequential(*layers))
+    setattr(model[3], shared, getattr(model[1], shared))
+    smaller = copy.deepcopy(model)
+    with torch.no_grad():
+        smaller[0].weight.mul_(1.1)  # so that there is something to fit
+    compensate(model, smaller, images(100), progress=False)
+    for i in (1, 3):
+        torch.testing.assert_close(smaller[i].running_var, model[i].running_var, rtol=0, atol=0)
+
+
 def test_settling_a_batchnorm_changes_no_output():
     torch.manual_seed(0)
     norm, x = settle(nn.BatchNorm2d(4)).double().eval(), torch.randn(8, 4, 5, 5, dtype=torch.float64)
