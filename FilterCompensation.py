@@ -30,11 +30,12 @@ from ExperimentErrors import InputError
 FITTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 TRANSPARENT = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)  # in eval mode
-RIDGES = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)  # relative to the mean of the Gram matrix's diagonal
+RIDGES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)  # relative to the mean of the Gram matrix's diagonal
+LAST_RIDGE = 1.0  # tried where the first is of no use
 LARGE_RIDGE = 1e-2
 HELD_OUT = 0.2  # share of the images that chooses the ridge, drawn: their order may follow the classes
 AGREES = 1e-6  # largest relative deviation from the target that counts as none
-ROWS_PER_COLUMN = 3
+ROWS_PER_COLUMN = 2
 ENOUGH_ROWS = 16384  # of a layer's fit
 GRAM_COST = 2**34  # multiply-adds of a Gram matrix, up to which a layer gets that many
 WEAK = 1e-2  # relative to the mean scale of the channels
@@ -84,7 +85,7 @@ def compensate(dense, smaller, batches, kept=None, *, progress=True, activation_
         activation_budget: bytes of activations that may be held between two layers; where the networks need more, they
             run again from the last place that fitted (at most once for every layer).
         seed: of that draw, and of the output positions that are drawn where a layer has many: over all images 16,384,
-            fewer where a wide layer makes them dear, but three for each column of its matrix.
+            fewer where a wide layer makes them dear, but two for each column of its matrix.
 
     Conv1d-3d and Linear are fitted, with any stride, padding, dilation and groups. Transposed and depthwise convs, layers
     called more than once and layers with tied weights are left alone; the layers behind them repair what they miss.
@@ -309,8 +310,8 @@ class _Walk:
     """Runs both networks over all batches, layer after layer, from activations held since the last layer.
 
     A network's state is {node name: value}. States are held where all batches together fit the budget; else the networks
-    run again from the last layer at which they did. On the way the inputs of BatchNorms are summed up; what counts is the
-    last run on every batch, when all layers before have been fitted.
+    run again from the last layer at which they did. On the way the inputs of BatchNorms are summed up (of a batch, images
+    enough for 16,384 positions); what counts is the last run on every batch, when all layers before have been fitted.
     """
 
     def __init__(self, plan, images, budget):
@@ -357,7 +358,8 @@ class _Walk:
             inputs = {source: state[source.name] for source in node.all_input_nodes}
             interpreter.env = inputs
             if k == 1 and node.name in self.sums:
-                x = inputs[node.all_input_nodes[0]].movedim(1, 0).flatten(1)
+                x = inputs[node.all_input_nodes[0]]
+                x = x[: -(-ENOUGH_ROWS // x[0, 0].numel())].movedim(1, 0).flatten(1)
                 sums = (values.sum(1, dtype=torch.float64) for values in (x, x.square()))
                 self.sums[node.name][batch] = x.shape[1], *sums
             state[node.name] = interpreter.run_node(node)
@@ -580,7 +582,7 @@ class _LayerData:
     def solve(self):
         """Choose the ridge on the held-out images, solve with all, change the layer."""
         layer, solver = self.layer, self.solver
-        ridge, before, after = RIDGES[0], math.nan, math.nan
+        ridge, before, after = LAST_RIDGE, math.nan, math.nan
         if self.held_out and solver.rows:
             ridge, before, after = self._choose_ridge()
         for rows in self.held_out:
@@ -591,7 +593,7 @@ class _LayerData:
         return LayerFit(layer.name, before, after, ridge, solver.rows, self.columns, matches)
 
     def _choose_ridge(self):
-        """(ridge, relative held-out error before, after): from the largest ridge down until the error rises."""
+        """(ridge, relative held-out error before, after): from the first ridge down until the error rises."""
         some = torch.linspace(0, self.outputs - 1, min(self.outputs, TRIAL_OUTPUTS)).round().long().to(self.weight.device)
         importance = self.scale.double().square().view(self.groups, 1, -1)[..., some]
         targets = torch.cat(self.held_out_targets, 1)[..., some].double()
@@ -600,16 +602,23 @@ class _LayerData:
         def error(left):
             return sum((importance * rest.double().square()).sum().item() for rest in left)
 
+        def error_with(ridge):
+            if not self.solver.factorise(ridge):
+                return math.inf
+            solution = self.solver.solve(some)
+            return error(rows.left(*solution, some) for rows in self.held_out)
+
         before = best = error(rows.r[..., some] for rows in self.held_out)
         chosen = None
         for ridge in RIDGES:
-            if not self.solver.factorise(ridge):
-                break
-            solution = self.solver.solve(some)
-            after = error(rows.left(*solution, some) for rows in self.held_out)
+            after = error_with(ridge)
             if after >= best:
                 break
             best, chosen = after, ridge
+        if chosen is None:
+            after = error_with(LAST_RIDGE)
+            if after < best:
+                best, chosen = after, LAST_RIDGE
         return chosen, *(math.sqrt(e / spread) if spread else math.inf for e in (before, best))
 
     def _change(self, change, bias):

@@ -1,6 +1,6 @@
 """Seconds and peak memory of compensation against one epoch of training on the same images.
 
-    python benchmarks/compensation_cost.py --images 1000 --percentage 30 --repeats 3
+    python benchmarks/compensation_cost.py --images 1000 --percentage 50 --repeats 3
 
 VGG-16 with BatchNorm at 32x32 on noise images. Training is one epoch of SGD with momentum at `--batch-size`, compensation
 repairs the network after the given percentage of each layer's filters went at random, from batches of the same size. Each
@@ -67,7 +67,7 @@ def run_part(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=1000)
-    parser.add_argument("--percentage", type=float, default=30.0, help="of every layer's filters removed")
+    parser.add_argument("--percentage", type=float, default=50.0, help="of every layer's filters removed")
     parser.add_argument("--batch-size", type=int, default=100)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--part", choices=("training", "compensation"), help=argparse.SUPPRESS)

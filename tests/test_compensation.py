@@ -209,6 +209,16 @@ def test_weights_are_the_ridge_solution(second, monkeypatch):
         torch.testing.assert_close(zero_of(before[3])[outputs] - zero_of(smaller[3])[outputs], bias)
 
 
+def test_a_large_ridge_where_smaller_ones_are_of_no_use(monkeypatch):
+    """A fit of 405 columns to 80 rows follows them alone, unless the ridge holds it back."""
+    monkeypatch.setattr(FilterCompensation, "RIDGES", (1e-12,))
+    torch.manual_seed(0)
+    model = settle(NETWORKS["plain"]()).double()
+    smaller, kept = cut(model, {"2": [0]})
+    (fit,) = compensate(model, smaller, images(100, dtype=torch.float64), kept, progress=False).layers
+    assert fit.ridge == FilterCompensation.LAST_RIDGE and fit.error_after < fit.error_before
+
+
 def zero_of(norm):
     """The input at which a BatchNorm in evaluation gives 0."""
     return norm.running_mean - norm.bias * (norm.running_var + norm.eps).sqrt() / norm.weight
