@@ -40,7 +40,7 @@ ENOUGH_ROWS = 16384  # of a layer's fit
 GRAM_COST = 2**34  # multiply-adds of a Gram matrix, up to which a layer gets that many
 WEAK = 1e-2  # relative to the mean scale of the channels
 TRIAL_OUTPUTS = 64  # of each group, on which ridges are compared
-AT_ONCE = 4096  # rows that are gathered before they are multiplied
+AT_ONCE = 8192  # rows that are gathered before they are multiplied
 BLOCK = 256  # columns of the Gram matrix computed at once
 LARGEST_MATRIX = 6144  # columns; above, the dual problem is solved on at most as many rows
 ACTIVATION_BUDGET = 2**28  # bytes
@@ -322,21 +322,30 @@ class _Walk:
         self.sums = {name: [None] * len(images) for name in plan.batchnorms}  # by batch
 
     def to(self, layer):
-        """For every batch: (dense state with the layer's output, smaller state just before the layer)."""
-        ends = (layer.position + 1, layer.position)
+        """For every batch: (dense state with the layer's output, smaller state just before the layer).
+
+        The dense state is held where the next layer starts, behind a pooling that may lie between.
+        """
+        ends, ahead = (layer.position + 1, layer.position), self._next(layer)
         starts, hold = self.starts, None
         for batch, images in enumerate(self.images):
             held = self.states[batch]
-            states = tuple(self._run(k, held[k], batch, starts[k], ends[k], copy=not hold) for k in (0, 1))
+            states = [self._run(k, held[k], batch, starts[k], ends[k], copy=not hold) for k in (0, 1)]
+            yield batch, *states
+            if hold is not False:
+                states[0] = self._run(0, states[0], batch, ends[0], ahead, copy=False)
             if hold is None:
                 total = sum(len(x) for x in self.images)
                 hold = sum(map(_bytes, states)) * total / max(1, len(images)) <= self.budget
             if hold:
                 self.states[batch] = states
                 del held
-            yield batch, *states
         if hold:
-            self.starts = ends
+            self.starts = ahead, ends[1]
+
+    def _next(self, layer):
+        """Position of the next layer to fit, or just behind the last one."""
+        return min((n.position for n in self.plan.layers if n.position > layer.position), default=layer.position + 1)
 
     def value(self, state, k, position):
         return state[self.plan.order[k][position].name]
