@@ -58,6 +58,8 @@ class ImageData:
     image_size: int  # pixels; a batch is [B, 3, image_size, image_size]
     imagenet_labels: bool  # labels are positions in ImageNet's 1,000 classes
     skipped: list[Path] = field(default_factory=list)  # corrupt files that were left out
+    mean: tuple[float, ...] = IMAGENET_MEAN  # of the normalisation: (value in [0, 1] - mean) / std
+    std: tuple[float, ...] = IMAGENET_STD
 
 
 # ----------------------------------------------------------------------------------------------- reading images
@@ -174,6 +176,7 @@ def load_image_folder(path, *, image_size: int | None = None, weights=None, skip
     return ImageData(
         name=path.resolve().name, train=augmented, val=validation, evaluation_train=evaluation, classes=train.classes,
         num_classes=len(train.classes), image_size=size, imagenet_labels=imagenet_labels, skipped=skipped,
+        mean=preset.mean, std=preset.std,
     )  # fmt: skip
 
 

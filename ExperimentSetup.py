@@ -3,10 +3,12 @@
 import contextlib
 import hashlib
 import json
+import math
 import os
 import platform
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,6 +97,17 @@ def prepare(args, folder, device):
     if built.new_head or built.weights == "none":
         train_dense(experiment, folder)
     return experiment
+
+
+def warn_of_chance(dense, data):
+    """Says so where the dense network, of this stage, answers no better than the most frequent label would."""
+    chance = max(Counter(map(int, data.val.targets)).values()) / len(data.val)
+    if is_main() and dense["top1"] / 100 <= chance + 2 * math.sqrt(chance * (1 - chance) / len(data.val)):
+        print(
+            f"the dense network is no better than chance (top-1 {dense['top1']:.1f} %), so that nothing can be learnt from "
+            "pruning it; pass --weights, or train it longer with --train-epochs",
+            file=sys.stderr,
+        )
 
 
 def choose_device(name):

@@ -19,7 +19,7 @@ from ExperimentArguments import add_shared_arguments, add_sweep_arguments, new_p
 from ExperimentErrors import InputError
 from ExperimentReport import write_json
 from ExperimentRun import run_guarded
-from ExperimentSetup import environment, prepare
+from ExperimentSetup import environment, prepare, warn_of_chance
 from FineTuning import TrainingDiverged
 from SweepReport import sweep_table, verdict, write_sweep
 
@@ -58,6 +58,8 @@ class Sweep:
         stage = self.pruning.dense_stage()
         if is_main():
             folder.mkdir(exist_ok=True)
+            if dense is None:  # once, not for every seed
+                warn_of_chance(stage, experiment.data)
             write_json(folder / "dense.json", stage)
 
     def run(self, method, percentages):

@@ -18,7 +18,7 @@ from ExperimentArguments import add_shared_arguments, add_single_arguments, new_
 from ExperimentModels import export_model, load_pruned, save_pruned
 from ExperimentReport import rounds_table, summary_table, write_experiment_plots, write_json
 from ExperimentRun import run_guarded
-from ExperimentSetup import environment, prepare, progress
+from ExperimentSetup import environment, prepare, progress, warn_of_chance
 
 PRUNED, CHECKPOINT = "pruned_before_fine_tuning.pt", "fine_tuning_checkpoint.pt"
 
@@ -34,24 +34,25 @@ def main(argv=None):
 def run(args, folder, device):
     experiment = prepare(args, folder, device)
     pruning = experiment.pruning(args.seed)
-    result = pruned(args, pruning, experiment.built, folder)
+    result = pruned(args, pruning, experiment, folder)
     result = pruning.fine_tune(result, checkpoint=folder / CHECKPOINT, resume=args.resume is not None)
     if is_main():
         report(args, experiment, result, folder)
     return 0
 
 
-def pruned(args, pruning, built, folder):
+def pruned(args, pruning, experiment, folder):
     """The pruned network before fine-tuning; kept on disk, so that an interrupted run need not prune again."""
     kept = folder / PRUNED
     if args.resume and kept.exists():
         model = load_pruned(kept, device=pruning.example.device)
         return PruningResult(model=model, **torch.load(kept, weights_only=True)["extra"])
+    warn_of_chance(pruning.dense_stage(), experiment.data)
     result = pruning.prune(
         args.pruning_percentage, args.taylor_order, args.use_gradient_flow, oracle_samples=args.oracle_samples
     )
     if is_main():
-        save(kept, result, built)
+        save(kept, result, experiment.built)
         if progress(args):
             print_curvature(result.curvature)
     return result
@@ -75,12 +76,13 @@ def print_curvature(curvature):
 
 def report(args, experiment, result, folder):
     """Writes the results folder and prints what a user wants to know first."""
+    data = experiment.data
     results = {
         "arguments": vars(args),
         "environment": environment(experiment.device),
         "model": {k: v for k, v in vars(experiment.built).items() if k not in ("model", "transforms")},
-        "data": {"name": experiment.data.name, "classes": len(experiment.data.classes),
-                 "skipped": list(map(str, experiment.data.skipped))},
+        "data": {k: getattr(data, k) for k in ("name", "classes", "image_size", "mean", "std")}
+        | {"skipped": list(map(str, data.skipped))},
         **result.as_dict(),
     }  # fmt: skip
     save(folder / "pruned_model.pt", dataclasses.replace(result, scores={}, oracle=None, gradient_flow=None),

@@ -21,6 +21,7 @@ import run_enhanced_pruning
 import run_single_experiment
 from ExperimentData import load_image_folder, make_loader
 from ExperimentModels import load_pruned
+from ExperimentSetup import warn_of_chance
 from FineTuning import TrainingDiverged, evaluate
 
 ROOT = Path(__file__).parent.parent
@@ -80,6 +81,8 @@ def test_a_run_leaves_its_folder(finished):
     removed = sum(map(len, results["plan"].values()))
     removable = sum(layer["filters"] for layer in results["layers"].values() if layer["reason"] is None)
     assert removed == pytest.approx(0.3 * removable, abs=1)
+    assert results["data"]["classes"] == [f"class {label} ä" for label in range(3)]  # in the order of the logits
+    assert results["data"]["image_size"] == 32 and len(results["data"]["mean"]) == len(results["data"]["std"]) == 3
     config = json.loads((finished / "config.json").read_text())
     assert config["arguments"]["pruning_percentage"] == 30 and config["environment"]["torch"] == torch.__version__
 
@@ -104,6 +107,13 @@ def test_zero_epochs_mean_no_fine_tuning(image_folder, tmp_path):
     assert single(image_folder, tmp_path / "run", "--fine-tune-epochs", "0", "--no-compensate") == 0
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert [stage["stage"] for stage in results["stages"]] == ["dense", "pruned"] and results["fine_tuning"] == []
+
+
+@pytest.mark.parametrize(("top1", "warns"), [(33.4, True), (40.0, True), (60.0, False)])
+def test_a_dense_network_at_chance_is_pointed_out(top1, warns, image_folder, capsys):
+    """18 images of three classes: two standard errors are 22 points."""
+    warn_of_chance({"top1": top1}, load_image_folder(image_folder))
+    assert ("no better than chance" in capsys.readouterr().err) == warns
 
 
 BAD = {
