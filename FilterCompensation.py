@@ -26,13 +26,13 @@ from tqdm import tqdm
 
 from ChannelTracing import BATCH_NORMS, CONVS, trace, undisturbed
 from ExperimentErrors import InputError
+from RidgeRegression import DualRidgeSolver, RidgeSolver, Rows
 
 FITTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 TRANSPARENT = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)  # in eval mode
 RIDGES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)  # relative to the mean of the Gram matrix's diagonal
 LAST_RIDGE = 1.0  # tried where the first is of no use
-LARGE_RIDGE = 1e-2
 HELD_OUT = 0.2  # share of the images that chooses the ridge, drawn: their order may follow the classes
 AGREES = 1e-6  # largest relative deviation from the target that counts as none
 ROWS_PER_COLUMN = 2
@@ -40,8 +40,6 @@ ENOUGH_ROWS = 16384  # of a layer's fit
 GRAM_COST = 2**34  # multiply-adds of a Gram matrix, up to which a layer gets that many
 WEAK = 1e-2  # relative to the mean scale of the channels
 TRIAL_OUTPUTS = 64  # of each group, on which ridges are compared
-AT_ONCE = 8192  # rows that are gathered before they are multiplied
-BLOCK = 256  # columns of the Gram matrix computed at once
 LARGEST_MATRIX = 6144  # columns; above, the dual problem is solved on at most as many rows
 ACTIVATION_BUDGET = 2**28  # bytes
 
@@ -391,113 +389,6 @@ def _bytes(state):
 # ------------------------------------------------------------------------------------------------ fitting one layer
 
 
-@dataclass
-class _Rows:
-    """Output positions of a layer: patches x [groups, rows, columns], and r [groups, rows, outputs], what its output
-    lacks of the target there."""
-
-    x: torch.Tensor
-    r: torch.Tensor
-
-    def left(self, change, bias, outputs=slice(None)):
-        """r after a change of weights [groups, columns, outputs] and bias [groups, 1, outputs]."""
-        return self.r[..., outputs] - self.x @ change.to(self.x.dtype) - bias.to(self.x.dtype)
-
-
-class _Solver:
-    """Ridge least squares on centred patches: (C + ridge mean(diag C)) D = X^T R with C = X^T X, a group at a time.
-
-    Products are taken in the precision of the network, of a few batches at once, and summed in float64.
-    """
-
-    def __init__(self, groups, columns, outputs, intercept, like):
-        def zeros(*shape):
-            return torch.zeros(groups, *shape, dtype=torch.float64, device=like.device)
-
-        self.gram, self.cross = zeros(columns, columns), zeros(columns, outputs)
-        self.sum_x, self.sum_r = zeros(1, columns), zeros(1, outputs)
-        self.rows, self.intercept, self.factor, self.pending = 0, intercept, None, []
-        self.precision = torch.promote_types(like.dtype, torch.float32)
-
-    def add(self, part):
-        self.pending.append(part)
-        self.rows += part.x.shape[1]
-        if sum(p.x.shape[1] for p in self.pending) >= AT_ONCE:
-            self._flush()
-
-    def _flush(self):
-        """Adds what is pending to the sums: many rows at once, as every addition goes over the whole matrix."""
-        if not self.pending:
-            return
-        x, r = (torch.cat([getattr(part, name) for part in self.pending], 1) for name in ("x", "r"))
-        self.pending = []
-        for start in range(0, x.shape[2], BLOCK):  # the lower triangle alone, which is what Cholesky reads
-            self.gram[:, start:, start : start + BLOCK] += x[..., start:].mT @ x[..., start : start + BLOCK]
-        self.cross += x.mT @ r
-        self.sum_x += x.sum(1, keepdim=True)
-        self.sum_r += r.sum(1, keepdim=True)
-
-    def factorise(self, ridge):
-        """Whether the matrix is positive definite with this ridge; one that is large hides the rounding of the network's
-        own precision."""
-        self._flush()
-        self.factor = None
-        gram = self.gram.clone()
-        if self.intercept:
-            gram.baddbmm_(self.sum_x.mT, self.sum_x, alpha=-1 / self.rows)
-        if ridge >= LARGE_RIDGE:
-            gram = gram.to(self.precision)
-        self.factor, failed = _cholesky(gram, ridge, gram.shape[1])
-        return not failed
-
-    def solve(self, outputs=slice(None)):
-        """Change of the weights [groups, columns, outputs] and intercept [groups, 1, outputs]."""
-        cross, sum_r = self.cross[..., outputs], self.sum_r[..., outputs]
-        if not self.intercept:
-            return torch.cholesky_solve(cross.to(self.factor), self.factor), torch.zeros_like(sum_r)
-        cross = cross - self.sum_x.mT * (sum_r / self.rows)
-        change = torch.cholesky_solve(cross.to(self.factor), self.factor).to(cross)
-        return change, (sum_r - self.sum_x @ change) / self.rows
-
-
-class _DualSolver:
-    """The same minimiser through a matrix of [rows, rows]: D = X^T (X X^T + ridge mean(diag C))^-1 R."""
-
-    def __init__(self, intercept):
-        self.parts, self.intercept, self.factor = [], intercept, None
-
-    @property
-    def rows(self):
-        return sum(part.x.shape[1] for part in self.parts)
-
-    def add(self, part):
-        self.parts.append(part)
-
-    def _centred(self, rows):
-        """(rows less their mean, the mean); the mean is 0 without an intercept."""
-        mean = rows.mean(1, keepdim=True) if self.intercept else torch.zeros_like(rows[:, :1])
-        return rows - mean, mean
-
-    def factorise(self, ridge):
-        x, _ = self._centred(torch.cat([part.x for part in self.parts], 1))
-        self.factor, failed = _cholesky((x @ x.mT).double(), ridge, x.shape[2])
-        return not failed
-
-    def solve(self, outputs=slice(None)):
-        x, mean_x = self._centred(torch.cat([part.x for part in self.parts], 1))
-        r, mean_r = self._centred(torch.cat([part.r[..., outputs] for part in self.parts], 1))
-        change = x.mT @ torch.cholesky_solve(r.double(), self.factor).to(x.dtype)
-        return change, mean_r - mean_x @ change
-
-
-def _cholesky(gram, ridge, columns):
-    """(lower factor of gram + ridge x trace / columns, whether it failed); writes on `gram`, reads its lower triangle."""
-    diagonal = gram.diagonal(dim1=1, dim2=2)
-    diagonal += ridge * diagonal.sum(1, keepdim=True) / columns + torch.finfo(gram.dtype).tiny
-    factor, failed = torch.linalg.cholesky_ex(gram)
-    return factor, bool(failed.any())
-
-
 def _fit_layer(layer, walk, seed, report):
     """Collect the layer's normal equations, solve them, change its weights; returns why it was left alone, or None."""
     fit = _LayerData(layer, seed, sum(len(x) for x in walk.images))
@@ -531,10 +422,10 @@ class _LayerData:
         self.generator = torch.Generator().manual_seed(seed)
         self.is_held_out = torch.randperm(images, generator=self.generator) < int(HELD_OUT * images)
         if self.columns > LARGEST_MATRIX:
-            self.solver, rows = _DualSolver(layer.has_intercept), LARGEST_MATRIX
+            self.solver, rows = DualRidgeSolver(layer.has_intercept), LARGEST_MATRIX
         else:
             shape = self.groups, self.columns, self.outputs
-            self.solver = _Solver(*shape, layer.has_intercept, module.weight)
+            self.solver = RidgeSolver(*shape, layer.has_intercept, module.weight)
             rows = max(ROWS_PER_COLUMN * self.columns, min(ENOUGH_ROWS, GRAM_COST // self.columns**2))
         self.positions = max(1, round(rows / images))
         self.held_out, self.held_out_targets = [], []
@@ -586,7 +477,7 @@ class _LayerData:
         present = patches @ self.weight
         if module.bias is not None:
             present = present + module.bias.view(self.groups, 1, -1)
-        return _Rows(patches, wanted - present), wanted
+        return Rows(patches, wanted - present), wanted
 
     def solve(self):
         """Choose the ridge on the held-out images, solve with all, change the layer."""

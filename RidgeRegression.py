@@ -1,0 +1,126 @@
+"""Ridge least squares on centred rows that come in parts: by normal equations, or dual where rows are fewer than columns.
+
+    solver = RidgeSolver(groups, columns, outputs, intercept=True, like=weight)
+    solver.add(Rows(x, r))
+    if solver.factorise(ridge=1e-2):
+        weights, bias = solver.solve()
+
+minimises, a group at a time, sum |r - x D - b|^2 + ridge * mean(diag C) * |D|^2 with C the centred Gram matrix of x.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+LARGE_RIDGE = 1e-2  # relative to mean(diag C), from which the rounding of single precision does no harm
+AT_ONCE = 8192  # rows that are gathered before they are multiplied
+BLOCK = 256  # columns of the Gram matrix computed at once
+
+
+@dataclass
+class Rows:
+    """Regressors x [groups, rows, columns], and r [groups, rows, outputs], what is to be explained."""
+
+    x: torch.Tensor
+    r: torch.Tensor
+
+    def left(self, weights, bias, outputs=slice(None)):
+        """r less the prediction of weights [groups, columns, outputs] and bias [groups, 1, outputs]."""
+        return self.r[..., outputs] - self.x @ weights.to(self.x.dtype) - bias.to(self.x.dtype)
+
+
+class RidgeSolver:
+    """By normal equations: (C + ridge mean(diag C)) D = X^T R with C = X^T X, X and R centred.
+
+    Products are taken in the precision of the rows, of many rows at once, and summed in float64.
+
+    Args:
+        intercept: whether there is a b; without it nothing is centred.
+        like: a tensor of the rows' device and precision.
+    """
+
+    def __init__(self, groups, columns, outputs, intercept, like):
+        def zeros(*shape):
+            return torch.zeros(groups, *shape, dtype=torch.float64, device=like.device)
+
+        self.gram, self.cross = zeros(columns, columns), zeros(columns, outputs)
+        self.sum_x, self.sum_r = zeros(1, columns), zeros(1, outputs)
+        self.rows, self.intercept, self.factor, self.pending = 0, intercept, None, []
+        self.precision = torch.promote_types(like.dtype, torch.float32)
+
+    def add(self, part):
+        self.pending.append(part)
+        self.rows += part.x.shape[1]
+        if sum(p.x.shape[1] for p in self.pending) >= AT_ONCE:
+            self._flush()
+
+    def _flush(self):
+        """Adds what is pending to the sums: many rows at once, as every addition goes over the whole matrix."""
+        if not self.pending:
+            return
+        x, r = (torch.cat([getattr(part, name) for part in self.pending], 1) for name in ("x", "r"))
+        self.pending = []
+        for start in range(0, x.shape[2], BLOCK):  # the lower triangle alone, which is what Cholesky reads
+            self.gram[:, start:, start : start + BLOCK] += x[..., start:].mT @ x[..., start : start + BLOCK]
+        self.cross += x.mT @ r
+        self.sum_x += x.sum(1, keepdim=True)
+        self.sum_r += r.sum(1, keepdim=True)
+
+    def factorise(self, ridge):
+        """Whether the matrix is positive definite with this ridge. With a large one the network's own precision will do."""
+        self._flush()
+        self.factor = None
+        gram = self.gram.clone()
+        if self.intercept:
+            gram.baddbmm_(self.sum_x.mT, self.sum_x, alpha=-1 / self.rows)
+        if ridge >= LARGE_RIDGE:
+            gram = gram.to(self.precision)
+        self.factor, failed = _cholesky(gram, ridge, gram.shape[1])
+        return not failed
+
+    def solve(self, outputs=slice(None)):
+        """Weights [groups, columns, outputs] and intercept [groups, 1, outputs]."""
+        cross, sum_r = self.cross[..., outputs], self.sum_r[..., outputs]
+        if not self.intercept:
+            return torch.cholesky_solve(cross.to(self.factor), self.factor), torch.zeros_like(sum_r)
+        cross = cross - self.sum_x.mT * (sum_r / self.rows)
+        weights = torch.cholesky_solve(cross.to(self.factor), self.factor).to(cross)
+        return weights, (sum_r - self.sum_x @ weights) / self.rows
+
+
+class DualRidgeSolver:
+    """Through a matrix of [rows, rows], for fewer rows than columns: D = X^T (X X^T + ridge mean(diag C))^-1 R."""
+
+    def __init__(self, intercept):
+        self.parts, self.intercept, self.factor = [], intercept, None
+
+    @property
+    def rows(self):
+        return sum(part.x.shape[1] for part in self.parts)
+
+    def add(self, part):
+        self.parts.append(part)
+
+    def _centred(self, rows):
+        """(rows less their mean, the mean); the mean is 0 without an intercept."""
+        mean = rows.mean(1, keepdim=True) if self.intercept else torch.zeros_like(rows[:, :1])
+        return rows - mean, mean
+
+    def factorise(self, ridge):
+        x, _ = self._centred(torch.cat([part.x for part in self.parts], 1))
+        self.factor, failed = _cholesky((x @ x.mT).double(), ridge, x.shape[2])
+        return not failed
+
+    def solve(self, outputs=slice(None)):
+        x, mean_x = self._centred(torch.cat([part.x for part in self.parts], 1))
+        r, mean_r = self._centred(torch.cat([part.r[..., outputs] for part in self.parts], 1))
+        weights = x.mT @ torch.cholesky_solve(r.double(), self.factor).to(x.dtype)
+        return weights, mean_r - mean_x @ weights
+
+
+def _cholesky(gram, ridge, columns):
+    """(lower factor of gram + ridge x trace / columns, whether it failed); writes on `gram`, reads its lower triangle."""
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    diagonal += ridge * diagonal.sum(1, keepdim=True) / columns + torch.finfo(gram.dtype).tiny
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    return factor, bool(failed.any())
