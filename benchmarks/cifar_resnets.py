@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+CIFAR_RESNETS = {f"resnet{depth}": depth for depth in (20, 32, 44, 56, 110)}
+
 
 class Block(nn.Module):
     """Two 3x3 convs; the shortcut takes every second pixel and pads the channels with zeros where the width doubles."""
@@ -48,10 +50,9 @@ class CifarResNet(nn.Module):
         return self.linear(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
-def cifar_resnet(depth, weights=None):
-    """The network of that depth (20, 32, 44, 56, 110), with the weights of a file."""
-    model = CifarResNet(depth)
-    if weights is not None:
-        state = torch.load(weights, map_location="cpu", weights_only=True)["state_dict"]
-        model.load_state_dict({name.removeprefix("module."): tensor for name, tensor in state.items()})
+def cifar_resnet(name, weights):
+    """The network of a name in CIFAR_RESNETS, with the weights of a file."""
+    model = CifarResNet(CIFAR_RESNETS[name])
+    state = torch.load(weights, map_location="cpu", weights_only=True)["state_dict"]
+    model.load_state_dict({name.removeprefix("module."): tensor for name, tensor in state.items()})
     return model.eval()

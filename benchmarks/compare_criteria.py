@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
-from cifar_resnets import cifar_resnet
+from cifar_resnets import CIFAR_RESNETS, cifar_resnet
 from measuring import measured, started
 
 from BaselineCriteria import BASELINES
@@ -50,7 +50,7 @@ HELD_OUT = 500  # training images that choose the learning rate and the epoch
 
 def add_network_arguments(parser):
     """What `load` and `balanced` need, the draws and their seeds, and the precision of training."""
-    parser.add_argument("--model", default="vgg11_bn", help="resnet20..resnet110 of cifar_resnets.py, or torchvision's")
+    parser.add_argument("--model", default="vgg11_bn", help="resnet20, 32, 44, 56, 110 of cifar_resnets.py, or torchvision's")
     parser.add_argument("--weights", help="weights file")
     parser.add_argument("--data-path", help="ImageFolder root (default: the embedded data)")
     parser.add_argument("--calibration-samples", type=int, default=600)
@@ -123,9 +123,8 @@ def peer_scores(name, model, graph, batches):
 
 def load(arguments):
     """Data and dense network; where there are no weights for it, it is trained (and kept) as the runners do."""
-    depth = arguments.model.removeprefix("resnet")
-    if arguments.weights and arguments.data_path and depth.isdigit():
-        return load_image_folder(arguments.data_path), cifar_resnet(int(depth), arguments.weights)
+    if arguments.weights and arguments.data_path and arguments.model in CIFAR_RESNETS:
+        return load_image_folder(arguments.data_path), cifar_resnet(arguments.model, arguments.weights)
     parser = new_parser("a runner's arguments")
     add_shared_arguments(parser)
     given = {"--model": arguments.model, "--weights": arguments.weights, "--data-path": arguments.data_path}
