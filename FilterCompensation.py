@@ -41,7 +41,7 @@ GRAM_COST = 2**34  # multiply-adds of a Gram matrix, up to which a layer gets th
 WEAK = 1e-2  # relative to the mean scale of the channels
 TRIAL_OUTPUTS = 64  # of each group, on which ridges are compared
 LARGEST_MATRIX = 6144  # columns; above, the dual problem is solved on at most as many rows
-ACTIVATION_BUDGET = 2**28  # bytes
+ACTIVATION_BUDGET = 2**28  # bytes that may be held in any case
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class CompensationReport:
 
 
 @torch.no_grad()
-def compensate(dense, smaller, batches, kept=None, *, progress=True, activation_budget=ACTIVATION_BUDGET, seed=0):
+def compensate(dense, smaller, batches, kept=None, *, progress=True, activation_budget=None, seed=0):
     """Refit the layers of `smaller`, in place, so that it answers as `dense` does on the calibration images.
 
     Args:
@@ -81,7 +81,8 @@ def compensate(dense, smaller, batches, kept=None, *, progress=True, activation_
         kept: {layer name: indices of the filters of `dense` that `smaller` still has, in its order}. A layer that is not
             named has all its filters, or is depthwise.
         activation_budget: bytes of activations that may be held between two layers; where the networks need more, they
-            run again from the last place that fitted (at most once for every layer).
+            run again from the last place that fitted (at most once for every layer). Default: what a training step on the
+            largest batch would hold, but 256 MB at least.
         seed: of that draw, and of the output positions that are drawn where a layer has many: over all images 16,384,
             fewer where a wide layer makes them dear, but two for each column of its matrix.
 
@@ -313,11 +314,18 @@ class _Walk:
     """
 
     def __init__(self, plan, images, budget):
-        self.plan, self.images, self.budget = plan, images, budget
+        self.plan, self.images = plan, images
+        self.budget = max(ACTIVATION_BUDGET, self._of_training()) if budget is None else budget
         self.interpreters = [fx.Interpreter(network) for network in plan.networks]
         self.starts = (0, 0)
         self.states = [({}, {}) for _ in images]
         self.sums = {name: [None] * len(images) for name in plan.batchnorms}  # by batch
+
+    def _of_training(self):
+        """Bytes of all activations of the dense network on its largest batch."""
+        one = fx.Interpreter(self.plan.networks[0], garbage_collect_values=False)
+        one.run(self.images[0][:1].clone())
+        return _bytes(one.env) * max(map(len, self.images))
 
     def to(self, layer):
         """For every batch: (dense state with the layer's output, smaller state just before the layer).

@@ -254,6 +254,14 @@ def test_batchnorms_hold_the_statistics_of_their_present_inputs(budget):
         torch.testing.assert_close(norm.running_var, x.var((0, 2, 3), unbiased=False))
 
 
+def test_the_budget_is_what_training_on_the_largest_batch_holds():
+    """Image, conv, ReLU, conv, BatchNorm, ReLU and linear layer; flatten is a view."""
+    model = NETWORKS["plain"]()
+    walk = FilterCompensation._Walk(FilterCompensation._Plan(model, model, {}), [x for x, _ in images(50)], None)
+    floats = 81 * (3 + 2 * 8 + 3 * 6) + 5
+    assert walk._of_training() == 4 * 30 * floats and walk.budget == FilterCompensation.ACTIVATION_BUDGET
+
+
 @pytest.mark.parametrize("shared", ["running_mean", "weight"])
 def test_a_batchnorm_that_shares_tensors_is_left_as_it_is(shared):
     """One scale or one mean cannot fit the inputs of two layers."""
