@@ -443,15 +443,11 @@ class _LayerData:
         weak = self.scale.abs() <= WEAK * self.scale.abs().mean()
         self.divisor = torch.where(weak, torch.inf, self.scale)
 
-    def add(self, batch, x, target, dense_stream, stream):
-        """Add one batch; returns why the layer needs no fit, or None."""
+    def add(self, batch, x, *outputs):
+        """Add one batch: the layer's input and what `_target` takes; returns why the layer needs no fit, or None."""
         layer = self.layer
-        target = _by_position(layer.module, target)[..., layer.kept]
-        if stream is not None:
-            lacks = _by_position(layer.module, dense_stream)[..., layer.kept] - _by_position(layer.module, stream)
-            target = target + lacks / self.divisor
         if batch == 0:
-            now = _by_position(layer.module, layer.module(x))
+            now, target = _by_position(layer.module, layer.module(x)), self._target(..., *outputs)
             if (now - target).abs().max() <= AGREES * target.abs().max():
                 return "its outputs are the dense network's"
         held_out = self.is_held_out[self.seen : self.seen + len(x)]
@@ -460,7 +456,7 @@ class _LayerData:
             images = chosen.nonzero().flatten().to(x.device)
             if not len(images):
                 continue
-            rows, wanted = self._rows(x, target, images)
+            rows, wanted = self._rows(x, images, outputs)
             if not torch.isfinite(rows.r).all():
                 raise InputError(
                     f"compensation: NaN or Inf in {layer.name} on batch {batch}; check the images and both networks' weights"
@@ -472,16 +468,28 @@ class _LayerData:
                 self.solver.add(rows)
         return None
 
-    def _rows(self, x, target, images):
+    def _target(self, at, dense_output, dense_stream, stream):
+        """What the layer should answer at the given images and positions: [..., filters]."""
+        layer = self.layer
+        output, dense_stream, stream = (
+            None if values is None else _by_position(layer.module, values)[at]
+            for values in (dense_output, dense_stream, stream)
+        )
+        target = output[..., layer.kept]
+        return target if stream is None else target + (dense_stream[..., layer.kept] - stream) / self.divisor
+
+    def _rows(self, x, images, outputs):
         """The given images' rows, some positions of each image drawn anew for every image, and the targets there."""
-        module, each = self.layer.module, min(target.shape[1], self.positions)
-        if each == target.shape[1]:
+        module, positions = self.layer.module, _by_position(self.layer.module, outputs[0]).shape[1]
+        each = min(positions, self.positions)
+        if each == positions:
             drawn = torch.arange(each).expand(len(images), -1)
         else:
-            drawn = torch.rand(len(images), target.shape[1], generator=self.generator).topk(each).indices
+            drawn = torch.rand(len(images), positions, generator=self.generator).topk(each).indices
         drawn = drawn.to(x.device)
         patches = _patches(module, x[images], drawn)
-        wanted = target[images[:, None], drawn].view(-1, self.groups, self.outputs).transpose(0, 1)
+        target = self._target((images[:, None], drawn), *outputs)
+        wanted = target.reshape(-1, self.groups, self.outputs).transpose(0, 1)
         present = patches @ self.weight
         if module.bias is not None:
             present = present + module.bias.view(self.groups, 1, -1)
