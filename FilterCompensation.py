@@ -374,7 +374,7 @@ class _Walk:
             interpreter.env = inputs
             if k == 1 and node.name in self.sums:
                 x = inputs[node.all_input_nodes[0]]
-                x = x[: -(-ENOUGH_ROWS // x[0, 0].numel())].movedim(1, 0).flatten(1)
+                x = x[: -(-ENOUGH_ROWS // math.prod(x.shape[2:]))].movedim(1, 0).flatten(1)
                 sums = (values.sum(1, dtype=torch.float64) for values in (x, x.square()))
                 self.sums[node.name][batch] = x.shape[1], *sums
             state[node.name] = interpreter.run_node(node)
