@@ -11,7 +11,7 @@ import dataclasses
 import torch
 
 from ChannelEstimates import channel_estimates
-from ExperimentErrors import InputError
+from ExperimentErrors import InputError, one_of
 from FilterSelection import Constraints, Selection, select_by_score, select_jointly
 from FilterSurgery import ChannelGraph
 from GradientFlowAnalyzer import GradientFlowReport, relative_flow, weigh
@@ -22,11 +22,6 @@ TAYLOR_ORDERS = (1, 2, 3)
 SELECTIONS = ("auto", "joint", "independent")
 CURVATURES = ("exact", "hvp", "auto")
 CLASS_PROBES = 12
-
-
-def _one_of(name, value, allowed):
-    if value not in allowed:
-        raise InputError(f"{name} must be one of {', '.join(map(str, allowed))}, not {value}")
 
 
 class EnhancedFilterPruner:
@@ -72,9 +67,9 @@ class EnhancedFilterPruner:
         seed=0,
         progress=True,
     ):
-        _one_of("taylor_order", taylor_order, TAYLOR_ORDERS)
-        _one_of("selection", selection, SELECTIONS)
-        _one_of("curvature", curvature, CURVATURES)
+        one_of("taylor_order", taylor_order, TAYLOR_ORDERS)
+        one_of("selection", selection, SELECTIONS)
+        one_of("curvature", curvature, CURVATURES)
         if class_probes < 2:
             raise InputError(f"class_probes must be at least 2, not {class_probes}")
         if hessian_probes < 1:
@@ -155,7 +150,7 @@ class EnhancedFilterPruner:
 
     def with_order(self, taylor_order, use_gradient_flow):
         """A pruner of another order that shares what this one has collected."""
-        _one_of("taylor_order", taylor_order, TAYLOR_ORDERS)
+        one_of("taylor_order", taylor_order, TAYLOR_ORDERS)
         other = copy.copy(self)
         other.taylor_order, other.use_gradient_flow = taylor_order, use_gradient_flow
         return other
@@ -163,7 +158,7 @@ class EnhancedFilterPruner:
     def scores(self, order=None):
         """[units] estimated signed loss change (nats) of removing each unit alone; `order` defaults to `taylor_order`."""
         order = order or self.taylor_order
-        _one_of("order", order, TAYLOR_ORDERS)
+        one_of("order", order, TAYLOR_ORDERS)
         self._check_ranked()
         if self.directions is None:
             return self._probed_scores(order)

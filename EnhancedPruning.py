@@ -17,10 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from BaselineCriteria import baseline_scores
-from EnhancedFilterPruner import CLASS_PROBES, EnhancedFilterPruner
-from ExperimentErrors import InputError
+from EnhancedFilterPruner import CLASS_PROBES, TAYLOR_ORDERS, EnhancedFilterPruner
+from ExperimentErrors import InputError, one_of
 from FilterCompensation import compensate
-from FilterSelection import Constraints, Ledger, Selection, select_by_score
+from FilterSelection import Constraints, Ledger, Selection, check_reachable, select_by_score
 from FilterSurgery import ChannelGraph
 from FineTuning import Recipe, evaluate, fine_tune, reestimate_batchnorm, train_steps
 from GradientFlowAnalyzer import GradientFlowAnalyzer, frozen
@@ -181,11 +181,10 @@ class EnhancedPruning:
         Raises:
             InputError: an argument or the data is wrong, see the message.
         """
-        self.dense_pruner(taylor_order, use_gradient_flow)  # wrong arguments fail before anything is computed
-        oracle = self.oracle(oracle_samples) if oracle_samples else None
         (network,) = self.path(f"order {taylor_order}", [pruning_percentage], use_gradient_flow=use_gradient_flow)
         result = self.result_of(network, taylor_order, use_gradient_flow)
-        result.oracle = oracle
+        if oracle_samples:
+            result.oracle = self.oracle(oracle_samples)
         return result
 
     def path(self, method, percentages, *, use_gradient_flow=False, seed=0):
@@ -196,11 +195,14 @@ class EnhancedPruning:
                 (one shot from the dense network, as published, so that no training lies between rounds).
         """
         percentages = sorted(percentages)
+        for percentage in percentages:  # wrong ones fail before anything is computed
+            check_reachable(self.graph, percentage, self.settings.constraints)
         if not method.startswith("order "):
             for percentage in percentages:
                 yield self._baseline(method, percentage, seed)
             return
         order = int(method.removeprefix("order "))
+        one_of("taylor_order", order, TAYLOR_ORDERS)
         constraints = self.settings.constraints
         ledger = Ledger.open(self.graph, constraints)
         network = PrunedNetwork(0.0, self.model, self.model, _all_filters(self.graph), [], {})

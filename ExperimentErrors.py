@@ -10,6 +10,12 @@ class InputError(ValueError):
     """Wrong input; the message says in one line what is wrong and what to do. The runners exit with code 2 on it."""
 
 
+def one_of(name, value, allowed):
+    """Raises InputError if the argument `name` has another value than the allowed ones."""
+    if value not in allowed:
+        raise InputError(f"{name} must be one of {', '.join(map(str, allowed))}, not {value}")
+
+
 @contextmanager
 def atomic_path(path):
     """Yield a temporary path beside `path`; rename it to `path` when the block ends, delete it when the block fails.

@@ -22,6 +22,8 @@ from ExperimentArguments import recipe_from, settings_from
 from ExperimentData import ImageData, calibration_batches, embedded_data, load_image_folder, make_loader
 from ExperimentErrors import InputError, atomic_file
 from ExperimentModels import BuiltModel, build_model, head_name, pretrained_weights, read_tensors
+from FilterSelection import check_reachable
+from FilterSurgery import ChannelGraph
 from FineTuning import Recipe, fine_tune
 
 EMBEDDED_TRAIN, EMBEDDED_VAL = 2000, 500
@@ -74,14 +76,15 @@ def progress(args):
     return not args.quiet and is_main()
 
 
-def prepare(args, folder, device):
+def prepare(args, folder, device, percentages=()):
     """Data and network; trains the network or its new head where it has no weights for the task.
 
     Args:
         folder: results folder, which keeps the trained dense network (the embedded data's is kept in a user cache).
+        percentages: that the network will be pruned to; what cannot be is refused before any training.
 
     Raises:
-        InputError: see ExperimentData, ExperimentModels.
+        InputError: see ExperimentData, ExperimentModels, FilterSurgery, FilterSelection.
     """
     torch.manual_seed(args.seed)
     data = load_data(args)
@@ -94,6 +97,11 @@ def prepare(args, folder, device):
     )
     built.model.to(device)
     experiment = Experiment(args, device, data, built)
+    settings = settings_from(args)
+    example = torch.zeros(1, 3, data.image_size, data.image_size, device=device)
+    graph = ChannelGraph(built.model, example, settings.exclude, settings.prune_linear)
+    for percentage in percentages:
+        check_reachable(graph, percentage, settings.constraints)
     if built.new_head or built.weights == "none":
         train_dense(experiment, folder)
     return experiment

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ExperimentErrors import InputError
+from ExperimentErrors import InputError, one_of
 from GradientFlowAnalyzer import weigh
 
 CHUNKS = 32  # steps of a joint selection
@@ -30,8 +30,7 @@ class Constraints:
     round_to: int = 1
 
     def __post_init__(self):
-        if self.budget not in BUDGETS:
-            raise InputError(f"budget must be one of {', '.join(BUDGETS)}, not {self.budget}")
+        one_of("budget", self.budget, BUDGETS)
         if self.layer_bound is not None and not self.layer_bound >= 1:
             raise InputError(f"the layer bound must be at least 1 (a multiple of the target share), not {self.layer_bound}")
         for name in ("min_filters", "round_to"):
@@ -237,6 +236,11 @@ def select_by_score(selection, scores):
             selection.take(unit)
     selection.round_widths(scores)
     return selection.chosen
+
+
+def check_reachable(graph, percentage, constraints):
+    """Raises InputError if no choice of units reaches the percentage: a selection that knows no scores tries it."""
+    select_by_score(Selection(graph, percentage, constraints), torch.zeros(len(graph.units)))
 
 
 def select_jointly(selection, directions, order, correction=None, weights=None, chunks=CHUNKS):

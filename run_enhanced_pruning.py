@@ -35,11 +35,11 @@ def main(argv=None):
 
 def run(args, folder, device):
     """Runs what is not yet in the folder, writes the tables and plots; 1 if a cell failed."""
-    experiment = prepare(args, folder, device)
     cells = folder / "cells"
     methods = [f"order {order}" for order in sorted(set(args.taylor_orders))]
     methods += args.baselines if args.compare_baseline else []
     percentages = sorted(set(args.pruning_percentages))
+    experiment = prepare(args, folder, device, percentages)
     dense = None
     for seed in args.seeds:
         sweep = Sweep(args, experiment, cells, seed, dense)

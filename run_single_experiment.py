@@ -32,7 +32,7 @@ def main(argv=None):
 
 
 def run(args, folder, device):
-    experiment = prepare(args, folder, device)
+    experiment = prepare(args, folder, device, [args.pruning_percentage])
     pruning = experiment.pruning(args.seed)
     result = pruned(args, pruning, experiment, folder)
     result = pruning.fine_tune(result, checkpoint=folder / CHECKPOINT, resume=args.resume is not None)

@@ -20,6 +20,7 @@ import FineTuning
 import run_enhanced_pruning
 import run_single_experiment
 from ExperimentData import load_image_folder, make_loader
+from ExperimentErrors import InputError
 from ExperimentModels import load_pruned
 from ExperimentSetup import warn_of_chance
 from FineTuning import TrainingDiverged, evaluate
@@ -148,7 +149,7 @@ def test_bad_input_gets_one_clear_line_and_code_2(case, image_folder, tmp_path, 
     error = capsys.readouterr().err
     assert code == 2 and message in error and "Traceback" not in error
     assert len([line for line in error.splitlines() if "error:" in line]) == 1
-    assert not (tmp_path / "out" / "results.json").exists()
+    assert not list((tmp_path / "out").glob("[!.]*")), "found before any training, and the folder is free again"
 
 
 def test_weights_that_cannot_be_downloaded_name_the_way_out(image_folder, tmp_path, monkeypatch, capsys):
@@ -255,6 +256,15 @@ def test_compensation_fits_to_the_dense_network_or_to_the_trained_one_before_the
             assert len(kept[layer]) == len(weight) and set(kept[layer]) <= set(range(len(source)))
             if layer == "0":  # its inputs are whole: the kept filters are those of the target
                 assert torch.equal(weight, source[kept[layer]])
+
+
+@pytest.mark.parametrize(("percentage", "order", "message"), [(99, 2, "lower percentage"), (100, 2, "between 0 and 100"),
+                                                              (30, 4, "taylor_order")])  # fmt: skip
+def test_what_cannot_be_pruned_is_refused_before_it_is_scored(progressive, monkeypatch, percentage, order, message):
+    pruning = progressive(0)[0]
+    monkeypatch.setattr(pruning, "_ranked", lambda *arguments: pytest.fail("scored"))
+    with pytest.raises(InputError, match=message):
+        pruning.prune(percentage, order)
 
 
 def test_what_a_sweep_gets_on_the_way_is_not_trained(progressive):
