@@ -11,14 +11,16 @@ import io
 import statistics
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from BaselineCriteria import baseline_scores
+from DistributedRun import is_main
 from EnhancedFilterPruner import CLASS_PROBES, TAYLOR_ORDERS, EnhancedFilterPruner
-from ExperimentErrors import InputError, one_of
+from ExperimentErrors import InputError, atomic_file, one_of
 from FilterCompensation import compensate
 from FilterSelection import Constraints, Ledger, Selection, check_reachable, select_by_score
 from FilterSurgery import ChannelGraph
@@ -162,11 +164,25 @@ class EnhancedPruning:
         checkpoint=None,
         resume=False,
     ):
-        """Evaluate, prune in rounds, fine-tune: `prune` and then `fine_tune`, whose arguments these are."""
-        result = self.prune(pruning_percentage, taylor_order, use_gradient_flow, oracle_samples=oracle_samples)
+        """Evaluate, prune in rounds, fine-tune: `prune` and then `fine_tune`, whose arguments these are.
+
+        The last round is kept beside the checkpoint of fine-tuning, with the suffix .rounds.
+        """
+        rounds = Path(checkpoint).with_suffix(".rounds") if checkpoint else None
+        result = self.prune(pruning_percentage, taylor_order, use_gradient_flow, oracle_samples=oracle_samples,
+                            checkpoint=rounds, resume=resume)  # fmt: skip
         return self.fine_tune(result, fine_tune_epochs, checkpoint=checkpoint, resume=resume)
 
-    def prune(self, pruning_percentage=30, taylor_order=2, use_gradient_flow=False, *, oracle_samples=0):
+    def prune(
+        self,
+        pruning_percentage=30,
+        taylor_order=2,
+        use_gradient_flow=False,
+        *,
+        oracle_samples=0,
+        checkpoint=None,
+        resume=False,
+    ):
         """Evaluates the dense network, prunes it in rounds and evaluates it again.
 
         Args:
@@ -174,6 +190,8 @@ class EnhancedPruning:
             taylor_order: 1, 2 or 3.
             use_gradient_flow: weigh scores by gradient flow and report it.
             oracle_samples: filters whose true loss change is measured, see `oracle`.
+            checkpoint: file that is written after every round.
+            resume: go on from it, if it exists, with the same arguments.
 
         Returns:
             PruningResult without fine-tuning.
@@ -181,18 +199,24 @@ class EnhancedPruning:
         Raises:
             InputError: an argument or the data is wrong, see the message.
         """
-        (network,) = self.path(f"order {taylor_order}", [pruning_percentage], use_gradient_flow=use_gradient_flow)
+        start = self.restored(checkpoint) if resume and checkpoint and Path(checkpoint).exists() else None
+        method = f"order {taylor_order}"
+        (network,) = self.path(
+            method, [pruning_percentage], use_gradient_flow=use_gradient_flow, start=start, checkpoint=checkpoint
+        )
         result = self.result_of(network, taylor_order, use_gradient_flow)
         if oracle_samples:
             result.oracle = self.oracle(oracle_samples)
         return result
 
-    def path(self, method, percentages, *, use_gradient_flow=False, seed=0):
+    def path(self, method, percentages, *, use_gradient_flow=False, seed=0, start=None, checkpoint=None):
         """Yields a PrunedNetwork at every one of the ascending `percentages`, on one way down.
 
         Args:
             method: "order 1", "order 2", "order 3" (rounds, compensated as the settings say) or the name of a baseline
                 (one shot from the dense network, as published, so that no training lies between rounds).
+            checkpoint: file that is written after every round.
+            start: PrunedNetwork that such a file gave (`restored`), where this same way was broken off.
         """
         percentages = sorted(percentages)
         for percentage in percentages:  # wrong ones fail before anything is computed
@@ -205,13 +229,35 @@ class EnhancedPruning:
         one_of("taylor_order", order, TAYLOR_ORDERS)
         constraints = self.settings.constraints
         ledger = Ledger.open(self.graph, constraints)
-        network = PrunedNetwork(0.0, self.model, self.model, _all_filters(self.graph), [], {})
+        network = start or PrunedNetwork(0.0, self.model, self.model, _all_filters(self.graph), [], {})
+        ledger.record(self._plan(network.kept))
         steps = {percentages[-1] * (i + 1) / self.settings.rounds for i in range(self.settings.rounds)}
-        for percentage in sorted(steps | set(percentages)):
-            network = self._trained(network)
-            network = self._round(network, order, percentage, ledger, use_gradient_flow)
+        for percentage in sorted(p for p in steps | set(percentages) if p >= network.percentage):
+            if percentage > network.percentage:
+                network = self._trained(network)
+                network = self._round(network, order, percentage, ledger, use_gradient_flow)
+                if checkpoint and is_main():
+                    self._save(network, checkpoint)
             if percentage in percentages:
                 yield network
+
+    @staticmethod
+    def _save(network, checkpoint):
+        state = {f.name: getattr(network, f.name) for f in dataclasses.fields(network)}
+        same = network.uncompensated is network.model
+        state["model"] = network.model.state_dict()
+        state["uncompensated"] = None if same else network.uncompensated.state_dict()
+        with atomic_file(checkpoint) as file:
+            torch.save(state, file)
+
+    def restored(self, checkpoint):
+        """The PrunedNetwork in a file that `path` wrote, with this dense network and these settings."""
+        state = torch.load(checkpoint, map_location=self.example.device, weights_only=True)
+        for name in ("model", "uncompensated"):
+            if state[name]:
+                weights, state[name] = state[name], self.graph.remove(self._plan(state["kept"]))
+                state[name].load_state_dict(weights)
+        return PrunedNetwork(**state | {"uncompensated": state["uncompensated"] or state["model"]})
 
     def _round(self, network, order, percentage, ledger, use_gradient_flow):
         """One round: score the network as it is, select, cut, compensate; returns the next network."""

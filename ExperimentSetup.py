@@ -160,9 +160,11 @@ def train_dense(experiment, folder):
     if not epochs:
         return
     kept = (_cache_file(args, recipe) if args.data_path is None else None) or folder / "dense_model.pt"
+    checkpoint = folder / "dense_training_checkpoint.pt"
     if kept.exists():
         if is_main():
             print(f"dense {args.model} from {kept}")
+            checkpoint.unlink(missing_ok=True)
         built.model.load_state_dict(read_tensors(kept, experiment.device, "remove the file to train the network again"))
         return
     what = "new head" if head else "dense network"
@@ -179,12 +181,15 @@ def train_dense(experiment, folder):
             ),
             experiment.loader(experiment.data.val),
             recipe,
+            checkpoint=checkpoint,
+            resume=args.resume is not None,
             description=f"train {what}",
             progress=progress(args),
         )
     if is_main():
         with atomic_file(kept) as file:
             torch.save(built.model.state_dict(), file)
+        checkpoint.unlink()
 
 
 @contextlib.contextmanager

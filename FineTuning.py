@@ -45,7 +45,7 @@ class TrainingDiverged(RuntimeError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C during fine-tuning; `checkpoint` holds the last finished epoch (None if there is no checkpoint)."""
+    """Ctrl-C during training; `checkpoint` holds the last finished epoch (None if there is no checkpoint)."""
 
     def __init__(self, message: str, checkpoint: Path | None):
         super().__init__(message)
@@ -617,9 +617,9 @@ def _out_of_memory(run: _Run, description: str) -> InputError:
 
 def _interrupted(run: _Run) -> Interrupted:
     if run.saved_epoch is None:
-        return Interrupted("fine-tuning was interrupted and there is no checkpoint; start it again", None)
+        return Interrupted("training was interrupted and there is no checkpoint; start it again", None)
     return Interrupted(
-        f"fine-tuning was interrupted; {run.checkpoint} holds epoch {run.saved_epoch} of {run.recipe.epochs}, "
+        f"training was interrupted; {run.checkpoint} holds epoch {run.saved_epoch} of {run.recipe.epochs}, "
         "start again with resume to go on from there",
         run.checkpoint,
     )

@@ -67,13 +67,24 @@ class Sweep:
         todo = [p for p in percentages if (_read(self.file(method, p)) or {}).get("status") != "done"]
         if not todo:
             return
+        checkpoint = self.folder / f"{method.replace(' ', '-')}_seed-{self.seed}.rounds.checkpoint"
+        start = self.pruning.restored(checkpoint) if self.args.resume and checkpoint.exists() else None
+        if start and start.percentage > todo[0]:  # of a cell that failed before
+            start = None
         try:
             for network in self.pruning.path(
-                method, percentages, use_gradient_flow=self.args.use_gradient_flow, seed=self.seed
+                method,
+                percentages,
+                use_gradient_flow=self.args.use_gradient_flow,
+                seed=self.seed,
+                start=start,
+                checkpoint=checkpoint,
             ):
                 if network.percentage in todo:
                     self.cell(method, network)
                     todo.remove(network.percentage)
+            if is_main():
+                checkpoint.unlink(missing_ok=True)
         except CELL_ERRORS as error:  # the way down itself failed: so did all that lies behind
             for percentage in todo:
                 self.write(method, percentage, {"status": "failed", "error": str(error)})
@@ -125,7 +136,7 @@ def _read(path):
 
 
 def report(args, experiment, folder, dense):
-    for checkpoint in (folder / "cells").glob("*.checkpoint"):  # of cells that were killed after their last step
+    for checkpoint in (folder / "cells").glob("*.checkpoint"):  # of rounds, and of cells killed after their last step
         checkpoint.unlink()
     cells = [_read(file) for file in sorted((folder / "cells").glob("*_seed-*.json"))]
     sweep = {"arguments": vars(args), "environment": environment(experiment.device), "dense": dense, "cells": cells}

@@ -20,7 +20,7 @@ from ExperimentReport import rounds_table, summary_table, write_experiment_plots
 from ExperimentRun import run_guarded
 from ExperimentSetup import environment, prepare, progress, warn_of_chance
 
-PRUNED, CHECKPOINT = "pruned_before_fine_tuning.pt", "fine_tuning_checkpoint.pt"
+ROUNDS, PRUNED, CHECKPOINT = "rounds_checkpoint.pt", "pruned_before_fine_tuning.pt", "fine_tuning_checkpoint.pt"
 
 
 def main(argv=None):
@@ -49,7 +49,12 @@ def pruned(args, pruning, experiment, folder):
         return PruningResult(model=model, **torch.load(kept, weights_only=True)["extra"])
     warn_of_chance(pruning.dense_stage(), experiment.data)
     result = pruning.prune(
-        args.pruning_percentage, args.taylor_order, args.use_gradient_flow, oracle_samples=args.oracle_samples
+        args.pruning_percentage,
+        args.taylor_order,
+        args.use_gradient_flow,
+        oracle_samples=args.oracle_samples,
+        checkpoint=folder / ROUNDS,
+        resume=args.resume is not None,
     )
     if is_main():
         save(kept, result, experiment.built)
@@ -97,7 +102,7 @@ def report(args, experiment, result, folder):
         model = result.model.cpu().eval()
         example = experiment.calibration(2, args.seed)[0][0][:2].cpu()
         export_model(model, example, folder / f"pruned_model.{kind}", kind)
-    for name in (PRUNED, CHECKPOINT):
+    for name in (ROUNDS, PRUNED, CHECKPOINT):
         (folder / name).unlink(missing_ok=True)
     print(rounds_table(results["rounds"]))
     print(f"\n{summary_table(results)}")

@@ -187,8 +187,10 @@ def killed_writing(path):
 SINGLE_STAGES = {
     "start": lambda folder, text: (folder / ".lock").exists(),
     "dense training": lambda folder, text: "train dense network 1/1" in text,
+    "between dense epochs": lambda folder, text: (folder / "dense_training_checkpoint.pt").exists(),
     "scoring": lambda folder, text: (folder / "dense_model.pt").exists(),
     "rounds": lambda folder, text: "compensate" in text,
+    "after a round": lambda folder, text: (folder / "rounds_checkpoint.pt").exists(),
     "fine-tuning": lambda folder, text: (folder / "pruned_before_fine_tuning.pt").exists(),
     "report": lambda folder, text: (folder / "pruned_model.pt").exists(),
 }
@@ -259,8 +261,8 @@ def full_disk(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def temporaries(folder):
-    return [name for name in names(folder) if ".tmp" in name]
+def interrupt(*arguments):
+    raise KeyboardInterrupt
 
 
 def test_no_room_for_the_first_file(images, tmp_path, capsys):
@@ -273,13 +275,16 @@ def test_no_room_for_the_first_file(images, tmp_path, capsys):
 def test_a_single_run_on_a_full_disk_loses_nothing_and_goes_on(images, whole, tmp_path, capsys):
     folder, dense = tmp_path / "run", (whole / "dense_model.pt").stat().st_size
     kept, way = {}, ["--output-dir", folder]
-    for file, room in {"dense_model.pt": dense - 1, "fine_tuning_checkpoint.pt": dense}.items():
-        with full_disk(room):
+    room = {"dense_training_checkpoint.pt": dense - 1, "rounds_checkpoint.pt": dense // 2, "fine_tuning_checkpoint.pt": dense}
+    for file, size in room.items():
+        with full_disk(size):
             code = single(images, *way)
         refused(code, capsys, folder / file, "free space", f"--resume {folder} and the same arguments", expected=1)
         assert kept.items() <= contents(folder).items() and not any(".tmp" in name for name in names(folder))
+        if file.startswith("dense"):
+            shutil.copy(whole / "dense_model.pt", folder)  # its checkpoint is larger than all that follow
         kept, way = contents(folder), ["--resume", folder]
-    assert {"dense_model.pt", "pruned_before_fine_tuning.pt"} <= kept.keys()
+    assert {"rounds_checkpoint.pt", "pruned_before_fine_tuning.pt"} <= kept.keys()
     checkpoint = torch.load(folder / "fine_tuning_checkpoint.pt")  # that of epoch 0, smaller for want of momentum
     assert [record["epoch"] for record in checkpoint["history"]] == [0]
     assert single(images, "--resume", folder) == 0
@@ -297,13 +302,19 @@ def test_an_export_on_a_full_disk_leaves_nothing(kind, tmp_path):
     assert not names(tmp_path)
 
 
-def test_a_sweep_on_a_full_disk_loses_nothing_and_goes_on(images, whole, tmp_path, capsys):
+def test_a_sweep_on_a_full_disk_loses_nothing_and_goes_on(images, whole, tmp_path, capsys, monkeypatch):
     folder, arguments = tmp_path / "run", ["--weights", whole / "dense_model.pt", "--fine-tune-epochs", 0]
-    kept, way = {}, ["--output-dir", folder]
+    with monkeypatch.context() as patch:
+        patch.setattr(run_enhanced_pruning.Sweep, "cell", interrupt)
+        assert sweep(images, *arguments, "--output-dir", folder) == 130
+    capsys.readouterr()
+    assert (folder / "cells" / "order-2_seed-0.rounds.checkpoint").exists()  # larger than all that follows
+    kept, way = {}, ["--resume", folder]
     for file, room in {"cells/order-2_30_seed-0.json": 20_000, "results.json": 100_000}.items():
         with full_disk(room):
             code = sweep(images, *arguments, *way)
         refused(code, capsys, folder / file, "free space", f"--resume {folder} and the same arguments", expected=1)
+        kept.pop("cells/order-2_seed-0.rounds.checkpoint", None)  # not needed behind the last round
         assert kept.items() <= contents(folder).items() and file not in names(folder)
         assert not any(".tmp" in name for name in names(folder))
         kept, way = contents(folder), ["--resume", folder]

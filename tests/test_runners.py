@@ -299,10 +299,55 @@ def test_a_progressive_run_interrupted_twice_ends_in_the_same_result(image_folde
         assert single(image_folder, folder, *extra) == 130  # between the second round and the third
         assert single(image_folder, folder, *extra, "--resume", str(folder)) == 130  # before fine-tuning
     assert single(image_folder, folder, *extra, "--resume", str(folder)) == 0
-    assert calls == [0, 1, 0, 1]  # the last resumption did not prune again
+    assert calls == [0, 1, 1]  # no finished round is repeated
     whole, resumed = (json.loads((f / "results.json").read_text()) for f in (tmp_path / "whole", folder))
     assert without_timings(whole) == without_timings(resumed)
     assert whole["seconds"]["train"] > 0
+
+
+def interrupted_at(patch, owner, name, number):
+    """Ctrl-C in the call of that number; returns the list of the calls' arguments."""
+    function, calls = getattr(owner, name), []
+
+    def call(*arguments, **keywords):
+        calls.append(arguments)
+        if len(calls) == number:
+            raise KeyboardInterrupt
+        return function(*arguments, **keywords)
+
+    patch.setattr(owner, name, call)
+    return calls
+
+
+def test_dense_training_goes_on_at_the_last_finished_epoch(image_folder, tmp_path, monkeypatch):
+    extra, folder = ["--train-epochs", "3", "--fine-tune-epochs", "0"], tmp_path / "broken"
+    assert single(image_folder, tmp_path / "whole", *extra) == 0
+    epochs = interrupted_at(monkeypatch, FineTuning._Run, "train_epoch", 3)
+    assert single(image_folder, folder, *extra) == 130
+    assert single(image_folder, folder, *extra, "--resume", str(folder)) == 0
+    assert [epoch for _, _, epoch, *_ in epochs] == [1, 2, 3, 3]
+    ours, theirs = (torch.load(f / "dense_model.pt") for f in (folder, tmp_path / "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert not (folder / "dense_training_checkpoint.pt").exists()
+
+
+def test_no_finished_round_of_pruning_is_repeated(plain_network, images, labels, tmp_path, monkeypatch):
+    loader = make_loader(torch.utils.data.TensorDataset(images, labels), 6)
+    settings, checkpoint = EnhancedPruning.PruningSettings(rounds=3), tmp_path / "run.pt"
+
+    def run(**keywords):
+        pruning = EnhancedPruning.EnhancedPruning(plain_network, loader, loader, settings=settings, progress=False)
+        return pruning.run_full_pruning(60, 2, fine_tune_epochs=0, checkpoint=checkpoint, **keywords)
+
+    whole = run()
+    rounds = interrupted_at(monkeypatch, EnhancedPruning.EnhancedPruning, "_round", 3)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    broken = run(resume=True)
+    assert [percentage for _, _, _, percentage, *_ in rounds] == [20, 40, 60, 60]
+    assert without_timings(whole.as_dict()) == without_timings(broken.as_dict())
+    ours, theirs = broken.model.state_dict(), whole.model.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 @pytest.fixture(scope="module")
@@ -344,6 +389,37 @@ def test_a_sweep_with_other_arguments_does_not_resume(swept, capsys):
     folder, arguments = swept
     assert run_enhanced_pruning.main([*arguments, "--resume", str(folder), "--lr", "0.5"]) == 2
     assert re.search(r"--lr was 0\.\d+, is 0\.5", capsys.readouterr().err)
+
+
+def test_a_sweep_interrupted_in_a_cell_repeats_no_round(swept, image_folder, tmp_path, monkeypatch):
+    whole, arguments = swept
+    folder = tmp_path / "run"
+    rounds = interrupted_at(monkeypatch, EnhancedPruning.EnhancedPruning, "_round", None)
+    interrupted_at(monkeypatch, run_enhanced_pruning.Sweep, "cell", 2)
+    assert run_enhanced_pruning.main([*arguments, "--output-dir", str(folder)]) == 130
+    before = len(rounds)
+    assert run_enhanced_pruning.main([*arguments, "--resume", str(folder)]) == 0
+    assert len(rounds) == before > 0, "the round behind the cell at 40 % was finished"
+    ours, theirs = (json.loads((f / "results.json").read_text())["cells"] for f in (folder, whole))
+    assert without_timings(ours) == without_timings(theirs)
+    assert not list((folder / "cells").glob("*.checkpoint"))
+
+
+def test_a_cell_that_failed_behind_the_last_round_is_pruned_again(swept, image_folder, tmp_path, monkeypatch):
+    """The checkpoint lies behind it, so that the way down begins anew."""
+    whole, arguments = swept
+    folder = tmp_path / "run"
+
+    def fails(sweep, pruning, method, network):
+        raise TrainingDiverged("loss is NaN", 1, 1, 0.1, None)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_enhanced_pruning.Sweep, "fine_tuned", fails)
+        interrupted_at(patch, run_enhanced_pruning.Sweep, "cell", 2)
+        assert run_enhanced_pruning.main([*arguments, "--output-dir", str(folder)]) == 130
+    assert run_enhanced_pruning.main([*arguments, "--resume", str(folder)]) == 0
+    ours, theirs = (json.loads((f / "results.json").read_text())["cells"] for f in (folder, whole))
+    assert without_timings(ours) == without_timings(theirs)
 
 
 def test_a_failed_cell_is_recorded_and_the_rest_goes_on(image_folder, tmp_path, monkeypatch, capsys):
