@@ -5,7 +5,8 @@
 
 `sweep` holds "dense" (the stage of the unpruned network), "cells", "arguments" and "environment". A cell has
 "percentage", "method" (a key of ExperimentReport.METHODS), "seed", "status" ("done" or "failed") and "error"; a
-finished one also has "stages", "layers" and "fine_tuning", as in the results of one experiment. Failed cells are listed
+finished one also has "stages", "layers" and "fine_tuning", as in the results of one experiment. Percentages count what
+the argument "budget" says, filters where there is none. Failed cells are listed
 and enter no mean.
 """
 
@@ -36,6 +37,7 @@ from ExperimentReport import (
 CSV_COLUMNS = ("percentage", "method", "taylor_order", "seed", "stage", "top1", "top5", "loss", "parameters", "macs",
                "file_bytes", "latency_ms", "seconds", "status", "error")  # fmt: skip
 COSTS = {"macs": "MACs", "parameters": "parameters", "file_bytes": "size", "latency_ms": "latency"}
+BUDGETS = {"filters": "filters", "params": "parameters", "macs": "MACs"}  # what the percentages count
 WHEN = {"before": "before fine-tuning", "after": "after fine-tuning"}
 
 
@@ -99,6 +101,10 @@ def _methods(sweep):
     return [method for method in METHODS if method in present]
 
 
+def _removed(sweep):
+    return BUDGETS[sweep["arguments"].get("budget", "filters")] + " removed"
+
+
 def _percentages(sweep):
     return sorted({cell["percentage"] for cell in sweep["cells"]})
 
@@ -121,7 +127,7 @@ def _reduction(sweep, cells, key, when):
 
 
 def _reference_rows(sweep, when, sign):
-    """Rows of the reference layout: filters removed, top-1 of every method, size reduction."""
+    """Rows of the reference layout: percentage removed, top-1 of every method, size reduction."""
     groups = _groups(sweep)
     for percentage in _percentages(sweep):
         row = [f"{percentage:g} %"]
@@ -135,7 +141,7 @@ def _reference_rows(sweep, when, sign):
 
 
 def _reference_header(sweep):
-    return ["filters removed", *(METHODS[method].label for method in _methods(sweep)), "size reduction"]
+    return [_removed(sweep), *(METHODS[method].label for method in _methods(sweep)), "size reduction"]
 
 
 def sweep_table(sweep: dict) -> str:
@@ -187,7 +193,7 @@ def _markdown(sweep):
         f" {dense['file_bytes'] / 1e6:.2f} MB, {dense['latency_ms']:.2f} ms.".replace("nan", "not measured"),
         "## All numbers",
         _markdown_table(
-            ["filters removed", "method", *(f"{top} {at}" for top in ("top-1", "top-5") for at in WHEN.values()),
+            [_removed(sweep), "method", *(f"{top} {at}" for top in ("top-1", "top-5") for at in WHEN.values()),
              *(f"{name} saved" for name in COSTS.values()), "seeds"], list(_full_rows(sweep)), labels=2),
         "All in per cent but the number of seeds. Saved: against the dense network.",
     ]  # fmt: skip
@@ -366,7 +372,7 @@ def _shared_legend(figure, panels):
 def _percentage_axis(axes, sweep):
     ticks = _percentages(sweep)
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes.set_xlabel("filters removed (%)")
+    axes.set_xlabel(f"{_removed(sweep)} (%)")
 
 
 def _plot_accuracy(sweep, paths):
@@ -405,7 +411,7 @@ def _plot_cost(sweep, paths):
 
 
 def _plot_size(sweep, paths):
-    """Size reduction, and beneath it what it exceeds the share of filters by, as the lines lie close together."""
+    """Size reduction, and beneath it what it exceeds the removed percentage by, as the lines lie close together."""
     when = final_moment(sweep)
     percentages = _percentages(sweep)
 
@@ -420,11 +426,11 @@ def _plot_size(sweep, paths):
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
         _method_lines(upper, sweep, _exactly, reduction)
         _method_lines(lower, sweep, _exactly, excess)
-        upper.plot(percentages, percentages, color=DENSE, linewidth=0.7, label="filters removed", zorder=1)
+        upper.plot(percentages, percentages, color=DENSE, linewidth=0.7, label=_removed(sweep), zorder=1)
         lower.axhline(0, color=DENSE, linewidth=0.7)
         _percentage_axis(lower, sweep)
         upper.set_ylabel("size reduction (%)")
-        lower.set_ylabel("above filters removed\n(points)")
+        lower.set_ylabel(f"above {_removed(sweep)}\n(points)")
         _shared_legend(figure, [upper])
 
 
@@ -444,7 +450,7 @@ def _plot_layers(sweep, paths):
             kept = np.array([_kept(groups.get((percentage, method), []), layers) for percentage in percentages]).T
             image = axes.imshow(kept, aspect="auto", vmin=0, vmax=100, cmap=colours, interpolation="nearest")
             axes.set_xticks(range(len(percentages)), [f"{percentage:g}" for percentage in percentages])
-            axes.set_xlabel("filters removed (%)")
+            axes.set_xlabel(f"{_removed(sweep)} (%)")
             axes.set_title(METHODS[method].label)
             axes.grid(False)
         layer_axis(panels[0].yaxis, list(layers), height)
@@ -476,7 +482,7 @@ def _plot_fine_tuning(sweep, paths):
             for (p, method), cells in groups.items():
                 if p == percentage and cells:
                     _curve(axes, cells, METHODS[method])
-            axes.set_title(f"{percentage:g} % of the filters removed")
+            axes.set_title(f"{percentage:g} % of the {_removed(sweep)}")
             axes.xaxis.get_major_locator().set_params(integer=True, nbins=5)
         for axes in panels.flat[len(percentages) :]:
             axes.remove()

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 import ExperimentReport
 import SweepReport
@@ -307,6 +308,18 @@ def test_csv_has_a_row_a_cell_and_stage(written):
     (row,) = [r for r in rows if (r["percentage"], r["method"], r["seed"], r["stage"]) ==
               ("10.0", "order 1", "0", "fine-tuned")]  # fmt: skip
     assert float(row["top1"]) == last["top1"] and int(row["macs"]) == last["macs"]
+
+
+@pytest.mark.parametrize(("budget", "counted"), [("filters", "filters"), ("params", "parameters"), ("macs", "MACs")])
+def test_labels_say_what_the_percentages_count(budget, counted, tmp_path, monkeypatch):
+    sweep, shown = make_sweep((10, 30)), []
+    sweep["arguments"]["budget"] = budget
+    draw = Figure.draw
+    monkeypatch.setattr(Figure, "draw", lambda figure, *a: shown.extend(figure.findobj(Text)) or draw(figure, *a))
+    SweepReport.write_sweep(sweep, tmp_path)
+    labels = [text.get_text() for text in shown] + (tmp_path / "results.md").read_text("utf-8").splitlines()
+    labels = {label for label in [*labels, SweepReport.sweep_table(sweep)] if "removed" in label}
+    assert len(labels) >= 8 and all(f"{counted} removed" in label for label in labels), labels
 
 
 def test_markdown_numbers_are_means_and_sample_deviations(written):
