@@ -524,17 +524,19 @@ class _LayerData:
             solution = self.solver.solve(some)
             return error(rows.left(*solution, some) for rows in self.held_out)
 
-        before = best = error(rows.r[..., some] for rows in self.held_out)
-        chosen = None
-        for ridge in RIDGES:
-            after = error_with(ridge)
-            if after >= best:
-                break
-            best, chosen = after, ridge
+        def best_of(ridges):
+            best, chosen = before, None
+            for ridge in ridges:
+                after = error_with(ridge)
+                if after >= best:
+                    break
+                best, chosen = after, ridge
+            return best, chosen
+
+        before = error(rows.r[..., some] for rows in self.held_out)
+        best, chosen = best_of(RIDGES)
         if chosen is None:
-            after = error_with(LAST_RIDGE)
-            if after < best:
-                best, chosen = after, LAST_RIDGE
+            best, chosen = best_of([LAST_RIDGE])
         return chosen, *(math.sqrt(e / spread) if spread else math.inf for e in (before, best))
 
     def _change(self, change, bias):
