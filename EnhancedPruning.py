@@ -107,6 +107,7 @@ class PrunedNetwork:
     kept: dict  # {layer: indices of the kept filters in the dense network}
     rounds: list
     seconds: dict  # by stage, summed over the rounds
+    loss: float | None = None  # nats, on the calibration images; None: not measured
 
 
 class EnhancedPruning:
@@ -291,9 +292,10 @@ class EnhancedPruning:
                 smaller = self._compensated(self.graph.remove(self._plan(kept)), kept)
             clock.lap("compensate")
             record["after_compensation"] = self._watch(smaller)
-        record["measured_loss_change"] = self._loss(smaller) - self._loss(network.model)
+        loss = self._loss(smaller)
+        record["measured_loss_change"] = loss - (self._loss(network.model) if network.loss is None else network.loss)
         clock.lap("watch")
-        return PrunedNetwork(percentage, smaller, uncompensated, kept, [*network.rounds, record], clock.seconds)
+        return PrunedNetwork(percentage, smaller, uncompensated, kept, [*network.rounds, record], clock.seconds, loss)
 
     def _baseline(self, name, percentage, seed):
         clock = _Clock({})
@@ -325,7 +327,7 @@ class EnhancedPruning:
         )
         clock.lap("train")
         rounds = [*network.rounds[:-1], {**last, "after_training": self._watch(model)}]
-        return dataclasses.replace(network, model=model, rounds=rounds, seconds=clock.seconds)
+        return dataclasses.replace(network, model=model, rounds=rounds, seconds=clock.seconds, loss=None)
 
     @staticmethod
     def _cut(graph, plan, kept):

@@ -267,6 +267,16 @@ def test_what_cannot_be_pruned_is_refused_before_it_is_scored(progressive, monke
         pruning.prune(percentage, order)
 
 
+@pytest.mark.parametrize("steps", [0, 3])
+def test_the_measured_loss_change_is_that_of_the_round(progressive, steps):
+    pruning, trained, _ = progressive(steps)
+    after = list(pruning.path("order 2", [20, 40, 60]))
+    before = [pruning.model, *(trained if steps else (network.model for network in after))]
+    for network, old in zip(after, before, strict=False):
+        losses = [evaluate(model, pruning.calibration, progress=False).loss for model in (old, network.model)]
+        assert network.rounds[-1]["measured_loss_change"] == pytest.approx(losses[1] - losses[0])
+
+
 def test_what_a_sweep_gets_on_the_way_is_not_trained(progressive):
     pruning, trained, _ = progressive(3)
     networks = list(pruning.path("order 2", [20, 60]))
