@@ -1,14 +1,14 @@
 """Which units go: greedy selection under a budget, with what earlier choices did to the logits taken into account."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from ExperimentErrors import InputError, one_of
 from GradientFlowAnalyzer import weigh
 
-CHUNKS = 32  # steps of a joint selection
+POOL = 64  # units that a joint selection scores after every choice
 BUDGETS = ("filters", "params", "macs")
 
 
@@ -243,11 +243,13 @@ def check_reachable(graph, percentage, constraints):
     select_by_score(Selection(graph, percentage, constraints), torch.zeros(len(graph.units)))
 
 
-def select_jointly(selection, directions, order, correction=None, weights=None, chunks=CHUNKS):
-    """Greedy on the marginal loss change at the logits that the units chosen so far leave.
+def select_jointly(selection, directions, order, correction=None, weights=None):
+    """Greedy on the marginal loss change at the logits that the units chosen so far leave, one unit after the other.
 
-    The logits without a set S are, to first order in the network, z - sum of v_u over S. Every step scores all open
-    units there, and takes the lowest few: a `chunks`-th of the target at a time, one by one on small networks.
+    The logits without a set S are, to first order in the network, z - sum of v_u over S. All open units are scored there;
+    then the best of the `POOL` lowest is taken and the pool scored anew, until what is left of it is no better than the
+    best outside of it was. (Units that are taken together, on scores from before, are those that move the logits the same
+    way: each alone lowers the loss, and together they overshoot.)
 
     Args:
         directions: TaylorScores.Directions on the selection's graph.
@@ -259,23 +261,31 @@ def select_jointly(selection, directions, order, correction=None, weights=None, 
         the chosen unit indices.
     """
     shift = directions.logits.new_zeros(len(directions.labels), directions.basis.shape[2])
-    chunk = max(1, int(selection.missing() / selection.savings().mean() / chunks))
     last = torch.zeros(len(selection.graph.units), dtype=torch.float64)
-    while not selection.done():
-        selection.close_if_unreachable()
-        units = selection.open.nonzero().flatten()
-        scores = directions.scores(order, shift, units).double().cpu()
+
+    def marginal(units, scores):
+        """[units] loss change of removing each unit too, per unit of budget, from what the directions say of it."""
+        scores = scores.double().cpu()
         if correction is not None:
             scores = scores + correction[units]
         if weights is not None:
             scores = weigh(scores, weights[units])
         last[units] = scores
-        taken = 0
-        for position in (scores / selection.savings()[units]).argsort().tolist():
-            if taken == chunk or selection.done():
+        return scores / selection.savings()[units]
+
+    while not selection.done():
+        selection.close_if_unreachable()
+        units = selection.open.nonzero().flatten()
+        values, ranks = marginal(units, directions.scores(order, shift, units)).sort()
+        bound = values[POOL] if len(units) > POOL else math.inf
+        pool, values = units[ranks[:POOL]], values[:POOL]
+        pooled = replace(directions, coordinates=directions.coordinates[:, pool])
+        while not selection.done():
+            best = values.masked_fill(~selection.open[pool], math.inf).argmin()
+            if not selection.open[pool[best]] or values[best] > bound:
                 break
-            if selection.take(int(units[position])):
-                shift += directions.coordinates[:, units[position]]
-                taken += 1
+            if selection.take(int(pool[best])):
+                shift += pooled.coordinates[:, best]
+                values = marginal(pool, pooled.scores(order, shift))
     selection.round_widths(last)
     return selection.chosen

@@ -14,7 +14,7 @@ from ExperimentErrors import InputError
 from FilterSelection import Constraints, CostModel, Ledger, Selection, select_by_score, select_jointly
 from FilterSurgery import ChannelGraph
 from GradientFlowAnalyzer import weigh
-from TaylorScores import collect_directions
+from TaylorScores import Directions, class_basis, collect_directions
 
 
 @pytest.fixture
@@ -61,6 +61,29 @@ def test_joint_is_near_the_best_subset_and_not_worse_than_independent(graph, dir
     every = sorted(change(s) for s in itertools.combinations(range(units), 3))
     assert change(joint) <= change(alone) + 1e-12
     assert change(joint) <= every[len(every) // 20]  # among the best twentieth of all subsets
+
+
+@pytest.mark.parametrize("own_targets", [False, True])
+def test_joint_selection_is_as_good_as_scoring_all_units_after_every_choice(resnet, own_targets):
+    """Many units that move the logits alike: those that look best together on the same scores overshoot together."""
+    _, graph = resnet
+    units, generator = len(graph.units), torch.Generator().manual_seed(0)
+    kinds = torch.randn(30, 12, 4, generator=generator, dtype=torch.float64)
+    kind = torch.randint(12, (units,), generator=generator)
+    coordinates = 0.3 * kinds[:, kind] + 0.05 * torch.randn(30, units, 4, generator=generator, dtype=torch.float64)
+    logits = torch.randn(30, 5, generator=generator, dtype=torch.float64)
+    labels = torch.randint(5, (30,), generator=generator)
+    directions = Directions(coordinates, *class_basis(logits, labels, 4)[:1], logits, labels, 0.0, own_targets=own_targets)
+    joint = select_jointly(Selection(graph, 5, Constraints()), directions, 2)
+
+    selection, shift = Selection(graph, 5, Constraints()), torch.zeros(30, 4, dtype=torch.float64)
+    while not selection.done():
+        scores = directions.scores(2, shift) / selection.savings()
+        best = int(scores.masked_fill(~selection.open, torch.inf).argmin())
+        if selection.take(best):
+            shift += coordinates[:, best]
+    change, wanted = directions.loss_change_at(coordinates[:, joint].sum(1)), directions.loss_change_at(shift)
+    assert change <= wanted + 0.05 * abs(wanted)
 
 
 def test_first_marginals_are_the_single_scores(graph, directions):
