@@ -57,13 +57,13 @@ class CostModel:
     def total(self):
         return (self.scale * self.alive[self.rows].prod(1)).sum().item()
 
-    def savings(self):
+    def savings(self, units=slice(None)):
         """[units] what removing each unit alone would save, to first order in its counts."""
         sizes = self.alive[self.rows]
         others = sizes.prod(1, keepdim=True) / sizes.clamp_min(1)
         slopes = torch.zeros_like(self.alive).index_add_(0, self.rows.flatten(), (self.scale[:, None] * others).flatten())
         slopes[0] = 0
-        return slopes.float() @ self.counts
+        return slopes.float() @ self.counts[:, units]
 
     def remove(self, unit):
         self.alive -= self.counts[:, unit]
@@ -113,6 +113,8 @@ class Selection:
         self.sizes = torch.tensor([float(len(unit.filters)) for unit in graph.units])
         self.costs = None if constraints.budget == "filters" else CostModel(graph, constraints.budget)
         self.goal = percentage / 100 * self.ledger.total
+        self.removed = float(sum(self.ledger.removed.values()))  # filters, in all rounds
+        self.largest = self.savings().max()  # savings shrink as units go
         self.room = {name: self._room(name, percentage / 100) for name in graph.layers}
         self.hard_room = {name: self._room(name, None) for name in graph.layers}
 
@@ -136,13 +138,12 @@ class Selection:
     def missing(self):
         """How much of the budget is still to be removed."""
         if self.costs is None:
-            before = sum(self.ledger.removed.values())
-            return self.goal - before - sum(len(self.graph.units[u].filters) for u in self.chosen)
+            return self.goal - self.removed
         return self.costs.total() - (self.ledger.total - self.goal)
 
-    def savings(self):
+    def savings(self, units=slice(None)):
         """[units] what each unit's removal contributes to the budget."""
-        return self.sizes if self.costs is None else self.costs.savings().clamp_min(1e-9)
+        return self.sizes[units] if self.costs is None else self.costs.savings(units).clamp_min(1e-9)
 
     def take(self, unit):
         """Chooses the unit if its layers have room for it; True if it was chosen."""
@@ -155,6 +156,7 @@ class Selection:
             self.hard_room[name] -= count
         if self.costs is not None:
             self.costs.remove(unit)
+        self.removed += float(self.sizes[unit])
         self.chosen.append(unit)
         return True
 
@@ -178,9 +180,9 @@ class Selection:
     def done(self):
         """True if removing the smallest open unit would leave the budget further from its goal."""
         missing = self.missing()
-        if missing <= 0 or not self.open.any():
+        if missing <= 0 or missing >= self.largest / 2 or not self.open.any():
             return missing <= 0
-        return missing < self.savings()[self.open].min() / 2
+        return bool(missing < self.savings(self.open).min() / 2)
 
     def round_widths(self, scores):
         """Makes the widths of cut layers multiples of `round_to`, by units more or fewer, close to the total.
@@ -271,7 +273,7 @@ def select_jointly(selection, directions, order, correction=None, weights=None):
         if weights is not None:
             scores = weigh(scores, weights[units])
         last[units] = scores
-        return scores / selection.savings()[units]
+        return scores / selection.savings(units)
 
     while not selection.done():
         selection.close_if_unreachable()
