@@ -198,9 +198,14 @@ class EnhancedPruning:
             PruningResult without fine-tuning.
 
         Raises:
-            InputError: an argument or the data is wrong, see the message.
+            InputError: an argument, the data or the checkpoint is wrong, see the message.
         """
         start = self.restored(checkpoint) if resume and checkpoint and Path(checkpoint).exists() else None
+        if start and start.percentage > pruning_percentage:
+            raise InputError(
+                f"{checkpoint} is of another pruning, at {start.percentage:g} % already; "
+                "give the same settings, or start anew without resuming"
+            )
         method = f"order {taylor_order}"
         (network,) = self.path(
             method, [pruning_percentage], use_gradient_flow=use_gradient_flow, start=start, checkpoint=checkpoint

@@ -345,11 +345,13 @@ def test_no_finished_round_of_pruning_is_repeated(plain_network, images, labels,
     loader = make_loader(torch.utils.data.TensorDataset(images, labels), 6)
     settings, checkpoint = EnhancedPruning.PruningSettings(rounds=3), tmp_path / "run.pt"
 
-    def run(**keywords):
+    def run(percentage=60, **keywords):
         pruning = EnhancedPruning.EnhancedPruning(plain_network, loader, loader, settings=settings, progress=False)
-        return pruning.run_full_pruning(60, 2, fine_tune_epochs=0, checkpoint=checkpoint, **keywords)
+        return pruning.run_full_pruning(percentage, 2, fine_tune_epochs=0, checkpoint=checkpoint, **keywords)
 
     whole = run()
+    with pytest.raises(InputError, match="another pruning"):
+        run(30, resume=True)
     rounds = interrupted_at(monkeypatch, EnhancedPruning.EnhancedPruning, "_round", 3)
     with pytest.raises(KeyboardInterrupt):
         run()
