@@ -200,7 +200,7 @@ class EnhancedPruning:
         Raises:
             InputError: an argument, the data or the checkpoint is wrong, see the message.
         """
-        start = self.restored(checkpoint) if resume and checkpoint and Path(checkpoint).exists() else None
+        start = self.restored(checkpoint) if resume and checkpoint else None
         if start and start.percentage > pruning_percentage:
             raise InputError(
                 f"{checkpoint} is of another pruning, at {start.percentage:g} % already; "
@@ -257,7 +257,9 @@ class EnhancedPruning:
             torch.save(state, file)
 
     def restored(self, checkpoint):
-        """The PrunedNetwork in a file that `path` wrote, with this dense network and these settings."""
+        """The PrunedNetwork in a file that `path` wrote, with this dense network and these settings; None without a file."""
+        if not Path(checkpoint).exists():
+            return None
         state = torch.load(checkpoint, map_location=self.example.device, weights_only=True)
         for name in ("model", "uncompensated"):
             if state[name]:

@@ -6,8 +6,7 @@
 `sweep` holds "dense" (the stage of the unpruned network), "cells", "arguments" and "environment". A cell has
 "percentage", "method" (a key of ExperimentReport.METHODS), "seed", "status" ("done" or "failed") and "error"; a
 finished one also has "stages", "layers" and "fine_tuning", as in the results of one experiment. Percentages count what
-the argument "budget" says, filters where there is none. Failed cells are listed
-and enter no mean.
+the argument "budget" says, filters where there is none. Failed cells are listed and enter no mean.
 """
 
 import csv
@@ -37,7 +36,7 @@ from ExperimentReport import (
 CSV_COLUMNS = ("percentage", "method", "taylor_order", "seed", "stage", "top1", "top5", "loss", "parameters", "macs",
                "file_bytes", "latency_ms", "seconds", "status", "error")  # fmt: skip
 COSTS = {"macs": "MACs", "parameters": "parameters", "file_bytes": "size", "latency_ms": "latency"}
-BUDGETS = {"filters": "filters", "params": "parameters", "macs": "MACs"}  # what the percentages count
+COUNTED = {"filters": "filters", "params": "parameters", "macs": "MACs"}  # what the percentages count
 WHEN = {"before": "before fine-tuning", "after": "after fine-tuning"}
 
 
@@ -102,7 +101,7 @@ def _methods(sweep):
 
 
 def _removed(sweep):
-    return BUDGETS[sweep["arguments"].get("budget", "filters")] + " removed"
+    return COUNTED[sweep["arguments"].get("budget", "filters")] + " removed"
 
 
 def _percentages(sweep):

@@ -68,7 +68,7 @@ class Sweep:
         if not todo:
             return
         checkpoint = self.folder / f"{method.replace(' ', '-')}_seed-{self.seed}.rounds.checkpoint"
-        start = self.pruning.restored(checkpoint) if self.args.resume and checkpoint.exists() else None
+        start = self.pruning.restored(checkpoint) if self.args.resume else None
         if start and start.percentage > todo[0]:  # of a cell that failed before
             start = None
         try:

@@ -73,7 +73,7 @@ def test_joint_selection_is_as_good_as_scoring_all_units_after_every_choice(resn
     coordinates = 0.3 * kinds[:, kind] + 0.05 * torch.randn(30, units, 4, generator=generator, dtype=torch.float64)
     logits = torch.randn(30, 5, generator=generator, dtype=torch.float64)
     labels = torch.randint(5, (30,), generator=generator)
-    directions = Directions(coordinates, *class_basis(logits, labels, 4)[:1], logits, labels, 0.0, own_targets=own_targets)
+    directions = Directions(coordinates, class_basis(logits, labels, 4)[0], logits, labels, 0.0, own_targets=own_targets)
     joint = select_jointly(Selection(graph, 5, Constraints()), directions, 2)
 
     selection, shift = Selection(graph, 5, Constraints()), torch.zeros(30, 4, dtype=torch.float64)
