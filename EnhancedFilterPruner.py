@@ -10,13 +10,13 @@ import dataclasses
 
 import torch
 
-from ChannelEstimates import channel_estimates
-from ExperimentErrors import InputError, one_of
-from FilterSelection import Constraints, Selection, select_by_score, select_jointly
-from FilterSurgery import ChannelGraph
+from taylor_pruning.scoring.estimates import channel_estimates
+from taylor_pruning.errors import InputError, one_of
+from taylor_pruning.selection.greedy import Constraints, Selection, select_by_score, select_jointly
+from taylor_pruning.surgery.graph import ChannelGraph
 from GradientFlowAnalyzer import GradientFlowReport, relative_flow, weigh
-from HessianProbes import cross_entropy, probe_derivatives
-from TaylorScores import collect_directions
+from taylor_pruning.scoring.probes import cross_entropy, probe_derivatives
+from taylor_pruning.scoring.taylor import collect_directions
 
 TAYLOR_ORDERS = (1, 2, 3)
 SELECTIONS = ("auto", "joint", "independent")
@@ -32,13 +32,13 @@ class EnhancedFilterPruner:
         example_input: [N, C, H, W] tensor like the images.
         taylor_order: 1, 2 or 3.
         use_gradient_flow: weigh the scores by gradient flow (GradientFlowAnalyzer).
-        selection: "joint" (greedy on marginal loss changes, FilterSelection), "independent" (every unit alone) or "auto":
+        selection: "joint" (greedy on marginal loss changes, selection.greedy), "independent" (every unit alone) or "auto":
             joint, but independent where the layers behind will be refitted (see `rank`).
         curvature: "exact" (class directions; along residual streams the Gauss-Newton part), "hvp" (random probes,
-            HessianProbes) or "auto": exact where the traced network is piecewise linear. `curvature_path` and
+            scoring.probes) or "auto": exact where the traced network is piecewise linear. `curvature_path` and
             `curvature_reason` say what was taken and why.
         class_probes: class directions a sample, at most classes - 1 are used.
-        constraints: FilterSelection.Constraints.
+        constraints: selection.greedy.Constraints.
         loss: per-sample loss (logits [B, K], labels [B]) -> [B]; another one than cross-entropy needs
             selection="independent" and curvature "hvp" or "auto".
         exclude, prune_linear, graph: see ChannelGraph; a graph of `model` that exists already may be passed.
@@ -109,8 +109,8 @@ class EnhancedFilterPruner:
 
         Args:
             batches: iterable of (images, labels) on the model's device.
-            compensation: such batches on which the layers behind will be refitted after the cut (FilterCompensation). Then
-                all scores are of what the other channels of a layer cannot repair (ChannelEstimates), and those of
+            compensation: such batches on which the layers behind will be refitted after the cut (repair.compensation). Then
+                all scores are of what the other channels of a layer cannot repair (scoring.estimates), and those of
                 orders 2 and 3 are against the network's own predictions, which is what compensation aims at: their
                 second derivatives are complete in any network, without probes.
 
@@ -212,7 +212,7 @@ class EnhancedFilterPruner:
     def curvature_report(self):
         """What was taken for h and t: {"path", "reason", "sampled", "h_error"}.
 
-        sampled: share of the curvature for which random directions stand (TaylorScores.class_basis).
+        sampled: share of the curvature for which random directions stand (scoring.taylor.class_basis).
         h_error: mean standard error of probed h.
         """
         return {
@@ -232,7 +232,7 @@ class EnhancedFilterPruner:
         Args:
             percentage: of the budget in `constraints` (default: of the filters that may be removed), in (0, 100),
                 counted from the beginning of `ledger`.
-            ledger: FilterSelection.Ledger of earlier rounds; None: this is the first.
+            ledger: selection.greedy.Ledger of earlier rounds; None: this is the first.
 
         Returns:
             {layer: sorted filter indices}.

@@ -17,14 +17,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from BaselineCriteria import baseline_scores
-from DistributedRun import is_main
+from taylor_pruning.selection.baselines import baseline_scores
+from taylor_pruning.training.distributed import is_main
 from EnhancedFilterPruner import CLASS_PROBES, TAYLOR_ORDERS, EnhancedFilterPruner
-from ExperimentErrors import InputError, atomic_file, one_of
-from FilterCompensation import compensate
-from FilterSelection import Constraints, Ledger, Selection, check_reachable, select_by_score
-from FilterSurgery import ChannelGraph
-from FineTuning import Recipe, evaluate, fine_tune, reestimate_batchnorm, train_steps
+from taylor_pruning.errors import InputError, atomic_file, one_of
+from taylor_pruning.repair.compensation import compensate
+from taylor_pruning.selection.greedy import Constraints, Ledger, Selection, check_reachable, select_by_score
+from taylor_pruning.surgery.graph import ChannelGraph
+from taylor_pruning.training.fine_tuning import Recipe, evaluate, fine_tune, reestimate_batchnorm, train_steps
 from GradientFlowAnalyzer import GradientFlowAnalyzer, frozen
 
 MONITOR_IMAGES = 500  # validation images on which every round is watched
@@ -36,7 +36,7 @@ class PruningSettings:
     """How filters are chosen and the network is repaired; arguments of EnhancedFilterPruner unless said here.
 
     rounds: collections of statistics on the way to the percentage, each at the network pruned so far.
-    compensate: least squares on the calibration images after every round (FilterCompensation), each time from the dense
+    compensate: least squares on the calibration images after every round (repair.compensation), each time from the dense
         network's weights: fitted on top of earlier fits they would drift away from them round by round.
     steps_between_rounds: training steps after every round but the last (Molchanov et al. 2017), at the recipe's learning
         rate. Compensation then fits to the network before the round's cut, from its weights, not to the dense one, which
@@ -120,7 +120,7 @@ class EnhancedPruning:
             `train_loader`.
         compensation: list of such batches for compensation; default: `calibration`.
         dense_stage: the dense network's stage where it is known already.
-        settings, recipe: PruningSettings, FineTuning.Recipe.
+        settings, recipe: PruningSettings, training.fine_tuning.Recipe.
         progress: show tqdm bars.
 
     Raises:
@@ -386,7 +386,7 @@ class EnhancedPruning:
         Args:
             result: PruningResult of `prune`; it is not changed.
             epochs: default: the recipe's; 0 returns `result`.
-            checkpoint, resume: see FineTuning.fine_tune.
+            checkpoint, resume: see training.fine_tuning.fine_tune.
 
         Returns:
             PruningResult with the stage "fine-tuned".

@@ -18,8 +18,8 @@ import torch
 from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
 
-from ExperimentErrors import InputError
-from FilterSurgery import ChannelGraph
+from taylor_pruning.errors import InputError
+from taylor_pruning.surgery.graph import ChannelGraph
 
 NEAR_ZERO = 1e-2  # of the layer's mean: a unit below it hardly trains
 DEAD = 1e-6  # of the layer's mean: a unit below it does not train at all

@@ -14,14 +14,14 @@ import sys
 
 import torch
 
-from DistributedRun import is_main
-from ExperimentArguments import add_shared_arguments, add_sweep_arguments, new_parser, parse
-from ExperimentErrors import InputError
-from ExperimentReport import write_json
-from ExperimentRun import run_guarded
-from ExperimentSetup import environment, prepare, warn_of_chance
-from FineTuning import TrainingDiverged
-from SweepReport import sweep_table, verdict, write_sweep
+from taylor_pruning.training.distributed import is_main
+from taylor_pruning.experiment.arguments import add_shared_arguments, add_sweep_arguments, new_parser, parse
+from taylor_pruning.errors import InputError
+from taylor_pruning.report.experiment import write_json
+from taylor_pruning.experiment.run import run_guarded
+from taylor_pruning.experiment.setup import environment, prepare, warn_of_chance
+from taylor_pruning.training.fine_tuning import TrainingDiverged
+from taylor_pruning.report.sweep import sweep_table, verdict, write_sweep
 
 CELL_ERRORS = (InputError, TrainingDiverged, torch.OutOfMemoryError)
 

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import torch
 
-from DistributedRun import is_main
+from taylor_pruning.training.distributed import is_main
 from EnhancedPruning import PruningResult
-from ExperimentArguments import add_shared_arguments, add_single_arguments, new_parser, parse
-from ExperimentModels import export_model, load_pruned, save_pruned
-from ExperimentReport import rounds_table, summary_table, write_experiment_plots, write_json
-from ExperimentRun import run_guarded
-from ExperimentSetup import environment, prepare, progress, warn_of_chance
+from taylor_pruning.experiment.arguments import add_shared_arguments, add_single_arguments, new_parser, parse
+from taylor_pruning.experiment.models import export_model, load_pruned, save_pruned
+from taylor_pruning.report.experiment import rounds_table, summary_table, write_experiment_plots, write_json
+from taylor_pruning.experiment.run import run_guarded
+from taylor_pruning.experiment.setup import environment, prepare, progress, warn_of_chance
 
 ROUNDS, PRUNED, CHECKPOINT = "rounds_checkpoint.pt", "pruned_before_fine_tuning.pt", "fine_tuning_checkpoint.pt"
 

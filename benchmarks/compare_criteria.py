@@ -27,14 +27,14 @@ sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 from cifar_resnets import CIFAR_RESNETS, cifar_resnet
 from measuring import measured, started
 
-from BaselineCriteria import BASELINES
+from taylor_pruning.selection.baselines import BASELINES
 from EnhancedPruning import EnhancedPruning, PruningSettings, spearman, true_loss_changes
-from ExperimentArguments import add_shared_arguments, new_parser, parse
-from ExperimentData import calibration_batches, embedded_data, load_image_folder, make_loader
-from ExperimentReport import write_json
-from ExperimentSetup import EMBEDDED_TRAIN, EMBEDDED_VAL, prepare
-from FilterSelection import Constraints, Selection, select_by_score
-from FineTuning import Recipe, evaluate, fine_tune
+from taylor_pruning.experiment.arguments import add_shared_arguments, new_parser, parse
+from taylor_pruning.experiment.data import calibration_batches, embedded_data, load_image_folder, make_loader
+from taylor_pruning.report.experiment import write_json
+from taylor_pruning.experiment.setup import EMBEDDED_TRAIN, EMBEDDED_VAL, prepare
+from taylor_pruning.selection.greedy import Constraints, Selection, select_by_score
+from taylor_pruning.training.fine_tuning import Recipe, evaluate, fine_tune
 
 OURS = [f"order {order}" for order in (1, 2, 3)]
 VARIANTS = {  # suffix of a criterion's name: settings

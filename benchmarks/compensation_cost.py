@@ -20,9 +20,9 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).
 
 from measuring import Start, in_turn, print_ratios
 
-from ExperimentModels import build_model
-from FilterCompensation import compensate
-from FilterSurgery import ChannelGraph
+from taylor_pruning.experiment.models import build_model
+from taylor_pruning.repair.compensation import compensate
+from taylor_pruning.surgery.graph import ChannelGraph
 
 
 def random_plan(graph, percentage):

@@ -19,9 +19,9 @@ from measuring import started
 
 from EnhancedFilterPruner import EnhancedFilterPruner
 from EnhancedPruning import EnhancedPruning, PruningSettings
-from ExperimentData import calibration_batches
-from ExperimentReport import write_json
-from FineTuning import evaluate
+from taylor_pruning.experiment.data import calibration_batches
+from taylor_pruning.report.experiment import write_json
+from taylor_pruning.training.fine_tuning import evaluate
 from GradientFlowAnalyzer import collect_flow, preserved_flow, relative_flow, signal_to_noise
 
 

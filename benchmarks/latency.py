@@ -16,11 +16,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from BaselineCriteria import magnitude
+from taylor_pruning.selection.baselines import magnitude
 from EnhancedPruning import profile
-from ExperimentModels import build_model
-from FilterSelection import Constraints, Selection, select_by_score
-from FilterSurgery import ChannelGraph
+from taylor_pruning.experiment.models import build_model
+from taylor_pruning.selection.greedy import Constraints, Selection, select_by_score
+from taylor_pruning.surgery.graph import ChannelGraph
 
 
 @torch.no_grad()

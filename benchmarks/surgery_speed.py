@@ -21,7 +21,7 @@ import torch_pruning
 from torchvision import models
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from FilterSurgery import ChannelGraph
+from taylor_pruning.surgery.graph import ChannelGraph
 
 
 def ours(model, example, plan):

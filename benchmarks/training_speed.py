@@ -1,4 +1,4 @@
-"""Images a second of FineTuning.fine_tune against a plain PyTorch loop with the same augmentation.
+"""Images a second of training.fine_tuning.fine_tune against a plain PyTorch loop with the same augmentation.
 
     python benchmarks/training_speed.py --data-path cifar10 --model vgg11_bn --repeats 9
     python benchmarks/training_speed.py                       # on the embedded images, written as PNG files
@@ -27,7 +27,7 @@ from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ExperimentData import (
+from taylor_pruning.experiment.data import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     SMALL_SIDE,
@@ -36,8 +36,8 @@ from ExperimentData import (
     load_image_folder,
     make_loader,
 )
-from ExperimentModels import build_model
-from FineTuning import Recipe, fine_tune
+from taylor_pruning.experiment.models import build_model
+from taylor_pruning.training.fine_tuning import Recipe, fine_tune
 
 SETTINGS = [{}, {"amp": "bf16", "channels_last": True}]
 

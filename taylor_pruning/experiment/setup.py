@@ -1,0 +1,245 @@
+"""From arguments to a trained dense network with its data: what both runners do before they prune."""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+import torch
+import torchvision
+
+from taylor_pruning.training.distributed import is_main, world_size
+from EnhancedPruning import EnhancedPruning
+from taylor_pruning.experiment.arguments import recipe_from, settings_from
+from taylor_pruning.experiment.data import ImageData, calibration_batches, embedded_data, load_image_folder, make_loader
+from taylor_pruning.errors import InputError, atomic_file
+from taylor_pruning.experiment.models import BuiltModel, build_model, head_name, pretrained_weights, read_tensors
+from taylor_pruning.selection.greedy import check_reachable
+from taylor_pruning.surgery.graph import ChannelGraph
+from taylor_pruning.training.fine_tuning import Recipe, fine_tune
+
+EMBEDDED_TRAIN, EMBEDDED_VAL = 2000, 500
+SCRATCH_EPOCHS, HEAD_EPOCHS = 8, 3
+SCRATCH_BATCH = 16  # small data sets need many steps to leave the plateau at the start
+
+
+@dataclass
+class Experiment:
+    """A dense network that is ready to be pruned, and its data."""
+
+    args: object
+    device: torch.device
+    data: ImageData
+    built: BuiltModel
+
+    def loader(self, dataset, *, shuffle=False, seed=0, batch_size=None):
+        return make_loader(
+            dataset,
+            batch_size or self.args.batch_size,
+            shuffle=shuffle,
+            workers=self.args.workers,
+            seed=seed,
+            device=self.device,
+            distributed=world_size() > 1,
+        )
+
+    def calibration(self, samples, seed):
+        return calibration_batches(self.data, samples, self.args.batch_size, seed=seed, device=self.device)
+
+    def pruning(self, seed, *, dense_stage=None, batch_size=None):
+        """The pipeline with the calibration draw and the order of training images that belong to `seed`."""
+        args = self.args
+        calibration = self.calibration(args.calibration_samples, seed)
+        same = args.compensation_samples == args.calibration_samples
+        return EnhancedPruning(
+            self.built.model,
+            self.loader(self.data.train, shuffle=True, seed=seed, batch_size=batch_size),
+            self.loader(self.data.val, batch_size=batch_size),
+            dense_stage=dense_stage,
+            calibration=calibration,
+            compensation=calibration if same else self.calibration(args.compensation_samples, seed),
+            settings=settings_from(args),
+            recipe=recipe_from(args, self.device),
+            progress=progress(args),
+        )
+
+
+def progress(args):
+    return not args.quiet and is_main()
+
+
+def prepare(args, folder, device, percentages=()):
+    """Data and network; trains the network or its new head where it has no weights for the task.
+
+    Args:
+        folder: results folder, which keeps the trained dense network (the embedded data's is kept in a user cache).
+        percentages: that the network will be pruned to; what cannot be is refused before any training.
+
+    Raises:
+        InputError: see experiment.data, experiment.models, surgery.graph, selection.greedy.
+    """
+    torch.manual_seed(args.seed)
+    data = load_data(args)
+    built = build_model(
+        args.model,
+        data.num_classes,
+        image_size=data.image_size,
+        weights=args.weights,
+        imagenet_labels=data.imagenet_labels,
+    )
+    built.model.to(device)
+    experiment = Experiment(args, device, data, built)
+    settings = settings_from(args)
+    example = torch.zeros(1, 3, data.image_size, data.image_size, device=device)
+    graph = ChannelGraph(built.model, example, settings.exclude, settings.prune_linear)
+    for percentage in percentages:
+        check_reachable(graph, percentage, settings.constraints)
+    if built.new_head or built.weights == "none":
+        train_dense(experiment, folder)
+    return experiment
+
+
+def warn_of_chance(dense, data):
+    """Says so where the dense network, of this stage, answers no better than the most frequent label would."""
+    chance = max(Counter(map(int, data.val.targets)).values()) / len(data.val)
+    if is_main() and dense["top1"] / 100 <= chance + 2 * math.sqrt(chance * (1 - chance) / len(data.val)):
+        print(
+            f"the dense network is no better than chance (top-1 {dense['top1']:.1f} %), so that nothing can be learnt from "
+            "pruning it; pass --weights, or train it longer with --train-epochs",
+            file=sys.stderr,
+        )
+
+
+def choose_device(name):
+    """The torch device that `--device` names. Raises InputError if it is not there."""
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        name = next(kind for kind in ("cuda", "mps", "cpu") if available[kind])
+    if not available[name]:
+        raise InputError(f"there is no {name} device here; pass --device cpu or auto")
+    return torch.device(name)
+
+
+def load_data(args):
+    """The folder at `--data-path`, or the embedded data set."""
+    if args.data_path is None:
+        if args.image_size not in (None, 32):
+            raise InputError("the embedded images have 32 pixels; leave --image-size out or pass --data-path")
+        return embedded_data(EMBEDDED_TRAIN, EMBEDDED_VAL)
+    weights = pretrained_weights(args.model, args.weights, args.image_size)
+    data = load_image_folder(
+        args.data_path, image_size=args.image_size, weights=weights, skip_corrupt=args.skip_corrupt
+    )
+    if args.skip_corrupt and is_main():
+        print(f"{len(data.skipped)} corrupt image(s) left out")
+    return data
+
+
+def train_dense(experiment, folder):
+    """Trains the whole network, or the new head alone, unless an earlier run has done it."""
+    args, built = experiment.args, experiment.built
+    head = built.new_head
+    epochs = args.train_epochs if args.train_epochs is not None else (HEAD_EPOCHS if head else SCRATCH_EPOCHS)
+    recipe = Recipe(
+        epochs=epochs,
+        lr=args.train_lr,
+        momentum=args.momentum,
+        weight_decay=5e-4,
+        warmup_epochs=min(1.0, epochs / 4),
+        amp=recipe_from(args, experiment.device).amp,
+        channels_last=args.channels_last,
+    )
+    if not epochs:
+        return
+    kept = (_cache_file(args, recipe) if args.data_path is None else None) or folder / "dense_model.pt"
+    checkpoint = folder / "dense_training_checkpoint.pt"
+    if kept.exists():
+        if is_main():
+            print(f"dense {args.model} from {kept}")
+            checkpoint.unlink(missing_ok=True)
+        built.model.load_state_dict(read_tensors(kept, experiment.device, "remove the file to train the network again"))
+        return
+    what = "new head" if head else "dense network"
+    if is_main():
+        print(f"training the {what} of {args.model} for {epochs} epochs")
+    with _only_head_trains(built) if head else contextlib.nullcontext():
+        fine_tune(
+            built.model,
+            experiment.loader(
+                experiment.data.train,
+                shuffle=True,
+                seed=args.seed,
+                batch_size=None if head else min(SCRATCH_BATCH, args.batch_size),
+            ),
+            experiment.loader(experiment.data.val),
+            recipe,
+            checkpoint=checkpoint,
+            resume=args.resume is not None,
+            description=f"train {what}",
+            progress=progress(args),
+        )
+    if is_main():
+        with atomic_file(kept) as file:
+            torch.save(built.model.state_dict(), file)
+        checkpoint.unlink()
+
+
+@contextlib.contextmanager
+def _only_head_trains(built):
+    parameters = list(built.model.parameters())
+    wanted = [p.requires_grad for p in parameters]
+    built.model.requires_grad_(False)
+    built.model.get_submodule(head_name(built.model)).requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter, flag in zip(parameters, wanted, strict=True):
+            parameter.requires_grad_(flag)
+
+
+def _cache_file(args, recipe):
+    """Where the dense network that these settings lead to is kept, None if this user has no place for a cache."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    folder = root / "enhanced-taylor-pruning"
+    if not root.is_absolute():  # there is no home
+        return None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    if not os.access(folder, os.W_OK):
+        return None
+    batch_size = min(SCRATCH_BATCH, args.batch_size)
+    key = json.dumps(
+        [args.model, args.seed, batch_size, EMBEDDED_TRAIN, EMBEDDED_VAL, repr(recipe), torch.__version__]
+    )
+    return folder / f"{args.model}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
+
+
+def environment(device):
+    """Versions, device and git commit, for config.json."""
+    here = Path(__file__).parents[2]
+    git = ["git", "-C", str(here), "rev-parse", "HEAD"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None  # not a git checkout
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "numpy": numpy.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}",
+        "threads": torch.get_num_threads(),
+        "processes": world_size(),
+        "git_commit": commit,
+        "command": sys.argv,
+    }

@@ -1,0 +1,104 @@
+"""Second and third derivatives of the loss along every gate by random probes and Hessian-vector products.
+
+The general path, for networks that are not piecewise linear and for any loss. With the per-sample gate gradient
+gamma = d loss / dg in R^U, its Hessian H and third derivative tensor T, and a probe z with independent entries,
+
+    E[z * (H z)]      = diag H    if E z = 0, E z^2 = 1                  (Hutchinson 1989; Bekas et al. 2007)
+    E[z * T(z, z)]    = E[z^3] diag T    for the same law                (entries of other indices vanish with E z)
+
+Every sample of the batch has its own probe. The second order uses Rademacher probes, which have the smallest variance;
+the third needs a skewed law: sqrt(2) with probability 1/3, -1/sqrt(2) with 2/3, whose third moment is 1/sqrt(2).
+Double and triple backward passes go through the gates alone.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from taylor_pruning.errors import InputError
+from GradientFlowAnalyzer import frozen
+from taylor_pruning.scoring.taylor import check_batch
+
+SKEW = 1 / math.sqrt(2)
+
+
+@dataclass
+class ProbedDerivatives:
+    """[units] float64 means over samples of phi, h, t and the standard errors of h and t (None below order 3)."""
+
+    phi: torch.Tensor
+    h: torch.Tensor
+    h_error: torch.Tensor
+    t: torch.Tensor | None
+    t_error: torch.Tensor | None
+
+
+def cross_entropy(logits, labels):
+    """[B] per-sample cross-entropy."""
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+def probe_derivatives(model, graph, batches, *, order=2, probes=8, loss=cross_entropy, seed=0, progress=True):
+    """Estimates of the mean derivatives along every gate.
+
+    Args:
+        batches: iterable of (images, labels) on the model's device.
+        order: 2, or 3 for t as well.
+        probes: probes a sample and order.
+        loss: (logits [B, K], labels [B]) -> [B] losses.
+
+    Returns:
+        ProbedDerivatives.
+
+    Raises:
+        InputError: no batches, or a batch that cannot be scored.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    phis, hs, ts = [], [], []
+    with frozen(model), torch.enable_grad():
+        for number, (images, labels) in enumerate(tqdm(batches, desc="probe", leave=False, disable=not progress)):
+            gates = images.new_ones(len(images), len(graph.units)).requires_grad_()
+            with graph.gated(gates):
+                logits = model(images)
+            check_batch(images, labels, logits.detach(), number)
+            (gamma,) = torch.autograd.grad(loss(logits, labels).sum(), gates, create_graph=True)
+            phis.append(gamma.detach().double())
+            hs.append(_second(gamma, gates, probes, generator))
+            if order == 3:
+                ts.append(_third(gamma, gates, probes, generator))
+    if not phis:
+        raise InputError("there are no calibration images; pass at least one batch")
+    h, h_error = _mean_and_error(torch.cat(hs))
+    t, t_error = _mean_and_error(torch.cat(ts)) if ts else (None, None)
+    return ProbedDerivatives(torch.cat(phis).mean(0), h, h_error, t, t_error)
+
+
+def _second(gamma, gates, probes, generator):
+    """[B, units] mean over probes of z * (H z)."""
+    total = torch.zeros_like(gamma, dtype=torch.float64)
+    for _ in range(probes):
+        z = (torch.randint(0, 2, gates.shape, generator=generator) * 2 - 1).to(gates)
+        (hz,) = torch.autograd.grad(gamma, gates, z, retain_graph=True)
+        total += (z * hz).double()
+    return total / probes
+
+
+def _third(gamma, gates, probes, generator):
+    """[B, units] mean over probes of z * T(z, z) / E z^3."""
+    total = torch.zeros_like(gamma, dtype=torch.float64)
+    for _ in range(probes):
+        rare = torch.rand(gates.shape, generator=generator) < 1 / 3
+        z = torch.where(rare, math.sqrt(2), -SKEW).to(gates)
+        (hz,) = torch.autograd.grad(gamma, gates, z, create_graph=True)
+        # where the loss is quadratic along every gate, H does not depend on the gates and T is zero
+        (tzz,) = torch.autograd.grad(hz, gates, z, retain_graph=True, materialize_grads=True)
+        total += (z * tzz).double()
+    return total / probes / SKEW
+
+
+def _mean_and_error(values):
+    """Mean over samples and its standard error; the spread over samples includes that of the probes."""
+    return values.mean(0), values.std(0) / math.sqrt(len(values))

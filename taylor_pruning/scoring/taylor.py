@@ -1,0 +1,302 @@
+"""Taylor estimates, orders 1 to 3, of the loss change of closing a gate, from per-sample logit directions.
+
+Notation: a sample has logits z in R^K, probabilities p = softmax(z) and label y; unit u has gate g_u = 1 and
+v_u = dz/dg_u. Along one gate of a piecewise linear network the logits are a straight line, so that the derivatives of
+the cross-entropy along the gate are moments of v_u under p (cumulants of the exponential family):
+
+    phi = E_p[v_u] - v_u[y]        h = Var_p[v_u]        t = E_p[(v_u - E_p v_u)^3]
+
+Removing the unit is the step g_u: 1 -> 0. Its estimated loss change is
+
+    order 1   -phi
+    order 2   -phi + h/2
+    order 3   -phi + log(w+ exp(-x+) + w- exp(-x-))        (`closed_third_order`)
+
+The directions are kept in a per-sample basis Q [K, R]: v_u ~ Q c_u with R numbers c_u = Q^T v_u instead of K. Up to K - 1
+directions it is orthonormal and exact. With more classes it holds p - e_y, the leading eigenvectors of diag(p) - p p^T, and
+one random direction that stands for the rest of the curvature, right on the mean over its signs (a low-rank part and a
+stochastic remainder, as in Hutch++: Meyer, Musco, Musco, Woodruff 2021, arXiv:2010.09649).
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch.autograd.graph import get_gradient_edge
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from taylor_pruning.training.distributed import gather_objects, is_main, rank, world_size
+from taylor_pruning.errors import InputError
+from GradientFlowAnalyzer import frozen, unit_gradient_norms
+
+SUPPORT = 32  # classes, most probable first, over which expectations are taken; all others count as one more
+PER_SAMPLE = ("coordinates", "basis", "logits", "labels", "flow")  # tensors of Directions
+BLOCK = 2**17  # units x samples that are scored at once: what they need stays in a core's cache
+
+
+def closed_third_order(phi, h, t):
+    """Loss change -phi + log E[exp(-x)] for the two-point law x of mean 0, variance h and third central moment t.
+
+    The log-sum-exp of a two-point law agrees with -phi + h/2 - t/6 to third order in the step, is convex in it, and is
+    bounded where the raw cubic explodes. Computed in float64, stable for h -> 0 and any t.
+
+    Args:
+        phi, h, t: tensors of one shape; h >= 0 (rounding below 0 is clipped).
+
+    Returns:
+        float64 tensor of that shape.
+    """
+    phi, h, t = phi.double(), h.double().clamp_min(0), t.double()
+    tiny = torch.finfo(torch.float64).tiny
+    root = h.sqrt()
+    s = t / (h * root).clamp_min(tiny)  # skewness
+    s = s.clamp(-1e6, 1e6)  # a larger skewness only arises from rounding at h ~ 0
+    r = torch.hypot(s, torch.full_like(s, 2.0))
+    # the point on the side of the skew is far and improbable: (|s| + r) / 2; the other, 2 / (|s| + r), by x+ x- = -h
+    far = (s.abs() + r) / 2
+    near = 1 / far
+    w_far = 2 / (r * (r + s.abs()))  # = (1 - |s| / r) / 2 without cancellation
+    sign = torch.where(s >= 0, 1.0, -1.0).to(s)
+    x_far, x_near = sign * root * far, -sign * root * near
+    return -phi + torch.logaddexp(torch.log(w_far) - x_far, torch.log1p(-w_far) - x_near)
+
+
+def loss_change(order, phi, h=None, t=None):
+    """Signed loss change of closing a gate, from the first `order` derivatives along it (module docstring)."""
+    if order == 1:
+        return -phi
+    if order == 2:
+        return -phi + h / 2
+    return closed_third_order(phi, h, t)
+
+
+def class_basis(logits, labels, probes, signs=None):
+    """Per-sample basis of the logit directions that matter.
+
+    Args:
+        logits: [N, K]. labels: [N]. probes: number R of directions, at most K - 1 are needed
+            (a shift along the vector of ones changes no probability).
+        signs: [N, K] of random -1 and 1, for the last direction where R < K - 1.
+
+    Returns:
+        basis [N, K, R] and the share of the curvature tr(diag(p) - p p^T) for which the random direction stands.
+    """
+    n, k = logits.shape
+    if probes >= k - 1:
+        ones = torch.ones(k, 1, dtype=logits.dtype, device=logits.device)
+        complement = torch.linalg.qr(torch.cat([ones, torch.eye(k, dtype=logits.dtype, device=logits.device)], 1))[0]
+        return complement[:, 1:k].expand(n, k, k - 1), 0.0
+    p = logits.softmax(1)
+    columns = [(p - F.one_hot(labels, k).to(p))[:, :, None]]
+    top, classes = p.topk(min(k, max(SUPPORT, 2 * probes)), 1)
+    if probes > 2:
+        fisher = torch.diag_embed(top) - top[:, :, None] * top[:, None, :]
+        leading = torch.linalg.eigh(fisher.double())[1][:, :, -(probes - 2) :].flip(-1).to(p)
+        spread = torch.zeros(n, k, probes - 2, dtype=p.dtype, device=p.device)
+        columns.append(spread.scatter_(1, classes[:, :, None].expand_as(leading), leading))
+    basis = torch.linalg.qr(torch.cat(columns, 2))[0]
+    kept = torch.einsum("nkr,nk,nkr->n", basis, p, basis) - torch.einsum("nk,nkr->nr", p, basis).square().sum(1)
+    tiny = torch.finfo(p.dtype).tiny
+    rest = 1 - (kept.sum() / (p.sum(1) - p.square().sum(1)).sum().clamp_min(tiny)).item()
+    return torch.cat([basis, _remainder(p, basis, signs)[:, :, None]], 2), rest
+
+
+def _support(p, basis):
+    """p [N, K], basis [N, K, R] on the SUPPORT most probable classes and one that stands for all others by their mean."""
+    if p.shape[1] <= SUPPORT + 1:
+        return p, basis
+    top, classes = p.topk(SUPPORT, 1)
+    held = basis.gather(1, classes[:, :, None].expand(-1, -1, basis.shape[2]))
+    others = (1 - top.sum(1, keepdim=True)).clamp_min(torch.finfo(p.dtype).eps)
+    mean = (torch.einsum("nk,nkr->nr", p, basis) - torch.einsum("nk,nkr->nr", top, held)) / others
+    return torch.cat([top, others], 1), torch.cat([held, mean[:, None]], 1)
+
+
+def _remainder(p, basis, signs):
+    """[N, K] random direction b for what lies outside of the orthonormal `basis` [N, K, R - 1].
+
+    With F = diag(p) - p p^T = A A^T and P = 1 - Q Q^T, w = P A s has E[w w^T] = P F P over the signs s, so E[(w.v)^2] is the
+    curvature of v there. b is w scaled so that a vector b (b.v) has the curvature (w.v)^2.
+    """
+    root = p.sqrt()
+    w = root * signs - p * (root * signs).sum(1, keepdim=True)
+    for _ in range(2):  # once more against rounding
+        w = w - torch.einsum("nkr,nr->nk", basis, torch.einsum("nkr,nk->nr", basis, w))
+    tiny = torch.finfo(p.dtype).tiny
+    length = w.norm(dim=1, keepdim=True)
+    q = w / length.clamp_min(tiny)
+    some, values = _support(p, q[:, :, None])  # where `Directions.moments` takes its curvature
+    values = values.squeeze(2)
+    curvature = (some * values.square()).sum(1, keepdim=True) - (some * values).sum(1, keepdim=True).square()
+    return q * (length / curvature.clamp_min(tiny).sqrt()).clamp_max(p.shape[1] ** 0.5).sqrt()
+
+
+@dataclass
+class Directions:
+    """What one pass over the calibration images collects.
+
+    Attributes:
+        coordinates: [N, U, R] of v_u in the sample's basis.
+        basis: [N, K, R]. logits: [N, K]. labels: [N].
+        sampled_curvature: share of the curvature for which random directions stand (`class_basis`).
+        flow: [N, U] norm of the loss gradient that flows back through the unit's channels, or None.
+        own_targets: the loss is the cross-entropy against the network's own probabilities at no shift instead of the
+            labels. Then phi = 0 at no shift, and along one gate h is the whole second derivative in any network.
+    """
+
+    coordinates: torch.Tensor
+    basis: torch.Tensor
+    logits: torch.Tensor
+    labels: torch.Tensor
+    sampled_curvature: float
+    flow: torch.Tensor | None = None
+    own_targets: bool = False
+
+    def targets(self):
+        """[N, K] probabilities that the loss compares with."""
+        if self.own_targets:
+            return self.logits.softmax(1)
+        return F.one_hot(self.labels, self.logits.shape[1]).to(self.logits)
+
+    def moments(self, shift=None, units=None, order=3):
+        """phi, h, t [N, U'] of the units (a slice or index, default all) at the logits z - Q shift.
+
+        Args:
+            shift: [N, R] coordinates of what the units removed so far took from the logits.
+            order: h and t are None where the order does not need them.
+        """
+        c = self.coordinates if units is None else self.coordinates[:, units]
+        logits = self.logits if shift is None else self.logits - torch.einsum("nkr,nr->nk", self.basis, shift)
+        p, basis = logits.softmax(1), self.basis
+        gradient = torch.einsum("nkr,nk->nr", basis, p - self.targets())
+        phi = torch.einsum("nur,nr->nu", c, gradient)
+        if order == 1:
+            return phi, None, None
+        p, basis = _support(p, basis)
+        centred = basis - torch.einsum("nk,nkr->nr", p, basis)[:, None]
+        if order == 2:
+            fisher = torch.einsum("nkr,nk,nks->nrs", centred, p, centred)
+            return phi, (torch.bmm(c, fisher) * c).sum(2), None
+        v = torch.bmm(c, centred.transpose(1, 2))
+        weighted = v.square() * p[:, None]
+        return phi, weighted.sum(2), (weighted * v).sum(2)
+
+    def scores(self, order, shift=None, units=None):
+        """[U'] mean over samples of the signed loss change of removing each unit alone at the shifted logits."""
+        samples, width = self.coordinates.shape[:2]
+        total = 0.0
+        for rows in torch.arange(samples).split(max(1, BLOCK // width)):
+            rows = slice(rows[0], rows[-1] + 1)
+            here = None if shift is None else shift[rows]
+            total = total + loss_change(order, *self.rows(rows).moments(here, units, order)).sum(0)
+        return total / samples
+
+    def rows(self, rows):
+        """The directions of a slice of the samples."""
+        tensors = {name: getattr(self, name) for name in PER_SAMPLE}
+        return replace(self, **{name: None if tensor is None else tensor[rows] for name, tensor in tensors.items()})
+
+    @classmethod
+    def join(cls, parts):
+        """The directions of several batches as one."""
+        values = {}
+        for name in PER_SAMPLE:
+            tensors = [getattr(part, name) for part in parts]
+            values[name] = None if tensors[0] is None else torch.cat(tensors)
+        samples = sum(len(part.labels) for part in parts)
+        sampled = sum(part.sampled_curvature * len(part.labels) for part in parts) / samples
+        return cls(sampled_curvature=sampled, **values)
+
+    def loss_change_at(self, shift):
+        """Mean loss at the logits z - Q shift minus the loss at z, in nats."""
+        shifted = self.logits - torch.einsum("nkr,nr->nk", self.basis, shift)
+        return (F.cross_entropy(shifted, self.targets()) - F.cross_entropy(self.logits, self.targets())).item()
+
+
+def collect_directions(model, graph, batches, probes, *, progress=True, want_flow=False, estimates=None):
+    """Per-sample logit directions of every unit by class-direction backward passes through the gates.
+
+    One forward and R backward passes a batch; no weight gradients. Under torch.distributed every process takes its
+    share of the batches and all get the same result, in the order of the batches. A batch that does not fit into GPU
+    memory is halved: the result does not depend on the split.
+
+    Args:
+        batches: sequence of (images [B, ...], labels [B]) on the model's device.
+        probes: R, directions a sample.
+        want_flow: also collect the gradient flow (one more backward pass).
+        estimates: see ChannelGraph.gated: directions of removing the units and of what repairs the layers behind them.
+
+    Returns:
+        Directions.
+
+    Raises:
+        InputError: no batches, NaN images or logits, labels outside the logits' range.
+    """
+    batches = list(enumerate(batches))
+    if not batches:
+        raise InputError("there are no calibration images; pass at least one batch")
+    mine, parts = batches[rank() :: world_size()], []
+    with frozen(model):
+        for number, (images, labels) in tqdm(mine, desc="score", leave=False, disable=not progress or not is_main()):
+            batch = images, labels
+            parts.append((number, _collect_batch(model, graph, batch, probes, number, want_flow, estimates)))
+    parts = sorted((p for share in gather_objects(parts) for p in share), key=lambda part: part[0])
+    return Directions.join([part for _, part in parts])
+
+
+def check_batch(images, labels, logits, number):
+    """Raises InputError if the batch cannot be scored."""
+    if not torch.isfinite(images).all():
+        raise InputError(f"calibration batch {number} has NaN or infinite pixels; check the images and the transforms")
+    if logits.dim() != 2:
+        raise InputError(f"the network must give logits [batch, classes], it gave {tuple(logits.shape)}")
+    if not torch.isfinite(logits).all():
+        raise InputError(f"the network gives NaN or infinite logits on batch {number}; check its weights")
+    if labels.min() < 0 or labels.max() >= logits.shape[1]:
+        raise InputError(
+            f"labels must lie in 0..{logits.shape[1] - 1}, batch {number} has {labels.min()}..{labels.max()}; "
+            "the network's head must have one output a class"
+        )
+
+
+def _collect_batch(model, graph, batch, probes, number, want_flow, estimates, first=0):
+    """`first`: how many images of the batch come before these."""
+    images, labels = batch
+    try:
+        return _collect(model, graph, images, labels, probes, number, want_flow, estimates, first)
+    except torch.OutOfMemoryError as error:
+        if len(images) == 1:
+            raise InputError("one image does not fit into GPU memory for scoring; lower --image-size") from error
+    half = len(images) // 2  # outside of the except block, which would keep the failed pass alive
+    split = ((images[:half], labels[:half], first), (images[half:], labels[half:], first + half))
+    return Directions.join(
+        [_collect_batch(model, graph, (x, y), probes, number, want_flow, estimates, start) for x, y, start in split]
+    )
+
+
+def _signs(number, first, samples, classes):
+    """[samples, classes] of -1 and 1: the same for an image of a batch however the batch is split."""
+    generator = torch.Generator().manual_seed(number)
+    return 2 * torch.randint(2, (first + samples, classes), generator=generator)[first:] - 1
+
+
+def _collect(model, graph, images, labels, probes, number, want_flow, estimates, first):
+    gates = torch.ones(len(images), len(graph.units), dtype=images.dtype, device=images.device, requires_grad=True)
+    gated = []
+
+    def record(site, output):
+        if want_flow:
+            gated.append((site, get_gradient_edge(output)))
+
+    with torch.enable_grad(), graph.gated(gates, record, estimates):
+        logits = model(images)
+    check_batch(images, labels, logits, number)
+    signs = _signs(number, first, *logits.shape).to(logits)
+    basis, sampled = class_basis(logits.detach(), labels, probes, signs)
+    flow = None
+    if want_flow:
+        flow = unit_gradient_norms(F.cross_entropy(logits, labels, reduction="sum"), gated, len(graph.units))
+    coordinates = torch.empty(*gates.shape, basis.shape[2], dtype=gates.dtype, device=gates.device)
+    for r in range(basis.shape[2]):
+        (coordinates[:, :, r],) = torch.autograd.grad(logits, gates, basis[:, :, r], retain_graph=True)
+    return Directions(coordinates, basis, logits.detach(), labels, sampled, flow)

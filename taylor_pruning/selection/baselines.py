@@ -1,0 +1,62 @@
+"""Published criteria to compare with: one score a unit, one shot, low scores go first."""
+
+import torch
+from torch.nn.modules.conv import _ConvTransposeNd
+
+from taylor_pruning.errors import InputError
+
+
+def molchanov2017(graph, directions, seed=0):
+    """mean_n |phi_n|, l2-normalised per layer: |activation x gradient| of Molchanov et al. 2017 (arXiv:1611.06440).
+
+    The mean over space in their eq. 8 differs from phi's sum by a factor a layer, which the normalisation removes.
+    """
+    score = directions.moments(order=1)[0].double().abs().mean(0).cpu()
+    return _by_layer(graph, score, lambda values: values / values.norm().clamp_min(torch.finfo(values.dtype).tiny))
+
+
+def molchanov2019(graph, directions, seed=0):
+    """mean_n phi_n^2: the gate criterion of Molchanov et al. 2019 (arXiv:1906.10771), eq. 8, with one gate a unit."""
+    return directions.moments(order=1)[0].double().square().mean(0).cpu()
+
+
+def magnitude(graph, directions=None, seed=0):
+    """L2 norm of the filter's weights (Li et al. 2017, arXiv:1608.08710, with L2) over its layer's mean.
+
+    A unit of several filters has their mean.
+    """
+    parameters = dict(graph.model.named_parameters())
+    total = torch.zeros(len(graph.units), dtype=torch.float64)
+    for name, info in graph.layers.items():
+        weight = parameters[f"{name}.weight"].detach().double().cpu()
+        if isinstance(graph.model.get_submodule(name), _ConvTransposeNd):
+            weight = weight.transpose(0, 1)  # [in, out, ...]
+        norms = weight.flatten(1).norm(dim=1)
+        norms = norms / norms.mean().clamp_min(torch.finfo(norms.dtype).tiny)
+        total.index_add_(0, info.unit_of[info.removable], norms[info.removable])
+    return total / torch.tensor([len(unit.filters) for unit in graph.units])
+
+
+def random(graph, directions=None, seed=0):
+    """Uniform random scores."""
+    return torch.rand(len(graph.units), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+BASELINES = {f.__name__: f for f in (molchanov2017, molchanov2019, magnitude, random)}
+
+
+def baseline_scores(name, graph, directions, seed=0):
+    """[units] scores of the baseline `name`. Raises InputError if there is no such baseline."""
+    if name not in BASELINES:
+        raise InputError(f"unknown baseline {name}; choose from {', '.join(BASELINES)}")
+    return BASELINES[name](graph, directions, seed)
+
+
+def _by_layer(graph, scores, normalise):
+    result = torch.empty_like(scores)
+    groups = {}
+    for unit in graph.units:
+        groups.setdefault(unit.filters[0][0], []).append(unit.index)
+    for indices in groups.values():
+        result[indices] = normalise(scores[indices])
+    return result

@@ -1,0 +1,293 @@
+"""Which units go: greedy selection under a budget, with what earlier choices did to the logits taken into account."""
+
+import math
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from taylor_pruning.errors import InputError, one_of
+from GradientFlowAnalyzer import weigh
+
+POOL = 64  # units that a joint selection scores after every choice
+BUDGETS = ("filters", "params", "macs")
+
+
+@dataclass(frozen=True)
+class Constraints:
+    """What a selection must respect.
+
+    Attributes:
+        budget: what the percentage counts: removable "filters", or "params" or "macs" of the whole network.
+        layer_bound: no layer loses more than this multiple of the target share of its removable filters; None: no bound.
+            It yields where the target cannot be met otherwise.
+        min_filters: filters that every layer keeps at least.
+        round_to: filter counts of cut layers are multiples of it where units allow.
+    """
+
+    budget: str = "filters"
+    layer_bound: float | None = 1.03
+    min_filters: int = 1
+    round_to: int = 1
+
+    def __post_init__(self):
+        one_of("budget", self.budget, BUDGETS)
+        if self.layer_bound is not None and not self.layer_bound >= 1:
+            raise InputError(f"the layer bound must be at least 1 (a multiple of the target share), not {self.layer_bound}")
+        for name in ("min_filters", "round_to"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+
+class CostModel:
+    """Parameters or multiply-accumulates of the network while units go, and what each unit would save now."""
+
+    def __init__(self, graph, kind):
+        units, terms = len(graph.units), graph.cost_terms()
+        self.scale = torch.tensor([float(getattr(t, {"params": "parameters"}.get(kind, kind))) for t in terms])
+        widest = max(len(term.sizes) for term in terms)
+        sizes, counts = [1], [torch.zeros(units)]  # entry 0 pads terms of fewer dimensions
+        self.rows = torch.zeros(len(terms), widest, dtype=torch.long)
+        for row, term in zip(self.rows, terms, strict=True):
+            for d, (size, unit_of) in enumerate(zip(term.sizes, term.dims, strict=True)):
+                row[d] = len(sizes)
+                sizes.append(size)
+                counts.append(torch.bincount(unit_of[unit_of >= 0], minlength=units).float())
+        self.alive, self.counts = torch.tensor(sizes, dtype=torch.float64), torch.stack(counts)
+
+    def total(self):
+        return (self.scale * self.alive[self.rows].prod(1)).sum().item()
+
+    def savings(self, units=slice(None)):
+        """[units] what removing each unit alone would save, to first order in its counts."""
+        sizes = self.alive[self.rows]
+        others = sizes.prod(1, keepdim=True) / sizes.clamp_min(1)
+        slopes = torch.zeros_like(self.alive).index_add_(0, self.rows.flatten(), (self.scale[:, None] * others).flatten())
+        slopes[0] = 0
+        return slopes.float() @ self.counts[:, units]
+
+    def remove(self, unit):
+        self.alive -= self.counts[:, unit]
+
+
+@dataclass
+class Ledger:
+    """What has been removed from every layer, across rounds, against what the network had in the beginning.
+
+    Attributes:
+        removable: {layer: filters that may be removed in the beginning}.
+        total: of the budget's kind, in the beginning.
+        removed: {layer: filters removed so far}.
+    """
+
+    removable: dict
+    total: float
+    removed: dict = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, graph, constraints):
+        removable = {name: int(info.removable.sum()) for name, info in graph.layers.items()}
+        if not graph.units:
+            reasons = "; ".join(f"{name}: {info.reason}" for name, info in list(graph.layers.items())[:3])
+            raise InputError(f"no filter of this network may be removed ({reasons})")
+        kind = constraints.budget
+        total = sum(removable.values()) if kind == "filters" else CostModel(graph, kind).total()
+        return cls(removable, total)
+
+    def record(self, plan):
+        """Books a plan {layer: filters} as removed."""
+        for name, filters in plan.items():
+            self.removed[name] = self.removed.get(name, 0) + len(filters)
+
+
+class Selection:
+    """The state of one selection on one graph: what is chosen, what may still be chosen, how far the target is."""
+
+    def __init__(self, graph, percentage, constraints, ledger=None):
+        if not (isinstance(percentage, (int, float)) and 0 < percentage < 100):
+            raise InputError(f"the pruning percentage must lie between 0 and 100 (both excluded), not {percentage}")
+        self.graph, self.constraints = graph, constraints
+        self.ledger = ledger or Ledger.open(graph, constraints)
+        self.chosen = []
+        self.open = torch.ones(len(graph.units), dtype=torch.bool)
+        self.layer_counts = [self._count_layers(unit) for unit in graph.units]
+        self.sizes = torch.tensor([float(len(unit.filters)) for unit in graph.units])
+        self.costs = None if constraints.budget == "filters" else CostModel(graph, constraints.budget)
+        self.goal = percentage / 100 * self.ledger.total
+        self.removed = float(sum(self.ledger.removed.values()))  # filters, in all rounds
+        self.largest = self.savings().max()  # savings shrink as units go
+        self.room = {name: self._room(name, percentage / 100) for name in graph.layers}
+        self.hard_room = {name: self._room(name, None) for name in graph.layers}
+
+    def _count_layers(self, unit):
+        counts = {}
+        for name, _ in unit.filters:
+            if name in self.graph.layers:
+                counts[name] = counts.get(name, 0) + 1
+        return counts
+
+    def _room(self, name, share):
+        """How many more filters the layer may lose: by the bound at the target share, or (None) at most."""
+        now = self.graph.layers[name].filters
+        room = now - min(now, self.constraints.min_filters)
+        bound = self.constraints.layer_bound
+        if share is not None and bound is not None and self.constraints.budget == "filters":
+            allowed = math.ceil(bound * share * self.ledger.removable[name] - 1e-9)
+            room = min(room, allowed - self.ledger.removed.get(name, 0))
+        return room
+
+    def missing(self):
+        """How much of the budget is still to be removed."""
+        if self.costs is None:
+            return self.goal - self.removed
+        return self.costs.total() - (self.ledger.total - self.goal)
+
+    def savings(self, units=slice(None)):
+        """[units] what each unit's removal contributes to the budget."""
+        return self.sizes[units] if self.costs is None else self.costs.savings(units).clamp_min(1e-9)
+
+    def take(self, unit):
+        """Chooses the unit if its layers have room for it; True if it was chosen."""
+        counts = self.layer_counts[unit]
+        self.open[unit] = False
+        if any(self.room[name] < count for name, count in counts.items()):
+            return False
+        for name, count in counts.items():
+            self.room[name] -= count
+            self.hard_room[name] -= count
+        if self.costs is not None:
+            self.costs.remove(unit)
+        self.removed += float(self.sizes[unit])
+        self.chosen.append(unit)
+        return True
+
+    def relax(self):
+        """Gives up the layer bound when no unit is open; False if the target cannot be met at all."""
+        if self.room == self.hard_room:
+            return False
+        self.room = dict(self.hard_room)
+        self.open[:] = True
+        self.open[self.chosen] = False
+        return True
+
+    def close_if_unreachable(self):
+        if not self.open.any() and not self.relax():
+            share = 100 * (1 - self.missing() / self.goal) if self.goal else 0
+            raise InputError(
+                f"the layers cannot lose that much: only {share:.0f} % of the target can be removed with at least "
+                f"{self.constraints.min_filters} filter(s) a layer; ask for a lower percentage or lower --min-filters"
+            )
+
+    def done(self):
+        """True if removing the smallest open unit would leave the budget further from its goal."""
+        missing = self.missing()
+        if missing <= 0 or missing >= self.largest / 2 or not self.open.any():
+            return missing <= 0
+        return bool(missing < self.savings(self.open).min() / 2)
+
+    def round_widths(self, scores):
+        """Makes the widths of cut layers multiples of `round_to`, by units more or fewer, close to the total.
+
+        Units that share all their layers form a cohort; one whose layers also belong to other units (grouped or
+        concatenated channels) stays as it is. What is added has low `scores`, what is given back was chosen last.
+        """
+        step = self.constraints.round_to
+        cohorts = {}
+        for unit, counts in enumerate(self.layer_counts):
+            cohorts.setdefault(frozenset(counts.items()), []).append(unit)
+        shared = [name for key in cohorts for name, _ in key]
+        chosen, deviation = set(self.chosen), 0.0
+        for key, units in cohorts.items():
+            layers = dict(key)
+            taken = [u for u in self.chosen if self.layer_counts[u] == layers]
+            if step == 1 or not taken or any(shared.count(n) > 1 for n in layers) or set(layers.values()) != {1}:
+                continue
+            width = self.graph.layers[next(iter(layers))].filters - len(taken)
+            fewer, more = -width % step, width % step
+            size, free = len(layers), [u for u in units if u not in chosen]
+            possible = []
+            if fewer <= len(taken):
+                possible.append(-fewer)
+            if width - more >= max(self.constraints.min_filters, 1):
+                possible.append(more)
+            if not possible:
+                continue
+            change = min(possible, key=lambda c: abs(deviation + c * size))
+            deviation += change * size
+            if change > 0:
+                chosen |= set(sorted(free, key=lambda u: scores[u])[:change])
+            elif change < 0:
+                chosen -= set(taken[change:])
+        self.chosen = sorted(chosen)
+
+
+def select_by_score(selection, scores):
+    """Chooses units by ascending score per unit of budget until the selection is done.
+
+    Args:
+        scores: [units] estimated loss change, or any criterion that is low for units that may go.
+
+    Returns:
+        the chosen unit indices.
+    """
+    while not selection.done():
+        selection.close_if_unreachable()
+        order = (scores / selection.savings()).masked_fill(~selection.open, torch.inf).argsort()
+        for unit in order.tolist():
+            if not selection.open[unit] or selection.done():
+                break
+            selection.take(unit)
+    selection.round_widths(scores)
+    return selection.chosen
+
+
+def check_reachable(graph, percentage, constraints):
+    """Raises InputError if no choice of units reaches the percentage: a selection that knows no scores tries it."""
+    select_by_score(Selection(graph, percentage, constraints), torch.zeros(len(graph.units)))
+
+
+def select_jointly(selection, directions, order, correction=None, weights=None):
+    """Greedy on the marginal loss change at the logits that the units chosen so far leave, one unit after the other.
+
+    The logits without a set S are, to first order in the network, z - sum of v_u over S. All open units are scored there;
+    then the best of the `POOL` lowest is taken and the pool scored anew, until what is left of it is no better than the
+    best outside of it was. (Units that are taken together, on scores from before, are those that move the logits the same
+    way: each alone lowers the loss, and together they overshoot.)
+
+    Args:
+        directions: scoring.taylor.Directions on the selection's graph.
+        order: 2 or 3.
+        correction: [units] loss change that the directions do not see, or None.
+        weights: [units] of gradient flow (see GradientFlowAnalyzer.weigh), or None.
+
+    Returns:
+        the chosen unit indices.
+    """
+    shift = directions.logits.new_zeros(len(directions.labels), directions.basis.shape[2])
+    last = torch.zeros(len(selection.graph.units), dtype=torch.float64)
+
+    def marginal(units, scores):
+        """[units] loss change of removing each unit too, per unit of budget, from what the directions say of it."""
+        scores = scores.double().cpu()
+        if correction is not None:
+            scores = scores + correction[units]
+        if weights is not None:
+            scores = weigh(scores, weights[units])
+        last[units] = scores
+        return scores / selection.savings(units)
+
+    while not selection.done():
+        selection.close_if_unreachable()
+        units = selection.open.nonzero().flatten()
+        values, ranks = marginal(units, directions.scores(order, shift, units)).sort()
+        bound = values[POOL] if len(units) > POOL else math.inf
+        pool, values = units[ranks[:POOL]], values[:POOL]
+        pooled = replace(directions, coordinates=directions.coordinates[:, pool])
+        while not selection.done():
+            best = values.masked_fill(~selection.open[pool], math.inf).argmin()
+            if not selection.open[pool[best]] or values[best] > bound:
+                break
+            if selection.take(int(pool[best])):
+                shift += pooled.coordinates[:, best]
+                values = marginal(pool, pooled.scores(order, shift))
+    selection.round_widths(last)
+    return selection.chosen

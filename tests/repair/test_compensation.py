@@ -1,0 +1,447 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from taylor_pruning.repair import compensation as FilterCompensation
+from taylor_pruning.errors import InputError
+from taylor_pruning.repair.compensation import compensate
+from taylor_pruning.surgery.graph import ChannelGraph
+
+
+class Residual(nn.Module):
+    """A stem, two residual blocks and a classifier."""
+
+    def __init__(self, width=8, downsample=False):
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3, padding=1)
+        self.conv1, self.bn1 = nn.Conv2d(width, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12)
+        self.conv2, self.bn2 = nn.Conv2d(12, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        self.conv3, self.conv4 = nn.Conv2d(width, 12, 1), nn.Conv2d(12, width, 3, padding=1)
+        self.shortcut = nn.Conv2d(width, width, 1) if downsample else nn.Identity()
+        self.head = nn.Linear(width, 5)
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        x = torch.relu(self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x))))) + x)
+        y = self.conv4(torch.relu(self.conv3(x)))
+        y += self.shortcut(x)
+        return self.head(torch.relu(y).mean((2, 3)))
+
+
+def plain(**second):
+    """Conv, the conv under test, and a linear layer behind a flatten; a 9x9 image."""
+    body = [nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 6, **second), nn.BatchNorm2d(6), nn.ReLU()]
+    features = nn.Sequential(*body)(torch.zeros(2, 3, 9, 9)).flatten(1).shape[1]
+    return nn.Sequential(*body, nn.Flatten(), nn.Linear(features, 5))
+
+
+NETWORKS = {
+    "plain": lambda: plain(kernel_size=3, padding=1),
+    "stride and dilation": lambda: plain(kernel_size=3, stride=2, dilation=2, padding=(2, 1)),
+    "pointwise": lambda: plain(kernel_size=1, bias=False),
+    "grouped": lambda: plain(kernel_size=3, groups=2),
+    "reflected, uneven kernel": lambda: plain(kernel_size=(3, 5), padding="same", padding_mode="reflect"),
+    "residual": Residual,
+    "residual with downsampling": lambda: Residual(downsample=True),
+}
+
+
+def settle(model):
+    """Activations of order 1 behind every layer, and BatchNorms that are not the identity."""
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            nn.init.kaiming_normal_(module.weight)
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, 0, 0.3)
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    return model.eval()
+
+
+@pytest.fixture(params=["stride and dilation", "grouped", "residual with downsampling"])
+def network(request):
+    torch.manual_seed(0)
+    return settle(NETWORKS[request.param]())
+
+
+def images(number=50, size=9, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(number, 3, size, size, generator=generator, dtype=torch.float64).to(dtype)
+    return [(part, torch.zeros(len(part), dtype=torch.long)) for part in x.split(30)]
+
+
+def logits(model, batches):
+    with torch.no_grad():
+        return torch.cat([model(x) for x, _ in batches])
+
+
+def cut(model, plan):
+    """(smaller network, kept) for a plan {layer: filters to remove}."""
+    graph = ChannelGraph(model, torch.zeros(1, 3, 9, 9, dtype=next(model.parameters()).dtype))
+    kept = {n: [i for i in range(info.filters) if i not in plan.get(n, ())] for n, info in graph.layers.items()}
+    return graph.remove(plan), kept
+
+
+def random_plan(model, percentage=40):
+    """Units of every group of coupled layers, at random."""
+    graph = ChannelGraph(model, torch.zeros(1, 3, 9, 9, dtype=next(model.parameters()).dtype))
+    groups = {}
+    for unit in graph.units:
+        groups.setdefault(tuple(sorted({name for name, _ in unit.filters})), []).append(unit.index)
+    chosen = []
+    for indices in groups.values():
+        order = torch.randperm(len(indices))[: round(len(indices) * percentage / 100)]
+        chosen += [indices[i] for i in order.tolist()]
+    return graph.plan_of(chosen)
+
+
+def test_nothing_removed_changes_nothing(network):
+    smaller = copy.deepcopy(network)
+    report = compensate(network, smaller, images(), progress=False)
+    assert not report.layers
+    assert torch.equal(logits(smaller, images()), logits(network, images()))
+
+
+def make_dependent(layer, gone, sources):
+    """The filters `gone` of a conv become copies of 2x and 0.5x other filters: through a ReLU exactly linear."""
+    with torch.no_grad():
+        for index, source, factor in zip(gone, sources, (2.0, 0.5), strict=True):
+            layer.weight[index] = factor * layer.weight[source]
+            if layer.bias is not None:
+                layer.bias[index] = factor * layer.bias[source]
+
+
+DEPENDENT = {  # network: {cut layer: (removed filters, filters that they are multiples of)}
+    "plain": {"0": ((1, 6), (0, 3))},
+    "stride and dilation": {"0": ((1, 6), (0, 3))},
+    "pointwise": {"0": ((1, 6), (0, 3))},
+    "grouped": {"0": ((1, 5), (0, 4))},  # the second conv's groups lose equal positions
+    "reflected, uneven kernel": {"0": ((1, 6), (0, 3))},
+    "residual": {"conv3": ((1, 6), (0, 3))},
+    "residual with downsampling": {"conv3": ((1, 6), (0, 3))},
+}
+
+
+@pytest.mark.parametrize("name", DEPENDENT)
+def test_linearly_dependent_channels_come_back(name):
+    torch.manual_seed(0)
+    model = settle(NETWORKS[name]())
+    plan = {}
+    for layer, (gone, sources) in DEPENDENT[name].items():
+        make_dependent(model.get_submodule(layer), gone, sources)
+        plan[layer] = list(gone)
+    assert_comes_back(model, plan)
+
+
+def test_linear_layer_after_flatten_comes_back():
+    torch.manual_seed(0)
+    model = settle(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(3), nn.Flatten(), nn.Linear(32, 5)))
+    make_dependent(model[0], (1, 6), (0, 3))
+    assert_comes_back(model, {"0": [1, 6]})
+
+
+def test_channels_of_the_residual_stream_come_back():
+    torch.manual_seed(0)
+    model = settle(Residual())
+    model.bn2.weight.data[[1, 6]] = model.bn2.weight[[0, 3]] * torch.tensor([2.0, 0.5])
+    for tensor in (model.bn2.running_mean, model.bn2.running_var):
+        tensor[[1, 6]] = tensor[[0, 3]]
+    model.bn2.bias.data[[1, 6]] = model.bn2.bias[[0, 3]] * torch.tensor([2.0, 0.5])
+    model.conv2.weight.data[[1, 6]] = model.conv2.weight[[0, 3]]
+    make_dependent(model.stem, (1, 6), (0, 3))
+    make_dependent(model.conv4, (1, 6), (0, 3))
+    assert_comes_back(model, {name: [1, 6] for name in ("stem", "conv2", "conv4")})
+
+
+def assert_comes_back(model, plan):
+    smaller, kept = cut(model, plan)
+    batches = images(150)
+    dense = logits(model, batches)
+    assert (logits(smaller, batches) - dense).abs().max() > 0.01
+    compensate(model, smaller, batches, kept, progress=False)
+    assert (logits(smaller, batches) - dense).abs().max() < 1e-4
+
+
+def unfolded(module, x):
+    """Patches [images x positions, channels x kernel] of a conv that pads with zeros, by `unfold`."""
+    if isinstance(module, nn.Linear):
+        return x
+    columns = nn.functional.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride)
+    return columns.mT.flatten(0, 1)
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        {"kernel_size": 3, "padding": 1},
+        {"kernel_size": 3, "stride": 2, "dilation": 2, "padding": (2, 1)},
+        {"kernel_size": (1, 3), "bias": False},
+        {"kernel_size": 3, "groups": 2},
+    ],
+)
+def test_weights_are_the_ridge_solution(second, monkeypatch):
+    """Against `lstsq` on stacked rows [patches; sqrt(ridge)], group by group, with the intercept through centring."""
+    monkeypatch.setattr(FilterCompensation, "RIDGES", (1e-2,))
+    torch.manual_seed(0)
+    model = settle(plain(**second)).double()
+    smaller, kept = cut(model, {"0": [1, 5]})
+    before = copy.deepcopy(smaller)
+    batches = images(30, dtype=torch.float64)
+    report = compensate(model, smaller, batches, kept, progress=False)
+    assert report.layers[0].name == "2" and report.layers[0].ridge == 1e-2
+
+    x = torch.cat([x for x, _ in batches])
+    conv, groups = before[2], before[2].groups
+    residual = (model[:3](x) - before[:3](x)).flatten(2).mT.flatten(0, 1)
+    patches = unfolded(conv, before[:2](x)).unflatten(1, (groups, -1))
+    for group in range(groups):
+        outputs = slice(group * 6 // groups, (group + 1) * 6 // groups)
+        rows, left = patches[:, group], residual[:, outputs]
+        centred = rows - rows.mean(0)
+        penalty = (1e-2 * centred.square().sum(0).mean()).sqrt() * torch.eye(rows.shape[1], dtype=torch.float64)
+        wanted = torch.cat([left - left.mean(0), torch.zeros(len(penalty), left.shape[1])])
+        change = torch.linalg.lstsq(torch.cat([centred, penalty]), wanted).solution
+        bias = left.mean(0) - rows.mean(0) @ change
+        torch.testing.assert_close((smaller[2].weight - conv.weight)[outputs].flatten(1), change.T)
+        torch.testing.assert_close(zero_of(before[3])[outputs] - zero_of(smaller[3])[outputs], bias)
+
+
+def test_a_large_ridge_where_smaller_ones_are_of_no_use(monkeypatch):
+    """A fit of 405 columns to 80 rows follows them alone, unless the ridge holds it back."""
+    monkeypatch.setattr(FilterCompensation, "RIDGES", (1e-12,))
+    torch.manual_seed(0)
+    model = settle(NETWORKS["plain"]()).double()
+    smaller, kept = cut(model, {"2": [0]})
+    (fit,) = compensate(model, smaller, images(100, dtype=torch.float64), kept, progress=False).layers
+    assert fit.ridge == FilterCompensation.LAST_RIDGE and fit.error_after < fit.error_before
+
+
+def zero_of(norm):
+    """The input at which a BatchNorm in evaluation gives 0."""
+    return norm.running_mean - norm.bias * (norm.running_var + norm.eps).sqrt() / norm.weight
+
+
+def test_training_starts_at_the_compensated_network():
+    """In training mode, which normalises by the batch, the network gives what it gives in evaluation."""
+    torch.manual_seed(0)
+    model = settle(Residual()).double()
+    smaller, kept = cut(model, random_plan(model))
+    batches = images(100, dtype=torch.float64)
+    compensate(model, smaller, batches, kept, progress=False)
+    x = torch.cat([x for x, _ in batches])
+    with torch.no_grad():
+        torch.testing.assert_close(copy.deepcopy(smaller).train()(x), smaller.eval()(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("budget", [0, 2**28])
+def test_batchnorms_hold_the_statistics_of_their_present_inputs(budget):
+    """Also behind layers that were not fitted, and where the networks run again."""
+    torch.manual_seed(0)
+    model = settle(Residual()).double()
+    smaller, kept = cut(model, random_plan(model))
+    batches = images(100, dtype=torch.float64)
+    compensate(model, smaller, batches, kept, progress=False, activation_budget=budget)
+    norms, seen = [m for m in smaller.modules() if isinstance(m, nn.BatchNorm2d)], {}
+    for norm in norms:
+        norm.register_forward_pre_hook(lambda module, inputs: seen.setdefault(module, []).append(inputs[0]))
+    logits(smaller, batches)
+    for norm in norms:
+        x = torch.cat(seen[norm])
+        torch.testing.assert_close(norm.running_mean, x.mean((0, 2, 3)))
+        torch.testing.assert_close(norm.running_var, x.var((0, 2, 3), unbiased=False))
+
+
+def test_the_budget_is_what_training_on_the_largest_batch_holds():
+    """Image, conv, ReLU, conv, BatchNorm, ReLU and linear layer; flatten is a view."""
+    model = NETWORKS["plain"]()
+    walk = FilterCompensation._Walk(FilterCompensation._Plan(model, model, {}), [x for x, _ in images(50)], None)
+    floats = 81 * (3 + 2 * 8 + 3 * 6) + 5
+    assert walk._of_training() == 4 * 30 * floats and walk.budget == FilterCompensation.ACTIVATION_BUDGET
+
+
+@pytest.mark.parametrize("shared", ["running_mean", "weight"])
+def test_a_batchnorm_that_shares_tensors_is_left_as_it_is(shared):
+    """One scale or one mean cannot fit the inputs of two layers."""
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Conv2d(6, 6, 3), nn.BatchNorm2d(6), nn.Conv2d(6, 4, 3)
+    model = settle(nn.Sequential(*layers))
+    setattr(model[3], shared, getattr(model[1], shared))
+    smaller = copy.deepcopy(model)
+    with torch.no_grad():
+        smaller[0].weight.mul_(1.1)  # so that there is something to fit
+    compensate(model, smaller, images(100), progress=False)
+    for i in (1, 3):
+        torch.testing.assert_close(smaller[i].running_var, model[i].running_var, rtol=0, atol=0)
+
+
+def test_settling_a_batchnorm_changes_no_output():
+    torch.manual_seed(0)
+    norm, x = settle(nn.BatchNorm2d(4)).double().eval(), torch.randn(8, 4, 5, 5, dtype=torch.float64)
+    before, rows = norm(x), x.movedim(1, 0).flatten(1)
+    with torch.no_grad():
+        FilterCompensation._settle(norm, rows.shape[1], rows.sum(1), rows.square().sum(1))
+    torch.testing.assert_close(norm(x), before)
+    torch.testing.assert_close(norm.running_mean, rows.mean(1))
+
+
+def test_sum_is_matched(monkeypatch):
+    """conv4's fit aims at dense sum - present stream, and does better there than the fit of its branch alone."""
+    torch.manual_seed(0)
+    model = settle(Residual())
+    smaller, kept = cut(model, random_plan(model))
+    batches = images(100)
+    branch = copy.deepcopy(smaller)
+    report = compensate(model, smaller, batches, kept, progress=False)
+    assert {fit.name: fit.matches for fit in report.layers}["conv4"] == "sum"
+    behind = FilterCompensation._Plan._behind
+    monkeypatch.setattr(FilterCompensation._Plan, "_behind", lambda *a: (behind(*a)[0], None))
+    compensate(model, branch, batches, kept, progress=False)
+    sums = [[], [], []]
+    for network, found in zip((model, smaller, branch), sums, strict=True):
+        network.head.register_forward_pre_hook(lambda module, inputs, found=found: found.append(inputs[0]))
+        logits(network, batches)
+    dense, by_sum, by_branch = (torch.cat(found) for found in sums)
+    dense = dense[:, kept["conv4"]]
+    assert (by_sum - dense).norm() < (by_branch - dense).norm()
+
+
+def test_repairs_and_says_so(network):
+    smaller, kept = cut(network, random_plan(network))
+    batches, fresh = images(180), images(240)[6:]
+    before = (logits(smaller, fresh) - logits(network, fresh)).norm()
+    report = compensate(network, smaller, batches, kept, progress=False)
+    assert (logits(smaller, fresh) - logits(network, fresh)).norm() < 0.9 * before
+    assert all(fit.error_after <= fit.error_before for fit in report.layers)
+    assert report.as_dict()["layers"][0]["name"] == report.layers[0].name
+
+
+def test_rounds_continue_from_original_indices():
+    torch.manual_seed(0)
+    model = settle(NETWORKS["plain"]())
+    batches = images(100)
+    once, kept_once = cut(model, {"0": [1, 4, 6], "2": [0, 5]})
+    compensate(model, once, batches, kept_once, progress=False)
+    first, kept = cut(model, {"0": [1, 4], "2": [5]})
+    compensate(model, first, batches, kept, progress=False)
+    second, local = cut(first, {"0": [4], "2": [0]})  # filter 6 of "0" is the fifth of the seven that are left
+    kept = {name: [kept[name][i] for i in local[name]] for name in local}
+    assert kept == kept_once
+    compensate(model, second, batches, kept, progress=False)
+    error = [(logits(m, batches) - logits(model, batches)).norm() for m in (once, second)]
+    assert error[1] < 1.2 * error[0]
+
+
+def test_budget_and_row_sampling_change_nothing_or_little(network, monkeypatch):
+    plan = random_plan(network)
+    results = []
+    for budget in (0, 10_000, 2**30):
+        smaller, kept = cut(network, plan)
+        report = compensate(network, smaller, images(), kept, progress=False, activation_budget=budget)
+        results.append(logits(smaller, images()))
+        assert report.layers
+    torch.testing.assert_close(results[0], results[2])
+    torch.testing.assert_close(results[1], results[2])
+
+
+@pytest.mark.parametrize("period", [2, 5, 10])
+def test_held_out_images_do_not_follow_the_order_of_the_classes(period):
+    """Calibration images come with the classes taking turns; all of them must choose the ridge."""
+    torch.manual_seed(0)
+    model = settle(NETWORKS["plain"]())
+    smaller, kept = cut(model, {"0": [1]})
+    (layer, *_) = FilterCompensation._Plan(model, smaller, kept).layers
+    held_out = FilterCompensation._LayerData(layer, 0, 200).is_held_out
+    assert held_out.sum() == 40
+    assert set((held_out.nonzero().flatten() % period).tolist()) == set(range(period))
+
+
+def test_dual_form_is_the_same_solution(monkeypatch):
+    torch.manual_seed(0)
+    model = settle(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(392, 5))).double()
+    batches, weights = images(50, dtype=torch.float64), []
+    for largest in (392, 391):
+        monkeypatch.setattr(FilterCompensation, "LARGEST_MATRIX", largest * 6 // 8)  # 294 columns are left
+        smaller, kept = cut(model, {"0": [1, 5]})
+        report = compensate(model, smaller, batches, kept, progress=False)
+        weights.append(smaller[3].weight)
+        assert report.layers[0].columns == 294
+    torch.testing.assert_close(weights[0], weights[1])
+
+
+class Oddities(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 1)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.twice = nn.Conv2d(8, 8, 1)
+        self.up = nn.ConvTranspose2d(8, 4, 2)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = self.depthwise(self.stem(x).relu())
+        return self.head(self.up(self.twice(self.twice(x).relu())).relu().mean((2, 3)))
+
+
+def test_layers_left_alone_are_named():
+    torch.manual_seed(0)
+    model = Oddities().eval()
+    smaller, kept = cut(model, random_plan(model))
+    report = compensate(model, smaller, images(), kept, progress=False)
+    assert [fit.name for fit in report.layers] == ["head"]
+    assert report.left_alone == {
+        "stem": "its outputs are the dense network's",
+        "depthwise": "depthwise: it mixes no channels",
+        "twice": "its weights are used more than once",
+        "up": "a transposed conv",
+    }
+
+
+def test_conv1d_and_conv3d():
+    for conv, norm, shape in ((nn.Conv1d, nn.BatchNorm1d, (3, 20)), (nn.Conv3d, nn.BatchNorm3d, (3, 5, 6, 7))):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            conv(3, 8, 3, padding=1), nn.ReLU(), conv(8, 6, 3, stride=2), norm(6), nn.ReLU(), nn.Flatten(), nn.LazyLinear(4)
+        )
+        x = torch.randn(100, *shape)
+        model.eval()(x[:2])
+        make_dependent(model[0], (1, 6), (0, 3))
+        graph = ChannelGraph(model, x[:1])
+        smaller = graph.remove({"0": [1, 6]})
+        compensate(model, smaller, [(x, None)], {"0": [0, 2, 3, 4, 5, 7]}, progress=False)
+        assert (smaller(x) - model(x)).abs().max() < 1e-4
+
+
+def test_networks_come_back_as_they_were_given():
+    torch.manual_seed(0)
+    model = settle(Residual())
+    smaller, kept = cut(model, random_plan(model))
+    model.train()
+    smaller.train()
+    smaller.bn1.eval()
+    state = copy.deepcopy(model.state_dict())
+    batches = images()
+    copies = [x.clone() for x, _ in batches]
+    compensate(model, smaller, batches, kept, progress=False)
+    assert model.training and smaller.training and not smaller.bn1.training and smaller.bn2.training
+    assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
+    assert all(p.requires_grad and p.grad is None for p in smaller.parameters())
+    assert all(torch.equal(x, c) for (x, _), c in zip(batches, copies, strict=True))
+
+
+def test_errors():
+    torch.manual_seed(0)
+    model = settle(Residual())
+    smaller, kept = cut(model, random_plan(model))
+    with pytest.raises(InputError, match="no calibration images"):
+        compensate(model, smaller, [], kept, progress=False)
+    with pytest.raises(InputError, match="conv1 has .* of 12 filters"):
+        compensate(model, smaller, images(), {**kept, "conv1": [0]}, progress=False)
+    with pytest.raises(InputError, match="same layers"):
+        compensate(NETWORKS["plain"](), smaller, images(), kept, progress=False)
+    bad = images()
+    bad[0][0][3] = float("nan")
+    with pytest.raises(InputError, match="NaN"):
+        compensate(model, smaller, bad, kept, progress=False)

@@ -1,0 +1,56 @@
+"""Probed derivatives against brute force and against the exact path."""
+
+import torch
+from test_taylor_scores import brute_force
+
+from EnhancedFilterPruner import EnhancedFilterPruner
+from taylor_pruning.surgery.graph import ChannelGraph
+from taylor_pruning.scoring.probes import probe_derivatives
+
+
+def test_probes_agree_with_brute_force_on_a_smooth_network(silu_network, images, labels):
+    graph = ChannelGraph(silu_network, images)
+    images, labels = images[:4], labels[:4]
+    wanted = brute_force(silu_network, graph, images, labels).mean(1)
+    found = probe_derivatives(silu_network, graph, [(images, labels)] * 60, order=3, probes=10, progress=False)
+    torch.testing.assert_close(found.phi, wanted[0], rtol=1e-8, atol=1e-12)
+    # the standard error counts the spread over the repeated samples too, so that it is an upper bound here
+    for value, error, true in ((found.h, found.h_error, wanted[1]), (found.t, found.t_error, wanted[2])):
+        z = (value - true) / error
+        assert z.abs().max() < 4 and z.square().mean() < 2
+        assert (error < true.abs().max()).all()
+
+
+def test_probes_agree_with_the_exact_path_on_a_relu_network(plain_network, images, labels):
+    exact = EnhancedFilterPruner(plain_network, images, 3, curvature="exact", progress=False).rank([(images, labels)])
+    graph = exact.graph
+    found = probe_derivatives(plain_network, graph, [(images, labels)] * 30, order=3, probes=20, progress=False)
+    _, h, t = (m.mean(0) for m in exact.directions.moments())
+    assert ((found.h - h).abs() <= 4 * found.h_error).all()
+    assert ((found.t - t).abs() <= 4 * found.t_error).all()
+
+
+def test_auto_takes_the_exact_path_where_the_network_is_piecewise_linear(relu_network, silu_network, images):
+    assert EnhancedFilterPruner(relu_network, images, progress=False).curvature_path == "exact"
+    smooth = EnhancedFilterPruner(silu_network, images, progress=False)
+    assert smooth.curvature_path == "hvp" and "silu" in smooth.curvature_reason
+
+
+def test_another_loss_is_scored_by_probes(plain_network, images, labels):
+    """Half the squared norm of the logits: h along a gate of a piecewise linear network is |v|^2."""
+
+    def loss(logits, labels):
+        return logits.square().sum(1) / 2
+
+    pruner = EnhancedFilterPruner(
+        plain_network, images, 2, loss=loss, selection="independent", hessian_probes=400, progress=False
+    ).rank([(images, labels)])
+    exact = EnhancedFilterPruner(plain_network, images, 2, class_probes=4, progress=False).rank([(images, labels)])
+    # the class directions hold v without its component along the vector of ones; here it counts
+    gates = torch.ones(len(images), len(exact.graph.units), dtype=torch.float64, requires_grad=True)
+    with exact.graph.gated(gates):
+        logits = plain_network(images)
+    v = torch.stack([torch.autograd.grad(logits[:, k].sum(), gates, retain_graph=True)[0] for k in range(4)])
+    wanted = v.square().sum(0).mean(0)
+    assert ((pruner.probed.h - wanted).abs() <= 4 * pruner.probed.h_error).all()
+    assert len(pruner.get_pruning_plan(30))

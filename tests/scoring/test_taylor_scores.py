@@ -1,0 +1,225 @@
+"""phi, h, t against nested torch.func derivatives; the closed third order; the scores against really removing filters."""
+
+import pytest
+import torch
+from torch.func import grad
+from torch.nn import functional as F
+
+from EnhancedFilterPruner import EnhancedFilterPruner
+from taylor_pruning.errors import InputError
+from taylor_pruning.surgery.graph import ChannelGraph
+from taylor_pruning.scoring.taylor import Directions, class_basis, closed_third_order, collect_directions
+
+
+def loss_along_gate(model, graph, unit, image, label):
+    """One sample's loss as a function of one gate."""
+    others = torch.arange(len(graph.units)) != unit
+
+    def loss(gate):
+        with graph.gated(torch.where(others, 1.0, gate)):
+            return F.cross_entropy(model(image[None]), label[None])
+
+    return loss
+
+
+def brute_force(model, graph, images, labels):
+    """[3, N, U] first three derivatives of every sample's loss along every gate."""
+    one = torch.tensor(1.0, dtype=torch.float64)
+    table = torch.empty(3, len(images), len(graph.units), dtype=torch.float64)
+    for n in range(len(images)):
+        for unit in range(len(graph.units)):
+            f = loss_along_gate(model, graph, unit, images[n], labels[n])
+            for k, derivative in enumerate((grad(f), grad(grad(f)), grad(grad(grad(f))))):
+                table[k, n, unit] = derivative(one)
+    return table
+
+
+def single_site(graph):
+    """[U] whether a unit is gated in one place: there the logits are a straight line along the gate."""
+    places = torch.zeros(len(graph.units), dtype=torch.long)
+    for site in graph.sites:
+        places[site.units[site.units >= 0]] += 1
+    return places == 1
+
+
+def test_derivatives_are_those_of_torch_func(relu_network, images, labels):
+    graph = ChannelGraph(relu_network, images)
+    images, labels = images[:4], labels[:4]
+    directions = collect_directions(relu_network, graph, [(images, labels)], 3, progress=False)
+    line = single_site(graph)
+    assert line.any()
+    found, wanted = directions.moments(), brute_force(relu_network, graph, images, labels)
+    torch.testing.assert_close(found[0], wanted[0], rtol=1e-8, atol=1e-12)  # phi is exact on residual streams too
+    for k in (1, 2):
+        torch.testing.assert_close(found[k][:, line], wanted[k][:, line], rtol=1e-8, atol=1e-12)
+
+
+def test_scores_do_not_depend_on_the_batch_split(plain_network, images, labels, batches):
+    graph = ChannelGraph(plain_network, images)
+    whole = collect_directions(plain_network, graph, [(images, labels)], 3, progress=False)
+    split = collect_directions(plain_network, graph, batches, 3, progress=False)
+    for order in (1, 2, 3):
+        torch.testing.assert_close(whole.scores(order), split.scores(order), rtol=1e-10, atol=1e-14)
+
+
+def test_out_of_memory_halves_the_batch(plain_network, images, labels, monkeypatch):
+    graph = ChannelGraph(plain_network, images)
+    wanted = collect_directions(plain_network, graph, [(images, labels)], 3, progress=False).scores(3)
+    forward = plain_network.forward
+
+    def limited(x):
+        if len(x) > 4:
+            raise torch.OutOfMemoryError("out of memory")
+        return forward(x)
+
+    monkeypatch.setattr(plain_network, "forward", limited)
+    found = collect_directions(plain_network, graph, [(images, labels)], 3, progress=False).scores(3)
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-14)
+
+
+def test_scores_are_the_true_loss_change_where_the_series_is_exact(plain_network, images, labels):
+    """A last hidden layer without anything nonlinear behind it, and small steps: removal is the series."""
+    for parameter in plain_network[-1].parameters():
+        parameter.data *= 0.1
+    graph = ChannelGraph(plain_network, images)
+    pruner = EnhancedFilterPruner(plain_network, images, 3, graph=graph, progress=False).rank([(images, labels)])
+    for unit in graph.units:
+        if unit.filters[0][0] != "4":
+            continue
+        smaller = graph.remove([unit])
+        with torch.no_grad():
+            true = F.cross_entropy(smaller(images), labels) - F.cross_entropy(plain_network(images), labels)
+        for order, tolerance in ((2, 0.05), (3, 0.01)):
+            estimate = pruner.scores(order)[unit.index]
+            assert estimate.sign() == true.sign()
+            torch.testing.assert_close(estimate, true, rtol=tolerance, atol=1e-6)
+
+
+def test_filter_ranks_follow_layers_and_mark_protected_filters(relu_network, images, labels):
+    excluded = [name for name, module in relu_network.named_modules() if isinstance(module, torch.nn.Conv2d)][1]
+    pruner = EnhancedFilterPruner(relu_network, images, 2, exclude=[excluded], progress=False)
+    ranks = pruner.rank([(images, labels)]).filter_ranks
+    assert set(ranks) == set(pruner.graph.layers)
+    for name, info in pruner.graph.layers.items():
+        assert torch.equal(ranks[name].isnan(), ~info.removable)
+    assert any(values.isnan().all() for values in ranks.values())
+
+
+@pytest.mark.parametrize("classes", [3, 10])
+def test_full_basis_loses_nothing(classes):
+    logits = torch.randn(5, classes, dtype=torch.float64)
+    basis, sampled = class_basis(logits, torch.arange(5) % classes, classes)
+    assert basis.shape == (5, classes, classes - 1) and sampled == 0
+    eye = torch.eye(classes - 1, dtype=torch.float64).expand(5, -1, -1)
+    torch.testing.assert_close(basis.transpose(1, 2) @ basis, eye)
+    torch.testing.assert_close(basis.sum(1), torch.zeros(5, classes - 1, dtype=torch.float64))
+
+
+def random_signs(samples, classes):
+    return 2 * torch.randint(2, (samples, classes), generator=torch.Generator().manual_seed(1)).double() - 1
+
+
+def test_truncated_basis_holds_the_gradient_and_reports_what_it_samples():
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(6, 100, dtype=torch.float64, generator=generator)
+    labels, signs = torch.arange(6), random_signs(6, 100)
+    basis, sampled = class_basis(logits, labels, 12, signs)
+    assert basis.shape == (6, 100, 12)
+    basis = basis[:, :, :-1]
+    p = logits.softmax(1)
+    gradient = p - F.one_hot(labels, 100)
+    projected = torch.einsum("nkr,njr,nj->nk", basis, basis, gradient)
+    torch.testing.assert_close(projected, gradient)
+    fisher = torch.diag_embed(p) - p[:, :, None] * p[:, None]
+    kept = torch.einsum("nkr,nkj,njr->", basis, fisher, basis)
+    total = torch.einsum("nkk->", fisher)
+    assert sampled == pytest.approx(1 - (kept / total).item(), abs=1e-9)
+    assert class_basis(logits, labels, 40, signs)[1] < sampled < 0.5
+
+
+@pytest.mark.parametrize("probes", [2, 12])
+def test_the_random_direction_makes_the_curvature_right_on_the_mean(probes):
+    """Curvature of one v at many draws of the signs, against its variance under p; without the draws it is far too low."""
+    draws, classes = 4000, 60
+    generator = torch.Generator().manual_seed(0)
+    logits, v = torch.randn(2, classes, dtype=torch.float64, generator=generator)
+    p, labels = logits.softmax(0), torch.zeros(draws, dtype=torch.long)
+    logits = logits.expand(draws, -1)
+    basis, sampled = class_basis(logits, labels, probes, random_signs(draws, classes))
+    coordinates = torch.einsum("nkr,k->nr", basis, v)[:, None]
+    phi, h, _ = Directions(coordinates, basis, logits, labels, sampled).moments()
+    torch.testing.assert_close(phi, ((p * v).sum() - v[0]).expand_as(phi))
+    true = (p * v.square()).sum() - (p * v).sum().square()
+    held = Directions(coordinates[..., :-1], basis[..., :-1], logits, labels, 0.0).moments()[1]
+    assert abs(h.mean() - true) < 4 * h.std() / draws**0.5 + 0.01 * true
+    assert held.mean() < 0.8 * true
+
+
+def series(phi, h, t):
+    return -phi + h / 2 - t / 6
+
+
+def test_closed_third_order_agrees_with_the_series_to_third_order():
+    """Along a step e, phi e, h e^2, t e^3: the difference falls like e^4."""
+    generator = torch.Generator().manual_seed(0)
+    phi, t = (torch.randn(50, dtype=torch.float64, generator=generator) for _ in range(2))
+    h = torch.rand(50, dtype=torch.float64, generator=generator) + 0.1
+    steps = (0.1, 0.05, 0.025)
+    errors = [
+        (closed_third_order(phi * e, h * e**2, t * e**3) - series(phi * e, h * e**2, t * e**3)).abs().max()
+        for e in steps
+    ]
+    for coarse, fine in zip(errors, errors[1:], strict=False):
+        assert fine < coarse / 10
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_closed_third_order_is_finite_and_continuous(dtype):
+    """Any h down to 0 and any t that a random variable of that variance and |x| <= 100 can have, and rounding beyond."""
+    h = torch.cat([torch.zeros(1), torch.logspace(-30, 3, 400)]).to(dtype)
+    for ratio in (-100.0, -1.0, 0.0, 1.0, 100.0):
+        value = closed_third_order(torch.zeros_like(h), h, ratio * h)
+        assert value.isfinite().all()
+        assert value[0] == 0 and value[h < 1e-12].abs().max() < 1e-9
+    t = torch.linspace(-5, 5, 20001, dtype=torch.float64)
+    value = closed_third_order(torch.zeros_like(t), torch.ones_like(t), t)
+    assert value.diff().abs().max() < 1e-2 and (value.diff() <= 1e-15).all()  # falls smoothly with t
+    wild = closed_third_order(*(torch.tensor([v] * 3, dtype=dtype) for v in (1e3, 1e-20, -1e20)))
+    assert wild.isfinite().all()
+
+
+def test_closed_third_order_is_exact_for_two_classes():
+    """With two classes v has two points, so that the closed form is the loss change itself."""
+    logits = torch.randn(9, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    v = torch.randn(9, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    labels = torch.arange(9) % 2
+    basis, _ = class_basis(logits, labels, 2)
+    directions = Directions(torch.einsum("nkr,nk->nr", basis, v)[:, None], basis, logits, labels, 0.0)
+    true = F.cross_entropy(logits - v, labels) - F.cross_entropy(logits, labels)
+    torch.testing.assert_close(directions.scores(3)[0], true)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x, y: (x.fill_(torch.nan), y), "NaN"),
+        (lambda x, y: (x, y + 4), "labels"),
+        (lambda x, y: (x[:0], y[:0]), "no calibration images"),
+    ],
+)
+def test_bad_batches_are_refused(plain_network, images, labels, change, message):
+    pruner = EnhancedFilterPruner(plain_network, images, progress=False)
+    x, y = change(images.clone(), labels.clone())
+    with pytest.raises(InputError, match=message):
+        pruner.rank([(x, y)] if len(y) else [])
+
+
+def test_the_model_comes_back_as_it_was(relu_network, images, labels):
+    relu_network.train()
+    next(relu_network.parameters()).requires_grad_(False)
+    before = {name: tensor.clone() for name, tensor in relu_network.state_dict().items()}
+    EnhancedFilterPruner(relu_network, images, progress=False).rank([(images, labels)]).get_pruning_plan(30)
+    assert all(module.training for module in relu_network.modules())
+    assert [p.requires_grad for p in relu_network.parameters()].count(False) == 1
+    assert all(torch.equal(tensor, before[name]) for name, tensor in relu_network.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in relu_network.modules())

@@ -1,0 +1,238 @@
+"""Joint selection against exhaustive search, budgets, bounds, widths, and clear refusals."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torchvision
+from torch.nn import functional as F
+
+from taylor_pruning.selection.baselines import BASELINES, baseline_scores
+from EnhancedFilterPruner import EnhancedFilterPruner
+from taylor_pruning.errors import InputError
+from taylor_pruning.selection.greedy import Constraints, CostModel, Ledger, Selection, select_by_score, select_jointly
+from taylor_pruning.surgery.graph import ChannelGraph
+from GradientFlowAnalyzer import weigh
+from taylor_pruning.scoring.taylor import Directions, class_basis, collect_directions
+
+
+@pytest.fixture
+def graph(plain_network, images):
+    return ChannelGraph(plain_network, images)
+
+
+@pytest.fixture
+def directions(plain_network, graph, batches):
+    return collect_directions(plain_network, graph, batches, 3, progress=False)
+
+
+@pytest.fixture(scope="module")
+def resnet():
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18(num_classes=10).eval()
+    return model, ChannelGraph(model, torch.randn(1, 3, 64, 64))
+
+
+def test_greedy_takes_account_of_what_is_chosen(graph, directions):
+    """Two units that cancel each other's effect: alone each is costly, together they are free; and the reverse."""
+    units = len(graph.units)
+    c = torch.zeros_like(directions.coordinates)
+    c[:, 0, 0], c[:, 1, 0] = 0.5, -0.5
+    c[:, 2:, 1] = 0.6
+    directions.coordinates = c
+    directions.logits = torch.zeros_like(directions.logits)
+    selection = Selection(graph, 100 * 2 / units, Constraints(layer_bound=None))
+    assert sorted(select_jointly(selection, directions, 3)) == [0, 1]
+    shift = c[:, [0, 1]].sum(1)
+    assert directions.loss_change_at(shift) == pytest.approx(0, abs=1e-12)
+    assert directions.loss_change_at(c[:, [0, 2]].sum(1)) > 0.01
+
+
+@pytest.mark.parametrize("order", [2, 3])
+def test_joint_is_near_the_best_subset_and_not_worse_than_independent(graph, directions, order):
+    units = len(graph.units)
+    joint = select_jointly(Selection(graph, 100 * 3 / units, Constraints()), directions, order)
+    alone = select_by_score(Selection(graph, 100 * 3 / units, Constraints()), directions.scores(order))
+
+    def change(chosen):
+        return directions.loss_change_at(directions.coordinates[:, list(chosen)].sum(1))
+
+    every = sorted(change(s) for s in itertools.combinations(range(units), 3))
+    assert change(joint) <= change(alone) + 1e-12
+    assert change(joint) <= every[len(every) // 20]  # among the best twentieth of all subsets
+
+
+@pytest.mark.parametrize("own_targets", [False, True])
+def test_joint_selection_is_as_good_as_scoring_all_units_after_every_choice(resnet, own_targets):
+    """Many units that move the logits alike: those that look best together on the same scores overshoot together."""
+    _, graph = resnet
+    units, generator = len(graph.units), torch.Generator().manual_seed(0)
+    kinds = torch.randn(30, 12, 4, generator=generator, dtype=torch.float64)
+    kind = torch.randint(12, (units,), generator=generator)
+    coordinates = 0.3 * kinds[:, kind] + 0.05 * torch.randn(30, units, 4, generator=generator, dtype=torch.float64)
+    logits = torch.randn(30, 5, generator=generator, dtype=torch.float64)
+    labels = torch.randint(5, (30,), generator=generator)
+    directions = Directions(coordinates, class_basis(logits, labels, 4)[0], logits, labels, 0.0, own_targets=own_targets)
+    joint = select_jointly(Selection(graph, 5, Constraints()), directions, 2)
+
+    selection, shift = Selection(graph, 5, Constraints()), torch.zeros(30, 4, dtype=torch.float64)
+    while not selection.done():
+        scores = directions.scores(2, shift) / selection.savings()
+        best = int(scores.masked_fill(~selection.open, torch.inf).argmin())
+        if selection.take(best):
+            shift += coordinates[:, best]
+    change, wanted = directions.loss_change_at(coordinates[:, joint].sum(1)), directions.loss_change_at(shift)
+    assert change <= wanted + 0.05 * abs(wanted)
+
+
+def test_first_marginals_are_the_single_scores(graph, directions):
+    for order in (2, 3):
+        chosen = select_jointly(Selection(graph, 9.1, Constraints()), directions, order)
+        assert chosen == [int(directions.scores(order).argmin())]
+
+
+def test_predicted_loss_change_is_close_to_the_measured(plain_network, images, labels):
+    """Closing gates of the last hidden layer moves the logits exactly as the directions say."""
+    pruner = EnhancedFilterPruner(plain_network, images, 3, exclude=["0"], progress=False).rank([(images, labels)])
+    smaller = pruner.graph.remove(pruner.get_pruning_plan(34))
+    with torch.no_grad():
+        true = F.cross_entropy(smaller(images), labels) - F.cross_entropy(plain_network(images), labels)
+    assert pruner.predicted_loss_change == pytest.approx(true.item(), rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize("percentage", [10, 30, 50, 90])
+def test_the_percentage_of_filters_is_met(resnet, percentage):
+    _, graph = resnet
+    scores = torch.rand(len(graph.units), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    plan = graph.plan_of(select_by_score(Selection(graph, percentage, Constraints()), scores))
+    total = sum(int(info.removable.sum()) for info in graph.layers.values())
+    largest = max(len(unit.filters) for unit in graph.units)
+    assert abs(sum(map(len, plan.values())) - percentage / 100 * total) <= largest / 2 + 1
+
+
+@pytest.mark.parametrize("budget", ["params", "macs"])
+def test_a_budget_of_parameters_or_macs_is_met_by_the_real_network(resnet, budget):
+    from EnhancedPruning import profile
+
+    model, graph = resnet
+    example = torch.randn(1, 3, 64, 64)
+    key = {"params": "parameters", "macs": "macs"}[budget]
+    dense = profile(model, example)[key]
+    assert CostModel(graph, budget).total() == pytest.approx(dense, rel=0.01)
+    scores = torch.rand(len(graph.units), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    chosen = select_by_score(Selection(graph, 40, Constraints(budget=budget)), scores)
+    smaller = profile(graph.remove([graph.units[u] for u in chosen]), example)[key]
+    assert smaller / dense == pytest.approx(0.6, abs=0.01)
+
+
+def test_a_unit_is_weighed_per_filter(resnet):
+    _, graph = resnet
+    wide = max(graph.units, key=lambda unit: len(unit.filters))
+    narrow = next(unit for unit in graph.units if len(unit.filters) == 1)
+    scores = torch.full((len(graph.units),), 10.0, dtype=torch.float64)
+    scores[wide.index], scores[narrow.index] = 2.0, 1.0
+    chosen = select_by_score(Selection(graph, 0.15, Constraints()), scores)
+    assert chosen[0] == wide.index
+
+
+def test_no_layer_loses_more_than_the_bound(resnet):
+    _, graph = resnet
+    scores = torch.tensor([float(unit.filters[0][0].startswith("layer1")) for unit in graph.units], dtype=torch.float64)
+    for bound in (1.0, 1.3):
+        plan = graph.plan_of(select_by_score(Selection(graph, 30, Constraints(layer_bound=bound)), -scores))
+        for name, gone in plan.items():
+            assert len(gone) <= math.ceil(bound * 0.3 * int(graph.layers[name].removable.sum()))
+
+
+def test_the_bound_counts_what_earlier_rounds_removed(graph, plain_network, images, batches):
+    constraints = Constraints(layer_bound=1.0)
+    ledger = Ledger.open(graph, constraints)
+    pruner = EnhancedFilterPruner(plain_network, images, 2, constraints=constraints, progress=False).rank(batches)
+    plan = pruner.get_pruning_plan(30, ledger)
+    ledger.record(plan)
+    smaller = graph.remove(plan)
+    pruner = EnhancedFilterPruner(smaller, images, 2, constraints=constraints, progress=False).rank(batches)
+    final = pruner.graph.remove(pruner.get_pruning_plan(60, ledger))
+    assert abs(final[0].out_channels + final[4].out_channels - 11 * 0.4) <= 1
+    assert final[0].out_channels >= 5 - math.ceil(0.6 * 5) and final[4].out_channels >= 6 - math.ceil(0.6 * 6)
+
+
+def test_every_layer_keeps_its_least_number_of_filters(graph):
+    scores = torch.arange(len(graph.units), dtype=torch.float64)
+    plan = graph.plan_of(select_by_score(Selection(graph, 60, Constraints(min_filters=2)), scores))
+    assert all(graph.layers[name].filters - len(gone) >= 2 for name, gone in plan.items())
+    with pytest.raises(InputError, match="lower percentage"):
+        select_by_score(Selection(graph, 90, Constraints(min_filters=2)), scores)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_widths_are_multiples_and_the_total_stays_close(resnet, order):
+    _, graph = resnet
+    scores = torch.rand(len(graph.units), dtype=torch.float64, generator=torch.Generator().manual_seed(order))
+    plan = graph.plan_of(select_by_score(Selection(graph, 30, Constraints(round_to=8)), scores))
+    assert all((graph.layers[name].filters - len(gone)) % 8 == 0 for name, gone in plan.items())
+    total = sum(info.filters for info in graph.layers.values())
+    assert abs(sum(map(len, plan.values())) / total - 0.3) < 0.03
+
+
+def test_order_1_selects_by_squares_per_sample(plain_network, images, labels, directions, graph):
+    pruner = EnhancedFilterPruner(plain_network, images, 1, progress=False).rank([(images, labels)])
+    wanted = directions.moments(order=1)[0].square().mean(0).argsort()[:3]
+    assert sorted(pruner.select(100 * 3 / len(graph.units))) == sorted(wanted.tolist())
+
+
+def test_gradient_flow_changes_the_plan_as_its_weights_say(plain_network, images, labels):
+    pruner = EnhancedFilterPruner(
+        plain_network, images, 2, use_gradient_flow=True, selection="independent", progress=False
+    ).rank([(images, labels)])
+    wanted = weigh(pruner.scores(), pruner.flow_weights()).argsort()[:4]
+    assert sorted(pruner.select(100 * 4 / len(pruner.graph.units))) == sorted(wanted.tolist())
+
+
+@pytest.mark.parametrize("percentage", [0, 100, -5, math.nan, "30"])
+def test_percentages_outside_of_0_to_100_are_refused(graph, percentage):
+    with pytest.raises(InputError, match="percentage"):
+        Selection(graph, percentage, Constraints())
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"taylor_order": 4}, {"selection": "both"}, {"curvature": "none"}, {"class_probes": 1}, {"hessian_probes": 0}],
+)
+def test_wrong_arguments_are_refused(plain_network, images, wrong):
+    with pytest.raises(InputError, match=next(iter(wrong))):
+        EnhancedFilterPruner(plain_network, images, **wrong)
+
+
+def test_weights_that_are_not_finite_are_refused(plain_network, images):
+    plain_network[0].weight.data[0, 0, 0, 0] = torch.nan
+    with pytest.raises(InputError, match=r"0\.weight"):
+        EnhancedFilterPruner(plain_network, images)
+
+
+def test_a_network_without_removable_filters_is_refused(plain_network, images):
+    with pytest.raises(InputError, match="no filter"):
+        EnhancedFilterPruner(plain_network, images, exclude=["0", "4"])
+
+
+@pytest.mark.parametrize("name", sorted(BASELINES))
+def test_baselines_score_every_unit(plain_network, graph, directions, name):
+    scores = baseline_scores(name, graph, directions)
+    assert scores.shape == (len(graph.units),) and scores.isfinite().all() and (scores >= 0).all()
+
+
+def test_molchanov_2017_is_the_normalised_mean_of_absolute_means(plain_network, graph, directions, images, labels):
+    """By the paper's own words: activation and gradient, mean over space, absolute value, mean over samples, l2 norm."""
+    kept = []
+    handle = plain_network[1].register_forward_hook(lambda module, x, y: (y.retain_grad(), kept.append(y))[1])
+    loss = F.cross_entropy(plain_network(images), labels, reduction="sum")
+    handle.remove()
+    loss.backward()
+    theta = (kept[0] * kept[0].grad).mean((2, 3)).abs().mean(0).detach()
+    torch.testing.assert_close(baseline_scores("molchanov2017", graph, directions)[:5], theta / theta.norm())
+
+
+def test_magnitude_is_the_norm_over_the_layers_mean(plain_network, graph):
+    norms = plain_network[4].weight.detach().flatten(1).norm(dim=1)
+    torch.testing.assert_close(baseline_scores("magnitude", graph, None)[5:], norms / norms.mean())
