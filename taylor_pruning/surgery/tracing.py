@@ -8,7 +8,6 @@ view, flatten and transpose act on the id tensor as they act on data. A size tha
 Id tensors are `expand`ed over batch and space, so that they cost no memory.
 """
 
-import copy
 import functools
 import inspect
 import math
@@ -24,6 +23,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from torchvision.ops import FrozenBatchNorm2d
 
 from taylor_pruning.errors import InputError
+from taylor_pruning.surgery.copying import copy_of
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, FrozenBatchNorm2d)
@@ -755,17 +755,3 @@ class ChannelInterpreter(fx.Interpreter):
             return tuple(fill(s) for s in shape)
 
         return fill(self.shapes[node])
-
-
-def copy_of(model, replaced=None):
-    """A deep copy with the tensors in `replaced` {id: tensor} in the place of its own.
-
-    Raises InputError if a tensor of the model cannot be copied.
-    """
-    try:
-        return copy.deepcopy(model, replaced)
-    except RuntimeError as error:
-        raise InputError(
-            f"{type(model).__name__} cannot be copied ({str(error).splitlines()[0]}); make weights "
-            "that torch.nn.utils.prune or weight_norm computes permanent (prune.remove, remove_weight_norm)"
-        ) from error
