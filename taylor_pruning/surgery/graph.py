@@ -14,6 +14,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from taylor_pruning.errors import InputError
 from taylor_pruning.surgery.copying import copy_of
+from taylor_pruning.surgery.hooks import modules_with_changing_hooks
 from taylor_pruning.surgery.proof import CutProof
 from taylor_pruning.surgery.tracing import CONVS, ChannelIds, ChannelInterpreter, trace, undisturbed
 
@@ -140,8 +141,14 @@ class ChannelGraph:
             self._build_units(book, prune_linear)
             self._build_sites(tracing, in_training)
         self.readers = tuple(self._readers())
-        self.smooth_operations = tuple(sorted({n.nonlinear for n in tracing.nodes.values() if n.nonlinear}))
+        smooth = {n.nonlinear for n in tracing.nodes.values() if n.nonlinear}
+        smooth |= {f"hooks of {name}" for name in self._changing_hooks(example)}
+        self.smooth_operations = tuple(sorted(smooth))
         self.positions = dict(tracing.positions)
+
+    def _changing_hooks(self, example):
+        parameter = next((p for p in self.model.parameters() if p.is_floating_point()), example)
+        return modules_with_changing_hooks(self.model, example.to(parameter))
 
     def _interpret(self, example, book, prune_linear, training, known=None):
         """What a trace in the given mode shows, and the trace as text; (None, `known`) if the text is the known one."""

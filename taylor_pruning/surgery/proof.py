@@ -21,7 +21,7 @@ from taylor_pruning.surgery.copying import copy_of
 FORWARD_ERRORS = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError, ArithmeticError)
 TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-8}  # largest relative difference that counts as none
 DOUBTFUL = 1e-5, 1e-2  # between these in float32, float64 decides where the network runs in it
-NOISE = set("rand randn rand_like randn_like uniform uniform_ normal_ normal_functional exponential_ cauchy_".split())
+NOISE = {"rand": 0.5, "rand_like": 0.5, "randn": 0.0, "randn_like": 0.0}  # operation: mean of what it draws
 
 
 class CutProof:
@@ -170,22 +170,25 @@ def in_doubt(difference: float) -> bool:
 
 
 class _MeanDraws(TorchDispatchMode):
-    """Random draws become constants, so that networks of two widths draw alike.
-
-    A Bernoulli draw becomes its probability, which makes dropout and stochastic depth the identity. Noise becomes 0.5.
-    """
+    """Random draws become their means, so that networks of two widths draw alike: dropout becomes the identity."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
+        name, kwargs = function.overloadpacket.__name__, kwargs or {}
         if name == "native_dropout":
             return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
         if name.startswith("rrelu_with_noise"):
             return torch.where(args[0] < 0, args[0] * (args[2] + args[3]) / 2, args[0])
-        result = function(*args, **(kwargs or {}))
+        result = function(*args, **kwargs)
+        if name in NOISE:
+            return result.fill_(NOISE[name])
         if name in ("bernoulli", "bernoulli_"):
-            given = args[1:2] or ((kwargs or {}).get("p", 0.5 if name.endswith("_") else args[0]),)
-            return result.copy_(torch.as_tensor(given[0]))
-        return result.fill_(0.5) if name in NOISE else result
+            given = args[1] if len(args) > 1 else kwargs.get("p", 0.5 if name == "bernoulli_" else args[0])
+            return result.copy_(torch.as_tensor(given))
+        if name == "uniform_":
+            return result.fill_(sum((*args[1:], *(0.0, 1.0)[len(args) - 1 :])) / 2)
+        if name in ("normal_", "exponential_"):
+            return result.fill_(args[1] if len(args) > 1 else float(name == "exponential_"))
+        return result
 
 
 def is_trivial(tensor: torch.Tensor) -> bool:
