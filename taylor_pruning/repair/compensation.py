@@ -181,7 +181,7 @@ class _Plan:
         self.uses = Counter(  # {id of a tensor: calls of modules that have it}
             id(getattr(self._module(node), name, None)) for node in nodes[1] for name in ("weight", "running_mean")
         )
-        self.left_alone = {}
+        self.left_alone, self.hooked = {}, set(hooked)
         forward = ShapeInterpreter(dense, graphs[0])
         forward.run(example.clone())
         self.shapes = {node.name: shape for node, shape in forward.shapes.items()}  # of the dense network
@@ -195,7 +195,11 @@ class _Plan:
             for node, indices, norm, stream in found
         ]
         self.layers.sort(key=lambda layer: layer.position)
-        self.batchnorms = {node.name: self._module(node) for node in order if self._settles(self._module(node))}
+        self.batchnorms = {
+            node.name: self._module(node)
+            for node in order
+            if self._settles(self._module(node)) and node.target not in self.hooked
+        }
         self.last_use = self._last_use(position)
 
     def _module(self, node):
@@ -210,6 +214,8 @@ class _Plan:
             if not isinstance(module, (*CONVS, nn.Linear)):
                 continue
             reason = "nothing reads it" if not node.users else self._unfit(module, self.uses[id(module.weight)])
+            if node.target in self.hooked:
+                reason = "its forward hooks change what it reads or gives"
             if reason:
                 self.left_alone[node.target] = reason
                 continue
@@ -231,6 +237,8 @@ class _Plan:
         while len(last.users) == 1:
             (user,) = last.users
             module = self._module(user)
+            if module is not None and user.target in self.hooked:
+                break
             if last is node and self._folds(module):
                 norm = module
             elif getattr(user.target, "__name__", None) != "stochastic_depth" and not isinstance(module, TRANSPARENT):

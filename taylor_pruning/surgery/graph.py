@@ -239,7 +239,11 @@ class ChannelGraph:
 
     def _build_sites(self, tracing, in_training):
         self.sites = self._sites_of(tracing)
-        self._training_sites = self.sites if in_training is None else self._sites_of(in_training)
+        self._training_sites = self.sites
+        if in_training is not None:
+            known = {(site.module, site.call) for site in self.sites}
+            others = (site for site in self._sites_of(in_training) if (site.module, site.call) not in known)
+            self._training_sites = *self.sites, *others
 
     def _sites_of(self, tracing):
         exposed, calls, sites = tracing.exposed(), defaultdict(int), []
