@@ -24,9 +24,10 @@ import torch.nn.functional as F
 from torch import fx, nn
 from tqdm import tqdm
 
-from taylor_pruning.surgery.tracing import BATCH_NORMS, CONVS, trace, undisturbed
 from taylor_pruning.errors import InputError
 from taylor_pruning.repair.ridge import DualRidgeSolver, RidgeSolver, Rows
+from taylor_pruning.surgery.hooks import modules_with_changing_hooks
+from taylor_pruning.surgery.tracing import BATCH_NORMS, CONVS, ShapeInterpreter, trace, undisturbed
 
 FITTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
@@ -97,8 +98,15 @@ def compensate(dense, smaller, batches, kept=None, *, progress=True, activation_
     report = CompensationReport()
     if not batches:
         raise InputError("compensation: there are no calibration images; give at least one batch")
-    with undisturbed(dense, False), undisturbed(smaller, False):
-        plan = _Plan(dense, smaller, kept or {})
+    example = batches[0][0][:1].expand(2, *batches[0][0].shape[1:])
+    hooked = modules_with_changing_hooks(dense, example)
+    if "" in hooked:
+        raise InputError(
+            f"compensation: {type(dense).__name__} has a forward hook of its own that changes its input or output; "
+            "do this in its forward"
+        )
+    with undisturbed(dense, False, hooked), undisturbed(smaller, False, hooked):
+        plan = _Plan(dense, smaller, kept or {}, example, hooked)
         report.left_alone.update(plan.left_alone)
         walk = _Walk(plan, [images for images, _ in batches], activation_budget)
         for layer in tqdm(plan.layers, desc="compensate", unit="layer", leave=False, disable=not progress):
@@ -163,8 +171,8 @@ class _Plan:
     The other operand of a sum that a layer is to match is computed before the layer.
     """
 
-    def __init__(self, dense, smaller, kept):
-        graphs = [trace(dense), trace(smaller)]
+    def __init__(self, dense, smaller, kept, example, hooked=()):
+        graphs = [trace(dense, hooked), trace(smaller, hooked)]
         nodes = [list(graph.nodes) for graph in graphs]
         if [(n.op, n.name) for n in nodes[0]] != [(n.op, n.name) for n in nodes[1]]:
             raise InputError("compensation: the two networks do not run the same layers; give the network that was pruned")
@@ -173,7 +181,10 @@ class _Plan:
         self.uses = Counter(  # {id of a tensor: calls of modules that have it}
             id(getattr(self._module(node), name, None)) for node in nodes[1] for name in ("weight", "running_mean")
         )
-        self.left_alone = {}
+        self.left_alone, self.hooked = {}, set(hooked)
+        forward = ShapeInterpreter(dense, graphs[0])
+        forward.run(example.clone())
+        self.shapes = {node.name: shape for node, shape in forward.shapes.items()}  # of the dense network
         found = self._candidates(nodes[1], dict(dense.named_modules(remove_duplicate=False)), kept)
         order = _sorted(nodes[1], {node: stream for node, _, _, stream in found if stream is not None})
         index = {node: i for i, node in enumerate(nodes[1])}
@@ -184,7 +195,11 @@ class _Plan:
             for node, indices, norm, stream in found
         ]
         self.layers.sort(key=lambda layer: layer.position)
-        self.batchnorms = {node.name: self._module(node) for node in order if self._settles(self._module(node))}
+        self.batchnorms = {
+            node.name: self._module(node)
+            for node in order
+            if self._settles(self._module(node)) and node.target not in self.hooked
+        }
         self.last_use = self._last_use(position)
 
     def _module(self, node):
@@ -199,6 +214,8 @@ class _Plan:
             if not isinstance(module, (*CONVS, nn.Linear)):
                 continue
             reason = "nothing reads it" if not node.users else self._unfit(module, self.uses[id(module.weight)])
+            if node.target in self.hooked:
+                reason = "its forward hooks change what it reads or gives"
             if reason:
                 self.left_alone[node.target] = reason
                 continue
@@ -220,6 +237,8 @@ class _Plan:
         while len(last.users) == 1:
             (user,) = last.users
             module = self._module(user)
+            if module is not None and user.target in self.hooked:
+                break
             if last is node and self._folds(module):
                 norm = module
             elif getattr(user.target, "__name__", None) != "stochastic_depth" and not isinstance(module, TRANSPARENT):
@@ -227,16 +246,17 @@ class _Plan:
             last = user
         return norm, self._stream(node, last, claimed)
 
-    @staticmethod
-    def _stream(node, last, claimed):
+    def _stream(self, node, last, claimed):
         """The other operand of the sum that `last`, which carries the layer's output, goes into; None if there is none,
-        it needs this layer, or another layer matches the sum already."""
+        it has another shape, it needs this layer, or another layer matches the sum already."""
         if len(last.users) != 1:
             return None
         (user,) = last.users
         others = [n for n in user.all_input_nodes if n is not last]
         is_sum = user.target in SUMS and len(user.args) == 2 and len(others) == 1 and not user.kwargs
         if not is_sum or user in claimed or node in _ancestors(others[0]):
+            return None
+        if self.shapes[others[0].name] != self.shapes[node.name]:
             return None
         claimed.add(user)
         return others[0]

@@ -1,5 +1,6 @@
 """Units of filters that must go together, gates that switch them off, and the cut that really removes them."""
 
+import copy
 import fnmatch
 import math
 from collections import defaultdict
@@ -11,8 +12,11 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from taylor_pruning.surgery.tracing import CONVS, ChannelIds, ChannelInterpreter, copy_of, trace, undisturbed
 from taylor_pruning.errors import InputError
+from taylor_pruning.surgery.copying import copy_of
+from taylor_pruning.surgery.hooks import modules_with_changing_hooks
+from taylor_pruning.surgery.proof import CutProof
+from taylor_pruning.surgery.tracing import CONVS, ChannelIds, ChannelInterpreter, trace, undisturbed
 
 
 class Unit(NamedTuple):
@@ -102,6 +106,8 @@ class ChannelGraph:
             has operations that are not known by name.
         exclude: patterns (`fnmatch`) of layer names whose filters are never removed.
         prune_linear: also make units of the outputs of hidden fully connected layers.
+        verify: run the network with half of all gates closed and without those units, on random inputs, and protect
+            units whose removal gives other outputs.
 
     Attributes:
         units: tuple of the removable `Unit`s.
@@ -116,7 +122,7 @@ class ChannelGraph:
         InputError: the network cannot be traced, copied, or run on the example, or a pattern matches no layer.
     """
 
-    def __init__(self, model, example_input, exclude=(), prune_linear=False):
+    def __init__(self, model, example_input, exclude=(), prune_linear=False, verify=True):
         self.model = model
         book = ChannelIds(model)
         example = example_input[:1].expand(2, *example_input.shape[1:])  # batch statistics need two samples
@@ -124,15 +130,25 @@ class ChannelGraph:
         exposed = tracing.exposed()
         self._protect_functional_sources(tracing, exposed, book)
         seen = set(book.filters)
-        self._interpret(example, book, prune_linear, training=True, known=text)
+        in_training, _ = self._interpret(example, book, prune_linear, training=True, known=text)
         for layer in set(book.filters) - seen:
             book.protect(book.filters[layer], "used in training alone")
         self._exclude(book, exclude)
+        self._proof_settings = example_input, (False,) if in_training is None else (False, True)
         self._build_units(book, prune_linear)
-        self._build_sites(tracing, exposed)
+        self._build_sites(tracing, in_training)
+        if verify and self._protect_faults(book):
+            self._build_units(book, prune_linear)
+            self._build_sites(tracing, in_training)
         self.readers = tuple(self._readers())
-        self.smooth_operations = tuple(sorted({n.nonlinear for n in tracing.nodes.values() if n.nonlinear}))
+        smooth = {n.nonlinear for n in tracing.nodes.values() if n.nonlinear}
+        smooth |= {f"hooks of {name}" for name in self._changing_hooks(example)}
+        self.smooth_operations = tuple(sorted(smooth))
         self.positions = dict(tracing.positions)
+
+    def _changing_hooks(self, example):
+        parameter = next((p for p in self.model.parameters() if p.is_floating_point()), example)
+        return modules_with_changing_hooks(self.model, example.to(parameter))
 
     def _interpret(self, example, book, prune_linear, training, known=None):
         """What a trace in the given mode shows, and the trace as text; (None, `known`) if the text is the known one."""
@@ -158,6 +174,29 @@ class ChannelGraph:
         for node, info in tracing.nodes.items():
             if info.ids is not None and node.op != "call_module" and not info.reads and node in exposed:
                 book.protect(info.ids, f"{node.name} does not keep zeros and is not a module")
+
+    def _protect_faults(self, book):
+        """Protects the units of which a trial shows that they cannot be removed; whether there are any."""
+        faults = self._proof().faults(self.units, share=0.5)
+        for unit, reason in faults.items():
+            for name, index in unit.filters:
+                book.protect(book.filters[name][index : index + 1], reason)
+        return bool(faults)
+
+    def _proof(self):
+        def on(model):
+            graph = copy.copy(self)
+            graph.model = model
+            return graph
+
+        def run_gated(model, units, x):
+            gates = torch.ones(len(self.units), dtype=torch.float64, device=x.device)
+            gates[[unit.index for unit in units]] = 0
+            with on(model).gated(gates):
+                return model(x)
+
+        example, modes = self._proof_settings
+        return CutProof(self.model, example, run_gated, lambda model, units: on(model)._cut(units), modes)
 
     @staticmethod
     def _exclude(book, patterns):
@@ -198,8 +237,16 @@ class ChannelGraph:
             protected = classes[name][units < 0].tolist()
             self.layers[name] = LayerInfo(len(units), units, reason_of[protected[0]] if protected else None)
 
-    def _build_sites(self, tracing, exposed):
-        calls, sites = defaultdict(int), []
+    def _build_sites(self, tracing, in_training):
+        self.sites = self._sites_of(tracing)
+        self._training_sites = self.sites
+        if in_training is not None:
+            known = {(site.module, site.call) for site in self.sites}
+            others = (site for site in self._sites_of(in_training) if (site.module, site.call) not in known)
+            self._training_sites = *self.sites, *others
+
+    def _sites_of(self, tracing):
+        exposed, calls, sites = tracing.exposed(), defaultdict(int), []
         for node, info in tracing.nodes.items():
             if node.op != "call_module":
                 continue
@@ -211,7 +258,7 @@ class ChannelGraph:
             units = self._unit_of_id[info.ids[tuple(along)]]
             if (units >= 0).any():
                 sites.append(GateSite(node.target, call, info.dim, units))
-        self.sites = tuple(sites)
+        return tuple(sites)
 
     def _readers(self):
         for (name, dim), units in self.tensors.items():
@@ -253,7 +300,7 @@ class ChannelGraph:
         """
         open_gates = torch.cat([gates, gates.new_ones(*gates.shape[:-1], 1)], -1)  # index -1: no gate
         handles, calls, by_module = [], defaultdict(int), defaultdict(dict)
-        for site in self.sites:
+        for site in self._training_sites if self.model.training else self.sites:
             by_module[site.module][site.call] = site
 
         def reset(module, inputs):
@@ -337,17 +384,30 @@ class ChannelGraph:
                 plan[name].append(filter_index)
         return {name: sorted(indices) for name, indices in plan.items() if indices}
 
-    def remove(self, plan):
+    def remove(self, plan, verify=True):
         """A copy of the model without the plan's filters: smaller tensors, same class, same forward.
 
         Args:
             plan: {layer name: filter indices} or an iterable of `Unit`s.
+            verify: compare it on random inputs to the model with closed gates (`CutProof`).
 
         Raises:
-            InputError: see `units_of`, or a layer would lose its last filter.
+            InputError: see `units_of`; a layer would lose its last filter; or the two differ.
         """
+        units = [self.units[index] for index in self.units_of(plan)]
+        smaller = self._cut(units)
+        if verify and units:
+            proof = self._proof()
+            if reason := proof.failure(units):
+                faults = proof.faults(units)
+                layers = sorted({name for unit in faults for name, _ in unit.filters})
+                reason = next(iter(faults.values()), reason)
+                raise InputError(f"filters of {', '.join(layers)} cannot be removed: {reason}; exclude these layers")
+        return smaller
+
+    def _cut(self, units):
         stays = torch.ones(len(self.units) + 1, dtype=torch.bool)  # the last entry stands for index -1
-        stays[self.units_of(plan)] = False
+        stays[[unit.index for unit in units]] = False
         shared = {id(units): units for units in self.tensors.values()}
         indices = {key: stays[units].nonzero()[:, 0] for key, units in shared.items()}
         kept = defaultdict(dict)

@@ -8,7 +8,6 @@ view, flatten and transpose act on the id tensor as they act on data. A size tha
 Id tensors are `expand`ed over batch and space, so that they cost no memory.
 """
 
-import copy
 import functools
 import inspect
 import math
@@ -24,6 +23,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from torchvision.ops import FrozenBatchNorm2d
 
 from taylor_pruning.errors import InputError
+from taylor_pruning.surgery.copying import copy_of
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, FrozenBatchNorm2d)
@@ -52,7 +52,10 @@ SPATIAL = {
         zeropad reflectionpad replicationpad circularpad""".split()
     for dimension in (1, 2, 3)
 } | set("interpolate upsample upsamplingnearest2d upsamplingbilinear2d".split())
-RESHAPING = set("view reshape".split())
+RESHAPING = set("view reshape view_as reshape_as".split())
+EXPANDING = set("expand expand_as repeat".split())
+AS_ANOTHER = set("expand_as view_as reshape_as type_as to".split())  # the second tensor is a model of shape or type
+NEW = set("zeros ones full empty rand randn".split())  # tensors of a given size; also new_zeros, zeros_like
 NATIVE = set("flatten permute transpose squeeze unsqueeze movedim swapaxes stack pixel_unshuffle".split())
 REDUCING = set("mean sum amax amin".split())
 SUMS = set("add iadd sub isub maximum minimum".split())
@@ -69,27 +72,40 @@ PIECEWISE_LINEAR = (
 )  # fmt: skip
 
 
-IN_PLACE_OPERATORS = set("iadd isub imul itruediv".split())
+IN_PLACE_OPERATORS = set("iadd isub imul itruediv ifloordiv imod ipow iand ior".split())
 
 
 class Tracer(fx.Tracer):
-    """Symbolic tracer to which every layer whose forward is that of a known kind is one operation."""
+    """Symbolic tracer to which every layer whose forward is that of a known kind is one operation.
+
+    Args:
+        whole: names of other modules that are one operation.
+    """
 
     proxy_buffer_attributes = True  # a forward that counts batches must not count while it is traced
 
+    def __init__(self, whole=()):
+        super().__init__()
+        self.whole = whole
+
     def is_leaf_module(self, module, name):
+        if name in self.whole:
+            return True
         known = isinstance(module, BATCH_NORMS) and any(type(module).forward is kind.forward for kind in BATCH_NORMS)
         return known or super().is_leaf_module(module, name)
 
 
 @contextmanager
-def undisturbed(model, training):
-    """The model in the given mode, with no hooks; on leaving, every attribute of every module is as it was."""
+def undisturbed(model, training, hooked=()):
+    """The model in the given mode, with no hooks but those of the modules named in `hooked`; on leaving, every attribute
+    of every module is as it was."""
     saved = [(module, dict(vars(module))) for module in model.modules()]
+    keep = {id(model.get_submodule(name)) for name in hooked}
     try:
         for module, _ in saved:
-            no_hooks = {"_forward_hooks": OrderedDict(), "_forward_pre_hooks": OrderedDict()}
-            vars(module).update(no_hooks, training=training)
+            vars(module)["training"] = training
+            if id(module) not in keep:
+                vars(module).update(_forward_hooks=OrderedDict(), _forward_pre_hooks=OrderedDict())
         yield
     finally:
         for module, attributes in saved:
@@ -97,19 +113,40 @@ def undisturbed(model, training):
             vars(module).update(attributes)
 
 
-def settled(graph):
-    """The graph with every later reader of a tensor that an operation like `add_` changes reading its result."""
+def changed_in_place(node, model):
+    """The input that an operation changes in place (`add_`, `+=`, `inplace=True`, `out=`), None if there is none."""
+    if node.op == "call_module":
+        module = model.get_submodule(node.target)
+        return node.args[0] if getattr(module, "inplace", False) is True and node.args else None
+    if node.op not in ("call_method", "call_function"):
+        return None
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if (name.rstrip("_") != name and not name.startswith("_")) or name in IN_PLACE_OPERATORS:
+        return node.args[0]
+    if isinstance(node.kwargs.get("out"), fx.Node):
+        return node.kwargs["out"]
+    if node.kwargs.get("inplace") is True:
+        return node.args[0] if node.args else node.kwargs.get("input")
+    if node.op == "call_function" and any(a is True for a in node.args):  # relu(x, True)
+        names = list(inspect.signature(node.target).parameters) if inspect.isfunction(node.target) else []
+        return node.args[0] if dict(zip(names, node.args, strict=False)).get("inplace") is True else None
+    return None
+
+
+def settled(graph, model):
+    """The graph with every later reader of a tensor that an operation changes in place reading its result."""
     order = {node: position for position, node in enumerate(graph.nodes)}
     for node in graph.nodes:
-        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-        in_place = name.rstrip("_") != name if node.op in ("call_method", "call_function") else False
-        if (in_place and not name.startswith("_")) or name in IN_PLACE_OPERATORS:
-            node.args[0].replace_all_uses_with(node, lambda user, node=node: order[user] > order[node])
+        changed = changed_in_place(node, model)
+        if isinstance(changed, fx.Node):
+            changed.replace_all_uses_with(node, lambda user, node=node: order[user] > order[node])
     return graph
 
 
-def trace(model):
+def trace(model, whole=()):
     """Symbolic trace (`fx.Graph`) of `model`, with all arguments of its forward but the first at their defaults.
+
+    The modules named in `whole` are one operation each.
 
     Raises InputError naming the line of the forward that cannot be traced.
     """
@@ -120,7 +157,8 @@ def trace(model):
         raise InputError(f"forward of {name} needs {', '.join(missing)} besides the images; give them defaults")
     defaults = {p.name: p.default for p in others if isinstance(p.default, (bool, int, float, type(None)))}
     try:
-        return settled(Tracer().trace(model, defaults))
+        with _widths(model):
+            return settled(Tracer(whole).trace(model, defaults), model)
     except TRACE_ERRORS as error:
         here = (str(Path(torch.__file__).parent), __file__)
         frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(here)]
@@ -130,6 +168,45 @@ def trace(model):
             f"{name} cannot be traced at {where} ({cause}). Move control flow that depends on the data, and new "
             "tensors sized by it, out of forward or into a function marked with torch.fx.wrap"
         ) from error
+
+
+class Width(int):
+    """A number of channels that the forward reads off a layer (`conv.in_channels`), or an integer computed from some.
+
+    Attributes:
+        sources: ((layer name, attribute), ...) that it was computed from.
+        whole: it is that attribute itself.
+    """
+
+    def __new__(cls, value, sources, whole=True):
+        width = super().__new__(cls, value)
+        width.sources, width.whole = sources, whole
+        return width
+
+    def _computed(operation):
+        def method(self, other):
+            result = getattr(int, operation)(self, other)
+            sources = self.sources + getattr(other, "sources", ())
+            return Width(result, sources, whole=False) if type(result) is int else result
+
+        return method
+
+    __add__, __sub__, __mul__, __floordiv__ = map(_computed, ("__add__", "__sub__", "__mul__", "__floordiv__"))
+    __radd__, __rsub__, __rmul__, __rfloordiv__ = map(_computed, ("__radd__", "__rsub__", "__rmul__", "__rfloordiv__"))
+
+
+@contextmanager
+def _widths(model):
+    """While open, every layer's numbers of channels are `Width`s."""
+    attributes = "in_channels out_channels in_features out_features num_features num_channels num_parameters".split()
+    found = [(n, m, a) for n, m in model.named_modules() for a in attributes if type(vars(m).get(a)) is int]
+    try:
+        for name, module, attribute in found:
+            vars(module)[attribute] = Width(vars(module)[attribute], ((name, attribute),))
+        yield
+    finally:
+        for _, module, attribute in found:
+            vars(module)[attribute] = int(vars(module)[attribute])
 
 
 class ChannelIds:
@@ -173,6 +250,26 @@ class ChannelIds:
             self.unite(self.tensors[key], ids)
         else:
             self.tensors[key] = ids
+
+    def width(self, module, name, attribute):
+        """The ids of the channels that an attribute of a layer counts, None if no tensor of its has that length."""
+        key = None
+        if attribute.startswith(("in_", "out_")):
+            groups, transposed = getattr(module, "groups", 1), isinstance(module, _ConvTransposeNd)
+            rows = attribute.startswith("in_") == transposed
+            if rows or groups == 1:
+                key = f"{name}.weight", 0 if rows else 1
+            elif groups == module.in_channels == module.out_channels:
+                key = f"{name}.weight", 0
+        else:
+            vectors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+            key = next(((f"{name}.{n}", 0) for n, v in vectors if v.shape == (getattr(module, attribute),)), None)
+        if key is None or key[0] not in self.aliases:
+            return None
+        key = self.aliases[key[0]], key[1]
+        if key not in self.tensors:
+            self.tensors[key] = self.new(getattr(module, attribute))
+        return self.tensors[key]
 
     def roots(self):
         """[count] for every id the smallest id of its class: every edge hooks the larger label on the smaller one."""
@@ -334,15 +431,15 @@ class ChannelInterpreter(fx.Interpreter):
 
     def run_node(self, node):
         info = self.tracing.nodes[node] = Node()
-        inputs = node.all_input_nodes
-        info.constant = node.op == "get_attr" or (bool(inputs) and all(self.tracing.nodes[i].constant for i in inputs))
-        args, kwargs = self.fetch_args_kwargs_from_env(node)
+        info.constant = node.op == "get_attr" or self.is_constant(node)
+        args, kwargs = fx.node.map_aggregate(self.fetch_args_kwargs_from_env(node), self.length_of)
         tensors = instances(torch.Tensor, args, kwargs)
         if node.op == "placeholder":
             value = super().run_node(node)  # ids for the images, its default for any other argument
             result = self.book.fixed(tuple(value.shape), "input of the network") if torch.is_tensor(value) else value
         elif node.op == "get_attr":
             result = self.attribute(node)
+            info.source = True  # no gate makes it zero
         elif node.op == "output":
             info.reads = True
             self.protect_all(tensors, "output of the network")
@@ -363,6 +460,21 @@ class ChannelInterpreter(fx.Interpreter):
             if node.op == "call_module" and result.shape[:1] != self.example.shape[:1]:
                 self.book.protect(result, f"the batch of {node.target} is not that of the images")
         return result
+
+    def is_constant(self, node):
+        """Whether all tensors that it computes with are constants. Sizes, types and devices of activations are none."""
+        inputs = [i for i in node.all_input_nodes if instances(torch.Tensor, self.env[i])]
+        if node.op in ("call_method", "call_function") and operation_name(node) in AS_ANOTHER:
+            inputs = inputs[:1]
+        return bool(inputs) and all(self.tracing.nodes[i].constant for i in inputs)
+
+    def length_of(self, value):
+        """A layer's `Width` as the `Length` of the ids that run there; any other value as it is."""
+        if not isinstance(value, Width):
+            return value
+        layers = [(self.module.get_submodule(name), name, attribute) for name, attribute in value.sources]
+        ids = [ids for layer in layers if (ids := self.book.width(*layer)) is not None]
+        return Length(int(value), torch.cat(ids), value.whole) if ids else int(value)
 
     # -- modules -----------------------------------------------------------------------------------------------------
 
@@ -476,18 +588,31 @@ class ChannelInterpreter(fx.Interpreter):
     def run_function(self, node, info, name, args, kwargs, tensors):
         lengths = instances(Length, args, kwargs)
         if not tensors:
-            return self.number(node, info, name, lengths)
+            return self.number(node, info, name, args, kwargs, lengths)
         x = tensors[0]
         if name == "size" or (name == "getattr" and args[1] == "shape"):
             dim = argument("dim", 1, args, kwargs) if name == "size" else None
             return self.size(x) if dim is None else self.size(x)[dim]
         if name in ("numel", "nelement"):
             return Length(x.numel(), squash([x])[0].unique(), whole=False)
+        if name == "getattr" and args[1] == "dtype":
+            return next((p.dtype for p in self.module.parameters() if p.is_floating_point()), self.example.dtype)
         if name in ("dim", "getattr", "is_floating_point"):
             return super().run_node(node)
-        if name in RESHAPING | {"expand", "expand_as"}:
+        if name in ("to", "type_as"):
+            return x
+        if name.endswith("_like") and name.removesuffix("_like") in NEW:
+            info.constant, info.source = True, name != "zeros_like"
+            return x
+        if name == "new_tensor":
+            info.constant = info.source = True
+            return self.book.fixed(tuple(torch.as_tensor(args[1]).shape), f"meets the new tensor {node.name}")
+        if name.startswith("new_") and name.removeprefix("new_") in NEW:
+            return self.new_tensor(node, info, name.removeprefix("new_"), args[1:], kwargs)
+        if name in RESHAPING | EXPANDING:
             return self.resize(node, info, name, args, kwargs, x)
-        foreign = [n for n in lengths if name not in ("chunk", "split") or not contains(x, n.ids)]
+        by_lengths = name == "split" and isinstance(args[1], (tuple, list)) and all(getattr(s, "whole", 0) for s in args[1])
+        foreign = [n for n in lengths if name not in ("chunk", "split") or not (by_lengths or contains(x, n.ids))]
         self.protect_all([n.ids for n in foreign], f"their number enters {name} ({node.name})")
         if foreign:
             self.protect_all(tensors, f"meets a number of channels in {name} ({node.name})")
@@ -523,8 +648,10 @@ class ChannelInterpreter(fx.Interpreter):
 
         return tuple(length(dim) if varies(x, dim) else size for dim, size in enumerate(x.shape))
 
-    def number(self, node, info, name, lengths):
+    def number(self, node, info, name, args, kwargs, lengths):
         """An operation on numbers, shapes and flags alone: what is computed from a `Length` is one, too."""
+        if name in NEW:
+            return self.new_tensor(node, info, name, args, kwargs)
         result = super().run_node(node)
         if torch.is_tensor(result):
             info.constant = True
@@ -532,19 +659,39 @@ class ChannelInterpreter(fx.Interpreter):
             return self.book.fixed(tuple(result.shape), f"meets the new tensor {node.name}")
         if lengths and name != "getitem" and not isinstance(result, tuple):
             ids = torch.cat([n.ids for n in lengths])
-            if type(result) is int:
-                return Length(result, ids, whole=False)
+            if isinstance(result, int) and not isinstance(result, bool):
+                return Length(int(result), ids, whole=False)
             self.book.protect(ids, f"their number enters {name} ({node.name})")
         return result
 
+    def new_tensor(self, node, info, name, args, kwargs):
+        """A tensor that the forward makes: its dimensions that are given by a `Length` shrink with those channels."""
+        sizes = kwargs.get("size", args[0] if args and (name == "full" or not isinstance(args[0], int)) else args)
+        sizes = (sizes,) if isinstance(sizes, int) else tuple(sizes)
+        info.constant, info.source = True, name != "zeros"
+        lengths = [(dim, size) for dim, size in enumerate(sizes) if isinstance(size, Length)]
+        if len(lengths) == 1 and lengths[0][1].whole:
+            return spread(lengths[0][1].ids, lengths[0][0], sizes)
+        self.protect_all([n.ids for _, n in lengths], f"their number is the size of a new tensor ({node.name})")
+        return self.book.fixed(tuple(map(int, sizes)), f"meets the new tensor {node.name}")
+
     def resize(self, node, info, name, args, kwargs, x):
         """view, reshape, expand: a dimension is given by a `Length`, as the rest (-1), or has a fixed size."""
-        if kwargs or not isinstance(args[1], torch.Tensor if name == "expand_as" else (int, tuple, list)):
+        if kwargs or len(args) < 2 or not isinstance(args[1], (int, tuple, list, torch.Tensor)):
             tensors = instances(torch.Tensor, args, kwargs)
             return self.unknown(node, info, tensors, f"passes through {name} ({node.name})")
         sizes = args[1] if isinstance(args[1], (tuple, list)) else args[1:]
-        if name == "expand_as":
+        if isinstance(args[1], torch.Tensor):
             sizes = self.size(args[1])
+        if name == "repeat":
+            x = x[(None,) * (len(sizes) - x.dim())]
+            for dim, (size, number) in enumerate(zip(x.shape, sizes, strict=True)):
+                if size > 1 and isinstance(number, Length):
+                    tensors = [x, number.ids]
+                    self.protect_all(tensors, f"is repeated by a number of channels in {node.name}")
+                if size > 1 and number > 1:
+                    x = torch.cat([x] * number, dim)
+            sizes = [number if size == 1 else -1 for size, number in zip(x.shape, sizes, strict=True)]
         if name in RESHAPING:
             result = rest = x.reshape(*sizes)
             for dim, size in enumerate(sizes):
@@ -654,7 +801,10 @@ class ChannelInterpreter(fx.Interpreter):
         parts = getattr(x, name)(sizes, dim)
         if varies(x, dim):
             fixed_sizes = name == "split" and not isinstance(sizes, Length)
-            if fixed_sizes or len({p.shape[dim] for p in parts}) > 1:
+            if fixed_sizes and isinstance(sizes, (tuple, list)) and all(getattr(s, "whole", False) for s in sizes):
+                for part, size in zip(parts, sizes, strict=True):
+                    self.unite(part, spread(size.ids, dim, part.shape))
+            elif fixed_sizes or len({p.shape[dim] for p in parts}) > 1:
                 self.book.protect(x, f"is split into parts of fixed size ({node.name})")
             else:
                 for part in parts[1:]:
@@ -755,17 +905,3 @@ class ChannelInterpreter(fx.Interpreter):
             return tuple(fill(s) for s in shape)
 
         return fill(self.shapes[node])
-
-
-def copy_of(model, replaced=None):
-    """A deep copy with the tensors in `replaced` {id: tensor} in the place of its own.
-
-    Raises InputError if a tensor of the model cannot be copied.
-    """
-    try:
-        return copy.deepcopy(model, replaced)
-    except RuntimeError as error:
-        raise InputError(
-            f"{type(model).__name__} cannot be copied ({str(error).splitlines()[0]}); make weights "
-            "that torch.nn.utils.prune or weight_norm computes permanent (prune.remove, remove_weight_norm)"
-        ) from error

@@ -1,0 +1,263 @@
+"""Proves a cut: the cut network must give the outputs of the network whose gates are closed.
+
+Both run on random inputs, in copies whose norms, biases and other trivially initialised parameters are drawn anew: with
+their initial zeros and ones a wrong bias or scale would not show. Where a trial cut differs or raises, the units at fault
+are found by bisection. Nothing here knows how channels are found, gated or cut.
+"""
+
+import dataclasses
+import math
+import random
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from taylor_pruning.errors import InputError
+from taylor_pruning.surgery.copying import copy_of
+
+FORWARD_ERRORS = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError, ArithmeticError)
+TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-8}  # largest relative difference that counts as none
+DOUBTFUL = 1e-5, 1e-2  # between these in float32, float64 decides where the network runs in it
+NOISE = {"rand": 0.5, "rand_like": 0.5, "randn": 0.0, "randn_like": 0.0}  # operation: mean of what it draws
+
+
+class CutProof:
+    """Compares a network with closed gates to the network that is cut.
+
+    Args:
+        model: the network. It is not changed.
+        example: [N, ...] tensor of the shape that the network is used at.
+        run_gated: run_gated(copy, units, x) gives the outputs of a copy of the model on x with the units' gates closed.
+        cut: cut(copy, units) gives a new network without the units.
+        modes: the values of `training` in which both are compared; (False, True) if the forward differs in training.
+
+    A unit is anything with `filters`, ((layer name, filter index), ...).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example: torch.Tensor,
+        run_gated: Callable,
+        cut: Callable,
+        modes: Sequence[bool] = (False,),
+    ):
+        self.model, self.example, self.run_gated, self.cut, self.modes = model, example, run_gated, cut, modes
+        tensor = next((p for p in model.parameters() if p.is_floating_point()), example)
+        self.dtype, self.device = tensor.dtype, tensor.device
+
+    def failure(self, units: Sequence) -> str | None:
+        """Why removing the units is wrong; None if it is right. Half precision is compared in float32.
+
+        Raises InputError if the network does not run on random inputs, or its outputs say nothing.
+        """
+        dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
+        found = self._compare(units, dtype)
+        if dtype == torch.float32 and isinstance(found, float) and in_doubt(found):
+            try:
+                found, dtype = self._compare(units, torch.float64), torch.float64
+            except InputError:  # it does not run in float64
+                pass
+        if isinstance(found, str):
+            return found
+        if math.isnan(found):
+            raise InputError(
+                f"{type(self.model).__name__} gives no finite number on random inputs, so that its cuts cannot be "
+                "verified; pass verify=False to go without"
+            )
+        if found <= TOLERANCES[dtype]:
+            return None
+        return f"removing them gives other outputs than closing their gates (relative difference {found:.1g})"
+
+    def faults(self, units: Sequence, share: float = 1.0) -> dict:
+        """{unit: reason} of units whose removal is wrong; the others are right together.
+
+        Units with filters in the same layers are judged as one class.
+
+        Args:
+            share: share of every class that is cut on trial, drawn from a fixed seed.
+        """
+        trials, faults = self._classes(units, share), {}
+
+        def admit(classes, accepted):
+            """The accepted classes with those of `classes` that can be removed beside them."""
+            trial = [unit for name in accepted + classes for unit in trials[name][1]]
+            reason = self.failure(trial) if trial else None
+            if reason is None:
+                return accepted + classes
+            if len(classes) == 1:
+                faults.update(dict.fromkeys(trials[classes[0]][0], reason))
+                return accepted
+            half = len(classes) // 2
+            return admit(classes[half:], admit(classes[:half], accepted))
+
+        admit(list(trials), [])
+        return faults
+
+    @staticmethod
+    def _classes(units, share):
+        """{layers: (units of the class, those cut on trial)}; with a share below 1 no layer loses all its filters."""
+        classes, left = defaultdict(list), Counter()
+        for unit in units:
+            names = [name for name, _ in unit.filters]
+            classes[frozenset(names)].append(unit)
+            left.update(names)
+        draw, trials = random.Random(0), {}
+        for layers, members in classes.items():
+            chosen = members
+            if share < 1:
+                chosen = []
+                for unit in draw.sample(members, len(members)):
+                    names = Counter(name for name, _ in unit.filters)
+                    if len(chosen) < share * len(members) and all(left[name] > names[name] for name in names):
+                        chosen.append(unit)
+                        left.subtract(names)
+            trials[layers] = members, chosen
+        return trials
+
+    def _compare(self, units, dtype):
+        """Largest relative difference of the outputs, nan if it cannot be told; or why the cut network fails."""
+        differences = []
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), _MeanDraws():
+            torch.manual_seed(0)
+            dense = self._copy(dtype)
+            try:
+                smaller = self.cut(dense, units)
+            except InputError as error:
+                return str(error)
+            for training in self.modes:
+                for module in (*dense.modules(), *smaller.modules()):
+                    module.training = training
+                x = self._inputs(dtype)
+                try:
+                    expected = list(tensors_of(self.run_gated(dense, units, x.clone())))
+                except FORWARD_ERRORS as error:
+                    mode = " in training mode" if training else ""
+                    raise InputError(
+                        f"{type(self.model).__name__} cannot be run{mode} on random inputs of shape "
+                        f"{tuple(x.shape[1:])} ({_cause(error)}); pass verify=False if it needs others"
+                    ) from error
+                try:
+                    got = list(tensors_of(smaller(x)))
+                except FORWARD_ERRORS as error:
+                    return f"removing them makes the network fail ({_cause(error)})"
+                differences.append(difference(expected, got))
+        return math.nan if any(map(math.isnan, differences)) else max(differences)
+
+    def _copy(self, dtype):
+        """A copy with drawn parameters. Its large weights are the model's own where they have the right type already."""
+        own = {}
+        if self.dtype == dtype:
+            own = {id(p): p for p in self.model.parameters() if not is_trivial(p)}
+        model = copy_of(self.model, own)
+        draw_anew(model, own)
+        return model if self.dtype == dtype else model.to(dtype)
+
+    def _inputs(self, dtype):
+        """Two random samples, three where batch statistics would leave nothing but signs of two."""
+        shape = (1 + len(self.modes), *self.example.shape[1:])
+        if not self.example.is_floating_point():
+            return self.example[:1].expand(shape).to(self.device)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=dtype).to(self.device)
+
+
+def in_doubt(difference: float) -> bool:
+    """Whether rounding or overflow in float32 may be all there is to a difference."""
+    return DOUBTFUL[0] < difference <= DOUBTFUL[1] or not math.isfinite(difference)
+
+
+class _MeanDraws(TorchDispatchMode):
+    """Random draws become their means, so that networks of two widths draw alike: dropout becomes the identity."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name, kwargs = function.overloadpacket.__name__, kwargs or {}
+        if name == "native_dropout":
+            return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
+        if name.startswith("rrelu_with_noise"):
+            return torch.where(args[0] < 0, args[0] * (args[2] + args[3]) / 2, args[0])
+        result = function(*args, **kwargs)
+        if name in NOISE:
+            return result.fill_(NOISE[name])
+        if name in ("bernoulli", "bernoulli_"):
+            given = args[1] if len(args) > 1 else kwargs.get("p", 0.5 if name == "bernoulli_" else args[0])
+            return result.copy_(torch.as_tensor(given))
+        if name == "uniform_":
+            return result.fill_(sum((*args[1:], *(0.0, 1.0)[len(args) - 1 :])) / 2)
+        if name in ("normal_", "exponential_"):
+            return result.fill_(args[1] if len(args) > 1 else float(name == "exponential_"))
+        return result
+
+
+def is_trivial(tensor: torch.Tensor) -> bool:
+    """Whether it is a vector (a bias, a norm's scale) or has one value everywhere, as initialisation leaves it."""
+    if not tensor.numel() or sum(size > 1 for size in tensor.shape) < 2:
+        return True
+    first = tensor[(0,) * tensor.dim()]
+    return bool((tensor[(0,) * (tensor.dim() - 1)] == first).all()) and bool((tensor == first).all())
+
+
+@torch.no_grad()
+def draw_anew(model: nn.Module, spared=()):
+    """Random values for every trivial parameter and vector buffer: none keeps zero or one, none that is positive as a
+    whole, like a variance, loses that. Parameters whose ids are in `spared` keep theirs."""
+    generator = torch.Generator().manual_seed(1)
+    buffers = [b for b in model.buffers() if b.numel() > 1 and sum(size > 1 for size in b.shape) == 1]
+    for tensor in (*(p for p in model.parameters() if id(p) not in spared and is_trivial(p)), *buffers):
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        uniform, normal = torch.rand(tensor.shape, generator=generator), torch.randn(tensor.shape, generator=generator)
+        scale = tensor.float().square().mean().sqrt().item()
+        if not scale > 0 or not math.isfinite(scale):
+            scale = 1 / math.sqrt(max(1, tensor[0].numel())) if tensor.dim() > 1 else 1.0
+        positive = bool((tensor >= 0).all()) and bool((tensor > 0).any())
+        shift = 0.1 * scale * normal.abs() if positive else 0.3 * scale * normal
+        tensor.copy_(tensor * (0.5 + uniform).to(tensor) + shift.to(tensor))
+
+
+def tensors_of(outputs) -> Iterator[torch.Tensor]:
+    """All tensors in nested tuples, lists, dictionaries and dataclasses, in order; a number counts as one."""
+    if torch.is_tensor(outputs):
+        yield outputs
+    elif isinstance(outputs, (bool, int, float)):
+        yield torch.tensor(outputs)
+    elif isinstance(outputs, Mapping):
+        for value in outputs.values():
+            yield from tensors_of(value)
+    elif isinstance(outputs, (tuple, list)):
+        for value in outputs:
+            yield from tensors_of(value)
+    elif dataclasses.is_dataclass(outputs):
+        for field in dataclasses.fields(outputs):
+            yield from tensors_of(getattr(outputs, field.name))
+
+
+def difference(expected: Sequence[torch.Tensor], got: Sequence[torch.Tensor]) -> float:
+    """Largest relative difference |a - b| / |a| of corresponding tensors (Euclidean norms).
+
+    inf where shapes, places of infinite values, or integers differ; nan where there is no finite number to compare.
+    """
+    if [t.shape for t in expected] != [t.shape for t in got]:
+        return math.inf
+    worst, compared = 0.0, False
+    for a, b in zip(expected, got, strict=True):
+        if not a.is_floating_point() and not a.is_complex():
+            worst = max(worst, 0.0 if torch.equal(a, b.to(a.dtype)) else math.inf)
+            continue
+        finite = torch.isfinite(a)
+        if not torch.equal(finite, torch.isfinite(b)):
+            worst = math.inf
+        elif finite.any():
+            compared = True
+            a, b = a[finite], b[finite].to(a.dtype)
+            worst = max(worst, ((a - b).norm() / a.norm()).nan_to_num(0.0).item())
+    return worst if compared or worst else math.nan
+
+
+def _cause(error):
+    """First line of an error of the network. Running out of memory is no fault of the network, so it is raised again."""
+    if isinstance(error, torch.OutOfMemoryError):
+        raise error
+    return str(error).strip().split("\n")[0] or type(error).__name__
