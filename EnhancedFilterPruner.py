@@ -10,13 +10,14 @@ import dataclasses
 
 import torch
 
-from taylor_pruning.scoring.estimates import channel_estimates
+from GradientFlowAnalyzer import GradientFlowReport
 from taylor_pruning.errors import InputError, one_of
-from taylor_pruning.selection.greedy import Constraints, Selection, select_by_score, select_jointly
-from taylor_pruning.surgery.graph import ChannelGraph
-from GradientFlowAnalyzer import GradientFlowReport, relative_flow, weigh
+from taylor_pruning.scoring.estimates import channel_estimates
+from taylor_pruning.scoring.flow import relative_flow, weigh
 from taylor_pruning.scoring.probes import cross_entropy, probe_derivatives
 from taylor_pruning.scoring.taylor import collect_directions
+from taylor_pruning.selection.greedy import Constraints, Selection, select_by_score, select_jointly
+from taylor_pruning.surgery.graph import ChannelGraph
 
 TAYLOR_ORDERS = (1, 2, 3)
 SELECTIONS = ("auto", "joint", "independent")

@@ -17,15 +17,16 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from taylor_pruning.selection.baselines import baseline_scores
-from taylor_pruning.training.distributed import is_main
 from EnhancedFilterPruner import CLASS_PROBES, TAYLOR_ORDERS, EnhancedFilterPruner
+from GradientFlowAnalyzer import GradientFlowAnalyzer
 from taylor_pruning.errors import InputError, atomic_file, one_of
+from taylor_pruning.modes import frozen
 from taylor_pruning.repair.compensation import compensate
+from taylor_pruning.selection.baselines import baseline_scores
 from taylor_pruning.selection.greedy import Constraints, Ledger, Selection, check_reachable, select_by_score
 from taylor_pruning.surgery.graph import ChannelGraph
+from taylor_pruning.training.distributed import is_main
 from taylor_pruning.training.fine_tuning import Recipe, evaluate, fine_tune, reestimate_batchnorm, train_steps
-from GradientFlowAnalyzer import GradientFlowAnalyzer, frozen
 
 MONITOR_IMAGES = 500  # validation images on which every round is watched
 LATENCY_RUNS = 15

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from taylor_pruning.errors import InputError
-from GradientFlowAnalyzer import frozen
+from taylor_pruning.modes import frozen
 from taylor_pruning.scoring.taylor import check_batch
 
 SKEW = 1 / math.sqrt(2)

@@ -25,9 +25,10 @@ from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from taylor_pruning.training.distributed import gather_objects, is_main, rank, world_size
 from taylor_pruning.errors import InputError
-from GradientFlowAnalyzer import frozen, unit_gradient_norms
+from taylor_pruning.modes import frozen
+from taylor_pruning.scoring.flow import unit_gradient_norms
+from taylor_pruning.training.distributed import gather_objects, is_main, rank, world_size
 
 SUPPORT = 32  # classes, most probable first, over which expectations are taken; all others count as one more
 PER_SAMPLE = ("coordinates", "basis", "logits", "labels", "flow")  # tensors of Directions

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from taylor_pruning.errors import InputError, one_of
-from GradientFlowAnalyzer import weigh
+from taylor_pruning.scoring.flow import weigh
 
 POOL = 64  # units that a joint selection scores after every choice
 BUDGETS = ("filters", "params", "macs")

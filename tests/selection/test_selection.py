@@ -13,7 +13,7 @@ from EnhancedFilterPruner import EnhancedFilterPruner
 from taylor_pruning.errors import InputError
 from taylor_pruning.selection.greedy import Constraints, CostModel, Ledger, Selection, select_by_score, select_jointly
 from taylor_pruning.surgery.graph import ChannelGraph
-from GradientFlowAnalyzer import weigh
+from taylor_pruning.scoring.flow import weigh
 from taylor_pruning.scoring.taylor import Directions, class_basis, collect_directions
 
 
