@@ -23,7 +23,8 @@ class PruningSettings:
             part); "hvp": from random probes (scoring.probes); "auto": exact where the network is piecewise linear.
         class_probes: class directions of every sample; at most classes - 1 are used.
         hessian_probes: random probes of every sample where the curvature is "hvp".
-        budget, layer_bound, min_filters, round_to: see selection.greedy.Constraints; `layer_bound` None is its default.
+        budget, layer_bound, min_filters, round_to: see selection.greedy.Constraints; `layer_bound` None is its
+            default, math.inf is no bound.
         exclude: patterns (`fnmatch`) of layers whose filters are never removed.
         prune_linear: also remove outputs of hidden fully connected layers.
         compensate: least squares on the calibration images after every round (repair.compensation), each time from the

@@ -45,7 +45,7 @@ class Constraints:
         """The layer bound that holds."""
         if self.layer_bound == "auto":
             return FILTERS_BOUND if self.budget == "filters" else None
-        return self.layer_bound
+        return None if self.layer_bound == math.inf else self.layer_bound
 
 
 class CostModel:

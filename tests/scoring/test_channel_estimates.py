@@ -8,7 +8,7 @@ from test_surgery import images as noise
 from torch import nn
 
 from EnhancedFilterPruner import EnhancedFilterPruner
-from EnhancedPruning import spearman
+from taylor_pruning.scoring.oracle import spearman
 from taylor_pruning.errors import InputError
 from taylor_pruning.repair.compensation import compensate
 from taylor_pruning.scoring.estimates import channel_estimates

@@ -114,7 +114,7 @@ def test_the_percentage_of_filters_is_met(resnet, percentage):
 
 @pytest.mark.parametrize("budget", ["params", "macs"])
 def test_a_budget_of_parameters_or_macs_is_met_by_the_real_network(resnet, budget):
-    from EnhancedPruning import profile
+    from taylor_pruning.training.profile import profile
 
     model, graph = resnet
     example = torch.randn(1, 3, 64, 64)
