@@ -1,48 +1,67 @@
-"""Ranks conv filters by Taylor estimates of orders 1 to 3 and makes the plan of those that go.
+"""Ranks conv filters by Taylor estimates of orders 1 to 3 and plans which of them to remove.
 
-    pruner = EnhancedFilterPruner(model, example_input, taylor_order=2)
-    pruner.rank(batches)
-    smaller = pruner.graph.remove(pruner.get_pruning_plan(30))
+    >>> import torch
+    >>> from torch import nn
+    >>> layers = nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    >>> model = nn.Sequential(*layers, nn.Linear(8, 4))
+    >>> images, labels = torch.randn(16, 3, 12, 12), torch.arange(16) % 4
+    >>> pruner = EnhancedFilterPruner(model, images[:1], taylor_order=2, progress=False)
+    >>> pruner.rank([(images, labels)]).filter_ranks["2"].shape
+    torch.Size([8])
+    >>> plan = pruner.get_pruning_plan(25)
+    >>> smaller = pruner.graph.remove(plan)
+    >>> sum(map(len, plan.values())), smaller(images).shape
+    (4, torch.Size([16, 4]))
+
+`ChannelGraph` finds the filters that must go together, closes their gates and removes them (surgery.graph). The estimates
+are in scoring.taylor, the choice under a budget in selection.greedy.
 """
 
 import copy
 import dataclasses
+from collections.abc import Callable, Iterable
 
 import torch
+from torch import Tensor, nn
 
-from taylor_pruning.scoring.estimates import channel_estimates
+from GradientFlowAnalyzer import GradientFlowReport
 from taylor_pruning.errors import InputError, one_of
-from taylor_pruning.selection.greedy import Constraints, Selection, select_by_score, select_jointly
-from taylor_pruning.surgery.graph import ChannelGraph
-from GradientFlowAnalyzer import GradientFlowReport, relative_flow, weigh
+from taylor_pruning.experiment.settings import TAYLOR_ORDERS, PruningSettings
+from taylor_pruning.scoring.estimates import channel_estimates
+from taylor_pruning.scoring.flow import relative_flow, weigh
 from taylor_pruning.scoring.probes import cross_entropy, probe_derivatives
 from taylor_pruning.scoring.taylor import collect_directions
+from taylor_pruning.selection.greedy import Ledger, Selection, require_units, select_by_score, select_jointly
+from taylor_pruning.surgery.graph import ChannelGraph
 
-TAYLOR_ORDERS = (1, 2, 3)
-SELECTIONS = ("auto", "joint", "independent")
-CURVATURES = ("exact", "hvp", "auto")
-CLASS_PROBES = 12
+__all__ = ["ChannelGraph", "EnhancedFilterPruner"]
+
+REPAIRED = (
+    "behind compensation the loss is the divergence from the network's own predictions, whose second derivative along one "
+    "gate the class directions give in any network"
+)
 
 
 class EnhancedFilterPruner:
     """Scores every removable filter of `model` and selects which to remove.
 
     Args:
-        model: an `nn.Module` that `torch.fx` can trace and that maps images to class logits. It is left as it was.
+        model: maps images to class logits; `torch.fx` can trace it. It comes back as it was given.
         example_input: [N, C, H, W] tensor like the images.
         taylor_order: 1, 2 or 3.
-        use_gradient_flow: weigh the scores by gradient flow (GradientFlowAnalyzer).
-        selection: "joint" (greedy on marginal loss changes, selection.greedy), "independent" (every unit alone) or "auto":
-            joint, but independent where the layers behind will be refitted (see `rank`).
-        curvature: "exact" (class directions; along residual streams the Gauss-Newton part), "hvp" (random probes,
-            scoring.probes) or "auto": exact where the traced network is piecewise linear. `curvature_path` and
-            `curvature_reason` say what was taken and why.
-        class_probes: class directions a sample, at most classes - 1 are used.
-        constraints: selection.greedy.Constraints.
+        use_gradient_flow: multiply the scores by weights from the gradient flow (scoring.flow).
+        settings: PruningSettings; those of rounds and training are not used here.
         loss: per-sample loss (logits [B, K], labels [B]) -> [B]; another one than cross-entropy needs
             selection="independent" and curvature "hvp" or "auto".
-        exclude, prune_linear, graph: see ChannelGraph; a graph of `model` that exists already may be passed.
-        hessian_probes: probes a sample on the "hvp" path.
+        graph: ChannelGraph of `model` where there is one already; `exclude` and `prune_linear` are then its own.
+        progress: show a progress bar.
+        fields: single fields of the settings by name, as in `budget="macs"`.
+
+    Attributes:
+        graph: the model's ChannelGraph.
+        curvature_path, curvature_reason: "exact" or "hvp", and why; see `curvature_report`.
+        predicted_loss_change: of the last plan in nats, see `get_pruning_plan`.
+        layer_bound_held: False where the last plan could not reach the percentage within the layer bound.
 
     Raises:
         InputError: an argument outside its range, a network that cannot be traced or has no removable filter.
@@ -50,41 +69,28 @@ class EnhancedFilterPruner:
 
     def __init__(
         self,
-        model,
-        example_input,
-        taylor_order=2,
-        use_gradient_flow=False,
+        model: nn.Module,
+        example_input: Tensor,
+        taylor_order: int = 2,
+        use_gradient_flow: bool = False,
         *,
-        selection="auto",
-        curvature="auto",
-        class_probes=CLASS_PROBES,
-        constraints=None,
-        loss=cross_entropy,
-        exclude=(),
-        prune_linear=False,
-        graph=None,
-        hessian_probes=8,
-        seed=0,
-        progress=True,
+        settings: PruningSettings | None = None,
+        loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
+        graph: ChannelGraph | None = None,
+        progress: bool = True,
+        **fields,
     ):
         one_of("taylor_order", taylor_order, TAYLOR_ORDERS)
-        one_of("selection", selection, SELECTIONS)
-        one_of("curvature", curvature, CURVATURES)
-        if class_probes < 2:
-            raise InputError(f"class_probes must be at least 2, not {class_probes}")
-        if hessian_probes < 1:
-            raise InputError(f"hessian_probes must be at least 1, not {hessian_probes}")
+        self.settings = settings = dataclasses.replace(settings or PruningSettings(), **fields)
         self.model, self.taylor_order, self.use_gradient_flow = model, taylor_order, use_gradient_flow
-        self.selection, self.class_probes, self.hessian_probes = selection, class_probes, hessian_probes
-        self.constraints, self.loss, self.seed, self.progress = constraints or Constraints(), loss, seed, progress
+        self.loss, self.progress = loss, progress
         self._check_finite(model)
-        self.graph = graph or ChannelGraph(model, example_input, exclude, prune_linear)
-        if not self.graph.units:
-            raise InputError("no filter of this network may be removed: " + self._reasons())
-        self.curvature_path, self.curvature_reason = self._choose_curvature(curvature)
-        if loss is not cross_entropy and (selection != "independent" or self.curvature_path == "exact"):
+        self.graph = graph or ChannelGraph(model, example_input, settings.exclude, settings.prune_linear)
+        require_units(self.graph)
+        self.curvature_path, self.curvature_reason = self._choose_curvature(settings.curvature)
+        if loss is not cross_entropy and (settings.selection != "independent" or self.curvature_path == "exact"):
             raise InputError("a loss other than cross-entropy needs selection='independent' and curvature='hvp'")
-        self.directions = self.probed = self.predicted_loss_change = None
+        self.directions = self.probed = self.predicted_loss_change = self.layer_bound_held = None
         self.repairs = False
 
     @staticmethod
@@ -92,9 +98,6 @@ class EnhancedFilterPruner:
         for name, tensor in model.state_dict().items():
             if not torch.isfinite(tensor).all():
                 raise InputError(f"the weights hold NaN or infinite values in {name}; load other weights")
-
-    def _reasons(self):
-        return "; ".join(f"{name}: {info.reason}" for name, info in list(self.graph.layers.items())[:3])
 
     def _choose_curvature(self, curvature):
         smooth = ", ".join(self.graph.smooth_operations)
@@ -104,15 +107,20 @@ class EnhancedFilterPruner:
             return "hvp", "the loss is not cross-entropy"
         return ("hvp", f"the network has {smooth}") if smooth else ("exact", "the network is piecewise linear")
 
-    def rank(self, batches, compensation=None):
-        """One pass over the calibration images collects what all orders need.
+    # -- collecting --------------------------------------------------------------------------------------------------
+
+    def rank(
+        self, batches: Iterable, compensation: Iterable | None = None, reference: nn.Module | None = None
+    ) -> "EnhancedFilterPruner":
+        """One pass over the calibration images collects what the scores need.
 
         Args:
             batches: iterable of (images, labels) on the model's device.
             compensation: such batches on which the layers behind will be refitted after the cut (repair.compensation). Then
                 all scores are of what the other channels of a layer cannot repair (scoring.estimates), and those of
-                orders 2 and 3 are against the network's own predictions, which is what compensation aims at: their
-                second derivatives are complete in any network, without probes.
+                orders 2 and 3 are of the divergence from the network's own predictions, which compensation keeps small.
+            reference: with `compensation`, the network whose predictions the predicted loss change compares with; default:
+                `model` itself. A later round compares with the network before all rounds.
 
         Returns:
             self.
@@ -123,54 +131,74 @@ class EnhancedFilterPruner:
         """
         if compensation and self.loss is not cross_entropy:
             raise InputError("scores behind compensation need the cross-entropy; rank without compensation batches")
-        batches = list(batches)
+        batches, settings = list(batches), self.settings
         self.repairs, self.directions, self.probed = bool(compensation), None, None
         if self.loss is cross_entropy:
             self.directions = collect_directions(
                 self.model,
                 self.graph,
                 batches,
-                self.class_probes,
+                settings.class_probes,
                 progress=self.progress,
                 want_flow=self.use_gradient_flow,
                 estimates=channel_estimates(self.model, self.graph, compensation) if self.repairs else None,
+                reference=(reference or self.model) if self.repairs else None,
+                seed=settings.seed,
             )
-        if self.curvature_path == "hvp" and not self.repairs:
+        if self._needs_probes(self.taylor_order):
             self.probed = probe_derivatives(
                 self.model,
                 self.graph,
                 batches,
                 order=max(2, self.taylor_order),
-                probes=self.hessian_probes,
+                probes=settings.hessian_probes,
                 loss=self.loss,
-                seed=self.seed,
+                seed=settings.seed,
                 progress=self.progress,
             )
         return self
 
-    def with_order(self, taylor_order, use_gradient_flow):
-        """A pruner of another order that shares what this one has collected."""
+    def _needs_probes(self, order):
+        if self.loss is not cross_entropy:
+            return True
+        return self.curvature_path == "hvp" and order > 1 and not self.repairs
+
+    def provides(self, taylor_order: int, use_gradient_flow: bool = False) -> bool:
+        """Whether `rank` has collected what `with_order` needs for that order."""
         one_of("taylor_order", taylor_order, TAYLOR_ORDERS)
+        if use_gradient_flow and (self.directions is None or self.directions.flow is None):
+            return False
+        if not self._needs_probes(taylor_order):
+            return self.directions is not None
+        return self.probed is not None and (taylor_order < 3 or self.probed.t is not None)
+
+    def with_order(self, taylor_order: int, use_gradient_flow: bool = False) -> "EnhancedFilterPruner":
+        """A pruner of another order that shares what this one has collected. Raises InputError if that does not suffice."""
+        if not self.provides(taylor_order, use_gradient_flow):
+            raise InputError(f"order {taylor_order} needs more than was collected; rank with taylor_order={taylor_order}")
         other = copy.copy(self)
         other.taylor_order, other.use_gradient_flow = taylor_order, use_gradient_flow
         return other
 
-    def scores(self, order=None):
+    # -- scores ------------------------------------------------------------------------------------------------------
+
+    def scores(self, order: int | None = None) -> Tensor:
         """[units] estimated signed loss change (nats) of removing each unit alone; `order` defaults to `taylor_order`."""
         order = order or self.taylor_order
-        one_of("order", order, TAYLOR_ORDERS)
-        self._check_ranked()
+        self._check_ranked(order)
         if self.directions is None:
             return self._probed_scores(order)
         scores, correction = self._directions(order).scores(order).double().cpu(), self._correction(order)
         return scores if correction is None else scores + correction
 
-    def _directions(self, order):
-        return dataclasses.replace(self.directions, own_targets=self.repairs and order > 1)
-
-    def _check_ranked(self):
+    def _check_ranked(self, order):
         if self.directions is None and self.probed is None:
             raise InputError("call rank(batches) first")
+        if not self.provides(order):
+            raise InputError(f"order {order} was not collected; rank with taylor_order={order}")
+
+    def _directions(self, order):
+        return dataclasses.replace(self.directions, own_targets=self.repairs and order > 1)
 
     def _probed_scores(self, order):
         score = -self.probed.phi
@@ -182,55 +210,85 @@ class EnhancedFilterPruner:
 
     def _correction(self, order):
         """[units] or None: what the probes add to the directions' h and t, the curvature of the network itself."""
-        if self.probed is None or order == 1:
+        if self.directions is None or not self._needs_probes(order):
             return None
         _, h, t = self.directions.moments(order=order)
         correction = (self.probed.h - h.double().mean(0)) / 2
         if order == 3:
-            if self.probed.t is None:
-                raise InputError("the third order was not probed; rank with taylor_order=3")
             correction = correction - (self.probed.t - t.double().mean(0)) / 6
         return correction.cpu()
 
+    def criterion(self) -> tuple[Tensor, str]:
+        """What one-by-one selection goes by, low scores first, and what it is.
+
+        Order 1 goes by the mean squared per-sample first-order term (Molchanov et al. 2019, arXiv:1906.10771, eq. 8),
+        orders 2 and 3 by `scores`; under gradient flow both are weighed.
+
+        Returns:
+            [units] scores, and their name with its unit.
+        """
+        self._check_ranked(self.taylor_order)
+        if self.taylor_order > 1:
+            scores, name = self.scores(), "estimated loss change (nats)"
+        else:
+            scores, name = self._squared_first_order(), "mean squared first-order term (nats²)"
+        weights = self.flow_weights()
+        return (scores, name) if weights is None else (weigh(scores, weights), f"{name}, weighed by gradient flow")
+
+    def _squared_first_order(self):
+        if self.directions is None:
+            raise InputError("order 1 selects by per-sample terms, which need the cross-entropy; use order 2")
+        return self.directions.moments(order=1)[0].double().square().mean(0).cpu()
+
+    def by_filter(self, values: Tensor) -> dict[str, Tensor]:
+        """[units] values as {layer: [filters]}: a filter has the value of its unit, nan where it is protected."""
+        padded = torch.cat([values.double().cpu(), torch.tensor([torch.nan], dtype=torch.float64)])
+        return {name: padded[info.unit_of] for name, info in self.graph.layers.items()}
+
     @property
-    def filter_ranks(self):
+    def filter_ranks(self) -> dict[str, Tensor]:
         """{layer: [filters] estimated signed loss change (nats) of removing that filter alone, nan where protected}.
 
         A filter that must go together with others has the value of its unit.
         """
-        padded = torch.cat([self.scores(), torch.tensor([torch.nan], dtype=torch.float64)])
-        return {name: padded[info.unit_of] for name, info in self.graph.layers.items()}
+        return self.by_filter(self.scores())
 
-    def flow_weights(self):
+    def flow_weights(self) -> Tensor | None:
         """[units] weights by which scores are multiplied, or None without gradient flow."""
         return relative_flow(self.graph, self.directions.flow.cpu()) if self.use_gradient_flow else None
 
-    def flow_report(self):
-        """GradientFlowReport of the images that `rank` saw."""
+    def flow_report(self) -> GradientFlowReport:
+        """The gradient flow of the images that `rank` saw."""
         return GradientFlowReport.from_flow(self.graph, self.directions.flow.cpu())
 
-    def curvature_report(self):
-        """What was taken for h and t: {"path", "reason", "sampled", "h_error"}.
+    def curvature_report(self) -> dict:
+        """How the second and third derivatives of the scores were computed.
 
-        sampled: share of the curvature for which random directions stand (scoring.taylor.class_basis).
-        h_error: mean standard error of probed h.
+        Returns:
+            {"path": "exact", "hvp" or None at order 1, "reason": text, "sampled": share of the curvature for which random
+            directions stand (scoring.taylor.class_basis), "h_error": mean standard error of probed second derivatives}.
         """
+        if self.taylor_order == 1 and self.loss is cross_entropy:
+            return {"path": None, "reason": "order 1 uses no second derivative", "sampled": None, "h_error": None}
+        path, reason = ("exact", REPAIRED) if self.repairs else (self.curvature_path, self.curvature_reason)
         return {
-            "path": self.curvature_path,
-            "reason": self.curvature_reason,
+            "path": path,
+            "reason": reason,
             "sampled": self.directions.sampled_curvature if self.directions else None,
-            "h_error": self.probed.h_error.mean().item() if self.probed else None,
+            "h_error": self.probed.h_error.mean().item() if path == "hvp" else None,
         }
 
-    def get_pruning_plan(self, percentage, ledger=None):
-        """The filters that go.
+    # -- selection ---------------------------------------------------------------------------------------------------
 
-        Order 1 selects by the mean squared per-sample first-order term (Molchanov et al. 2019, eq. 8), orders 2 and 3
-        by the signed loss change, marginal to what is chosen already if the selection is joint.
-        `predicted_loss_change` (nats) is what the directions predict for the whole plan, None for order 1.
+    def get_pruning_plan(self, percentage: float, ledger: Ledger | None = None) -> dict[str, list[int]]:
+        """The filters to remove.
+
+        A joint selection goes by the signed loss change given the units chosen already; others, and order 1, go by
+        `criterion`. `predicted_loss_change` (nats) is what the directions predict for the whole plan, None for order 1: of
+        the cross-entropy with the labels or, after `rank` with compensation, of the divergence from the reference.
 
         Args:
-            percentage: of the budget in `constraints` (default: of the filters that may be removed), in (0, 100),
+            percentage: of the budget in the settings (default: of the filters that may be removed), in (0, 100),
                 counted from the beginning of `ledger`.
             ledger: selection.greedy.Ledger of earlier rounds; None: this is the first.
 
@@ -242,18 +300,19 @@ class EnhancedFilterPruner:
         """
         return self.graph.plan_of(self.select(percentage, ledger))
 
-    def select(self, percentage, ledger=None):
+    def select(self, percentage: float, ledger: Ledger | None = None) -> list[int]:
         """Like `get_pruning_plan`; returns the indices of the chosen units."""
-        self._check_ranked()
-        selection = Selection(self.graph, percentage, self.constraints, ledger)
-        weights, order = self.flow_weights(), self.taylor_order
-        joint = self.selection == "joint" or (self.selection == "auto" and not self.repairs)
-        if joint and order > 1:
-            chosen = select_jointly(selection, self._directions(order), order, self._correction(order), weights)
+        order = self.taylor_order
+        self._check_ranked(order)
+        selection = Selection(self.graph, percentage, self.settings.constraints, ledger)
+        mode = self.settings.selection
+        if order > 1 and (mode == "joint" or (mode == "auto" and not self.repairs)):
+            directions, correction = self._directions(order), self._correction(order)
+            chosen = select_jointly(selection, directions, order, correction, self.flow_weights())
         else:
-            scores = self._squared_first_order() if order == 1 else self.scores()
-            chosen = select_by_score(selection, scores if weights is None else weigh(scores, weights))
+            chosen = select_by_score(selection, self.criterion()[0])
         self.predicted_loss_change = self._predicted(chosen) if order > 1 and self.directions else None
+        self.layer_bound_held = selection.bound_held
         return chosen
 
     def _predicted(self, chosen):
@@ -261,8 +320,3 @@ class EnhancedFilterPruner:
         shift, correction = self.directions.coordinates[:, chosen].sum(1), self._correction(self.taylor_order)
         change = self._directions(self.taylor_order).loss_change_at(shift)
         return change if correction is None else change + correction[chosen].sum().item()
-
-    def _squared_first_order(self):
-        if self.directions is None:
-            raise InputError("order 1 selects by per-sample terms, which need the cross-entropy; use order 2")
-        return self.directions.moments(order=1)[0].double().square().mean(0).cpu()

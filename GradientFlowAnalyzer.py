@@ -9,7 +9,6 @@ Everything else derives from F [N, units], which `collect_flow` or the ranker's 
 """
 
 import math
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate, compress, pairwise
 from statistics import linear_regression, median
@@ -19,6 +18,8 @@ from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
 
 from taylor_pruning.errors import InputError
+from taylor_pruning.modes import frozen
+from taylor_pruning.scoring.flow import group_mean, normalised, unit_gradient_norms
 from taylor_pruning.surgery.graph import ChannelGraph
 
 NEAR_ZERO = 1e-2  # of the layer's mean: a unit below it hardly trains
@@ -28,42 +29,7 @@ TREND = 1e3  # fitted change of the layer norm over the whole depth from which t
 OUTLYING = TREND**0.5  # times off the network's median: a layer that a trend's finding names
 BOTTLENECK = 0.02  # of the network's median step: a step towards the input that loses this much is a bottleneck
 TREND_LAYERS = 4  # fewer layers show no trend
-WEIGHT_FLOOR = 0.1  # no weight is smaller, so that a weight alone divides no score by more than 10
 NAMED = 5  # names (or lines of one kind) a finding spells out
-
-
-def unit_gradient_norms(loss, gated, units, *, retain_graph=True):
-    """The flow F of one batch (module docstring).
-
-    Args:
-        loss: scalar, the sum over the batch of the samples' losses (so that samples do not mix; eval mode).
-        gated: list of (GateSite, activation) as `ChannelGraph.gated(..., on_gate=...)` gives them. An activation is its
-            `torch.autograd.graph.get_gradient_edge`, taken inside `on_gate`, or the tensor itself where nothing
-            overwrites it.
-        units: number of units.
-        retain_graph: keep the graph for further backward passes.
-
-    Returns:
-        [B, units] tensor.
-
-    Raises:
-        ValueError: an activation was overwritten by an in-place ReLU, so that its gradient is the one behind the ReLU.
-    """
-    for site, activation in gated:
-        if isinstance(activation, torch.Tensor) and activation._version:
-            raise ValueError(f"{site.module}: its activation was changed in place; pass get_gradient_edge(activation)")
-    grads = torch.autograd.grad(loss, [a for _, a in gated], retain_graph=retain_graph, allow_unused=True)
-    # no gradient: computed but not used for the logits
-    used = [(site, grad) for (site, _), grad in zip(gated, grads, strict=True) if grad is not None]
-    first = used[0][1]
-    # float64: squares of a vanishing gradient underflow in float32
-    squares = torch.zeros(len(first), units, dtype=torch.float64, device=first.device)
-    for site, grad in used:
-        channels = grad.movedim(site.dim, 1).reshape(len(grad), grad.shape[site.dim], -1)
-        norms = torch.linalg.vector_norm(channels, dim=2, dtype=torch.float64)
-        has_gate = site.units >= 0
-        squares.index_add_(1, site.units[has_gate].to(grad.device), norms[:, has_gate.to(grad.device)].square())
-    return squares.sqrt().to(first.dtype)
 
 
 def gate_flow_change(loss, gates, *, retain_graph=True):
@@ -88,21 +54,6 @@ def gate_flow_change(loss, gates, *, retain_graph=True):
     (gradient,) = torch.autograd.grad(loss, gates, create_graph=True)
     (slope,) = torch.autograd.grad(gradient.square().sum(), gates, retain_graph=retain_graph)
     return -slope
-
-
-@contextmanager
-def frozen(model):
-    """While open, the model is in eval mode and its parameters require no gradient; then all is as it was."""
-    modes = {module: module.training for module in model.modules()}
-    wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    try:
-        model.eval().requires_grad_(False)
-        yield model
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        for parameter, flag in wanted.items():
-            parameter.requires_grad_(flag)
 
 
 def collect_flow(model, graph, batches, *, want_change=False):
@@ -143,44 +94,8 @@ def collect_flow(model, graph, batches, *, want_change=False):
     return torch.cat(flows), torch.cat(changes) if want_change else None
 
 
-def _groups(graph):
-    """[units] group index and number of groups: units that have filters in exactly the same layers are one group."""
-    index = {}
-    groups = [index.setdefault(frozenset(name for name, _ in unit.filters), len(index)) for unit in graph.units]
-    return torch.tensor(groups, dtype=torch.long), len(index)
-
-
-def _group_mean(graph, values):
-    groups, count = _groups(graph)
-    groups = groups.to(values.device)
-    sums = values.new_zeros(count).index_add_(0, groups, values)
-    return (sums / torch.bincount(groups, minlength=count))[groups]
-
-
-def _normalised(graph, raw):
-    """floor + (1 - floor) raw / (mean of raw in the layer): positive, mean 1 in each layer, 1 where all raw are 0.
-
-    The mean is over the units that have filters in the same layers, so that it is 1 in each layer also where a layer
-    has units of several kinds.
-    """
-    mean = _group_mean(graph, raw)
-    shares = torch.where(mean > 0, raw / mean.clamp_min(torch.finfo(raw.dtype).tiny), 1.0)
-    return WEIGHT_FLOOR + (1 - WEIGHT_FLOOR) * shares
-
-
-def relative_flow(graph, flow):
-    """[units] weights from the mean flow relative to the layer, r_u = mean_n F[n, u], as `_normalised` scales them.
-
-    The layer-wise normalisation of Molchanov et al. 2017 (arXiv:1611.06440, section 2.2) with the mean as norm.
-
-    Args:
-        flow: [N, units].
-    """
-    return _normalised(graph, flow.double().mean(0))
-
-
 def signal_to_noise(graph, flow):
-    """[units] weights from r_u = mean_n F[n, u] / sd_n F[n, u], as `_normalised` scales them.
+    """[units] weights from r_u = mean_n F[n, u] / sd_n F[n, u], as `normalised` scales them.
 
     Signal-to-noise as a measure of importance: Graves 2011 (Practical Variational Inference). The ratio is
     bounded by 1000, reached where the samples agree; a unit without flow has 0.
@@ -193,11 +108,11 @@ def signal_to_noise(graph, flow):
     """
     if len(flow) < 2:
         raise InputError("the signal-to-noise of gradient flow needs at least two images; raise their number")
-    return _normalised(graph, _signal_to_noise(flow.double()))
+    return normalised(graph, _signal_to_noise(flow.double()))
 
 
 def preserved_flow(graph, change):
-    """[units] weights from the flow that a unit's removal takes away, as `_normalised` scales them.
+    """[units] weights from the flow that a unit's removal takes away, as `normalised` scales them.
 
         c_u = mean_n C[n, u]     r_u = 2 / (1 + exp(c_u / rms of c in the layer))
 
@@ -208,18 +123,8 @@ def preserved_flow(graph, change):
         change: [N, units] from `gate_flow_change`.
     """
     mean = change.double().mean(0)
-    scale = _group_mean(graph, mean.square()).sqrt().clamp_min(torch.finfo(torch.float64).tiny)
-    return _normalised(graph, 2 * torch.sigmoid(-mean / scale))
-
-
-def weigh(scores, weights):
-    """Scores (signed loss changes, small ones go first) under weights: s w where s > 0, s / w where s <= 0.
-
-    Monotone in both: a weight above 1 raises every score, i.e. makes the removal less likely whatever the sign;
-    the sign itself, and with it whether removal helps the loss, stays. NaN (protected) stays NaN.
-    """
-    weights = weights.to(scores)
-    return torch.where(scores > 0, scores * weights, scores / weights)
+    scale = group_mean(graph, mean.square()).sqrt().clamp_min(torch.finfo(torch.float64).tiny)
+    return normalised(graph, 2 * torch.sigmoid(-mean / scale))
 
 
 def _signal_to_noise(values):

@@ -4,57 +4,68 @@
         --compare-baseline
     python run_enhanced_pruning.py --model vgg16 --pruning-percentages 10 30 50 70 --taylor-orders 1 2 3 \
         --fine-tune-epochs 5 --data-path imagenet-mini --compare-baseline
-    python run_enhanced_pruning.py --resume runs/run_enhanced_pruning-vgg16 ...   # the same arguments again
+    python run_enhanced_pruning.py --resume runs/run_enhanced_pruning-vgg16    # an interrupted sweep, or failed cells
 
-Every finished cell is on disk before the next begins.
+Every cell is the experiment that run_single_experiment.py runs with the same arguments. All cells of a seed share the data,
+the dense network's evaluation and its ranking. A finished cell is on disk before the next begins.
 """
 
+import argparse
 import json
 import sys
+from pathlib import Path
 
 import torch
 
-from taylor_pruning.training.distributed import is_main
+from EnhancedPruning import EnhancedPruning, InputError, PruningResult
 from taylor_pruning.experiment.arguments import add_shared_arguments, add_sweep_arguments, new_parser, parse
-from taylor_pruning.errors import InputError
-from taylor_pruning.report.experiment import write_json
 from taylor_pruning.experiment.run import run_guarded
-from taylor_pruning.experiment.setup import environment, prepare, warn_of_chance
-from taylor_pruning.training.fine_tuning import TrainingDiverged
+from taylor_pruning.experiment.setup import Experiment, environment, prepare, warn_of_chance
+from taylor_pruning.report.experiment import write_json
 from taylor_pruning.report.sweep import sweep_table, verdict, write_sweep
+from taylor_pruning.training.distributed import barrier, is_main
+from taylor_pruning.training.fine_tuning import TrainingDiverged
 
 CELL_ERRORS = (InputError, TrainingDiverged, torch.OutOfMemoryError)
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
+    """Runs the sweep that the command line describes; returns the exit code."""
     parser = new_parser("Sweep over pruning percentages and Taylor orders, compare, and report.")
     add_sweep_arguments(parser)
     add_shared_arguments(parser)
     return run_guarded(parser, parse(parser, argv), run)
 
 
-def run(args, folder, device):
+def run(args: argparse.Namespace, folder: Path, device: torch.device) -> int:
     """Runs what is not yet in the folder, writes the tables and plots; 1 if a cell failed."""
-    cells = folder / "cells"
+    before = _read(folder / "results.json") if args.resume else None
+    barrier()
+    if before and all(cell["status"] == "done" for cell in before["cells"]):
+        if is_main():
+            print(f"the sweep in {folder} is finished; nothing was changed")
+        return 0
     methods = [f"order {order}" for order in sorted(set(args.taylor_orders))]
     methods += args.baselines if args.compare_baseline else []
     percentages = sorted(set(args.pruning_percentages))
     experiment = prepare(args, folder, device, percentages)
     dense = None
     for seed in args.seeds:
-        sweep = Sweep(args, experiment, cells, seed, dense)
+        sweep = Sweep(args, experiment, folder / "cells", seed, dense)
         for method in methods:
-            sweep.run(method, percentages)
+            for percentage in percentages:
+                sweep.cell(method, percentage)
         dense = sweep.pruning.dense_stage()
     return report(args, experiment, folder, dense) if is_main() else 0
 
 
 class Sweep:
-    """The cells of one seed. All methods share one collection of statistics at the dense network."""
+    """The cells of one seed, in `folder`."""
 
-    def __init__(self, args, experiment, folder, seed, dense):
+    def __init__(self, args: argparse.Namespace, experiment: Experiment, folder: Path, seed: int, dense: dict | None):
         self.args, self.experiment, self.folder, self.seed = args, experiment, folder, seed
-        self.pruning = experiment.pruning(seed, dense_stage=dense or _read(folder / "dense.json"))
+        stage = dense or _read(folder / "dense.json")
+        self.pruning = EnhancedPruning(**experiment.pipeline_arguments(seed, dense_stage=stage))
         stage = self.pruning.dense_stage()
         if is_main():
             folder.mkdir(exist_ok=True)
@@ -62,81 +73,64 @@ class Sweep:
                 warn_of_chance(stage, experiment.data)
             write_json(folder / "dense.json", stage)
 
-    def run(self, method, percentages):
-        """All percentages of a method, on one way down; finished cells are passed over, failed ones tried again."""
-        todo = [p for p in percentages if (_read(self.file(method, p)) or {}).get("status") != "done"]
-        if not todo:
+    def cell(self, method: str, percentage: float) -> None:
+        """Prunes, fine-tunes and writes one cell, unless it is finished. A failure is recorded; other cells go on."""
+        if (_read(self.file(method, percentage)) or {}).get("status") == "done":
             return
-        checkpoint = self.folder / f"{method.replace(' ', '-')}_seed-{self.seed}.rounds.checkpoint"
-        start = self.pruning.restored(checkpoint) if self.args.resume else None
-        if start and start.percentage > todo[0]:  # of a cell that failed before
-            start = None
         try:
-            for network in self.pruning.path(
-                method,
-                percentages,
-                use_gradient_flow=self.args.use_gradient_flow,
-                seed=self.seed,
-                start=start,
-                checkpoint=checkpoint,
-            ):
-                if network.percentage in todo:
-                    self.cell(method, network)
-                    todo.remove(network.percentage)
-            if is_main():
-                checkpoint.unlink(missing_ok=True)
-        except CELL_ERRORS as error:  # the way down itself failed: so did all that lies behind
-            for percentage in todo:
-                self.write(method, percentage, {"status": "failed", "error": str(error)})
+            result = self.fine_tuned(method, percentage, self.pruned(method, percentage))
+            content = {"status": "done", "error": None, **result.as_dict()}
+        except CELL_ERRORS as error:
+            content = {"status": "failed", "error": str(error)}
+        self.write(method, percentage, content)
 
-    def cell(self, method, network):
-        """Fine-tunes one pruned network and writes the cell; a failure is recorded, on CUDA after a smaller batch."""
+    def pruned(self, method: str, percentage: float) -> PruningResult:
+        if not method.startswith("order "):
+            return self.pruning.prune_by_baseline(method, percentage)
+        return self.pruning.prune(
+            percentage,
+            int(method.removeprefix("order ")),
+            self.args.use_gradient_flow,
+            checkpoint=self.file(method, percentage).with_suffix(".rounds.checkpoint"),
+            resume=self.args.resume is not None,
+        )
+
+    def fine_tuned(self, method: str, percentage: float, result: PruningResult) -> PruningResult:
+        """The fine-tuned network; where the GPU's memory is too small, with half the batch size."""
+        checkpoint = self.file(method, percentage).with_suffix(".checkpoint")
         try:
-            result = self.fine_tuned(self.pruning, method, network)
+            return self.pruning.fine_tune(result, checkpoint=checkpoint, resume=self.args.resume is not None)
         except CELL_ERRORS as error:
             if not isinstance(error.__cause__ or error, torch.OutOfMemoryError):
-                return self.write(method, network.percentage, {"status": "failed", "error": str(error)})
-            result = self.retried(method, network)
-        return self.write(method, network.percentage, result)
-
-    def retried(self, method, network):
+                raise
         half = max(1, self.args.batch_size // 2)
-        print(f"{method} at {network.percentage:g} %: out of memory, once more with --batch-size {half}", flush=True)
+        print(f"{method} at {percentage:g} %: out of memory, once more with --batch-size {half}", flush=True)
         torch.cuda.empty_cache()
-        pruning = self.experiment.pruning(self.seed, dense_stage=self.pruning.dense_stage(), batch_size=half)
-        try:
-            return self.fine_tuned(pruning, method, network)
-        except CELL_ERRORS as error:
-            return {"status": "failed", "error": str(error)}
+        arguments = self.experiment.pipeline_arguments(self.seed, dense_stage=self.pruning.dense_stage(), batch_size=half)
+        return EnhancedPruning(**arguments).fine_tune(result, checkpoint=checkpoint)
 
-    def fine_tuned(self, pruning, method, network):
-        order = int(method.removeprefix("order ")) if method.startswith("order ") else None
-        flow = self.args.use_gradient_flow and order is not None
-        result = pruning.result_of(network, order, flow)
-        checkpoint = self.file(method, network.percentage).with_suffix(".checkpoint")
-        result = pruning.fine_tune(result, checkpoint=checkpoint, resume=self.args.resume is not None)
-        return {"status": "done", "error": None, **result.as_dict()}
-
-    def file(self, method, percentage):
+    def file(self, method: str, percentage: float) -> Path:
         return self.folder / f"{method.replace(' ', '-')}_{percentage:g}_seed-{self.seed}.json"
 
-    def write(self, method, percentage, content):
+    def write(self, method: str, percentage: float, content: dict) -> None:
         if not is_main():
             return
         file = self.file(method, percentage)
         write_json(file, {"percentage": percentage, "method": method, "seed": self.seed, **content})
-        file.with_suffix(".checkpoint").unlink(missing_ok=True)
+        for suffix in (".rounds.checkpoint", ".checkpoint"):
+            file.with_suffix(suffix).unlink(missing_ok=True)
         last = content["stages"][-1]["top1"] if content["status"] == "done" else None
         outcome = f"top-1 {last:.1f} %" if last is not None else f"failed: {content['error']}"
         print(f"{method}, {percentage:g} %, seed {self.seed}: {outcome}", flush=True)
 
 
-def _read(path):
+def _read(path: Path) -> dict | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def report(args, experiment, folder, dense):
-    for checkpoint in (folder / "cells").glob("*.checkpoint"):  # of rounds, and of cells killed after their last step
+def report(args: argparse.Namespace, experiment: Experiment, folder: Path, dense: dict) -> int:
+    """Writes the tables and plots and prints the table; returns the exit code."""
+    for checkpoint in (folder / "cells").glob("*.checkpoint"):  # of cells that were killed after their last step
         checkpoint.unlink()
     cells = [_read(file) for file in sorted((folder / "cells").glob("*_seed-*.json"))]
     sweep = {"arguments": vars(args), "environment": environment(experiment.device), "dense": dense, "cells": cells}
@@ -146,8 +140,8 @@ def report(args, experiment, folder, dense):
     print(verdict(sweep))
     failed = sum(cell["status"] == "failed" for cell in cells)
     if failed:
-        print(f"{failed} of {len(cells)} cells failed; results.md names them, --resume {folder} and the same arguments "
-              "try them again", file=sys.stderr)  # fmt: skip
+        print(f"{failed} of {len(cells)} cells failed; results.md names them, --resume {folder} tries them again",
+              file=sys.stderr)  # fmt: skip
     return 1 if failed else 0
 
 

@@ -4,36 +4,44 @@
     python run_single_experiment.py --model vgg16 --pruning-percentage 30 --taylor-order 2 \
         --fine-tune-epochs 5 --data-path imagenet-mini
     torchrun --nproc-per-node 2 run_single_experiment.py --model resnet50 --data-path imagenet-mini
+    python run_single_experiment.py --resume runs/run_single_experiment-vgg16    # an interrupted run
 """
 
+import argparse
 import dataclasses
 import sys
 from pathlib import Path
 
 import torch
 
-from taylor_pruning.training.distributed import is_main
-from EnhancedPruning import PruningResult
+from EnhancedPruning import EnhancedPruning, PruningResult, load_pruned, save_pruned
 from taylor_pruning.experiment.arguments import add_shared_arguments, add_single_arguments, new_parser, parse
-from taylor_pruning.experiment.models import export_model, load_pruned, save_pruned
-from taylor_pruning.report.experiment import rounds_table, summary_table, write_experiment_plots, write_json
+from taylor_pruning.experiment.models import BuiltModel, export_model
 from taylor_pruning.experiment.run import run_guarded
-from taylor_pruning.experiment.setup import environment, prepare, progress, warn_of_chance
+from taylor_pruning.experiment.setup import Experiment, environment, prepare, progress, warn_of_chance
+from taylor_pruning.report.experiment import rounds_table, summary_table, write_experiment_plots, write_json
+from taylor_pruning.training.distributed import barrier, is_main
 
 ROUNDS, PRUNED, CHECKPOINT = "rounds_checkpoint.pt", "pruned_before_fine_tuning.pt", "fine_tuning_checkpoint.pt"
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
+    """Runs the experiment that the command line describes; returns the exit code."""
     parser = new_parser("Prune one network by Taylor scores, fine-tune it and report.")
     add_single_arguments(parser)
     add_shared_arguments(parser)
-    args = parse(parser, argv)
-    return run_guarded(parser, args, run)
+    return run_guarded(parser, parse(parser, argv), run)
 
 
-def run(args, folder, device):
+def run(args: argparse.Namespace, folder: Path, device: torch.device) -> int:
+    finished = (folder / "results.json").exists() and not (folder / PRUNED).exists()
+    barrier()
+    if args.resume and finished:
+        if is_main():
+            print(f"the run in {folder} is finished; nothing was changed")
+        return 0
     experiment = prepare(args, folder, device, [args.pruning_percentage])
-    pruning = experiment.pruning(args.seed)
+    pruning = EnhancedPruning(**experiment.pipeline_arguments(args.seed))
     result = pruned(args, pruning, experiment, folder)
     result = pruning.fine_tune(result, checkpoint=folder / CHECKPOINT, resume=args.resume is not None)
     if is_main():
@@ -41,7 +49,7 @@ def run(args, folder, device):
     return 0
 
 
-def pruned(args, pruning, experiment, folder):
+def pruned(args: argparse.Namespace, pruning: EnhancedPruning, experiment: Experiment, folder: Path) -> PruningResult:
     """The pruned network before fine-tuning; kept on disk, so that an interrupted run need not prune again."""
     kept = folder / PRUNED
     if args.resume and kept.exists():
@@ -59,11 +67,11 @@ def pruned(args, pruning, experiment, folder):
     if is_main():
         save(kept, result, experiment.built)
         if progress(args):
-            print_curvature(result.curvature)
+            print(curvature_line(result.curvature))
     return result
 
 
-def save(path, result, built):
+def save(path: Path, result: PruningResult, built: BuiltModel) -> None:
     save_pruned(
         path,
         result.model,
@@ -74,12 +82,15 @@ def save(path, result, built):
     )
 
 
-def print_curvature(curvature):
+def curvature_line(curvature: dict) -> str:
+    """What the derivatives of the scores were computed with, in one line."""
+    if curvature["path"] is None:
+        return f"curvature: none ({curvature['reason']})"
     sampled = f"; random directions stand for {100 * curvature['sampled']:.2g} % of it" if curvature["sampled"] else ""
-    print(f"curvature: {curvature['path']} ({curvature['reason']}){sampled}")
+    return f"curvature: {curvature['path']} ({curvature['reason']}){sampled}"
 
 
-def report(args, experiment, result, folder):
+def report(args: argparse.Namespace, experiment: Experiment, result: PruningResult, folder: Path) -> None:
     """Writes the results folder and prints what a user wants to know first."""
     data = experiment.data
     results = {
@@ -102,11 +113,11 @@ def report(args, experiment, result, folder):
         model = result.model.cpu().eval()
         example = experiment.calibration(2, args.seed)[0][0][:2].cpu()
         export_model(model, example, folder / f"pruned_model.{kind}", kind)
-    for name in (ROUNDS, PRUNED, CHECKPOINT):
+    for name in (ROUNDS, CHECKPOINT, PRUNED):  # the last one's absence marks a finished run
         (folder / name).unlink(missing_ok=True)
     print(rounds_table(results["rounds"]))
     print(f"\n{summary_table(results)}")
-    print(f"results, {len(plots)} plots and pruned_model.pt: {Path(folder)}")
+    print(f"results, {len(plots)} plots and pruned_model.pt: {folder}")
 
 
 if __name__ == "__main__":

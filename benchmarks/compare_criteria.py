@@ -28,10 +28,13 @@ from cifar_resnets import CIFAR_RESNETS, cifar_resnet
 from measuring import measured, started
 
 from taylor_pruning.selection.baselines import BASELINES
-from EnhancedPruning import EnhancedPruning, PruningSettings, spearman, true_loss_changes
+from EnhancedPruning import EnhancedPruning, PruningSettings
 from taylor_pruning.experiment.arguments import add_shared_arguments, new_parser, parse
 from taylor_pruning.experiment.data import calibration_batches, embedded_data, load_image_folder, make_loader
+from taylor_pruning.experiment.results import all_filters, remaining
+from taylor_pruning.repair.compensation import compensate
 from taylor_pruning.report.experiment import write_json
+from taylor_pruning.scoring.oracle import spearman, true_loss_changes
 from taylor_pruning.experiment.setup import EMBEDDED_TRAIN, EMBEDDED_VAL, prepare
 from taylor_pruning.selection.greedy import Constraints, Selection, select_by_score
 from taylor_pruning.training.fine_tuning import Recipe, evaluate, fine_tune
@@ -146,18 +149,20 @@ def networks(criterion, pruning, data, arguments, seed, batches):
     for suffix in sorted(VARIANTS, key=len, reverse=True):
         name = criterion.removesuffix(suffix) if suffix else criterion
         if name in OURS and name + suffix == criterion:
-            settings = PruningSettings(**{
-                "rounds": arguments.rounds, "seed": seed,
-                "constraints": Constraints(layer_bound=arguments.layer_bound), **VARIANTS[suffix]})  # fmt: skip
+            settings = PruningSettings(
+                **{"rounds": arguments.rounds, "seed": seed, "layer_bound": arguments.layer_bound, **VARIANTS[suffix]}
+            )
             ours = EnhancedPruning(pruning.model, pruning.train_loader, pruning.val_loader, calibration=batches,
                                    compensation=pruning.compensation, settings=settings, progress=False)  # fmt: skip
-            return {n.percentage: n.model for n in ours.path(name, arguments.percentages)}
-    if criterion in BASELINES:
-        return {n.percentage: n.model for n in pruning.path(criterion, arguments.percentages, seed=seed)}
-    if criterion.endswith(", compensated"):
-        base = criterion.removesuffix(", compensated")
-        return {n.percentage: pruning._compensated(n.model, n.kept)
-                for n in pruning.path(base, arguments.percentages, seed=seed)}  # fmt: skip
+            return {p: ours.prune(p, int(name[-1])).model for p in arguments.percentages}
+    base = criterion.removesuffix(", compensated")
+    if base in BASELINES:
+        results = {p: pruning.prune_by_baseline(base, p) for p in arguments.percentages}
+        if base != criterion:
+            for result in results.values():
+                kept = remaining(all_filters(pruning.graph), result.plan)
+                compensate(pruning.model, result.model, pruning.compensation, kept, progress=False)
+        return {p: result.model for p, result in results.items()}
     scores = peer_scores(criterion, pruning.model, pruning.graph, batches)
     return {
         p: pruning.graph.remove(
@@ -199,7 +204,7 @@ def costs(pruning, batches):
         model.zero_grad(set_to_none=True)
 
     seconds, memory = measured(one_pass)
-    parts = {"ours, all orders": lambda: pruning._ranked(model, 3, False, False, pruning.graph)}
+    parts = {"ours, all orders": lambda: pruning._ranked(model, 3, False, False)}
     for name in PEERS if importlib.util.find_spec("torch_pruning") else ():
         parts[name] = lambda name=name: peer_scores(name, model, pruning.graph, batches)
     found = {name: measured(part) for name, part in parts.items()}
@@ -249,7 +254,7 @@ def run(arguments):
         batches = calibration_batches(data, arguments.calibration_samples, 100, seed=seed)
         more = calibration_batches(data, arguments.compensation_samples, 100, seed=seed)
         pruning = EnhancedPruning(dense, val, val, calibration=batches, compensation=more,
-                                  settings=PruningSettings(compensate=False), progress=False)  # fmt: skip
+                                  settings=PruningSettings(compensate=False, seed=seed), progress=False)  # fmt: skip
         pruning.graph.model.eval()
         if arguments.true_changes and seed not in [single["seed"] for single in results["single"]]:
             estimates = single_estimates(pruning, batches, arguments, seed)

@@ -85,12 +85,12 @@ class Seed:
 
     def pruned(self, steps_between):
         if steps_between not in self.networks:
-            settings = PruningSettings(seed=self.seed, steps_between_rounds=steps_between)
+            settings = PruningSettings(seed=self.seed, fine_tune_between=steps_between)
             pruning = EnhancedPruning(
                 self.dense, self.train, self.val, calibration=self.calibration, compensation=self.compensation,
                 settings=settings, recipe=self.recipe, progress=False,
             )  # fmt: skip
-            (self.networks[steps_between],) = pruning.path("order 2", [self.arguments.percentage])
+            self.networks[steps_between] = pruning.prune(self.arguments.percentage, 2)
         return self.networks[steps_between]
 
     def cell(self, name):

@@ -25,7 +25,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).
 from measuring import Start, in_turn, print_ratios
 
 from taylor_pruning.scoring.estimates import channel_estimates
-from EnhancedFilterPruner import CLASS_PROBES
+from EnhancedPruning import PruningSettings
 from taylor_pruning.experiment.models import build_model, head_name
 from taylor_pruning.selection.greedy import Constraints, Selection, select_jointly
 from taylor_pruning.surgery.graph import ChannelGraph
@@ -92,7 +92,7 @@ def scoring_seconds(images=64, classes=10, image_size=32, model="vgg11_bn"):
     net = network(model, classes, image_size, x[:16], 1.0)
     graph = ChannelGraph(net, x[:1])
     batches = list(zip(x.split(32), y.split(32), strict=True))
-    return seconds(lambda: collect_directions(net, graph, batches, CLASS_PROBES, progress=False))
+    return seconds(lambda: collect_directions(net, graph, batches, PruningSettings.class_probes, progress=False))
 
 
 def selection_seconds(order, samples=1000, units=4224, classes=10, percentage=50):
@@ -108,7 +108,7 @@ def selection_seconds(order, samples=1000, units=4224, classes=10, percentage=50
     model.append(torch.nn.Flatten()).append(torch.nn.Linear(inputs, classes))
     graph = ChannelGraph(model, torch.randn(1, 3, 1, 1))
     labels, logits = torch.randint(classes, (samples,)), torch.randn(samples, classes) * 3
-    basis, sampled = class_basis(logits, labels, CLASS_PROBES, 2 * torch.randint(2, logits.shape) - 1)
+    basis, sampled = class_basis(logits, labels, PruningSettings.class_probes, 2 * torch.randint(2, logits.shape) - 1)
     coordinates = torch.randn(samples, len(graph.units), basis.shape[2]) / len(graph.units) ** 0.5
     directions = Directions(coordinates, basis, logits, labels, sampled)
     return seconds(lambda: select_jointly(Selection(graph, percentage, Constraints()), directions, order), 1)
@@ -143,7 +143,7 @@ def main():
     parser.add_argument("--image-size", type=int, default=32)
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--class-probes", type=int, default=CLASS_PROBES)
+    parser.add_argument("--class-probes", type=int, default=PruningSettings.class_probes)
     parser.add_argument("--entropy", type=float, default=1.0, help="nats, of the predictions")
     parser.add_argument("--repairs", action="store_true", help="score what compensation cannot repair")
     parser.add_argument("--repeats", type=int, default=5)

@@ -1,15 +1,17 @@
 """The command line that both runners share, and what its values mean for the rooms below."""
 
 import argparse
+import dataclasses
+import json
 import math
+from pathlib import Path
 
 import torch
 
 from taylor_pruning.selection.baselines import BASELINES
-from EnhancedFilterPruner import CLASS_PROBES, CURVATURES, SELECTIONS, TAYLOR_ORDERS
-from EnhancedPruning import PruningSettings
 from taylor_pruning.errors import InputError
-from taylor_pruning.selection.greedy import BUDGETS, Constraints
+from taylor_pruning.experiment.settings import CURVATURES, SELECTIONS, TAYLOR_ORDERS, PruningSettings
+from taylor_pruning.selection.greedy import BUDGETS
 from taylor_pruning.training.fine_tuning import Recipe
 
 
@@ -105,10 +107,10 @@ def _add_selection(group):
                        "the way down")  # fmt: skip
     group.add_argument("--curvature", choices=CURVATURES, default="auto", help="exact class directions, Hessian-vector "
                        "products, or exact where the network is piecewise linear")  # fmt: skip
-    group.add_argument("--class-probes", type=number(int, 2), default=CLASS_PROBES, help="class directions a sample")
+    group.add_argument("--class-probes", type=number(int, 2), default=PruningSettings.class_probes, help="class directions a sample")
     group.add_argument("--budget", choices=BUDGETS, default="filters", help="what the percentage counts")
-    group.add_argument("--layer-bound", type=number(float, 1), default=Constraints.layer_bound, help="no layer loses "
-                       "more than this multiple of the target share")  # fmt: skip
+    group.add_argument("--layer-bound", type=number(float, 1), help="no layer loses more than this multiple of "
+                       "the target share of its filters (default: 1.03 for a budget in filters, else none)")  # fmt: skip
     group.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN", help="layers whose filters all stay")
     group.add_argument("--min-filters", type=number(int, 1), default=1, help="filters that every layer keeps at least")
     group.add_argument("--round-to", type=number(int, 1), default=1, help="filter counts of cut layers are multiples of it")
@@ -122,7 +124,7 @@ def _add_selection(group):
 def _add_training(group):
     recipe = Recipe()
     group.add_argument("--fine-tune-epochs", type=number(int, 0), default=2, help="epochs after pruning, 0 for none")
-    group.add_argument("--fine-tune-between", type=number(int, 0), default=PruningSettings.steps_between_rounds,
+    group.add_argument("--fine-tune-between", type=number(int, 0), default=PruningSettings.fine_tune_between,
                        metavar="STEPS", help="training steps after every round but the last")  # fmt: skip
     group.add_argument("--lr", type=number(float, 0, False), default=recipe.lr, help="largest learning rate")
     group.add_argument("--momentum", type=number(float, 0), default=recipe.momentum, help="of SGD")
@@ -151,20 +153,9 @@ def _add_run(group):
 
 
 def settings_from(args):
-    """PruningSettings of the parsed arguments."""
-    return PruningSettings(
-        rounds=args.rounds,
-        selection=args.selection,
-        curvature=args.curvature,
-        class_probes=args.class_probes,
-        constraints=Constraints(args.budget, args.layer_bound, args.min_filters, args.round_to),
-        exclude=tuple(args.exclude),
-        prune_linear=args.prune_linear,
-        compensate=args.compensate,
-        steps_between_rounds=args.fine_tune_between,
-        reestimate_batchnorm=args.reestimate_batchnorm,
-        seed=args.seed,
-    )
+    """PruningSettings of the parsed arguments, whose names are those of its fields."""
+    fields = {field.name for field in dataclasses.fields(PruningSettings)}
+    return PruningSettings(**{name: value for name, value in vars(args).items() if name in fields})
 
 
 def recipe_from(args, device):
@@ -191,8 +182,17 @@ def recipe_from(args, device):
 
 
 def parse(parser, argv):
-    """Parses and checks what argparse alone cannot. Exits with code 2 on bad input."""
+    """Parses and checks what argparse alone cannot. Exits with code 2 on bad input.
+
+    With --resume, arguments that are not given are those of the run in that folder.
+    """
     args = parser.parse_args(argv)
+    if args.resume:
+        try:
+            parser.set_defaults(**_arguments_of_run(Path(args.resume), vars(args)))
+        except InputError as error:
+            parser.error(str(error))
+        args = parser.parse_args(argv)
     if args.model is None:
         args.model = "vgg16" if args.data_path else "vgg11_bn"
     if args.compensation_samples is None:
@@ -202,3 +202,15 @@ def parse(parser, argv):
     except InputError as error:
         parser.error(str(error))
     return args
+
+
+def _arguments_of_run(folder, known):
+    """{name: value} of the arguments in the folder's config.json that this command has; {} where there is no such file."""
+    config = folder / "config.json"
+    if not config.exists():  # run.open_folder says so
+        return {}
+    try:
+        arguments = json.loads(config.read_text(encoding="utf-8"))["arguments"]
+        return {name: value for name, value in arguments.items() if name in known and name != "resume"}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{config} is not the config.json of a run ({error}); pass the folder of an interrupted run") from error

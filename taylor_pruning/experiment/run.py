@@ -38,7 +38,7 @@ def run_guarded(parser, args, run):
         return 2
     except OSError as error:
         disk = error.errno in DISK_ERRORS
-        advice = f"free space, then {way_on(folder)}" if disk else "check that path, or pass another --output-dir"
+        advice = f"free space, then {how_to_continue(folder)}" if disk else "check that path, or pass another --output-dir"
         print(f"error: {error.strerror or error}: {error.filename or folder}; {advice}", file=sys.stderr)
         return 1 if disk else 2
     except TrainingDiverged as error:
@@ -46,15 +46,15 @@ def run_guarded(parser, args, run):
         return 1
     except KeyboardInterrupt as error:
         reason = str(error) if isinstance(error, Interrupted) and error.checkpoint else "interrupted"
-        print(f"{reason}\n{way_on(folder)}", file=sys.stderr)
+        print(f"{reason}\n{how_to_continue(folder)}", file=sys.stderr)
         return 128 + signal.SIGINT
     finally:
         end_distributed()
 
 
-def way_on(folder):
+def how_to_continue(folder):
     started = (folder / "config.json").exists()
-    return f"go on with: --resume {folder} and the same arguments" if started else "start again with the same arguments"
+    return f"continue with --resume {folder}" if started else "start again with the same arguments"
 
 
 def default_folder(parser, args):
@@ -83,7 +83,7 @@ def open_folder(folder, args):
             f"{folder} has no config.json; --resume takes the folder of an interrupted run, without it a run starts anew"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
+    with open(folder / ".lock", "a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

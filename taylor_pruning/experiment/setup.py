@@ -1,6 +1,7 @@
 """From arguments to a trained dense network with its data: what both runners do before they prune."""
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import math
@@ -17,7 +18,6 @@ import torch
 import torchvision
 
 from taylor_pruning.training.distributed import is_main, world_size
-from EnhancedPruning import EnhancedPruning
 from taylor_pruning.experiment.arguments import recipe_from, settings_from
 from taylor_pruning.experiment.data import ImageData, calibration_batches, embedded_data, load_image_folder, make_loader
 from taylor_pruning.errors import InputError, atomic_file
@@ -54,22 +54,22 @@ class Experiment:
     def calibration(self, samples, seed):
         return calibration_batches(self.data, samples, self.args.batch_size, seed=seed, device=self.device)
 
-    def pruning(self, seed, *, dense_stage=None, batch_size=None):
-        """The pipeline with the calibration draw and the order of training images that belong to `seed`."""
+    def pipeline_arguments(self, seed, *, dense_stage=None, batch_size=None):
+        """Arguments of EnhancedPruning, with every random draw that belongs to `seed`."""
         args = self.args
         calibration = self.calibration(args.calibration_samples, seed)
         same = args.compensation_samples == args.calibration_samples
-        return EnhancedPruning(
-            self.built.model,
-            self.loader(self.data.train, shuffle=True, seed=seed, batch_size=batch_size),
-            self.loader(self.data.val, batch_size=batch_size),
-            dense_stage=dense_stage,
-            calibration=calibration,
-            compensation=calibration if same else self.calibration(args.compensation_samples, seed),
-            settings=settings_from(args),
-            recipe=recipe_from(args, self.device),
-            progress=progress(args),
-        )
+        return {
+            "model": self.built.model,
+            "train_loader": self.loader(self.data.train, shuffle=True, seed=seed, batch_size=batch_size),
+            "val_loader": self.loader(self.data.val, batch_size=batch_size),
+            "dense_stage": dense_stage,
+            "calibration": calibration,
+            "compensation": calibration if same else self.calibration(args.compensation_samples, seed),
+            "settings": dataclasses.replace(settings_from(args), seed=seed),
+            "recipe": recipe_from(args, self.device),
+            "progress": progress(args),
+        }
 
 
 def progress(args):

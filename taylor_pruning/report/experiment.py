@@ -3,8 +3,8 @@
     paths = write_experiment_plots(results, "runs/vgg16")
     print(summary_table(results))
 
-`results` is the content of results.json. Its stages are "dense", "pruned", "compensated" and "fine-tuned", in the order
-of the run. Units: accuracy in per cent, loss in nats, files in bytes, latency in milliseconds. A value that was not
+`results` is the content of results.json. Its stages are "dense", "pruned", "compensated" or "trained", and "fine-tuned",
+in the order of the run. Units: accuracy in per cent, loss in nats, files in bytes, latency in milliseconds. A value that was not
 measured is None or NaN. Every file is written whole or not at all. Figures are made with matplotlib's object-oriented
 interface, so they need no display and leave no figure or setting behind.
 """
@@ -33,7 +33,7 @@ LAYER_LABEL_SIZE = 7  # points
 BLACK, ORANGE, SKY_BLUE, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 BLUE, VERMILLION, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#888888"
 DENSE, KEPT, REMOVED = BLACK, BLUE, VERMILLION
-STAGE_COLOURS = {"dense": DENSE, "pruned": REMOVED, "compensated": PURPLE, "fine-tuned": GREEN}
+STAGE_COLOURS = {"dense": DENSE, "pruned": REMOVED, "compensated": PURPLE, "trained": PURPLE, "fine-tuned": GREEN}
 STAGE_TICKS = {"compensated": "compen-\nsated", "fine-tuned": "fine-\ntuned"}
 
 
@@ -166,15 +166,22 @@ def summary_table(results: dict) -> str:
 
 
 def rounds_table(rounds: list) -> str:
-    """A row a round of pruning: does the loss change by what the scores said?"""
-    watched = ("after_selection", "after_compensation", "after_training")
+    """A row a round of pruning: does the loss change by what the scores said?
+
+    Predicted and measured are of the loss that the round keeps small, which the heading names; "labels" is the measured
+    change of the cross-entropy with the labels. All are in nats, on the calibration images.
+    """
+    steps = ("after_selection", "after_compensation", "after_training")
+    trained = any(record.get("after_training") for record in rounds)
     rows = []
     for record in rounds:
-        predicted, measured = numbers([record["predicted_loss_change"], record["measured_loss_change"]])
-        top1 = [f"{record[key]['top1']:.1f}" if record.get(key) else "-" for key in watched]
-        changes = [f"{value:+.4f}" if math.isfinite(value) else "-" for value in (predicted, measured)]
+        changes = numbers(record[key] for key in ("predicted_loss_change", "measured_loss_change", "label_loss_change"))
+        changes = [f"{value:+.4f}" if math.isfinite(value) else "-" for value in changes]
+        top1 = [f"{record[key]['top1']:.1f}" if record.get(key) else "-" for key in steps[: 3 if trained else 2]]
         rows.append([str(record["round"]), f"{record['percentage']:g}", *changes, *top1])
-    return text_table(["round", "% removed", "loss change predicted", "measured", "top-1 cut", "repaired", "trained"], rows)
+    loss = rounds[0]["loss"] if rounds else "loss"
+    header = ["round", "% removed", f"{loss}: predicted", "measured", "labels", "top-1 cut", "repaired", "trained"]
+    return text_table(header if trained else header[:-1], rows)
 
 
 # Figures
@@ -330,7 +337,7 @@ def _trajectory(axes, results, key, places, at_rounds, at_epochs, colour, label)
     """One quantity along the run: a large marker a stage, small ones for rounds, training between them, and epochs.
 
     Where every round ends compensated, the line goes through the compensated networks, and a broken one through what
-    each round was before that, down to the pruned stage.
+    each round's cut left of the network before it. The pruned stage, which has no repair at all, is a marker of its own.
     """
     stages = {stage["stage"]: stage.get(key) for stage in results["stages"]}
     points = {places[stage]: value for stage, value in stages.items()}
@@ -342,10 +349,10 @@ def _trajectory(axes, results, key, places, at_rounds, at_epochs, colour, label)
     line = points | steps
     if any((step.get("after_compensation") or {}).get(key) is not None for _, step in rounds):
         broken = {places["dense"]: stages["dense"], **{x: step["after_selection"].get(key) for x, step in rounds}}
-        if "compensated" in stages:
-            broken[places["pruned"]] = line.pop(places["pruned"])
         axes.plot(list(broken), numbers(broken.values()), "v--", color=REMOVED, mfc="white", linewidth=0.8,
                   markersize=3, label="before compensation" if key == "top1" else None)  # fmt: skip
+    if {"compensated", "trained"} & stages.keys():
+        line.pop(places["pruned"])
     joined = np.array(sorted((x, y) for x, y in line.items() if y is not None)).reshape(-1, 2)
     axes.plot(*joined.T, "-", color=colour, label=label)
     if len(steps) <= 40:
@@ -396,7 +403,7 @@ def _plot_scores(results, path):
             axes.axhline(0, color=BLACK, linewidth=0.5)
             axes.set_xlim(-0.7, len(scores) - 0.3)
             layer_axis(axes.xaxis, list(scores), width - 0.7)
-        axes.set_ylabel("estimated loss change (nats)")
+        axes.set_ylabel(results.get("criterion") or "score")
         handles = [Patch(facecolor="white", edgecolor=BLUE, label="all (5-25-50-75-95 %)"),
                    Line2D([], [], color=REMOVED, marker=".", linestyle="", markersize=5, label="removed")]  # fmt: skip
         figure.legend(handles=handles, loc="outside upper center", ncols=2)
@@ -453,6 +460,6 @@ def _plot_flow_and_score(results, path):
         for chosen, colour, marker, label in ((kept, KEPT, "o", "kept"), (~kept, REMOVED, "v", "removed")):
             axes.plot(score[chosen], flow[chosen], marker, color=colour, markersize=3, alpha=0.6, markeredgewidth=0,
                       label=f"{label} ({chosen.sum()})")  # fmt: skip
-        axes.set_xlabel("estimated loss change (nats)")
+        axes.set_xlabel(results.get("criterion") or "score")
         axes.set_ylabel("gradient flow of the filter")
         figure.legend(loc="outside upper center", ncols=2, markerscale=1.5)

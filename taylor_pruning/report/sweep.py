@@ -69,7 +69,7 @@ def stage_at(cell: dict, when: str) -> dict:
 
     Before fine-tuning is the network as it goes into it: compensated where it was compensated.
     """
-    names = {"dense": ("dense",), "before": ("pruned", "compensated"), "after": ("fine-tuned",)}[when]
+    names = {"dense": ("dense",), "before": ("pruned", "compensated", "trained"), "after": ("fine-tuned",)}[when]
     return ([{}] + [stage for stage in cell["stages"] if stage["stage"] in names])[-1]
 
 
@@ -513,7 +513,6 @@ def write_sweep(sweep: dict, folder) -> list[Path]:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     text = _markdown(sweep)
-    write_json(folder / "results.json", sweep)
     _write_csv(sweep, folder / "results.csv")
     with atomic_path(folder / "results.md") as temporary, _open_text(temporary) as file:
         file.write(text)
@@ -530,4 +529,5 @@ def write_sweep(sweep: dict, folder) -> list[Path]:
         files = [folder / f"{name}.{suffix}" for suffix in ("png", "pdf")]
         plot(sweep, files)
         paths += files
+    write_json(folder / "results.json", sweep)  # the last one: it marks a sweep that is finished
     return paths

@@ -14,8 +14,8 @@ from contextlib import ExitStack
 
 import torch
 
+from taylor_pruning.modes import frozen
 from taylor_pruning.repair.compensation import FITTED
-from GradientFlowAnalyzer import frozen
 
 RIDGE = 1e-2  # relative to the mean variance; the ratio of channels to rows comes on top
 

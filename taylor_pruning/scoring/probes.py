@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from taylor_pruning.errors import InputError
-from GradientFlowAnalyzer import frozen
+from taylor_pruning.modes import frozen
 from taylor_pruning.scoring.taylor import check_batch
 
 SKEW = 1 / math.sqrt(2)
@@ -56,7 +56,7 @@ def probe_derivatives(model, graph, batches, *, order=2, probes=8, loss=cross_en
     Raises:
         InputError: no batches, or a batch that cannot be scored.
     """
-    generator = torch.Generator().manual_seed(seed)
+    second, third = (torch.Generator().manual_seed(1_000_003 * seed + k) for k in (0, 1))  # h is the same without t
     phis, hs, ts = [], [], []
     with frozen(model), torch.enable_grad():
         for number, (images, labels) in enumerate(tqdm(batches, desc="probe", leave=False, disable=not progress)):
@@ -66,9 +66,9 @@ def probe_derivatives(model, graph, batches, *, order=2, probes=8, loss=cross_en
             check_batch(images, labels, logits.detach(), number)
             (gamma,) = torch.autograd.grad(loss(logits, labels).sum(), gates, create_graph=True)
             phis.append(gamma.detach().double())
-            hs.append(_second(gamma, gates, probes, generator))
+            hs.append(_second(gamma, gates, probes, second))
             if order == 3:
-                ts.append(_third(gamma, gates, probes, generator))
+                ts.append(_third(gamma, gates, probes, third))
     if not phis:
         raise InputError("there are no calibration images; pass at least one batch")
     h, h_error = _mean_and_error(torch.cat(hs))

@@ -19,18 +19,20 @@ stochastic remainder, as in Hutch++: Meyer, Musco, Musco, Woodruff 2021, arXiv:2
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from taylor_pruning.training.distributed import gather_objects, is_main, rank, world_size
 from taylor_pruning.errors import InputError
-from GradientFlowAnalyzer import frozen, unit_gradient_norms
+from taylor_pruning.modes import frozen
+from taylor_pruning.scoring.flow import unit_gradient_norms
+from taylor_pruning.training.distributed import gather_objects, is_main, rank, world_size
 
 SUPPORT = 32  # classes, most probable first, over which expectations are taken; all others count as one more
-PER_SAMPLE = ("coordinates", "basis", "logits", "labels", "flow")  # tensors of Directions
+PER_SAMPLE = ("coordinates", "basis", "logits", "labels", "flow", "reference")  # tensors of Directions
 BLOCK = 2**17  # units x samples that are scored at once: what they need stays in a core's cache
 
 
@@ -142,6 +144,7 @@ class Directions:
         flow: [N, U] norm of the loss gradient that flows back through the unit's channels, or None.
         own_targets: the loss is the cross-entropy against the network's own probabilities at no shift instead of the
             labels. Then phi = 0 at no shift, and along one gate h is the whole second derivative in any network.
+        reference: [N, K] probabilities of a network that the result is to be compared with, or None.
     """
 
     coordinates: torch.Tensor
@@ -151,6 +154,7 @@ class Directions:
     sampled_curvature: float
     flow: torch.Tensor | None = None
     own_targets: bool = False
+    reference: torch.Tensor | None = None
 
     def targets(self):
         """[N, K] probabilities that the loss compares with."""
@@ -207,13 +211,21 @@ class Directions:
         sampled = sum(part.sampled_curvature * len(part.labels) for part in parts) / samples
         return cls(sampled_curvature=sampled, **values)
 
+    def to(self, device):
+        """The same directions on another device."""
+        tensors = {name: getattr(self, name) for name in PER_SAMPLE}
+        return replace(self, **{name: None if tensor is None else tensor.to(device) for name, tensor in tensors.items()})
+
     def loss_change_at(self, shift):
-        """Mean loss at the logits z - Q shift minus the loss at z, in nats."""
+        """Mean loss at the logits z - Q shift minus the loss at z, in nats; against `reference` where there is one."""
+        targets = self.targets() if self.reference is None else self.reference
         shifted = self.logits - torch.einsum("nkr,nr->nk", self.basis, shift)
-        return (F.cross_entropy(shifted, self.targets()) - F.cross_entropy(self.logits, self.targets())).item()
+        return (F.cross_entropy(shifted, targets) - F.cross_entropy(self.logits, targets)).item()
 
 
-def collect_directions(model, graph, batches, probes, *, progress=True, want_flow=False, estimates=None):
+def collect_directions(
+    model, graph, batches, probes, *, progress=True, want_flow=False, estimates=None, reference=None, seed=0
+):
     """Per-sample logit directions of every unit by class-direction backward passes through the gates.
 
     One forward and R backward passes a batch; no weight gradients. Under torch.distributed every process takes its
@@ -225,6 +237,8 @@ def collect_directions(model, graph, batches, probes, *, progress=True, want_flo
         probes: R, directions a sample.
         want_flow: also collect the gradient flow (one more backward pass).
         estimates: see ChannelGraph.gated: directions of removing the units and of what repairs the layers behind them.
+        reference: network whose probabilities `Directions.reference` takes, or None.
+        seed: of the random directions (`class_basis`).
 
     Returns:
         Directions.
@@ -235,13 +249,21 @@ def collect_directions(model, graph, batches, probes, *, progress=True, want_flo
     batches = list(enumerate(batches))
     if not batches:
         raise InputError("there are no calibration images; pass at least one batch")
+    options = {"want_flow": want_flow, "estimates": estimates, "reference": reference, "seed": seed}
+    collect = partial(_collect, model, graph, probes, **options)
     mine, parts = batches[rank() :: world_size()], []
-    with frozen(model):
+    with frozen(model), frozen(model if reference is None else reference):
         for number, (images, labels) in tqdm(mine, desc="score", leave=False, disable=not progress or not is_main()):
-            batch = images, labels
-            parts.append((number, _collect_batch(model, graph, batch, probes, number, want_flow, estimates)))
-    parts = sorted((p for share in gather_objects(parts) for p in share), key=lambda part: part[0])
-    return Directions.join([part for _, part in parts])
+            parts.append((number, _collect_batch(collect, images, labels, number)))
+    return Directions.join(_of_all_processes(parts)).to(batches[0][1][0].device)
+
+
+def _of_all_processes(parts):
+    """The parts [(batch number, Directions)] of all processes by batch number, on the CPU where there are several."""
+    if world_size() > 1:  # a tensor that travels keeps its device, which is another one in every process
+        parts = [(number, part.to("cpu")) for number, part in parts]
+    parts = [part for share in gather_objects(parts) for part in share]
+    return [part for _, part in sorted(parts, key=lambda part: part[0])]
 
 
 def check_batch(images, labels, logits, number):
@@ -259,28 +281,25 @@ def check_batch(images, labels, logits, number):
         )
 
 
-def _collect_batch(model, graph, batch, probes, number, want_flow, estimates, first=0):
+def _collect_batch(collect, images, labels, number, first=0):
     """`first`: how many images of the batch come before these."""
-    images, labels = batch
     try:
-        return _collect(model, graph, images, labels, probes, number, want_flow, estimates, first)
+        return collect(images, labels, number, first)
     except torch.OutOfMemoryError as error:
         if len(images) == 1:
             raise InputError("one image does not fit into GPU memory for scoring; lower --image-size") from error
     half = len(images) // 2  # outside of the except block, which would keep the failed pass alive
     split = ((images[:half], labels[:half], first), (images[half:], labels[half:], first + half))
-    return Directions.join(
-        [_collect_batch(model, graph, (x, y), probes, number, want_flow, estimates, start) for x, y, start in split]
-    )
+    return Directions.join([_collect_batch(collect, x, y, number, start) for x, y, start in split])
 
 
-def _signs(number, first, samples, classes):
+def _signs(seed, number, first, samples, classes):
     """[samples, classes] of -1 and 1: the same for an image of a batch however the batch is split."""
-    generator = torch.Generator().manual_seed(number)
+    generator = torch.Generator().manual_seed(1_000_003 * seed + number)
     return 2 * torch.randint(2, (first + samples, classes), generator=generator)[first:] - 1
 
 
-def _collect(model, graph, images, labels, probes, number, want_flow, estimates, first):
+def _collect(model, graph, probes, images, labels, number, first, *, want_flow, estimates, reference, seed):
     gates = torch.ones(len(images), len(graph.units), dtype=images.dtype, device=images.device, requires_grad=True)
     gated = []
 
@@ -291,7 +310,7 @@ def _collect(model, graph, images, labels, probes, number, want_flow, estimates,
     with torch.enable_grad(), graph.gated(gates, record, estimates):
         logits = model(images)
     check_batch(images, labels, logits, number)
-    signs = _signs(number, first, *logits.shape).to(logits)
+    signs = _signs(seed, number, first, *logits.shape).to(logits)
     basis, sampled = class_basis(logits.detach(), labels, probes, signs)
     flow = None
     if want_flow:
@@ -299,4 +318,9 @@ def _collect(model, graph, images, labels, probes, number, want_flow, estimates,
     coordinates = torch.empty(*gates.shape, basis.shape[2], dtype=gates.dtype, device=gates.device)
     for r in range(basis.shape[2]):
         (coordinates[:, :, r],) = torch.autograd.grad(logits, gates, basis[:, :, r], retain_graph=True)
-    return Directions(coordinates, basis, logits.detach(), labels, sampled, flow)
+    logits = logits.detach()
+    probabilities = None
+    if reference is not None:
+        with torch.no_grad():
+            probabilities = logits.softmax(1) if reference is model else reference(images).softmax(1)
+    return Directions(coordinates, basis, logits, labels, sampled, flow, reference=probabilities)

@@ -6,10 +6,11 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from taylor_pruning.errors import InputError, one_of
-from GradientFlowAnalyzer import weigh
+from taylor_pruning.scoring.flow import weigh
 
 POOL = 64  # units that a joint selection scores after every choice
 BUDGETS = ("filters", "params", "macs")
+FILTERS_BOUND = 1.03  # layer bound of a budget in filters
 
 
 @dataclass(frozen=True)
@@ -19,23 +20,32 @@ class Constraints:
     Attributes:
         budget: what the percentage counts: removable "filters", or "params" or "macs" of the whole network.
         layer_bound: no layer loses more than this multiple of the target share of its removable filters; None: no bound.
-            It yields where the target cannot be met otherwise.
+            It yields where the target cannot be met otherwise. "auto": 1.03 for a budget in filters, none for the others,
+            which set the widths of layers free.
         min_filters: filters that every layer keeps at least.
         round_to: filter counts of cut layers are multiples of it where units allow.
     """
 
     budget: str = "filters"
-    layer_bound: float | None = 1.03
+    layer_bound: float | str | None = "auto"
     min_filters: int = 1
     round_to: int = 1
 
     def __post_init__(self):
         one_of("budget", self.budget, BUDGETS)
-        if self.layer_bound is not None and not self.layer_bound >= 1:
+        if self.layer_bound not in (None, "auto") and not self.layer_bound >= 1:
             raise InputError(f"the layer bound must be at least 1 (a multiple of the target share), not {self.layer_bound}")
         for name in ("min_filters", "round_to"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+
+    @property
+    def bound(self) -> float | None:
+        """The layer bound that holds."""
+        if self.layer_bound == "auto":
+            return FILTERS_BOUND if self.budget == "filters" else None
+        return None if self.layer_bound == math.inf else self.layer_bound
 
 
 class CostModel:
@@ -69,6 +79,13 @@ class CostModel:
         self.alive -= self.counts[:, unit]
 
 
+def require_units(graph):
+    """Raises InputError, with reasons, if no filter of the graph's network may be removed."""
+    if not graph.units:
+        reasons = "; ".join(f"{name}: {info.reason}" for name, info in list(graph.layers.items())[:3])
+        raise InputError(f"no filter of this network may be removed ({reasons or 'it has no conv layer'})")
+
+
 @dataclass
 class Ledger:
     """What has been removed from every layer, across rounds, against what the network had in the beginning.
@@ -86,9 +103,7 @@ class Ledger:
     @classmethod
     def open(cls, graph, constraints):
         removable = {name: int(info.removable.sum()) for name, info in graph.layers.items()}
-        if not graph.units:
-            reasons = "; ".join(f"{name}: {info.reason}" for name, info in list(graph.layers.items())[:3])
-            raise InputError(f"no filter of this network may be removed ({reasons})")
+        require_units(graph)
         kind = constraints.budget
         total = sum(removable.values()) if kind == "filters" else CostModel(graph, kind).total()
         return cls(removable, total)
@@ -117,6 +132,7 @@ class Selection:
         self.largest = self.savings().max()  # savings shrink as units go
         self.room = {name: self._room(name, percentage / 100) for name in graph.layers}
         self.hard_room = {name: self._room(name, None) for name in graph.layers}
+        self.bound_held = True  # False once the layer bound had to yield
 
     def _count_layers(self, unit):
         counts = {}
@@ -129,8 +145,8 @@ class Selection:
         """How many more filters the layer may lose: by the bound at the target share, or (None) at most."""
         now = self.graph.layers[name].filters
         room = now - min(now, self.constraints.min_filters)
-        bound = self.constraints.layer_bound
-        if share is not None and bound is not None and self.constraints.budget == "filters":
+        bound = self.constraints.bound
+        if share is not None and bound is not None:
             allowed = math.ceil(bound * share * self.ledger.removable[name] - 1e-9)
             room = min(room, allowed - self.ledger.removed.get(name, 0))
         return room
@@ -164,7 +180,7 @@ class Selection:
         """Gives up the layer bound when no unit is open; False if the target cannot be met at all."""
         if self.room == self.hard_room:
             return False
-        self.room = dict(self.hard_room)
+        self.room, self.bound_held = dict(self.hard_room), False
         self.open[:] = True
         self.open[self.chosen] = False
         return True

@@ -85,3 +85,32 @@ def broadcast_buffers(module: torch.nn.Module) -> None:
     if world_size() > 1:
         for buffer in module.buffers():
             dist.broadcast(buffer, src=0)
+
+
+def broadcast_object(value):
+    """The `value` of rank 0, in every process; tensors in it should be on the CPU."""
+    values = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def broadcast_state(module: torch.nn.Module) -> None:
+    """Give every process the parameters and buffers of rank 0, in place. Raises InputError if their shapes differ."""
+    if world_size() == 1:
+        return
+    check_equal_shapes(module)
+    for tensor in module.state_dict().values():
+        dist.broadcast(tensor, src=0)
+
+
+def check_equal_shapes(module: torch.nn.Module) -> None:
+    """Raise InputError, in every process, unless the parameters and buffers of `module` have the same shapes in all."""
+    first, *others = gather_objects({name: tuple(tensor.shape) for name, tensor in module.state_dict().items()})
+    for number, shapes in enumerate(others, 1):
+        for name in sorted(first.keys() | shapes.keys()):
+            if first.get(name) != shapes.get(name):
+                raise InputError(
+                    f"{name} has the shape {first.get(name)} in process 0 and {shapes.get(name)} in process {number}; "
+                    "start all processes with the same network, data and settings"
+                )

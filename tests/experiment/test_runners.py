@@ -1,6 +1,7 @@
 """Both command lines from the outside: what they write, what they refuse, and that a killed run goes on."""
 
 import copy
+import dataclasses
 import json
 import os
 import re
@@ -14,8 +15,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
+from torch.nn import functional as F
 
-import EnhancedPruning
+import EnhancedFilterPruner as EnhancedFilterPruner_module
+import EnhancedPruning as EnhancedPruning_module
+from EnhancedFilterPruner import EnhancedFilterPruner
+from EnhancedPruning import EnhancedPruning, PruningSettings
 from taylor_pruning.training import fine_tuning as FineTuning
 import run_enhanced_pruning
 import run_single_experiment
@@ -23,14 +29,17 @@ from taylor_pruning.experiment.data import load_image_folder, make_loader
 from taylor_pruning.errors import InputError
 from taylor_pruning.experiment.models import load_pruned
 from taylor_pruning.experiment.setup import warn_of_chance
-from taylor_pruning.training.fine_tuning import TrainingDiverged, evaluate
+from taylor_pruning.repair.compensation import CompensationReport
+from taylor_pruning.scoring.taylor import _signs
+from taylor_pruning.training.fine_tuning import Recipe, TrainingDiverged, evaluate
 
 ROOT = Path(__file__).parents[2]
 QUICK = [
     "--model", "squeezenet1_1", "--train-epochs", "1", "--calibration-samples", "12", "--rounds", "1",
     "--batch-size", "8", "--workers", "0", "--device", "cpu", "--quiet",
 ]  # fmt: skip
-SWEEP = ["--pruning-percentages", "20", "40", "--taylor-orders", "2", "--compare-baseline", "--baselines", "magnitude"]
+SWEEP = ["--pruning-percentages", "20", "40", "--taylor-orders", "2", "--compare-baseline", "--baselines", "magnitude",
+         "--rounds", "2"]  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -211,7 +220,7 @@ def test_a_single_run_killed_in_fine_tuning_resumes_to_the_same_result(finished,
         command("run_single_experiment", image_folder, *extra, "--output-dir", str(folder)), stderr=subprocess.DEVNULL
     )
     kill_when(process, (folder / "fine_tuning_checkpoint.pt").exists)
-    assert single(image_folder, folder, *extra, "--resume", str(folder)) == 0
+    assert run_single_experiment.main(["--resume", str(folder)]) == 0
     whole, resumed = (json.loads((f / "results.json").read_text()) for f in (finished, folder))
     assert without_timings(whole) == without_timings(resumed)
 
@@ -227,17 +236,18 @@ def progressive(plain_network, images, labels, monkeypatch):
         trained.append(model)
         FineTuning.train_steps(model, *arguments, **keywords)
 
-    def compensate(target, smaller, batches, kept, *, progress):
+    def compensate(target, smaller, batches, kept, *, progress, seed):
         compensations.append((target, copy.deepcopy(smaller), kept))
         smaller.get_submodule("0").weight.data.mul_(2)
+        return CompensationReport()
 
     def pipeline(steps):
-        settings = EnhancedPruning.PruningSettings(rounds=3, steps_between_rounds=steps)
-        pruning = EnhancedPruning.EnhancedPruning(plain_network, loader, loader, settings=settings, progress=False)
+        settings = PruningSettings(rounds=3, fine_tune_between=steps)
+        pruning = EnhancedPruning(plain_network, loader, loader, settings=settings, progress=False)
         return pruning, trained, compensations
 
-    monkeypatch.setattr(EnhancedPruning, "train_steps", train_steps)
-    monkeypatch.setattr(EnhancedPruning, "compensate", compensate)
+    monkeypatch.setattr(EnhancedPruning_module, "train_steps", train_steps)
+    monkeypatch.setattr(EnhancedPruning_module, "compensate", compensate)
     return pipeline
 
 
@@ -267,32 +277,154 @@ def test_what_cannot_be_pruned_is_refused_before_it_is_scored(progressive, monke
         pruning.prune(percentage, order)
 
 
-@pytest.mark.parametrize("steps", [0, 3])
-def test_the_measured_loss_change_is_that_of_the_round(progressive, steps):
-    pruning, trained, _ = progressive(steps)
-    after = list(pruning.path("order 2", [20, 40, 60]))
-    before = [pruning.model, *(trained if steps else (network.model for network in after))]
-    for network, old in zip(after, before, strict=False):
-        losses = [evaluate(model, pruning.calibration, progress=False).loss for model in (old, network.model)]
-        assert network.rounds[-1]["measured_loss_change"] == pytest.approx(losses[1] - losses[0])
+@pytest.mark.parametrize(("steps", "compensated"), [(0, True), (3, True), (0, False)])
+def test_predicted_and_measured_loss_change_are_of_one_loss(plain_network, images, labels, steps, compensated, monkeypatch):
+    """Behind compensation the divergence from the dense network, also in later rounds; else the loss of the labels."""
+    loader = make_loader(torch.utils.data.TensorDataset(images, labels), 6)
+    settings = PruningSettings(rounds=3, fine_tune_between=steps, compensate=compensated)
+    pruning = EnhancedPruning(plain_network, loader, loader, settings=settings, progress=False)
+    pruners, choose = [], EnhancedFilterPruner.select
+
+    def select(pruner, *arguments):
+        pruners.append((pruner, choose(pruner, *arguments)))
+        return pruners[-1][1]
+
+    monkeypatch.setattr(EnhancedFilterPruner, "select", select)
+    result = pruning.prune(60, 2)
+    dense = plain_network(images).softmax(1)
+
+    def loss(logits):
+        return F.cross_entropy(logits, dense).item() if compensated else F.cross_entropy(logits, labels).item()
+
+    networks = [pruner.model for pruner, _ in pruners]
+    assert networks[0] is plain_network and len(networks) == 3
+    for (pruner, chosen), record in zip(pruners, result.rounds, strict=True):
+        assert record["loss"] == ("divergence" if compensated else "cross-entropy")
+        directions = pruner.directions  # all images, in the order of the loader
+        shift = directions.coordinates[:, chosen].sum(1)
+        assert torch.allclose(directions.logits, pruner.model(images))
+        shifted = directions.logits - torch.einsum("nkr,nr->nk", directions.basis, shift)
+        assert record["predicted_loss_change"] == pytest.approx(loss(shifted) - loss(directions.logits), abs=1e-9)
+    ends = [*networks[1:], result.model]
+    for start, end, record in zip(networks, ends, result.rounds, strict=True):
+        if not steps:  # training changes the network between two rounds
+            assert record["measured_loss_change"] == pytest.approx(loss(end(images)) - loss(start(images)), abs=1e-9)
+            labelled = [F.cross_entropy(model(images), labels).item() for model in (start, end)]
+            assert record["label_loss_change"] == pytest.approx(labelled[1] - labelled[0], abs=1e-9)
 
 
-def test_what_a_sweep_gets_on_the_way_is_not_trained(progressive):
+@pytest.mark.parametrize("compensated", [True, False])
+def test_the_pruned_stage_is_the_plan_without_any_repair(plain_network, images, labels, compensated):
+    loader = make_loader(torch.utils.data.TensorDataset(images, labels), 6)
+    settings = PruningSettings(rounds=3, compensate=compensated)
+    pruning = EnhancedPruning(plain_network, loader, loader, settings=settings, progress=False)
+    result = pruning.prune(60, 2)
+    stage = result.stages[1]
+    loss = F.cross_entropy(pruning.graph.remove(result.plan)(images), labels).item()
+    assert stage["stage"] == "pruned" and stage["loss"] == pytest.approx(loss)
+    if compensated:
+        assert result.stages[2]["loss"] == pytest.approx(F.cross_entropy(result.model(images), labels).item())
+        assert result.stages[2]["loss"] != pytest.approx(loss)
+
+
+@pytest.mark.parametrize("compensated", [True, False])
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_results_hold_the_ranking_that_selected_from_one_pass(silu_network, images, labels, order, compensated, monkeypatch):
+    loader = make_loader(torch.utils.data.TensorDataset(images, labels), 6)
+    settings = PruningSettings(rounds=1, compensate=compensated, selection="independent")
+    pruning = EnhancedPruning(silu_network, loader, loader, settings=settings, progress=False)
+    passes = interrupted_at(monkeypatch, EnhancedFilterPruner, "rank", None)
+    probed = interrupted_at(monkeypatch, EnhancedFilterPruner_module, "probe_derivatives", None)
+    result = pruning.prune(40, order, use_gradient_flow=True)
+    assert len(passes) == 1 and len(probed) == (order > 1 and not compensated)
+    path = None if order == 1 else "exact" if compensated else "hvp"
+    assert result.curvature["path"] == path
+    assert (result.curvature["h_error"] is not None) == (path == "hvp")
+    order_of_units = sorted(range(len(pruning.graph.units)), key=lambda u: score_of(result, pruning.graph.units[u]))
+    gone = {u for u, unit in enumerate(pruning.graph.units) if unit.filters[0][1] in result.plan[unit.filters[0][0]]}
+    assert gone == set(order_of_units[: len(gone)]), "the lowest scores are those that went"
+    assert ("nats²" in result.criterion) == (order == 1) and "weighed by gradient flow" in result.criterion
+    assert result.gradient_flow["units"]["score"] == [score_of(result, unit) for unit in pruning.graph.units]
+
+
+def score_of(result, unit):
+    layer, index = unit.filters[0]
+    return result.scores[layer][index]
+
+
+def test_gradient_flow_covers_the_same_layers_before_and_after(plain_network, images, labels):
+    network = nn.Sequential(*plain_network[:-1], nn.Linear(24, 12), nn.ReLU(), nn.Linear(12, 4)).double().eval()
+    loader = make_loader(torch.utils.data.TensorDataset(images, labels), 6)
+    settings = PruningSettings(rounds=1, exclude=("4",), prune_linear=True)
+    pruning = EnhancedPruning(network, loader, loader, settings=settings, recipe=Recipe(epochs=1), progress=False)
+    flow = pruning.fine_tune(pruning.prune(30, 2, use_gradient_flow=True)).gradient_flow
+    measured = {stage: {name for name, values in flow["layers"].items() if values[stage] is not None}
+                for stage in ("dense", "pruned", "fine-tuned")}  # fmt: skip
+    assert measured["dense"] == measured["pruned"] == measured["fine-tuned"] == {"0", "8"}
+
+
+def test_results_say_what_compensation_did_to_every_layer(plain_network, images, labels):
+    network = nn.Sequential(*plain_network[:6], nn.Conv2d(6, 6, 3, groups=6), *plain_network[6:]).double().eval()
+    loader = make_loader(torch.utils.data.TensorDataset(images, labels), 6)
+    pruning = EnhancedPruning(network, loader, loader, settings=PruningSettings(rounds=2), progress=False)
+    for record in pruning.prune(40, 2).rounds:
+        fitted = {layer["name"] for layer in record["compensation"]["layers"]}
+        left_alone = record["compensation"]["left_alone"]
+        assert fitted | left_alone.keys() == {"0", "4", "6", "9"}
+        assert "depthwise" in left_alone["6"]
+        assert all({"error_before", "error_after", "ridge"} <= layer.keys() for layer in record["compensation"]["layers"])
+
+
+def test_the_seed_reaches_every_random_draw(silu_network, images, labels, monkeypatch):
+    """Probes, random directions, a fit's images and positions, random scores, dropout."""
+    seeds = set()
+    loader = make_loader(torch.utils.data.TensorDataset(images, labels), 6)
+
+    def spy(name):
+        function = getattr(EnhancedPruning_module, name)
+
+        def call(*arguments, **keywords):
+            seeds.add((name, keywords["seed"] if "seed" in keywords else arguments[-1]))
+            return function(*arguments, **keywords)
+
+        monkeypatch.setattr(EnhancedPruning_module, name, call)
+
+    spy("compensate")
+    spy("baseline_scores")
+    for name in ("collect_directions", "probe_derivatives"):
+        function = getattr(EnhancedFilterPruner_module, name)
+
+        def call(*arguments, name=name, function=function, **keywords):
+            seeds.add((name, keywords["seed"]))
+            return function(*arguments, **keywords)
+
+        monkeypatch.setattr(EnhancedFilterPruner_module, name, call)
+    for compensated in (True, False):
+        settings = PruningSettings(rounds=1, compensate=compensated, seed=7)
+        pruning = EnhancedPruning(silu_network, loader, loader, settings=settings, progress=False)
+        pruning.prune(30, 2)
+        pruning.prune_by_baseline("random", 30)
+    assert seeds == {(n, 7) for n in ("compensate", "baseline_scores", "collect_directions", "probe_derivatives")}
+
+
+def test_random_directions_depend_on_the_seed_and_not_on_the_split():
+    assert not torch.equal(_signs(0, 3, 0, 4, 50), _signs(1, 3, 0, 4, 50))
+    assert torch.equal(_signs(1, 3, 0, 6, 50)[2:], _signs(1, 3, 2, 4, 50))
+
+
+def test_what_lies_between_rounds_is_trained_and_the_last_round_is_not(progressive):
     pruning, trained, _ = progressive(3)
-    networks = list(pruning.path("order 2", [20, 60]))
-    assert [len(n.rounds) for n in networks] == [1, 3] and len(trained) == 2
-    assert networks[0].rounds[0]["after_training"] is None and networks[1].rounds[0]["after_training"] is not None
-    before, after = networks[0].model.state_dict(), trained[0].state_dict()
-    assert not torch.equal(before["0.weight"], after["0.weight"])
+    result = pruning.prune(60, 2)
+    assert len(trained) == 2 and [r["after_training"] is not None for r in result.rounds] == [True, True, False]
     trained.clear()
-    (baseline,) = pruning.path("magnitude", [60])  # one shot: there is nothing between rounds
-    assert not trained and "train" not in baseline.seconds
+    baseline = pruning.prune_by_baseline("magnitude", 60)  # one shot: there is nothing between rounds
+    assert not trained and "train" not in baseline.seconds and baseline.criterion == "magnitude"
 
 
 def test_a_progressive_run_interrupted_twice_ends_in_the_same_result(image_folder, tmp_path, monkeypatch):
     extra = ["--fine-tune-epochs", "1", "--fine-tune-between", "4", "--rounds", "3"]
     assert single(image_folder, tmp_path / "whole", *extra) == 0
-    folder, train, calls = tmp_path / "broken", EnhancedPruning.train_steps, []
+    folder, train, calls = tmp_path / "broken", EnhancedPruning_module.train_steps, []
 
     def interrupted(model, *arguments, **keywords):
         calls.append(keywords["turn"])
@@ -303,9 +435,9 @@ def test_a_progressive_run_interrupted_twice_ends_in_the_same_result(image_folde
     def stop(*arguments, **keywords):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(EnhancedPruning, "train_steps", interrupted)
+    monkeypatch.setattr(EnhancedPruning_module, "train_steps", interrupted)
     with monkeypatch.context() as patch:
-        patch.setattr(EnhancedPruning, "fine_tune", stop)
+        patch.setattr(EnhancedPruning_module, "fine_tune", stop)
         assert single(image_folder, folder, *extra) == 130  # between the second round and the third
         assert single(image_folder, folder, *extra, "--resume", str(folder)) == 130  # before fine-tuning
     assert single(image_folder, folder, *extra, "--resume", str(folder)) == 0
@@ -343,20 +475,39 @@ def test_dense_training_goes_on_at_the_last_finished_epoch(image_folder, tmp_pat
 
 def test_no_finished_round_of_pruning_is_repeated(plain_network, images, labels, tmp_path, monkeypatch):
     loader = make_loader(torch.utils.data.TensorDataset(images, labels), 6)
-    settings, checkpoint = EnhancedPruning.PruningSettings(rounds=3), tmp_path / "run.pt"
+    settings, checkpoint = PruningSettings(rounds=3), tmp_path / "run.pt"
 
-    def run(percentage=60, **keywords):
-        pruning = EnhancedPruning.EnhancedPruning(plain_network, loader, loader, settings=settings, progress=False)
-        return pruning.run_full_pruning(percentage, 2, fine_tune_epochs=0, checkpoint=checkpoint, **keywords)
+    def run(percentage=60, order=2, network=plain_network, settings=settings, calibration=None, **keywords):
+        pruning = EnhancedPruning(
+            network, loader, loader, settings=settings, calibration=calibration, progress=False
+        )
+        return pruning.run_full_pruning(percentage, order, fine_tune_epochs=0, checkpoint=checkpoint, **keywords)
 
     whole = run()
-    with pytest.raises(InputError, match="another pruning"):
-        run(30, resume=True)
-    rounds = interrupted_at(monkeypatch, EnhancedPruning.EnhancedPruning, "_round", 3)
+    other = copy.deepcopy(plain_network)
+    other[0].weight.data[0, 0, 0, 0] += 1
+    refused = {
+        "pruning_percentage was 60, is 30": {"percentage": 30},
+        "taylor_order was 2, is 1": {"order": 1},
+        "the dense network was": {"network": other},
+        "seed was 0, is 1": {"settings": dataclasses.replace(settings, seed=1)},
+        "rounds was 3, is 4": {"settings": dataclasses.replace(settings, rounds=4)},
+        "budget was filters, is macs": {"settings": dataclasses.replace(settings, budget="macs")},
+        "the calibration images was": {"calibration": [(images[:6], labels[:6])]},
+    }
+    written = checkpoint.with_suffix(".rounds").read_bytes()
+    for message, change in refused.items():
+        with pytest.raises(InputError, match=f"another pruning: .*{message}"):
+            run(**change, resume=True)
+    assert checkpoint.with_suffix(".rounds").read_bytes() == written
+    checkpoint.with_suffix(".rounds").write_bytes(b"something else")
+    with pytest.raises(InputError, match="not a checkpoint of pruning rounds"):
+        run(resume=True)
+    rounds = interrupted_at(monkeypatch, EnhancedPruning, "_round", 3)
     with pytest.raises(KeyboardInterrupt):
         run()
     broken = run(resume=True)
-    assert [percentage for _, _, _, percentage, *_ in rounds] == [20, 40, 60, 60]
+    assert [number for _, _, number, *_ in rounds] == [1, 2, 3, 3]
     assert without_timings(whole.as_dict()) == without_timings(broken.as_dict())
     ours, theirs = broken.model.state_dict(), whole.model.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -406,43 +557,46 @@ def test_a_sweep_with_other_arguments_does_not_resume(swept, capsys):
 def test_a_sweep_interrupted_in_a_cell_repeats_no_round(swept, image_folder, tmp_path, monkeypatch):
     whole, arguments = swept
     folder = tmp_path / "run"
-    rounds = interrupted_at(monkeypatch, EnhancedPruning.EnhancedPruning, "_round", None)
-    interrupted_at(monkeypatch, run_enhanced_pruning.Sweep, "cell", 2)
+    rounds = interrupted_at(monkeypatch, EnhancedPruning, "_round", None)
+    interrupted_at(monkeypatch, run_enhanced_pruning.Sweep, "fine_tuned", 2)
     assert run_enhanced_pruning.main([*arguments, "--output-dir", str(folder)]) == 130
     before = len(rounds)
-    assert run_enhanced_pruning.main([*arguments, "--resume", str(folder)]) == 0
-    assert len(rounds) == before > 0, "the round behind the cell at 40 % was finished"
+    assert run_enhanced_pruning.main(["--resume", str(folder)]) == 0
+    assert len(rounds) == before > 0, "the round of the cell at 40 % was finished"
     ours, theirs = (json.loads((f / "results.json").read_text())["cells"] for f in (folder, whole))
     assert without_timings(ours) == without_timings(theirs)
     assert not list((folder / "cells").glob("*.checkpoint"))
 
 
-def test_a_cell_that_failed_behind_the_last_round_is_pruned_again(swept, image_folder, tmp_path, monkeypatch):
-    """The checkpoint lies behind it, so that the way down begins anew."""
-    whole, arguments = swept
-    folder = tmp_path / "run"
+def test_a_sweeps_cell_is_the_experiment_of_the_single_runner(swept, image_folder, tmp_path):
+    """Same filters, same rounds, same accuracy, though the sweep prunes to other percentages before it."""
+    folder, _ = swept
+    cells = json.loads((folder / "results.json").read_text())["cells"]
+    for cell in (cell for cell in cells if cell["method"] == "order 2"):
+        output = tmp_path / f"{cell['percentage']:g}"
+        assert single(image_folder, output, "--pruning-percentage", str(cell["percentage"]), "--rounds", "2") == 0
+        alone = json.loads((output / "results.json").read_text())
+        for key in ("plan", "rounds", "scores", "stages", "fine_tuning", "curvature"):
+            assert without_timings(cell[key]) == without_timings(alone[key]), key
 
-    def fails(sweep, pruning, method, network):
-        raise TrainingDiverged("loss is NaN", 1, 1, 0.1, None)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(run_enhanced_pruning.Sweep, "fine_tuned", fails)
-        interrupted_at(patch, run_enhanced_pruning.Sweep, "cell", 2)
-        assert run_enhanced_pruning.main([*arguments, "--output-dir", str(folder)]) == 130
-    assert run_enhanced_pruning.main([*arguments, "--resume", str(folder)]) == 0
-    ours, theirs = (json.loads((f / "results.json").read_text())["cells"] for f in (folder, whole))
-    assert without_timings(ours) == without_timings(theirs)
+def test_a_finished_run_is_left_as_it_is(finished, swept, capsys):
+    for runner, folder in ((run_single_experiment, finished), (run_enhanced_pruning, swept[0])):
+        before = {path: (path.stat().st_mtime_ns, path.is_file() and path.read_bytes()) for path in folder.rglob("*")}
+        assert runner.main(["--resume", str(folder)]) == 0
+        assert f"{folder} is finished; nothing was changed" in capsys.readouterr().out
+        assert before == {p: (p.stat().st_mtime_ns, p.is_file() and p.read_bytes()) for p in folder.rglob("*")}
 
 
 def test_a_failed_cell_is_recorded_and_the_rest_goes_on(image_folder, tmp_path, monkeypatch, capsys):
-    train = EnhancedPruning.fine_tune
+    train = EnhancedPruning_module.fine_tune
 
     def diverges_once(model, *arguments, **keywords):
         if "order-2_40" in str(keywords["checkpoint"]):
             raise TrainingDiverged("loss is NaN in step 3", 1, 3, 0.1, None)
         return train(model, *arguments, **keywords)
 
-    monkeypatch.setattr(EnhancedPruning, "fine_tune", diverges_once)
+    monkeypatch.setattr(EnhancedPruning_module, "fine_tune", diverges_once)
     arguments = ["--data-path", str(image_folder), *QUICK, *SWEEP, "--fine-tune-epochs", "1"]
     assert run_enhanced_pruning.main([*arguments, "--output-dir", str(tmp_path / "run")]) == 1
     cells = json.loads((tmp_path / "run" / "results.json").read_text())["cells"]

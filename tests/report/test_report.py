@@ -63,8 +63,8 @@ def make_results(widths=None, rounds=5, epochs=10, seed=0):
     return {
         "arguments": {"model": "vgg16", "taylor_order": 3}, "environment": {}, "model": {"name": "vgg16"},
         "stages": [stage(*made, 1.0 if made[0] == "dense" else 0.52) for made in zip(STAGES, final, strict=True)],
-        "rounds": [{"round": i + 1, "filters_removed": 400, "predicted_loss_change": 0.1, "measured_loss_change": 0.2,
-                    "after_selection": {"top1": 92 - 3 * i - 2 * i**0.5, "loss": 0.3 + 0.2 * i},
+        "rounds": [{"round": i + 1, "filters_removed": 400, "loss": "divergence", "predicted_loss_change": 0.1,
+                    "measured_loss_change": 0.2, "label_loss_change": 0.3, "after_selection": {"top1": 92 - 3 * i - 2 * i**0.5, "loss": 0.3 + 0.2 * i},
                     "after_compensation": {"top1": 93 - 1.5 * i, "loss": 0.3 + 0.07 * i}} for i in range(rounds)],
         "layers": layers, "scores": scores, "plan": plan,
         "fine_tuning": [{"epoch": i + 1, "lr": 0.01, "train_loss": 0.5 * 0.9**i, "top1": float(top1), "top5": 99.0,
@@ -233,14 +233,15 @@ def test_summary_table_has_values_and_changes():
 
 def test_rounds_table_sets_the_prediction_beside_the_measurement():
     rounds = [
-        {"round": 1, "percentage": 10.0, "predicted_loss_change": 0.01234, "measured_loss_change": -0.02,
-         "after_selection": {"top1": 70.0}, "after_compensation": {"top1": 80.0}, "after_training": None},
-        {"round": 2, "percentage": 20.0, "predicted_loss_change": None, "measured_loss_change": 0.5,
-         "after_selection": {"top1": 60.0}, "after_compensation": None},
+        {"round": 1, "percentage": 10.0, "loss": "divergence", "predicted_loss_change": 0.01234,
+         "measured_loss_change": -0.02, "label_loss_change": 0.1, "after_selection": {"top1": 70.0}, "after_compensation": {"top1": 80.0}, "after_training": None},
+        {"round": 2, "percentage": 20.0, "loss": "divergence", "predicted_loss_change": None, "measured_loss_change": 0.5,
+         "label_loss_change": None, "after_selection": {"top1": 60.0}, "after_compensation": None},
     ]  # fmt: skip
-    _, _, *rows = ExperimentReport.rounds_table(rounds).splitlines()
+    header, _, *rows = ExperimentReport.rounds_table(rounds).splitlines()
+    assert "divergence: predicted" in header and "trained" not in header
     assert [row.split() for row in rows] == [
-        ["1", "10", "+0.0123", "-0.0200", "70.0", "80.0", "-"], ["2", "20", "-", "+0.5000", "60.0", "-", "-"]
+        ["1", "10", "+0.0123", "-0.0200", "+0.1000", "70.0", "80.0"], ["2", "20", "-", "+0.5000", "-", "60.0", "-"]
     ]  # fmt: skip
 
 
@@ -264,7 +265,7 @@ def test_a_plot_that_fails_in_the_middle_leaves_nothing_behind(tmp_path, monkeyp
     assert not list(tmp_path.iterdir())
     with pytest.raises(OSError, match="disk full"):
         SweepReport.write_sweep(make_sweep(seeds=(0,)), tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "results.csv", "results.md"}
+    assert {path.name for path in tmp_path.iterdir()} == {"results.csv", "results.md"}
 
 
 @pytest.fixture(scope="module")

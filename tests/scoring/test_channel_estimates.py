@@ -7,13 +7,13 @@ from test_surgery import BLOCKS, net
 from test_surgery import images as noise
 from torch import nn
 
-from taylor_pruning.scoring.estimates import channel_estimates
 from EnhancedFilterPruner import EnhancedFilterPruner
-from EnhancedPruning import spearman
+from taylor_pruning.scoring.oracle import spearman
 from taylor_pruning.errors import InputError
 from taylor_pruning.repair.compensation import compensate
-from taylor_pruning.surgery.graph import ChannelGraph
+from taylor_pruning.scoring.estimates import channel_estimates
 from taylor_pruning.scoring.taylor import collect_directions
+from taylor_pruning.surgery.graph import ChannelGraph
 
 
 def readers_inputs(model, name, images):

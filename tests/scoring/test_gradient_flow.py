@@ -7,9 +7,10 @@ from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
 
 import GradientFlowAnalyzer as gf
-from taylor_pruning.errors import InputError
-from taylor_pruning.surgery.graph import ChannelGraph
 from GradientFlowAnalyzer import GradientFlowAnalyzer, GradientFlowReport, collect_flow
+from taylor_pruning.errors import InputError
+from taylor_pruning.scoring.flow import WEIGHT_FLOOR, relative_flow, unit_gradient_norms, weigh
+from taylor_pruning.surgery.graph import ChannelGraph
 
 
 class Chain(nn.Module):
@@ -157,7 +158,7 @@ def test_overwritten_activation_is_refused(chain):
     with graph.gated(gates, on_gate=lambda site, output: gated.append((site, output))):
         loss = F.cross_entropy(chain(images), labels, reduction="sum")
     with pytest.raises(ValueError, match="get_gradient_edge"):
-        gf.unit_gradient_norms(loss, gated, len(graph.units))
+        unit_gradient_norms(loss, gated, len(graph.units))
 
 
 def test_tensors_and_edges_agree_where_nothing_is_in_place():
@@ -172,8 +173,8 @@ def test_tensors_and_edges_agree_where_nothing_is_in_place():
     gates = torch.ones(len(graph.units), dtype=torch.float64, requires_grad=True)
     with graph.gated(gates, on_gate=record):
         loss = F.cross_entropy(model(images), labels, reduction="sum")
-    flow = gf.unit_gradient_norms(loss, tensors, len(graph.units))
-    torch.testing.assert_close(gf.unit_gradient_norms(loss, edges, len(graph.units)), flow)
+    flow = unit_gradient_norms(loss, tensors, len(graph.units))
+    torch.testing.assert_close(unit_gradient_norms(loss, edges, len(graph.units)), flow)
 
 
 def test_flow_of_a_flat_activation():
@@ -399,7 +400,7 @@ def graph(request):
     return ChannelGraph(model, torch.zeros(1, 3, 8, 8))
 
 
-WEIGHTS = [gf.relative_flow, gf.signal_to_noise, gf.preserved_flow]
+WEIGHTS = [relative_flow, gf.signal_to_noise, gf.preserved_flow]
 
 
 @pytest.mark.parametrize("weights_of", WEIGHTS)
@@ -407,7 +408,7 @@ def test_weights_are_positive_with_mean_one_in_each_layer(graph, weights_of):
     values = torch.rand(7, len(graph.units)) * torch.logspace(-9, 3, len(graph.units))
     values[:, 0] = 0
     weights = weights_of(graph, values)
-    assert weights.shape == (len(graph.units),) and weights.min() >= gf.WEIGHT_FLOOR
+    assert weights.shape == (len(graph.units),) and weights.min() >= WEIGHT_FLOOR
     for info in graph.layers.values():
         assert weights[info.unit_of].mean().item() == pytest.approx(1)
 
@@ -430,7 +431,7 @@ def test_mean_is_one_in_layers_that_share_a_part_of_their_units():
 
     graph = ChannelGraph(PartlyShared(), torch.zeros(1, 3, 8, 8))
     assert len(graph.units) == 8
-    weights = gf.relative_flow(graph, torch.rand(5, 8))
+    weights = relative_flow(graph, torch.rand(5, 8))
     for info in (graph.layers[name] for name in ("left", "right", "sum")):
         assert weights[info.unit_of].mean().item() == pytest.approx(1)
 
@@ -440,9 +441,9 @@ def test_relative_flow_formula():
     flow = torch.rand(6, 9, dtype=torch.float64)
     mean = flow.mean(0)
     expected = 0.1 + 0.9 * torch.cat([mean[:5] / mean[:5].mean(), mean[5:] / mean[5:].mean()])
-    torch.testing.assert_close(gf.relative_flow(graph, flow), expected)
+    torch.testing.assert_close(relative_flow(graph, flow), expected)
     scaled = torch.cat([flow[:, :5] * 100, flow[:, 5:]], 1)  # the scale of a layer does not matter
-    torch.testing.assert_close(gf.relative_flow(graph, scaled), expected)
+    torch.testing.assert_close(relative_flow(graph, scaled), expected)
 
 
 def test_signal_to_noise_formula():
@@ -471,7 +472,7 @@ def test_preserved_flow_keeps_units_whose_removal_takes_flow_away():
 def test_weigh_keeps_units_of_large_weight_whatever_the_sign():
     scores = torch.tensor([2.0, -2.0, 0.0, torch.nan])
     for low, high in ((0.1, 0.5), (0.5, 1.0), (1.0, 3.0)):
-        less, more = (gf.weigh(scores, torch.full((4,), w, dtype=torch.float64)) for w in (low, high))
+        less, more = (weigh(scores, torch.full((4,), w, dtype=torch.float64)) for w in (low, high))
         assert more[0] > less[0] > 0 and less[1] < more[1] < 0
         assert more[2] == 0 and more[3].isnan()
-    assert torch.equal(gf.weigh(scores[:3], torch.ones(3)), scores[:3])
+    assert torch.equal(weigh(scores[:3], torch.ones(3)), scores[:3])

@@ -4,8 +4,8 @@ import torch
 from test_taylor_scores import brute_force
 
 from EnhancedFilterPruner import EnhancedFilterPruner
-from taylor_pruning.surgery.graph import ChannelGraph
 from taylor_pruning.scoring.probes import probe_derivatives
+from taylor_pruning.surgery.graph import ChannelGraph
 
 
 def test_probes_agree_with_brute_force_on_a_smooth_network(silu_network, images, labels):

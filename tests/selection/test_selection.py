@@ -1,6 +1,7 @@
 """Joint selection against exhaustive search, budgets, bounds, widths, and clear refusals."""
 
 import itertools
+import itertools
 import math
 
 import pytest
@@ -11,9 +12,9 @@ from torch.nn import functional as F
 from taylor_pruning.selection.baselines import BASELINES, baseline_scores
 from EnhancedFilterPruner import EnhancedFilterPruner
 from taylor_pruning.errors import InputError
-from taylor_pruning.selection.greedy import Constraints, CostModel, Ledger, Selection, select_by_score, select_jointly
+from taylor_pruning.selection.greedy import BUDGETS, Constraints, CostModel, Ledger, Selection, select_by_score, select_jointly
 from taylor_pruning.surgery.graph import ChannelGraph
-from GradientFlowAnalyzer import weigh
+from taylor_pruning.scoring.flow import weigh
 from taylor_pruning.scoring.taylor import Directions, class_basis, collect_directions
 
 
@@ -113,7 +114,7 @@ def test_the_percentage_of_filters_is_met(resnet, percentage):
 
 @pytest.mark.parametrize("budget", ["params", "macs"])
 def test_a_budget_of_parameters_or_macs_is_met_by_the_real_network(resnet, budget):
-    from EnhancedPruning import profile
+    from taylor_pruning.training.profile import profile
 
     model, graph = resnet
     example = torch.randn(1, 3, 64, 64)
@@ -139,20 +140,40 @@ def test_a_unit_is_weighed_per_filter(resnet):
 def test_no_layer_loses_more_than_the_bound(resnet):
     _, graph = resnet
     scores = torch.tensor([float(unit.filters[0][0].startswith("layer1")) for unit in graph.units], dtype=torch.float64)
-    for bound in (1.0, 1.3):
-        plan = graph.plan_of(select_by_score(Selection(graph, 30, Constraints(layer_bound=bound)), -scores))
+    for budget, bound in itertools.product(BUDGETS, (1.0, 1.3)):
+        selection = Selection(graph, 30, Constraints(budget=budget, layer_bound=bound))
+        plan = graph.plan_of(select_by_score(selection, -scores))
         for name, gone in plan.items():
             assert len(gone) <= math.ceil(bound * 0.3 * int(graph.layers[name].removable.sum()))
+        assert selection.bound_held
+
+
+def test_widths_are_free_by_default_where_the_budget_is_not_in_filters(resnet):
+    _, graph = resnet
+    scores = torch.tensor([float(unit.filters[0][0].startswith("layer1")) for unit in graph.units], dtype=torch.float64)
+    plans = {
+        budget: graph.plan_of(select_by_score(Selection(graph, 30, Constraints(budget=budget)), scores)) for budget in BUDGETS
+    }
+    bound = {name: math.ceil(1.03 * 0.3 * int(info.removable.sum())) for name, info in graph.layers.items()}
+    free = {budget: any(len(gone) > bound[name] for name, gone in plan.items()) for budget, plan in plans.items()}
+    assert free == {"filters": False, "params": True, "macs": True}
+
+
+def test_a_bound_that_had_to_yield_says_so(resnet):
+    _, graph = resnet
+    selection = Selection(graph, 30, Constraints(layer_bound=1.0, min_filters=64))  # all that the first layers have
+    select_by_score(selection, torch.zeros(len(graph.units)))
+    assert not selection.bound_held
 
 
 def test_the_bound_counts_what_earlier_rounds_removed(graph, plain_network, images, batches):
     constraints = Constraints(layer_bound=1.0)
     ledger = Ledger.open(graph, constraints)
-    pruner = EnhancedFilterPruner(plain_network, images, 2, constraints=constraints, progress=False).rank(batches)
+    pruner = EnhancedFilterPruner(plain_network, images, 2, layer_bound=1.0, progress=False).rank(batches)
     plan = pruner.get_pruning_plan(30, ledger)
     ledger.record(plan)
     smaller = graph.remove(plan)
-    pruner = EnhancedFilterPruner(smaller, images, 2, constraints=constraints, progress=False).rank(batches)
+    pruner = EnhancedFilterPruner(smaller, images, 2, layer_bound=1.0, progress=False).rank(batches)
     final = pruner.graph.remove(pruner.get_pruning_plan(60, ledger))
     assert abs(final[0].out_channels + final[4].out_channels - 11 * 0.4) <= 1
     assert final[0].out_channels >= 5 - math.ceil(0.6 * 5) and final[4].out_channels >= 6 - math.ceil(0.6 * 6)

@@ -1,0 +1,89 @@
+"""The state between two rounds of pruning, on disk: whose it is, what was removed so far, and with which records."""
+
+import dataclasses
+import hashlib
+import pickle
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from taylor_pruning.errors import InputError, atomic_file
+
+
+@dataclass
+class RoundsState:
+    """The network between two rounds, and how it came there.
+
+    Attributes:
+        model: the network after the last round, repaired and trained as the settings say.
+        kept: {layer: indices of the kept filters in the dense network}.
+        rounds: one record a round, see results.json.
+        seconds: {step: seconds}, summed over the rounds.
+        losses: {loss: nats} of `model` on the calibration images, None where they were not measured.
+        ranking: what the first round's pass over the dense network gave: scores, criterion, curvature, flow.
+    """
+
+    model: nn.Module
+    kept: dict
+    rounds: list = field(default_factory=list)
+    seconds: dict = field(default_factory=dict)
+    losses: dict | None = None
+    ranking: dict = field(default_factory=dict)
+
+
+class RoundsCheckpoint:
+    """A file that holds a `RoundsState`, written after every round.
+
+    Args:
+        path: the file.
+        identity: {name: plain value} of all that the rounds depend on; only a file with the same one is read.
+    """
+
+    def __init__(self, path: Path | str, identity: dict):
+        self.path, self.identity = Path(path), identity
+
+    def save(self, state: RoundsState) -> None:
+        content = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+        content |= {"model": state.model.state_dict(), "identity": self.identity}
+        with atomic_file(self.path) as file:
+            torch.save(content, file)
+
+    def load(self, device: torch.device) -> dict | None:
+        """The fields of the state, with the model's weights in place of the model; None where there is no file.
+
+        Raises:
+            InputError: the file is no such checkpoint, or is of another pruning; the message names what differs.
+        """
+        if not self.path.exists():
+            return None
+        problem = InputError(f"{self.path} is not a checkpoint of pruning rounds; remove it, or start anew without resuming")
+        if not zipfile.is_zipfile(self.path):
+            raise problem
+        try:
+            content = torch.load(self.path, map_location=device, weights_only=True)
+        except (RuntimeError, pickle.UnpicklingError) as error:
+            raise problem from error
+        if not isinstance(content, dict) or "identity" not in content:
+            raise problem
+        then = content.pop("identity")
+        names = [n for n in self.identity.keys() | then.keys() if then.get(n) != self.identity.get(n)]
+        if names:
+            changes = ", ".join(f"{n} was {then.get(n)}, is {self.identity.get(n)}" for n in sorted(names))
+            raise InputError(
+                f"{self.path} is of another pruning: {changes}; give the same settings, or start anew without resuming"
+            )
+        return content
+
+
+def fingerprint(tensors: Iterable[Tensor]) -> str:
+    """Twelve hexadecimal digits of the SHA-256 of the tensors' shapes, types and bytes."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        tensor = tensor.detach().cpu().contiguous()
+        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:12]

@@ -1,0 +1,101 @@
+"""What one experiment found, in the layout of results.json."""
+
+import dataclasses
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from taylor_pruning.surgery.graph import ChannelGraph
+
+
+@dataclass
+class PruningResult:
+    """What one experiment found; `as_dict()` has the layout of results.json.
+
+    Attributes:
+        model: the smaller network.
+        stages: one dictionary a stage, accuracy and profile. "dense"; "pruned": the plan applied to the dense network,
+            with no repair; "compensated" or "trained": what compensation or the training between the rounds made of it;
+            "fine-tuned".
+        rounds: one dictionary a round:
+            round, percentage, filters_removed;
+            layer_bound_held: False where the percentage could not be reached within the layer bound;
+            loss: what the next two are changes of, on the calibration images: "divergence" from the dense network's
+                predictions behind compensation, else the "cross-entropy" with the labels;
+            predicted_loss_change (nats, None for order 1), measured_loss_change (nats);
+            label_loss_change: measured change of the cross-entropy with the labels;
+            after_selection, after_compensation, after_training: {"top1", "loss"} on some of the validation images;
+            compensation: what it did to every layer (repair.compensation.CompensationReport), or None.
+        layers: {name: {"filters", "kept", "reason"}}.
+        plan: {name: removed filters, in the dense network's numbering}.
+        scores: {name: [filters] score by which the first round selected, None where a filter is protected}.
+        criterion: what the scores are, with their unit.
+        curvature: how the scores' derivatives were computed: {"path", "reason", "sampled", "h_error"}.
+        seconds: {"score", "select", "surgery", "compensate", "evaluate", "train"}: summed over the rounds.
+        fine_tuning: one dictionary an epoch.
+        gradient_flow, oracle: see results.json in the documentation, or None.
+    """
+
+    model: nn.Module
+    stages: list
+    rounds: list
+    layers: dict
+    plan: dict
+    seconds: dict
+    scores: dict = field(default_factory=dict)
+    criterion: str | None = None
+    curvature: dict = field(default_factory=dict)
+    fine_tuning: list = field(default_factory=list)
+    gradient_flow: dict | None = None
+    oracle: dict | None = None
+
+    def as_dict(self) -> dict:
+        """All but the model, as plain values."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "model"}
+
+
+def layer_table(graph: ChannelGraph, kept: dict) -> dict:
+    """{layer: {"filters", "kept", "reason" (why none may be removed, or None)}}."""
+    return {
+        name: {
+            "filters": info.filters,
+            "kept": len(kept[name]),
+            "reason": None if info.removable.any() else info.reason,
+        }
+        for name, info in graph.layers.items()
+    }
+
+
+def plain_scores(by_filter: dict[str, Tensor]) -> dict:
+    """{layer: [filters] numbers, None for nan}."""
+    return {name: [None if v != v else v for v in values.tolist()] for name, values in by_filter.items()}
+
+
+def flow_with_stage(flow: dict, stage: str, report: dict) -> dict:
+    """The gradient-flow dictionary of results.json with one more stage's report (GradientFlowReport.as_dict).
+
+    A layer that could not be measured at that stage has None.
+    """
+    layers = {name: dict(values) for name, values in flow["layers"].items()}
+    for name, figures in report["layers"].items():
+        layers.setdefault(name, {})[stage] = figures["mean"]
+    return {**flow, "layers": layers, "reports": {**flow["reports"], stage: report}}
+
+
+def all_filters(graph: ChannelGraph) -> dict:
+    """{layer: indices of all its filters}."""
+    return {name: list(range(info.filters)) for name, info in graph.layers.items()}
+
+
+def removed(graph: ChannelGraph, kept: dict) -> dict:
+    """{layer: filters of `graph` that are not in `kept`, sorted}."""
+    return {name: sorted(set(range(graph.layers[name].filters)) - set(indices)) for name, indices in kept.items()}
+
+
+def remaining(kept: dict, plan: dict) -> dict:
+    """{layer: the indices in `kept` whose positions `plan` does not remove}."""
+    gone = {name: set(positions) for name, positions in plan.items()}
+    return {
+        name: [index for position, index in enumerate(indices) if position not in gone.get(name, ())]
+        for name, indices in kept.items()
+    }

@@ -1,0 +1,36 @@
+"""Few batches that stand for a loader: the first images, or images spread evenly over it."""
+
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from taylor_pruning.errors import InputError
+
+Batches = list[tuple[Tensor, Tensor]]
+
+
+def first_images(loader: Iterable, samples: int) -> Batches:
+    """Batches of the first `samples` images, of all where there are fewer. Raises InputError if there is none."""
+    batches, taken = [], 0
+    for images, labels in loader:
+        batches.append((images[: samples - taken], labels[: samples - taken]))
+        taken += len(batches[-1][1])
+        if taken >= samples:
+            break
+    if not taken:
+        raise InputError("there are no calibration images; the training loader is empty")
+    return batches
+
+
+def spread_images(loader: Iterable, samples: int) -> Batches:
+    """About `samples` images at equal distances, because a loader may be sorted by class. Raises InputError if empty."""
+    batches, seen = [], 0
+    stride = max(1, len(loader.dataset) // samples) if hasattr(loader, "dataset") else 1
+    for images, labels in loader:
+        first = -seen % stride
+        seen += len(labels)
+        if first < len(labels):
+            batches.append((images[first::stride], labels[first::stride]))
+    if not batches:
+        raise InputError("there are no validation images")
+    return batches

@@ -1,0 +1,91 @@
+"""Gradient flow of every unit of one batch, and the weights that it gives to scores.
+
+The flow of unit u on sample n is the L2 norm of the gradient of that sample's loss with respect to the unit's channels
+a at its gates (after the last affine operation, before the activation function):
+
+    F[n, u] = sqrt( sum over gated channels c of u and positions x of (d loss_n / d a[n, c, x])^2 )
+"""
+
+import torch
+
+WEIGHT_FLOOR = 0.1  # no weight is smaller, so that a weight alone divides no score by more than 10
+
+
+def unit_gradient_norms(loss, gated, units, *, retain_graph=True):
+    """The flow F of one batch (module docstring).
+
+    Args:
+        loss: scalar, the sum over the batch of the samples' losses (so that samples do not mix; eval mode).
+        gated: list of (GateSite, activation) as `ChannelGraph.gated(..., on_gate=...)` gives them. An activation is its
+            `torch.autograd.graph.get_gradient_edge`, taken inside `on_gate`, or the tensor itself where nothing
+            overwrites it.
+        units: number of units.
+        retain_graph: keep the graph for further backward passes.
+
+    Returns:
+        [B, units] tensor.
+
+    Raises:
+        ValueError: an activation was overwritten by an in-place ReLU, so that its gradient is the one behind the ReLU.
+    """
+    for site, activation in gated:
+        if isinstance(activation, torch.Tensor) and activation._version:
+            raise ValueError(f"{site.module}: its activation was changed in place; pass get_gradient_edge(activation)")
+    grads = torch.autograd.grad(loss, [a for _, a in gated], retain_graph=retain_graph, allow_unused=True)
+    # no gradient: computed but not used for the logits
+    used = [(site, grad) for (site, _), grad in zip(gated, grads, strict=True) if grad is not None]
+    first = used[0][1]
+    # float64: squares of a vanishing gradient underflow in float32
+    squares = torch.zeros(len(first), units, dtype=torch.float64, device=first.device)
+    for site, grad in used:
+        channels = grad.movedim(site.dim, 1).reshape(len(grad), grad.shape[site.dim], -1)
+        norms = torch.linalg.vector_norm(channels, dim=2, dtype=torch.float64)
+        has_gate = site.units >= 0
+        squares.index_add_(1, site.units[has_gate].to(grad.device), norms[:, has_gate.to(grad.device)].square())
+    return squares.sqrt().to(first.dtype)
+
+
+def _groups(graph):
+    """[units] group index and number of groups: units that have filters in exactly the same layers are one group."""
+    index = {}
+    groups = [index.setdefault(frozenset(name for name, _ in unit.filters), len(index)) for unit in graph.units]
+    return torch.tensor(groups, dtype=torch.long), len(index)
+
+
+def group_mean(graph, values):
+    groups, count = _groups(graph)
+    groups = groups.to(values.device)
+    sums = values.new_zeros(count).index_add_(0, groups, values)
+    return (sums / torch.bincount(groups, minlength=count))[groups]
+
+
+def normalised(graph, raw):
+    """floor + (1 - floor) raw / (mean of raw in the layer): positive, mean 1 in each layer, 1 where all raw are 0.
+
+    The mean is over the units that have filters in the same layers, so that it is 1 in each layer also where a layer
+    has units of several kinds.
+    """
+    mean = group_mean(graph, raw)
+    shares = torch.where(mean > 0, raw / mean.clamp_min(torch.finfo(raw.dtype).tiny), 1.0)
+    return WEIGHT_FLOOR + (1 - WEIGHT_FLOOR) * shares
+
+
+def relative_flow(graph, flow):
+    """[units] weights from the mean flow relative to the layer, r_u = mean_n F[n, u], as `normalised` scales them.
+
+    The layer-wise normalisation of Molchanov et al. 2017 (arXiv:1611.06440, section 2.2) with the mean as norm.
+
+    Args:
+        flow: [N, units].
+    """
+    return normalised(graph, flow.double().mean(0))
+
+
+def weigh(scores, weights):
+    """Scores (signed loss changes, small ones go first) under weights: s w where s > 0, s / w where s <= 0.
+
+    Monotone in both: a weight above 1 raises every score, i.e. makes the removal less likely whatever the sign;
+    the sign itself, and with it whether removal helps the loss, stays. NaN (protected) stays NaN.
+    """
+    weights = weights.to(scores)
+    return torch.where(scores > 0, scores * weights, scores / weights)

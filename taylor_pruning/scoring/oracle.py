@@ -1,0 +1,48 @@
+"""The true loss change of removing single units, against which estimates are judged."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from taylor_pruning.modes import frozen
+from taylor_pruning.surgery.graph import ChannelGraph
+
+
+def true_loss_changes(
+    model: nn.Module, graph: ChannelGraph, batches: Iterable, units: Iterable[int], *, progress: bool = True
+) -> Tensor:
+    """[len(units)] change of the cross-entropy (nats, mean over the images) when a unit's gate is closed, in float64."""
+    def loss(gates):
+        total, count = 0.0, 0
+        for images, labels in batches:
+            with graph.gated(gates.to(images)):
+                logits = model(images).cpu().double()
+            total += F.cross_entropy(logits, labels.cpu(), reduction="sum").item()
+            count += len(labels)
+        return total / count
+
+    changes = []
+    with frozen(model), torch.no_grad():
+        everything = torch.ones(len(graph.units))
+        dense = loss(everything)
+        for unit in tqdm(units, desc="oracle", leave=False, disable=not progress):
+            gates = everything.clone()
+            gates[unit] = 0
+            changes.append(loss(gates) - dense)
+    return torch.tensor(changes, dtype=torch.float64)
+
+
+def ranks(values: Tensor) -> Tensor:
+    """Ranks from 0 on of a vector; equal values share the mean of their ranks."""
+    _, group, count = values.unique(return_inverse=True, return_counts=True)
+    last = count.cumsum(0).double()
+    return (last - (count + 1) / 2)[group]
+
+
+def spearman(a, b) -> float:
+    """Spearman's rank correlation of two vectors, the correlation of their ranks; nan where one is constant."""
+    pair = torch.stack([ranks(torch.as_tensor(values).double()) for values in (a, b)])
+    return torch.corrcoef(pair)[0, 1].item()

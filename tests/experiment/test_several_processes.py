@@ -1,0 +1,90 @@
+"""Two gloo processes that see other draws end with one plan and one network; those that cannot are refused."""
+
+import os
+import pickle
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import plain, randomise
+from torch import nn
+
+from EnhancedPruning import EnhancedPruning, InputError, PruningSettings
+from taylor_pruning.experiment.data import make_loader
+from taylor_pruning.scoring.taylor import _of_all_processes
+from taylor_pruning.training.distributed import check_equal_shapes, end_distributed, init_distributed, rank
+
+ROOT = Path(__file__).parents[2]
+
+
+def in_two_processes(function, folder):
+    """What `function(folder)` of this file returns in two processes of one group."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    paths = [str(path) for path in (ROOT, ROOT / "tests", Path(__file__).parent)]
+    code = f"import sys; sys.path[:0] = {paths!r}\nimport test_several_processes as t; t.body(t.{function.__name__}, {str(folder)!r})"
+    base = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code], env={**base, "RANK": str(r), "LOCAL_RANK": str(r)},
+                         stderr=subprocess.PIPE, text=True)
+        for r in range(2)
+    ]  # fmt: skip
+    errors = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
+    return [pickle.loads((folder / f"{r}.pickle").read_bytes()) for r in range(2)]
+
+
+def body(function, folder):
+    init_distributed(torch.device("cpu"))
+    Path(folder, f"{rank()}.pickle").write_bytes(pickle.dumps(function()))
+    end_distributed()
+
+
+@dataclass
+class Part:
+    """Stands for a Directions on a process's own device."""
+
+    number: int
+    device: str
+
+    def to(self, device):
+        return Part(self.number, device)
+
+
+def one_experiment():
+    """Every process has probes and compensation images of its own: their rankings differ, as by rounding on other GPUs."""
+    found = {}
+    torch.manual_seed(0)
+    images, labels = torch.randn(24, 3, 8, 8, dtype=torch.float64), torch.arange(24) % 4
+    loader = make_loader(torch.utils.data.TensorDataset(images, labels), 6)
+    more = [(torch.randn(12, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(rank())), labels[:12])]
+    for compensated in (False, True):
+        settings = PruningSettings(rounds=2, compensate=compensated, seed=rank(), hessian_probes=1)
+        torch.manual_seed(0)
+        network = randomise(plain(nn.SiLU))
+        pruning = EnhancedPruning(network, loader, loader, calibration=list(loader), compensation=more, settings=settings,
+                                  progress=False)  # fmt: skip
+        result = pruning.prune(50, 2)
+        found[compensated] = {
+            "plan": result.plan,
+            "state": {name: tensor.tolist() for name, tensor in result.model.state_dict().items()},
+            "scores": result.scores,
+        }
+    found["devices"] = [part.device for part in _of_all_processes([(rank(), Part(rank(), f"cuda:{rank()}"))])]
+    with pytest.raises(InputError, match=r"bias has the shape \(4,\) in process 0 and \(5,\) in process 1"):
+        check_equal_shapes(nn.Linear(3, 4 + rank()))
+    return found
+
+
+def test_two_processes_cut_and_repair_as_one(tmp_path):
+    first, second = in_two_processes(one_experiment, tmp_path)
+    assert first[False]["scores"] != second[False]["scores"], "or equal plans would say nothing"
+    for compensated in (False, True):
+        assert first[compensated]["plan"] == second[compensated]["plan"]
+        assert first[compensated]["state"] == second[compensated]["state"]
+    assert first["devices"] == second["devices"] == ["cpu", "cpu"], "a tensor that travels must not keep its device"
