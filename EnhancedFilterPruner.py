@@ -25,8 +25,10 @@ import torch
 from torch import Tensor, nn
 
 from GradientFlowAnalyzer import GradientFlowReport
+from taylor_pruning.checks import check_weights, read_batch
 from taylor_pruning.errors import InputError, one_of
 from taylor_pruning.experiment.settings import TAYLOR_ORDERS, PruningSettings
+from taylor_pruning.first_batch import device_of
 from taylor_pruning.scoring.estimates import channel_estimates
 from taylor_pruning.scoring.flow import relative_flow, weigh
 from taylor_pruning.scoring.probes import cross_entropy, probe_derivatives
@@ -82,22 +84,17 @@ class EnhancedFilterPruner:
     ):
         one_of("taylor_order", taylor_order, TAYLOR_ORDERS)
         self.settings = settings = dataclasses.replace(settings or PruningSettings(), **fields)
-        self.model, self.taylor_order, self.use_gradient_flow = model, taylor_order, use_gradient_flow
+        self.taylor_order, self.use_gradient_flow = taylor_order, use_gradient_flow
         self.loss, self.progress = loss, progress
-        self._check_finite(model)
         self.graph = graph or ChannelGraph(model, example_input, settings.exclude, settings.prune_linear)
+        self.model = self.graph.model
+        check_weights(self.model)
         require_units(self.graph)
         self.curvature_path, self.curvature_reason = self._choose_curvature(settings.curvature)
         if loss is not cross_entropy and (settings.selection != "independent" or self.curvature_path == "exact"):
             raise InputError("a loss other than cross-entropy needs selection='independent' and curvature='hvp'")
         self.directions = self.probed = self.predicted_loss_change = self.layer_bound_held = None
         self.repairs = False
-
-    @staticmethod
-    def _check_finite(model):
-        for name, tensor in model.state_dict().items():
-            if not torch.isfinite(tensor).all():
-                raise InputError(f"the weights hold NaN or infinite values in {name}; load other weights")
 
     def _choose_curvature(self, curvature):
         smooth = ", ".join(self.graph.smooth_operations)
@@ -131,7 +128,7 @@ class EnhancedFilterPruner:
         """
         if compensation and self.loss is not cross_entropy:
             raise InputError("scores behind compensation need the cross-entropy; rank without compensation batches")
-        batches, settings = list(batches), self.settings
+        batches, compensation, settings = self._read(batches), self._read(compensation or ()), self.settings
         self.repairs, self.directions, self.probed = bool(compensation), None, None
         if self.loss is cross_entropy:
             self.directions = collect_directions(
@@ -157,6 +154,10 @@ class EnhancedFilterPruner:
                 progress=self.progress,
             )
         return self
+
+    def _read(self, batches):
+        device = device_of(self.model)
+        return [read_batch(batch, f"calibration batch {number}", device) for number, batch in enumerate(batches)]
 
     def _needs_probes(self, order):
         if self.loss is not cross_entropy:

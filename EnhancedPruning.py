@@ -42,10 +42,12 @@ from taylor_pruning.experiment.results import (
 )
 from taylor_pruning.experiment.sampling import first_images, spread_images
 from taylor_pruning.experiment.settings import TAYLOR_ORDERS, PruningSettings
+from taylor_pruning.first_batch import Batches, check_inputs, check_training, device_of
 from taylor_pruning.repair.compensation import compensate
 from taylor_pruning.scoring.oracle import spearman, true_loss_changes
 from taylor_pruning.selection.baselines import baseline_scores
 from taylor_pruning.selection.greedy import Ledger, Selection, check_reachable, select_by_score
+from taylor_pruning.surgery.wrappers import unwrapped
 from taylor_pruning.training.distributed import broadcast_object, broadcast_state, check_equal_shapes, is_main
 from taylor_pruning.training.fine_tuning import Recipe, evaluate, fine_tune, reestimate_batchnorm, train_steps
 from taylor_pruning.training.predictions import log_probabilities, mean_losses
@@ -87,13 +89,22 @@ class EnhancedPruning:
         recipe: Recipe | None = None,
         progress: bool = True,
     ):
-        self.model, self.train_loader, self.val_loader = model, train_loader, val_loader
+        self.model, self.notes = unwrapped(model)
+        device = device_of(self.model)
+        self.train_loader = Batches(train_loader, "the training loader", device)
+        self.val_loader = Batches(val_loader, "the validation loader", device)
         self.settings, self.recipe, self.progress = settings or PruningSettings(), recipe or Recipe(), progress
-        self.calibration = list(calibration) if calibration else first_images(train_loader, calibration_samples)
-        self.compensation = list(compensation) if compensation else self.calibration
+        check_inputs(self.model, [self.train_loader, self.val_loader])
+        if calibration:
+            self.calibration = list(Batches(calibration, "the calibration images", device))
+        else:
+            self.calibration = first_images(self.train_loader, calibration_samples)
+        self.compensation = self.calibration
+        if compensation:
+            self.compensation = list(Batches(compensation, "the compensation images", device))
         self.example = self.calibration[0][0][:1]
-        self.monitor = spread_images(val_loader, MONITOR_IMAGES)
-        self.graph = ChannelGraph(model, self.example, self.settings.exclude, self.settings.prune_linear)
+        self.monitor = spread_images(self.val_loader, MONITOR_IMAGES)
+        self.graph = ChannelGraph(self.model, self.example, self.settings.exclude, self.settings.prune_linear)
         self._dense_stage, self._dense_pruners, self._dense_predictions = dense_stage, {}, None
 
     # -- the whole experiment ----------------------------------------------------------------------------------------
@@ -113,6 +124,8 @@ class EnhancedPruning:
 
         The last round is kept beside the checkpoint of fine-tuning, with the suffix .rounds.
         """
+        if self.recipe.epochs if fine_tune_epochs is None else fine_tune_epochs:
+            check_training(self.model, self.train_loader)
         rounds = Path(checkpoint).with_suffix(".rounds") if checkpoint else None
         result = self.prune(pruning_percentage, taylor_order, use_gradient_flow, oracle_samples=oracle_samples,
                             checkpoint=rounds, resume=resume)  # fmt: skip
@@ -369,7 +382,7 @@ class EnhancedPruning:
             if step in seconds and len(stages) == 2:
                 stages.append(self.stage(name, state.model, seconds[step]))
         result = PruningResult(state.model, stages, state.rounds, layer_table(self.graph, state.kept), plan, seconds)
-        result = dataclasses.replace(result, **state.ranking)
+        result = dataclasses.replace(result, notes=list(self.notes), **state.ranking)
         if result.gradient_flow:
             kept = {(name, index) for name, indices in state.kept.items() for index in indices}
             units = {**result.gradient_flow["units"], "kept": [unit.filters[0] in kept for unit in self.graph.units]}

@@ -17,9 +17,12 @@ import torch
 from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
 
+from taylor_pruning.checks import read_batch
 from taylor_pruning.errors import InputError
+from taylor_pruning.first_batch import device_of
 from taylor_pruning.modes import frozen
 from taylor_pruning.scoring.flow import group_mean, normalised, unit_gradient_norms
+from taylor_pruning.scoring.gradient_check import gated_logits, open_gates
 from taylor_pruning.surgery.graph import ChannelGraph
 
 NEAR_ZERO = 1e-2  # of the layer's mean: a unit below it hardly trains
@@ -72,19 +75,16 @@ def collect_flow(model, graph, batches, *, want_change=False):
     if not graph.units:
         raise InputError("no filter of this network may be removed, so there is no gradient flow to measure")
     flows, changes = [], []
-    for number, (images, labels) in enumerate(batches):
-        gates = torch.ones(len(images), len(graph.units), dtype=images.dtype, device=images.device, requires_grad=True)
-        gated = []
+    for number, batch in enumerate(batches):
+        images, labels = read_batch(batch, f"batch {number}", device_of(model))
+        gates, gated = open_gates(graph, images), []
 
         def record(site, output, gated=gated):
-            gated.append((site, get_gradient_edge(output)))
+            if output.requires_grad:  # a part of the forward under no_grad has no gradient
+                gated.append((site, get_gradient_edge(output)))
 
-        with frozen(model), torch.enable_grad(), graph.gated(gates, on_gate=record):
-            logits = model(images)
-        if not torch.isfinite(logits).all():
-            raise InputError(f"the network gives NaN or infinite logits on batch {number}; check images and weights")
-        if labels.min() < 0 or labels.max() >= logits.shape[1]:
-            raise InputError(f"labels of batch {number} must lie in 0..{logits.shape[1] - 1}; check head and data")
+        with frozen(model):
+            logits = gated_logits(graph, images, labels, gates, f"batch {number}", on_gate=record)
         loss = F.cross_entropy(logits, labels, reduction="sum")
         flows.append(unit_gradient_norms(loss, gated, len(graph.units), retain_graph=want_change).cpu())
         if want_change:
@@ -371,8 +371,8 @@ class GradientFlowAnalyzer:
     """
 
     def __init__(self, model, example_input, graph=None):
-        self.model = model
         self.graph = ChannelGraph(model, example_input) if graph is None else graph
+        self.model = self.graph.model
 
     def analyze(self, batches):
         """GradientFlowReport on batches of (images, labels). Raises InputError as `collect_flow` does."""

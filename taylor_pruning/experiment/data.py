@@ -27,6 +27,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
@@ -102,7 +103,11 @@ class FolderImages(ImageFolder):
 
     def __init__(self, root: Path, class_to_idx: dict[str, int]):
         self._class_to_idx = class_to_idx
-        super().__init__(str(root), loader=read_image, allow_empty=True)
+        super().__init__(str(root), loader=read_image, is_valid_file=self._is_visible_image, allow_empty=True)
+
+    def _is_visible_image(self, path: str) -> bool:
+        """Not so: what editors, notebooks and file managers leave in hidden files and folders (._0.png, .ipynb_checkpoints)."""
+        return has_file_allowed_extension(path, IMG_EXTENSIONS) and f"{os.sep}." not in path.removeprefix(str(self.root))
 
     def find_classes(self, directory) -> tuple[list[str], dict[str, int]]:
         return list(self._class_to_idx), self._class_to_idx
@@ -204,7 +209,7 @@ def _scan(path: Path) -> tuple[FolderImages, FolderImages, bool]:
 
 
 def _class_names(root: Path) -> list[str]:
-    names = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+    names = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not names:
         raise InputError(f"{root} has no class folders; {LAYOUT}")
     return names
@@ -388,6 +393,7 @@ class BatchLoader:
 
     def __init__(self, dataset: TensorImages, plan: EpochBatches, device: torch.device):
         self.dataset, self.plan, self.device = dataset, plan, device
+        self.smallest_batch = min(map(len, plan.batches()))
         self._resident = dataset.to(device)
 
     def __len__(self) -> int:
@@ -417,6 +423,7 @@ class WorkerLoader:
 
     def __init__(self, dataset: Dataset, plan: EpochBatches, device: torch.device, workers: int):
         self.dataset, self.plan, self.device = dataset, plan, device
+        self.smallest_batch = min(map(len, plan.batches()))
         self._loader = DataLoader(
             _SeededItems(dataset, plan.seed), batch_sampler=plan, num_workers=workers, collate_fn=_collate,
             pin_memory=device.type == "cuda", persistent_workers=workers > 0,

@@ -14,7 +14,8 @@ import json
 import pickle
 import re
 import struct
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Collection
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,8 @@ from taylor_pruning.errors import InputError, atomic_file, atomic_path
 
 SMALL_IMAGE = 64  # below this many pixels the strided ImageNet stems leave nothing to look at
 IMAGENET_CLASSES = 1000
+# Where training scripts keep the weights in a checkpoint. Where there are several, the first counts: averages come last.
+STATE_KEYS = ("state_dict", "model_state_dict", "model", "net", "network", "ema_state_dict", "model_ema", "ema")
 FORMAT, FORMAT_VERSION = "pruned-network", 1
 
 # What torch.load(weights_only=True) raises on pickled code, damaged archives and files of another kind.
@@ -86,8 +89,8 @@ def build_model(
     """Build a torchvision classification network for `num_classes` labels and square images of `image_size` pixels.
 
     weights: "auto" (torchvision's default weights from 64 pixels on, none below), "default", "none", or a file that
-    holds a state_dict, plain or under "state_dict" or "model", with or without the "module." prefix. Weights for
-    another number of classes keep everything but the classifier, which is drawn anew; with `imagenet_labels` the labels
+    holds a state_dict, plain or under one of STATE_KEYS; a prefix that all names share ("module.", "_orig_mod.",
+    Lightning's "model.") is taken off. Weights for another number of classes keep everything but the classifier, which is drawn anew; with `imagenet_labels` the labels
     are ImageNet's own 1000, and a classifier of 1000 classes is kept.
 
     Below 64 pixels the small form is built: ResNets (and ResNeXt, wide ResNet) and DenseNets begin with a 3x3
@@ -106,7 +109,7 @@ def build_model(
     elif weights in ("auto", "none"):
         state, description = None, "none"
     else:
-        state, description = _read_state(Path(weights)), str(weights)
+        state, description = _read_state(Path(weights), probe.state_dict().keys()), str(weights)
 
     if state is not None:
         state = _adapt_names(name, state)
@@ -237,16 +240,35 @@ def read_tensors(
         ) from error
 
 
-def _read_state(path: Path) -> dict[str, Tensor]:
+def _read_state(path: Path, expected: Collection[str]) -> dict[str, Tensor]:
+    """The state_dict in a file, its names those that the network expects as far as a common prefix goes."""
     content = read_tensors(path)
     if isinstance(content, dict) and content.get("format") == FORMAT:
         raise InputError(f"{path} is a pruned network, not weights for a whole one; load it with load_pruned")
-    for key in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
+    while key := next((k for k in STATE_KEYS if isinstance(content, dict) and isinstance(content.get(k), dict)), None):
+        content = content[key]
     if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
         raise InputError(f"{path} holds no state_dict; save it with torch.save(model.state_dict(), path)")
-    return {key.removeprefix("module."): value for key, value in content.items()}
+    state = {key.replace("_orig_mod.", ""): value for key, value in content.items()}  # of torch.compile, at any depth
+    return _without_prefix(state, expected, path)
+
+
+def _without_prefix(state: dict[str, Tensor], expected: Collection[str], path: Path) -> dict[str, Tensor]:
+    """The tensors under the prefix that makes most names those of `expected`, by these names.
+
+    Other tensors in the file (a loss's buffers, metrics) are left out where there is such a prefix. Raises InputError if
+    two prefixes serve equally well, as those of a teacher and a student do.
+    """
+    found = Counter()
+    for key in state:
+        starts = [0, *(i + 1 for i, letter in enumerate(key) if letter == ".")]
+        found.update(key[:start] for start in starts if key[start:] in expected)
+    (prefix, count), (other, second) = (*found.most_common(2), ("", 0), ("", 0))[:2]
+    if not prefix:
+        return state
+    if count == second:
+        raise InputError(f"{path} holds two networks, {prefix}* and {other}*; save one of them alone")
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 
 def _adapt_names(name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -34,6 +34,7 @@ class PruningResult:
         seconds: {"score", "select", "surgery", "compensate", "evaluate", "train"}: summed over the rounds.
         fine_tuning: one dictionary an epoch.
         gradient_flow, oracle: see results.json in the documentation, or None.
+        notes: one line on each kind of wrapper (DataParallel, torch.compile, ...) that was taken off the network.
     """
 
     model: nn.Module
@@ -48,6 +49,7 @@ class PruningResult:
     fine_tuning: list = field(default_factory=list)
     gradient_flow: dict | None = None
     oracle: dict | None = None
+    notes: list = field(default_factory=list)
 
     def as_dict(self) -> dict:
         """All but the model, as plain values."""

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import io
 import json
 import os
@@ -10,11 +9,16 @@ import signal
 import sys
 from pathlib import Path
 
-from taylor_pruning.training.distributed import end_distributed, init_distributed, is_main
 from taylor_pruning.errors import InputError, remove_leftovers
-from taylor_pruning.report.experiment import plain, write_json
 from taylor_pruning.experiment.setup import choose_device, environment
+from taylor_pruning.report.experiment import plain, write_json
+from taylor_pruning.training.distributed import end_distributed, init_distributed, is_main
 from taylor_pruning.training.fine_tuning import Interrupted, TrainingDiverged
+
+try:
+    import fcntl  # locks the results folder
+except ImportError:  # Windows
+    fcntl = None
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 NOT_COMPARED = ("resume", "output_dir", "quiet", "device", "workers")  # may differ between a run and its resumption
@@ -30,6 +34,8 @@ def run_guarded(parser, args, run):
             stream.reconfigure(errors="backslashreplace")
     folder = Path(args.resume or args.output_dir or default_folder(parser, args))
     try:
+        if fcntl is None:
+            raise InputError("the command line runs on Linux and macOS; on Windows use WSL, or EnhancedPruning from Python")
         device = init_distributed(choose_device(args.device))
         with open_folder(folder, args):
             return run(args, folder, device)

@@ -22,6 +22,7 @@ from taylor_pruning.experiment.arguments import recipe_from, settings_from
 from taylor_pruning.experiment.data import ImageData, calibration_batches, embedded_data, load_image_folder, make_loader
 from taylor_pruning.errors import InputError, atomic_file
 from taylor_pruning.experiment.models import BuiltModel, build_model, head_name, pretrained_weights, read_tensors
+from taylor_pruning.first_batch import Batches, check_training
 from taylor_pruning.selection.greedy import check_reachable
 from taylor_pruning.surgery.graph import ChannelGraph
 from taylor_pruning.training.fine_tuning import Recipe, fine_tune
@@ -59,9 +60,12 @@ class Experiment:
         args = self.args
         calibration = self.calibration(args.calibration_samples, seed)
         same = args.compensation_samples == args.calibration_samples
+        train = self.loader(self.data.train, shuffle=True, seed=seed, batch_size=batch_size)
+        if args.fine_tune_epochs:
+            check_training(self.built.model, Batches(train, "the training loader", self.device))
         return {
             "model": self.built.model,
-            "train_loader": self.loader(self.data.train, shuffle=True, seed=seed, batch_size=batch_size),
+            "train_loader": train,
             "val_loader": self.loader(self.data.val, batch_size=batch_size),
             "dense_stage": dense_stage,
             "calibration": calibration,
@@ -119,12 +123,13 @@ def warn_of_chance(dense, data):
 
 
 def choose_device(name):
-    """The torch device that `--device` names. Raises InputError if it is not there."""
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    """The torch device that `--device` names. Raises InputError if it is not there, or cannot compute in float64."""
+    if name == "mps":
+        raise InputError("mps computes no float64 sums, which scores are made of; pass --device cpu or auto")
     if name == "auto":
-        name = next(kind for kind in ("cuda", "mps", "cpu") if available[kind])
-    if not available[name]:
-        raise InputError(f"there is no {name} device here; pass --device cpu or auto")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("there is no cuda device here; pass --device cpu or auto")
     return torch.device(name)
 
 

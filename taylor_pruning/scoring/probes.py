@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from taylor_pruning.errors import InputError
 from taylor_pruning.modes import frozen
-from taylor_pruning.scoring.taylor import check_batch
+from taylor_pruning.scoring.gradient_check import check_gradients, gated_logits, open_gates
 
 SKEW = 1 / math.sqrt(2)
 
@@ -57,20 +57,19 @@ def probe_derivatives(model, graph, batches, *, order=2, probes=8, loss=cross_en
         InputError: no batches, or a batch that cannot be scored.
     """
     second, third = (torch.Generator().manual_seed(1_000_003 * seed + k) for k in (0, 1))  # h is the same without t
-    phis, hs, ts = [], [], []
+    batches, phis, hs, ts = list(batches), [], [], []
+    if not batches:
+        raise InputError("there are no calibration images; pass at least one batch")
     with frozen(model), torch.enable_grad():
+        check_gradients(graph, *batches[0])
         for number, (images, labels) in enumerate(tqdm(batches, desc="probe", leave=False, disable=not progress)):
-            gates = images.new_ones(len(images), len(graph.units)).requires_grad_()
-            with graph.gated(gates):
-                logits = model(images)
-            check_batch(images, labels, logits.detach(), number)
+            gates = open_gates(graph, images)
+            logits = gated_logits(graph, images, labels, gates, f"calibration batch {number}")
             (gamma,) = torch.autograd.grad(loss(logits, labels).sum(), gates, create_graph=True)
             phis.append(gamma.detach().double())
             hs.append(_second(gamma, gates, probes, second))
             if order == 3:
                 ts.append(_third(gamma, gates, probes, third))
-    if not phis:
-        raise InputError("there are no calibration images; pass at least one batch")
     h, h_error = _mean_and_error(torch.cat(hs))
     t, t_error = _mean_and_error(torch.cat(ts)) if ts else (None, None)
     return ProbedDerivatives(torch.cat(phis).mean(0), h, h_error, t, t_error)
@@ -92,9 +91,14 @@ def _third(gamma, gates, probes, generator):
     for _ in range(probes):
         rare = torch.rand(gates.shape, generator=generator) < 1 / 3
         z = torch.where(rare, math.sqrt(2), -SKEW).to(gates)
-        (hz,) = torch.autograd.grad(gamma, gates, z, create_graph=True)
-        # where the loss is quadratic along every gate, H does not depend on the gates and T is zero
-        (tzz,) = torch.autograd.grad(hz, gates, z, retain_graph=True, materialize_grads=True)
+        try:
+            (hz,) = torch.autograd.grad(gamma, gates, z, create_graph=True)
+            # where the loss is quadratic along every gate, H does not depend on the gates and T is zero
+            (tzz,) = torch.autograd.grad(hz, gates, z, retain_graph=True, materialize_grads=True)
+        except RuntimeError as error:
+            if "order derivatives" not in str(error):
+                raise
+            raise InputError(f"order 3 cannot be probed here: {error} Use order 1 or 2, or compensate") from error
         total += (z * tzz).double()
     return total / probes / SKEW
 

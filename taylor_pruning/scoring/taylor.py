@@ -29,6 +29,7 @@ from tqdm import tqdm
 from taylor_pruning.errors import InputError
 from taylor_pruning.modes import frozen
 from taylor_pruning.scoring.flow import unit_gradient_norms
+from taylor_pruning.scoring.gradient_check import check_gradients, gated_logits, open_gates
 from taylor_pruning.training.distributed import gather_objects, is_main, rank, world_size
 
 SUPPORT = 32  # classes, most probable first, over which expectations are taken; all others count as one more
@@ -253,6 +254,7 @@ def collect_directions(
     collect = partial(_collect, model, graph, probes, **options)
     mine, parts = batches[rank() :: world_size()], []
     with frozen(model), frozen(model if reference is None else reference):
+        check_gradients(graph, *batches[0][1])
         for number, (images, labels) in tqdm(mine, desc="score", leave=False, disable=not progress or not is_main()):
             parts.append((number, _collect_batch(collect, images, labels, number)))
     return Directions.join(_of_all_processes(parts)).to(batches[0][1][0].device)
@@ -264,21 +266,6 @@ def _of_all_processes(parts):
         parts = [(number, part.to("cpu")) for number, part in parts]
     parts = [part for share in gather_objects(parts) for part in share]
     return [part for _, part in sorted(parts, key=lambda part: part[0])]
-
-
-def check_batch(images, labels, logits, number):
-    """Raises InputError if the batch cannot be scored."""
-    if not torch.isfinite(images).all():
-        raise InputError(f"calibration batch {number} has NaN or infinite pixels; check the images and the transforms")
-    if logits.dim() != 2:
-        raise InputError(f"the network must give logits [batch, classes], it gave {tuple(logits.shape)}")
-    if not torch.isfinite(logits).all():
-        raise InputError(f"the network gives NaN or infinite logits on batch {number}; check its weights")
-    if labels.min() < 0 or labels.max() >= logits.shape[1]:
-        raise InputError(
-            f"labels must lie in 0..{logits.shape[1] - 1}, batch {number} has {labels.min()}..{labels.max()}; "
-            "the network's head must have one output a class"
-        )
 
 
 def _collect_batch(collect, images, labels, number, first=0):
@@ -300,16 +287,13 @@ def _signs(seed, number, first, samples, classes):
 
 
 def _collect(model, graph, probes, images, labels, number, first, *, want_flow, estimates, reference, seed):
-    gates = torch.ones(len(images), len(graph.units), dtype=images.dtype, device=images.device, requires_grad=True)
-    gated = []
+    gates, gated = open_gates(graph, images), []
 
     def record(site, output):
-        if want_flow:
+        if want_flow and output.requires_grad:
             gated.append((site, get_gradient_edge(output)))
 
-    with torch.enable_grad(), graph.gated(gates, record, estimates):
-        logits = model(images)
-    check_batch(images, labels, logits, number)
+    logits = gated_logits(graph, images, labels, gates, f"calibration batch {number}", record, estimates)
     signs = _signs(seed, number, first, *logits.shape).to(logits)
     basis, sampled = class_basis(logits.detach(), labels, probes, signs)
     flow = None
@@ -322,5 +306,5 @@ def _collect(model, graph, probes, images, labels, number, first, *, want_flow, 
     probabilities = None
     if reference is not None:
         with torch.no_grad():
-            probabilities = logits.softmax(1) if reference is model else reference(images).softmax(1)
+            probabilities = logits.softmax(1) if reference is model else reference(images).to(logits).softmax(1)
     return Directions(coordinates, basis, logits, labels, sampled, flow, reference=probabilities)

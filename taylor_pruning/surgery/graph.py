@@ -17,6 +17,7 @@ from taylor_pruning.surgery.copying import copy_of
 from taylor_pruning.surgery.hooks import modules_with_changing_hooks
 from taylor_pruning.surgery.proof import CutProof
 from taylor_pruning.surgery.tracing import CONVS, ChannelIds, ChannelInterpreter, trace, undisturbed
+from taylor_pruning.surgery.wrappers import check_example, unwrapped
 
 
 class Unit(NamedTuple):
@@ -116,6 +117,8 @@ class ChannelGraph:
         sites: tuple of `GateSite`. Closing the gates of units there gives the logits of removing them.
         readers: tuple of `Reader`s. Depthwise and transposed convs, functional ones and layers without units are none.
         tensors: {(parameter or buffer name, dim): [length] unit index or -1}, every tensor dimension that can shrink.
+        model: the network without wrappers such as DataParallel or torch.compile, on the same parameters.
+        notes: one line on each kind of wrapper that was taken off, () if there was none.
         smooth_operations: names of operations that are not piecewise linear, () if the network is.
 
     Raises:
@@ -123,6 +126,8 @@ class ChannelGraph:
     """
 
     def __init__(self, model, example_input, exclude=(), prune_linear=False, verify=True):
+        check_example(example_input)
+        model, self.notes = unwrapped(model)
         self.model = model
         book = ChannelIds(model)
         example = example_input[:1].expand(2, *example_input.shape[1:])  # batch statistics need two samples

@@ -448,6 +448,8 @@ class ChannelInterpreter(fx.Interpreter):
             module = self.module.get_submodule(node.target)
             name = type(module).__name__.lower()
             result = self.run_module(node, info, module, name, args, kwargs, tensors)
+            if isinstance(module, BATCH_NORMS) and module.running_mean is None:
+                name = f"{name} without running statistics"  # it divides by those of the batch, in evaluation mode too
         else:
             name = operation_name(node)
             result = self.run_function(node, info, name, args, kwargs, tensors)

@@ -9,6 +9,7 @@ from PIL import Image
 from torchvision.models import EfficientNet_B1_Weights, VGG16_Weights
 from torchvision.transforms import v2
 
+from taylor_pruning.errors import InputError
 from taylor_pruning.experiment import data as ExperimentData
 from taylor_pruning.experiment.data import (
     BatchLoader,
@@ -21,7 +22,6 @@ from taylor_pruning.experiment.data import (
     make_loader,
     read_image,
 )
-from taylor_pruning.errors import InputError
 
 SYNSETS = ["n01440764", "n01443537", "n03028079"]  # ImageNet's labels 0, 1 and 497
 
@@ -144,6 +144,24 @@ def test_synset_labels_follow_imagenet_when_classes_are_missing(tmp_path):
     assert [data.classes[label] for label in (0, 1, 497)] == SYNSETS
     write_image(root / "train" / "cat" / "0.png")
     assert load_image_folder(root).num_classes == 3
+
+
+@pytest.mark.parametrize(
+    "hidden",
+    [
+        "train/.ipynb_checkpoints/0-checkpoint.png",
+        "val/.ipynb_checkpoints/0-checkpoint.png",
+        "train/cat/.ipynb_checkpoints/0-checkpoint.png",
+        "train/cat/._0.png",
+        ".cache/0.png",
+    ],
+)
+def test_hidden_files_and_folders_are_passed_over(tmp_path, hidden):
+    root = write_folder(tmp_path / ".data")
+    write_image(root / hidden)
+    (root / "val" / ".empty").mkdir()
+    data = load_image_folder(root)
+    assert data.classes == ["cat", "dog"] and (len(data.train), len(data.val)) == (6, 6)
 
 
 def test_validation_may_lack_classes(tmp_path):

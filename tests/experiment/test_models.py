@@ -245,6 +245,66 @@ def test_weights_from_a_file(tmp_path, wrapped):
     assert torch.equal(built.model.conv1.weight, dense.conv1.weight)
 
 
+PREFIXES = ["module.", "_orig_mod.", "model.", "module._orig_mod.", "_orig_mod.module.", "model._orig_mod.", "net.backbone."]
+KEYS = ["state_dict", "model_state_dict", "model", "net", "ema_state_dict", "model_ema", "ema"]
+
+
+@pytest.fixture(scope="module")
+def squeezenet():
+    return build_model("squeezenet1_1", 5, image_size=32).model.state_dict()
+
+
+def load_squeezenet(content, path):
+    torch.save(content, path)
+    return build_model("squeezenet1_1", 5, image_size=32, weights=path).model.state_dict()
+
+
+def assert_same(state, expected):
+    assert all(torch.equal(state[key], value) for key, value in expected.items())
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_prefixes_that_wrappers_leave_are_taken_off(squeezenet, tmp_path, prefix):
+    state = {prefix + key: value for key, value in squeezenet.items()}
+    assert_same(load_squeezenet(state, tmp_path / "weights.pt"), squeezenet)
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_weights_are_found_in_the_checkpoints_of_training_scripts(squeezenet, tmp_path, key):
+    checkpoint = {"epoch": 3, "optimizer": {"state": {}}, key: squeezenet, "best": torch.tensor(55.0)}
+    assert_same(load_squeezenet(checkpoint, tmp_path / "weights.pt"), squeezenet)
+
+
+def test_the_trained_weights_come_before_their_averages(squeezenet, tmp_path):
+    averages = {key: value + 1 for key, value in squeezenet.items()}
+    assert_same(load_squeezenet({"model_ema": averages, "model": squeezenet}, tmp_path / "weights.pt"), squeezenet)
+
+
+def test_what_lightning_and_averaged_models_keep_besides_is_left_out(squeezenet, tmp_path):
+    state = {f"model.{key}": value for key, value in squeezenet.items()}
+    state |= {"loss.weight": torch.ones(5), "accuracy.total": torch.zeros(())}
+    assert_same(load_squeezenet({"state_dict": state}, tmp_path / "weights.pt"), squeezenet)
+    state = {f"module.{key}": value for key, value in squeezenet.items()} | {"n_averaged": torch.tensor(4)}
+    assert_same(load_squeezenet(state, tmp_path / "weights.pt"), squeezenet)
+
+
+def test_names_of_a_part_that_was_compiled(squeezenet, tmp_path):
+    state = {key.replace("features.", "features._orig_mod."): value for key, value in squeezenet.items()}
+    assert_same(load_squeezenet(state, tmp_path / "weights.pt"), squeezenet)
+
+
+def test_two_networks_in_one_file_are_refused(squeezenet, tmp_path):
+    state = {prefix + key: value for key, value in squeezenet.items() for prefix in ("student.", "teacher.")}
+    with pytest.raises(InputError, match=r"holds two networks, student\.\* and teacher\.\*; save one"):
+        load_squeezenet(state, tmp_path / "weights.pt")
+
+
+@pytest.mark.parametrize("content", [{"epoch": 3}, {"model": {}}, {"model": "resnet18"}, [1], {"ema": {"module": {}}}])
+def test_files_without_weights_are_refused(tmp_path, content):
+    with pytest.raises(InputError, match="holds no state_dict"):
+        load_squeezenet(content, tmp_path / "weights.pt")
+
+
 def test_old_names_of_densenet_files(tmp_path):
     dense = build_model("densenet121", 5, image_size=32).model
     old = {k.replace("norm1.", "norm.1.").replace("conv2.", "conv.2."): v for k, v in dense.state_dict().items()}

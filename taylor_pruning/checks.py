@@ -1,0 +1,115 @@
+"""What is checked of weights, batches and logits before any number is made from them."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from taylor_pruning.errors import InputError
+
+CLASS_NUMBERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+
+
+def nonfinite_tensor(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
+    """Name of the first of the (name, tensor) pairs that holds NaN or infinite values, None if all are finite."""
+    return next((name for name, tensor in tensors if not tensor.isfinite().all()), None)
+
+
+def check_weights(model: nn.Module) -> None:
+    """Raises InputError naming the first parameter or buffer that holds NaN or infinite values."""
+    if name := nonfinite_tensor(model.state_dict().items()):
+        raise InputError(f"the weights hold NaN or infinite values in {name}; load other weights")
+
+
+def read_batch(batch, where: str, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """Images [B, ...] and class numbers int64 [B] of a loader's batch, on `device`.
+
+    Labels of any integer type are class numbers, also as a column [B, 1].
+
+    Raises:
+        InputError: the batch is no pair of tensors, or its labels are no class numbers, one an image.
+    """
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        raise InputError(f"{where} is {describe(batch)}, not a pair (images, labels); let the loader give such pairs")
+    for name, value in zip(("images", "labels"), batch, strict=True):
+        if not isinstance(value, Tensor):
+            raise InputError(f"the {name} of {where} are {describe(value)}; give them as one tensor")
+    images, labels = map(_usable, batch)
+    if not images.dim() or not len(images):
+        raise InputError(f"{where} holds no images; give [batch, channels, height, width]")
+    labels = _class_numbers(labels, len(images), where)
+    return images.to(device), labels.to(device)
+
+
+def _usable(tensor):
+    """The tensor, copied if it was made in inference mode, where autograd could not use it."""
+    if not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False):
+        return tensor.clone()
+
+
+def _class_numbers(labels, images, where):
+    shape = [*labels.shape]
+    if labels.dim() == 2 and shape[1] > 1 and shape[0] == images:
+        raise InputError(
+            f"the labels of {where} are {shape}, like one-hot vectors or class probabilities; give one class number an "
+            "image, for instance labels.argmax(1)"
+        )
+    if labels.dtype not in CLASS_NUMBERS:
+        raise InputError(f"the labels of {where} are {_type(labels)}; give class numbers, for instance labels.long()")
+    if labels.dim() == 2 and shape[1] == 1:
+        labels = labels[:, 0]
+    if labels.shape != (images,):
+        raise InputError(f"the labels of {where} are {shape} for {images} images; give one class number an image")
+    return labels.long()
+
+
+def check_batch(images: Tensor, labels: Tensor, logits, where: str) -> None:
+    """Raises InputError if the logits of a batch are not [B, classes], pixels are not finite, or labels are out of range.
+
+    Cross-entropy would make NaN of such a batch, or end the process by an assertion on the GPU.
+    """
+    check_logits(logits, len(images), where)
+    if not images.isfinite().all():
+        raise InputError(f"{where} has NaN or infinite pixels; look for broken images or a zero in the normalisation")
+    lowest, highest = torch.stack(labels.aminmax()).tolist()
+    classes = logits.shape[1]
+    if lowest < 0 or highest >= classes:
+        label = lowest if lowest < 0 else highest
+        raise InputError(
+            f"{where} has label {label}, but the network has {classes} outputs (labels 0 to {classes - 1}); "
+            + ("leave images without a class out" if label < 0 else "its head must have one output a class")
+        )
+
+
+def check_logits(logits, images: int, where: str) -> None:
+    """Raises InputError if a network's outputs for a batch of so many images are not logits [images, classes]."""
+    if not isinstance(logits, Tensor):
+        raise InputError(
+            f"the network gives {describe(logits)} for {where}; it must give logits [batch, classes] alone: put it into "
+            "a module whose forward returns them"
+        )
+    shape = [*logits.shape]
+    if shape == [images] or shape == [images, 1]:
+        raise InputError(
+            f"the network gives {shape} for {where}, one number an image; it must give one logit a class: with two classes, "
+            "put it into a module that makes of its output z [batch, 1] torch.cat([torch.zeros_like(z), z], 1)"
+        )
+    if logits.dim() > 2 and shape[0] == images and logits[0].numel() == shape[1]:
+        raise InputError(f"the network gives {shape} for {where}, not logits [batch, classes]; let it end in flatten(1)")
+    if logits.dim() != 2 or shape[0] != images:
+        raise InputError(f"the network gives {shape} for {where}; it must give logits [{images}, classes]")
+
+
+def describe(value) -> str:
+    """What kind of value it is, for an error message: "a dict with the keys image, label", "a tuple of 3"."""
+    if isinstance(value, dict):
+        return f"a dict with the keys {', '.join(map(str, list(value)[:5]))}"
+    if isinstance(value, (tuple, list)):
+        return f"a {'tuple' if isinstance(value, tuple) else 'list'} of {len(value)}"
+    return f"a tensor {[*value.shape]}" if isinstance(value, Tensor) else f"an object of type {type(value).__name__}"
+
+
+def _type(tensor):
+    return str(tensor.dtype).removeprefix("torch.")

@@ -1,0 +1,178 @@
+"""Finds out on the first batch of every loader whether a network and its data fit, before anything is computed.
+
+    loader = Batches(train_loader, "the training loader", device)
+    check_inputs(model, [loader])
+    check_training(model, loader)
+"""
+
+import copy
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from taylor_pruning.checks import check_batch, check_weights, read_batch
+from taylor_pruning.errors import InputError
+from taylor_pruning.modes import frozen
+
+IMAGES = 8  # of a first batch that the network is run on
+# What a forward raises on inputs that do not fit it.
+FORWARD_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError)
+
+
+class Batches:
+    """A loader whose batches are images [B, ...] and class numbers int64 [B] on `device`, see `checks.read_batch`.
+
+    Args:
+        loader: iterable of (images, labels) that can be run through again and again.
+        name: what error messages call it, for instance "the training loader".
+
+    Raises:
+        InputError: it is an iterator, which is empty after one pass; while iterating, a batch that cannot be used.
+    """
+
+    def __init__(self, loader: Iterable, name: str, device: torch.device):
+        if isinstance(loader, Iterator) or not isinstance(loader, Iterable):
+            kind = "can be run through only once" if isinstance(loader, Iterator) else "is not iterable"
+            raise InputError(f"{name} {kind}; give a DataLoader or a list of batches (images, labels)")
+        self.loader, self.name, self.device = loader, name, device
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for number, batch in enumerate(self.loader):
+            yield read_batch(batch, f"batch {number} of {self.name}", self.device)
+
+    @property
+    def dataset(self):
+        """The loader's data set; no attribute where it has none of known length."""
+        dataset = self.loader.dataset
+        if not hasattr(dataset, "__len__"):
+            raise AttributeError(f"the data set of {self.name} has no length")
+        return dataset
+
+    def set_epoch(self, epoch: int) -> None:
+        """Passes the epoch on to a loader that knows of epochs."""
+        if hasattr(self.loader, "set_epoch"):
+            self.loader.set_epoch(epoch)
+
+    def first(self) -> tuple[Tensor, Tensor]:
+        """The first batch; the random generator stays as it was. Raises InputError if there is none."""
+        with torch.random.fork_rng(devices=[]):
+            batch = next(iter(self), None)
+        if batch is None:
+            raise InputError(f"{self.name} gives no batch; check the data and the batch size")
+        return batch
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the network's parameters are. Raises InputError if it has none, or they are where it cannot be pruned."""
+    devices = {parameter.device for parameter in model.parameters()}
+    if not devices:
+        raise InputError("the network has no parameters; give one with convolutions")
+    if len(devices) > 1:
+        raise InputError(f"the network lies on {', '.join(sorted(map(str, devices)))}; move it to one device")
+    (device,) = devices
+    if device.type == "mps":
+        raise InputError("mps computes no float64 sums, which scores are made of; move the network to the cpu")
+    return device
+
+
+def check_inputs(model: nn.Module, loaders: Iterable[Batches]) -> None:
+    """Runs the network, in eval mode, on the first images of every loader.
+
+    Raises:
+        InputError: weights are not finite, the network cannot run on the images, or gives no finite logits [batch, classes], or probabilities in their place,
+            or the labels are outside of its classes.
+    """
+    if torch.is_inference_mode_enabled():
+        raise InputError("scores need gradients; call this outside of torch.inference_mode()")
+    check_weights(model)
+    for loader in loaders:
+        images, labels = (tensor[:IMAGES] for tensor in loader.first())
+        where = f"the first batch of {loader.name}"
+        with _named(model, images, where), frozen(model), torch.no_grad():
+            logits = model(images)
+        check_batch(images, labels, logits, where)
+        if not logits.isfinite().all():
+            raise InputError(f"the network gives NaN or infinite logits for {where}; check its weights")
+        _refuse_probabilities(logits)
+
+
+@contextmanager
+def _named(model, images, where):
+    """Turns what the forward raises in the block into an InputError that says what does not fit."""
+    try:
+        yield
+    except FORWARD_ERRORS as error:
+        weights = next(model.parameters()).dtype
+        if images.dtype != weights:
+            kinds = f"{images.dtype} images and {weights} weights".replace("torch.", "")
+            remedy = "convert them to" if images.is_floating_point() else "scale and normalise them as in training, as"
+            raise InputError(f"the network cannot run on {where}: {kinds}; {remedy} {weights}") from error
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(f"the network cannot run on {where}, images {[*images.shape]}: {reason[0]}") from error
+
+
+def _refuse_probabilities(outputs):
+    """Raises InputError if the outputs [B, K] are those of a Softmax or a LogSoftmax."""
+    values = outputs.double()
+    tolerance = 1e-2 if outputs.element_size() < 4 else 1e-4
+    probabilities = bool((values >= 0).all() and ((values.sum(1) - 1).abs() < tolerance).all())
+    logarithms = bool((values <= 0).all() and (values.logsumexp(1).abs() < tolerance).all())
+    if probabilities or logarithms:
+        name = "Softmax" if probabilities else "LogSoftmax"
+        raise InputError(
+            f"the network ends in {name}; give it without that last step: the loss takes logits, whose softmax it computes"
+        )
+
+
+def check_training(model: nn.Module, loader: Batches) -> None:
+    """Raises InputError if the network cannot be trained on the loader.
+
+    Reasons are: gradients are switched off, no parameter requires a gradient, the loader has no length, or a batch of one image meets a BatchNorm
+    that has one value a channel then.
+    """
+    if not torch.is_grad_enabled():
+        raise InputError("fine-tuning needs gradients; call this outside of torch.no_grad()")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise InputError(
+            "no parameter of the network requires a gradient, so that it cannot be fine-tuned; call "
+            "model.requires_grad_(True), or fine-tune for 0 epochs"
+        )
+    try:
+        batches = len(loader)
+    except TypeError as error:
+        raise InputError(f"{loader.name} has no length, which the learning rate needs; give a loader with len()") from error
+    if not batches:
+        raise InputError(f"{loader.name} gives no batch; check the data and the batch size")
+    if _has_single_image(loader.loader):
+        _check_single_image(model, loader)
+
+
+def _has_single_image(loader) -> bool:
+    """Whether a batch of the loader is known to have one image."""
+    if isinstance(loader, (list, tuple)):
+        return any(len(read_batch(batch, "a batch")[1]) == 1 for batch in loader)
+    if hasattr(loader, "smallest_batch"):  # a loader of experiment.loaders
+        return loader.smallest_batch == 1
+    sampler = getattr(loader, "batch_sampler", None)
+    if isinstance(sampler, (list, tuple)):
+        return any(len(indices) == 1 for indices in sampler)
+    if not all(hasattr(sampler, name) for name in ("sampler", "batch_size", "drop_last")):
+        return getattr(loader, "batch_size", None) == 1
+    return sampler.batch_size == 1 or (not sampler.drop_last and len(sampler.sampler) % sampler.batch_size == 1)
+
+
+def _check_single_image(model, loader):
+    images, _ = loader.first()
+    with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []), torch.no_grad():
+        try:
+            copy.deepcopy(model).train()(images[:1])
+        except ValueError as error:
+            raise InputError(
+                f"a batch of {loader.name} has one image, on which BatchNorm cannot be trained ({error}); pass another batch "
+                "size, or drop_last=True"
+            ) from error

@@ -1,0 +1,105 @@
+"""Refuses networks whose gradient along the gates is not the derivative: parts under no_grad, behind detach or a step."""
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from taylor_pruning.checks import check_batch
+from taylor_pruning.errors import InputError
+
+IMAGES = 4  # of the first batch that are looked at
+WEIGHTINGS = 4  # random linear functions of the logits whose derivatives are compared
+STEP = 1e-2  # by which gates are moved to measure a derivative
+TOLERANCE = 0.2  # relative difference to the gradient, well above what kinks within the step make of it
+NOISE = 1e-3  # relative to the logits: smaller derivatives drown in float32's rounding at this step
+REMEDY = "take no_grad, detach and rounding out of the forward, or exclude these layers"
+
+
+def open_gates(graph, images: Tensor) -> Tensor:
+    """[B, units] ones that require a gradient, at least in float32: half precision has too few digits for scores."""
+    dtype = torch.promote_types(next(graph.model.parameters()).dtype, torch.float32)
+    return torch.ones(len(images), len(graph.units), dtype=dtype, device=images.device, requires_grad=True)
+
+
+def gated_logits(graph, images, labels, gates, where, on_gate=None, estimates=None) -> Tensor:
+    """Logits [B, K] under the gates, in the dtype of the gates.
+
+    Args:
+        where: what error messages call the batch. on_gate, estimates: see ChannelGraph.gated.
+
+    Raises:
+        InputError: pixels or logits are not finite, labels out of range, or no gradient leads from the logits to a gate.
+    """
+    with torch.enable_grad(), graph.gated(gates, on_gate, estimates):
+        logits = graph.model(images)
+    check_batch(images, labels, logits, where)
+    if not torch.isfinite(logits).all():
+        raise InputError(f"the network gives NaN or infinite logits for {where}; check its weights")
+    if not logits.requires_grad:
+        raise InputError("no gradient leads from the logits to any filter; take no_grad and detach out of the forward")
+    return logits.to(gates.dtype)
+
+
+class _StoppedGradients(TorchFunctionMode):
+    """While open, notes whether an operation makes of a tensor with a gradient a float tensor without one."""
+
+    found = False
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        constant = function.__name__.startswith("new_") or function.__name__.endswith("_like")  # of the shape alone
+        if isinstance(result, Tensor) and result.is_floating_point() and not (result.requires_grad or constant):
+            self.found |= any(isinstance(argument, Tensor) and argument.requires_grad for argument in args)
+        return result
+
+
+def check_gradients(graph, images: Tensor, labels: Tensor) -> None:
+    """Raises InputError naming the layers along whose gates the gradient is not the derivative of the logits.
+
+    A layer without any gradient is tried by closing its gates. Where the forward stops a gradient somewhere, derivatives
+    are measured as well, by central differences of a step of STEP along all gates of a layer.
+
+    Args:
+        images, labels: a batch, of which the first IMAGES are looked at. The model is frozen (`modes.frozen`).
+    """
+    images, labels = images[:IMAGES], labels[:IMAGES]
+    gates = open_gates(graph, images)
+    with _StoppedGradients() as stopped:
+        logits = gated_logits(graph, images, labels, gates, "the first batch")
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(WEIGHTINGS, logits.numel(), generator=generator).to(logits)
+    try:
+        rows = [torch.autograd.grad(logits, gates, w.view_as(logits), retain_graph=True)[0] for w in weights]
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise InputError(f"the network gives no gradient along its filters ({reason}); change its forward") from error
+    gradient = torch.stack(rows)
+    gradient, logits = gradient.sum(1), logits.detach()  # [weightings, units]
+    layers = {name: info.unit_of[info.removable] for name, info in graph.layers.items() if info.removable.any()}
+
+    def logits_at(value, units):
+        moved = torch.ones_like(gates)
+        moved[:, units.to(gates.device)] = value
+        with torch.no_grad(), graph.gated(moved):
+            return graph.model(images).to(logits)
+
+    def cut_off(units):
+        return not gradient[:, units].any() and not torch.allclose(logits_at(0, units), logits)
+
+    def differs(units):
+        measured = weights @ (logits_at(1 + STEP, units) - logits_at(1 - STEP, units)).flatten() / (2 * STEP)
+        error = (gradient[:, units].sum(1) - measured).norm()
+        return bool(error > TOLERANCE * measured.norm() and error > NOISE * (weights @ logits.flatten()).norm())
+
+    if names := [name for name, units in layers.items() if cut_off(units)]:
+        raise InputError(
+            f"no gradient reaches the filters of {', '.join(names)} although the logits depend on them, so that their "
+            f"scores would mean nothing; {REMEDY}"
+        )
+    if stopped.found and (names := [name for name, units in layers.items() if differs(units)]):
+        raise InputError(
+            f"the gradient at the filters of {', '.join(names)} is not the derivative of the logits, so that their scores "
+            f"would mean nothing; {REMEDY}"
+        )

@@ -1,0 +1,118 @@
+"""The network under its wrappers, and a refusal of networks whose layers are no modules that can be cut."""
+
+import copy
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+from torch.optim.swa_utils import AveragedModel
+
+from taylor_pruning.errors import InputError
+
+WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)  # their attribute `module` is the network
+QUANTISATION = ("torch.ao.quantization", "torch.ao.nn.quantized", "torch.ao.nn.intrinsic", "torch.ao.nn.qat")
+COMPUTED = {  # hook that computes a layer's weight: how to make the weight a parameter again
+    WeightNorm: "torch.nn.utils.remove_weight_norm(layer)",
+    SpectralNorm: "torch.nn.utils.remove_spectral_norm(layer)",
+    BasePruningMethod: "torch.nn.utils.prune.remove(layer, 'weight')",
+}
+
+
+def unwrapped(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
+    """The network without wrappers such as DataParallel or torch.compile, and one line on each kind that was taken off.
+
+    Modules with wrapped parts are rebuilt around the same parameters and buffers; `model` itself is not changed.
+
+    Raises:
+        InputError: not an nn.Module, or scripted, traced, exported, prepared for quantisation, uninitialised, or a module
+            keeps tensors that cannot be copied.
+    """
+    _refuse_other_types(model)
+    found: dict[str, None] = {}
+    network = _rebuilt(model, {}, found)
+    for name, module in network.named_modules():
+        _refuse_module(module, f"module {name}" if name else "the network")
+    notes = tuple(f"{kind} was taken off: the pruned network is the plain module" for kind in found)
+    return network, notes
+
+
+def check_example(example) -> None:
+    """Raises InputError if an example input is not one tensor [N, C, ...]."""
+    if not isinstance(example, Tensor):
+        raise InputError(
+            f"example_input is of type {type(example).__name__}; give one tensor of images: networks of several inputs "
+            "cannot be pruned yet"
+        )
+    if example.dim() < 2 or not len(example):
+        raise InputError(f"example_input is {[*example.shape]}; give images [N, C, H, W] with their batch dimension")
+
+
+def _refuse_other_types(model):
+    if isinstance(model, nn.Module):
+        return
+    if isinstance(model, type):
+        raise InputError(f"the network is the class {model.__name__}; give an instance of it")
+    kind = type(model).__name__
+    raise InputError(
+        "the network is an exported program; give the nn.Module that was exported"
+        if kind == "ExportedProgram"
+        else f"the network is of type {kind}; give an nn.Module"
+    )
+
+
+def _rebuilt(module, done, found):
+    """The module without wrappers on it or in it: itself, if there are none."""
+    if module in done:
+        return done[module]
+    inner = module
+    while isinstance(inner, WRAPPERS) or "_orig_mod" in inner._modules:  # the latter is what torch.compile returns
+        wrapped = "module" if isinstance(inner, WRAPPERS) else "_orig_mod"
+        found[type(inner).__name__ if wrapped == "module" else "torch.compile"] = None
+        inner = inner._modules[wrapped]
+    compiled = getattr(inner, "_compiled_call_impl", None) is not None
+    if compiled:
+        found["torch.compile"] = None
+    children = {n: None if child is None else _rebuilt(child, done, found) for n, child in inner._modules.items()}
+    if compiled or any(child is not inner._modules[name] for name, child in children.items()):
+        plain = copy.copy(inner)  # shares parameters and buffers
+        vars(plain)["_modules"] = children
+        vars(plain)["_compiled_call_impl"] = None
+        inner = plain
+    done[module] = inner
+    return inner
+
+
+def _refuse_module(module, where):
+    if isinstance(module, torch.jit.ScriptModule):
+        raise InputError(f"{where} is scripted or traced by torch.jit; give the nn.Module that it was made from")
+    if type(module).__module__.startswith(QUANTISATION):
+        raise InputError(
+            f"{where} ({type(module).__name__}) is prepared for quantisation; prune the float network first, and prepare the "
+            "pruned one"
+        )
+    if isinstance(module, fx.GraphModule) and any(isinstance(n.target, torch._ops.OpOverload) for n in module.graph.nodes):
+        raise InputError(f"{where} comes from torch.export; give the nn.Module that was exported")
+    parameters = [p for p in module._parameters.values() if p is not None]
+    if any(map(nn.parameter.is_lazy, parameters)):
+        raise InputError(f"{where} ({type(module).__name__}) has no shape yet; run the network once on images")
+    if any(p.is_meta for p in parameters):
+        raise InputError(f"the weights of {where} are on the meta device, without values; load them")
+    if any(type(p).__module__.startswith("torch.distributed") for p in parameters):
+        raise InputError(f"the weights of {where} are spread over processes; give a network that has them whole")
+    _refuse_computed_weights(module, where)
+
+
+def _refuse_computed_weights(module, where):
+    for hook in module._forward_pre_hooks.values():
+        remedy = next((text for kind, text in COMPUTED.items() if isinstance(hook, kind)), None)
+        if remedy:
+            raise InputError(f"the weight of {where} is computed by {type(hook).__name__}; make it permanent: {remedy}")
+    for name, value in vars(module).items():
+        held = [value, *(value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ())]
+        if any(isinstance(v, Tensor) and v.grad_fn is not None for v in held):
+            raise InputError(
+                f"{where} keeps in its attribute {name} a tensor that belongs to a backward graph; delete it, or keep "
+                "tensor.detach()"
+            )

@@ -1,0 +1,31 @@
+"""Where the command line runs: platforms, devices, and what is checked before a run trains anything."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from taylor_pruning.errors import InputError
+from taylor_pruning.experiment.setup import choose_device
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_auto_takes_a_device_that_can_sum_in_float64(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert choose_device("cpu").type == "cpu"
+    with pytest.raises(InputError, match="mps computes no float64 sums.*--device cpu or auto"):
+        choose_device("mps")
+
+
+@pytest.mark.parametrize("runner", ["run_single_experiment", "run_enhanced_pruning"])
+def test_a_platform_without_file_locks_is_named(runner, tmp_path):
+    code = f"import sys; sys.modules['fcntl'] = None; import {runner}; sys.exit({runner}.main(['--output-dir', 'out']))"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True)
+    assert ended.returncode == 2 and not (tmp_path / "out").exists()
+    assert ended.stderr.decode() == (
+        "error: the command line runs on Linux and macOS; on Windows use WSL, or EnhancedPruning from Python\n"
+    )
