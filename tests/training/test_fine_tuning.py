@@ -19,13 +19,13 @@ from taylor_pruning.training.fine_tuning import (
     Interrupted,
     Recipe,
     TrainingDiverged,
-    distillation_loss,
     evaluate,
     fine_tune,
-    lr_factor,
     reestimate_batchnorm,
     train_steps,
 )
+from taylor_pruning.training.recipe import lr_factor
+from taylor_pruning.training.steps import distillation_loss
 
 ROOT = Path(__file__).parents[2]
 RICH = Recipe(
@@ -323,7 +323,7 @@ def test_train_steps_is_sgd_at_a_constant_rate(turn):
             F.cross_entropy(reference(images), labels, label_smoothing=0.1).backward()
             optimizer.step()
     recipe = Recipe(epochs=0, lr=0.05, label_smoothing=0.1, ema_decay=0.9)  # averaging and epochs play no part
-    train_steps(model, train, recipe, 5, loss_before=1.1, turn=turn, progress=False)
+    train_steps(model, train, recipe, 5, loss_before=1.1, round_index=turn, progress=False)
     for new, old in zip(model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(new, old, rtol=1e-10, atol=1e-12)
 
