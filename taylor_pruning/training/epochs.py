@@ -5,8 +5,7 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from taylor_pruning.training.checkpoint import read_checkpoint, rng_state, set_rng_state, write_checkpoint
