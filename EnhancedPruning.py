@@ -49,7 +49,7 @@ from taylor_pruning.selection.baselines import baseline_scores
 from taylor_pruning.selection.greedy import Ledger, Selection, check_reachable, select_by_score
 from taylor_pruning.surgery.wrappers import unwrapped
 from taylor_pruning.training.distributed import broadcast_object, broadcast_state, check_equal_shapes, is_main
-from taylor_pruning.training.fine_tuning import Recipe, evaluate, fine_tune, reestimate_batchnorm, train_steps
+from taylor_pruning.training.fine_tuning import Accuracy, Recipe, evaluate, fine_tune, reestimate_batchnorm, train_steps
 from taylor_pruning.training.predictions import log_probabilities, mean_losses
 from taylor_pruning.training.profile import profile
 
@@ -206,19 +206,22 @@ class EnhancedPruning:
         recipe = dataclasses.replace(self.recipe, epochs=epochs, warmup_epochs=warmup)
         start, model = time.perf_counter(), copy.deepcopy(result.model)
         torch.manual_seed(self.settings.seed)  # dropout does not depend on what ran before, as after an interruption
+        before = Accuracy(**{f.name: result.stages[-1][f.name] for f in dataclasses.fields(Accuracy)})
         if self.settings.reestimate_batchnorm:
             reestimate_batchnorm(model, self.calibration)
+            before = None
         history = fine_tune(
             model,
             self.train_loader,
             self.val_loader,
             recipe,
             teacher=self._teacher,
+            before=before,
             checkpoint=checkpoint,
             resume=resume,
             progress=self.progress,
         )
-        stages = [*result.stages, self.stage("fine-tuned", model, time.perf_counter() - start)]
+        stages = [*result.stages, self.stage("fine-tuned", model, time.perf_counter() - start, history.best)]
         flow = result.gradient_flow and flow_with_stage(result.gradient_flow, "fine-tuned", self._flow_report(model))
         return dataclasses.replace(result, model=model, stages=stages, fine_tuning=history.epochs[1:], gradient_flow=flow)
 
@@ -288,7 +291,7 @@ class EnhancedPruning:
             steps,
             loss_before=(last["after_compensation"] or last["after_selection"])["loss"],
             teacher=self._teacher,
-            turn=last["round"] - 1,
+            round_index=last["round"] - 1,
             seed=self.settings.seed,
             description=f"train after round {last['round']}",
             progress=self.progress,
@@ -367,10 +370,14 @@ class EnhancedPruning:
             self._dense_stage = self.stage("dense", self.model)
         return self._dense_stage
 
-    def stage(self, name: str, model: nn.Module, seconds: float | None = None) -> dict:
-        """Accuracy on the validation images and profile of one network, as in results.json."""
+    def stage(
+        self, name: str, model: nn.Module, seconds: float | None = None, accuracy: Accuracy | None = None
+    ) -> dict:
+        """Accuracy on the validation images, unless it is known, and profile of one network, as in results.json."""
         start = time.perf_counter()
-        accuracy = evaluate(model, self.val_loader, description=name, progress=self.progress)
+        if accuracy is None:
+            amp = self.recipe.resolved(self.example.device).amp if self.recipe.amp_validation else None
+            accuracy = evaluate(model, self.val_loader, amp=amp, description=name, progress=self.progress)
         seconds = time.perf_counter() - start if seconds is None else seconds
         return {"stage": name, **dataclasses.asdict(accuracy), **profile(model, self.example), "seconds": seconds}
 

@@ -10,22 +10,36 @@ import sys
 import time
 from pathlib import Path
 
+import torch
 
-def peak_bytes():
+
+def peak_bytes(device=None):
+    """Largest memory that this process has had on the device: resident on a CPU, allocated on a GPU."""
+    if device and device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class Start:
     """Clocks and peak memory at the start of a part. CPU seconds bear other programs on the machine better than wall time."""
 
-    def __init__(self):
-        self.wall, self.cpu, self.bytes = time.perf_counter(), time.process_time(), peak_bytes()
+    def __init__(self, device=None):
+        self.device = device
+        self._wait()
+        if device and device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        self.wall, self.cpu, self.bytes = time.perf_counter(), time.process_time(), peak_bytes(device)
+
+    def _wait(self):
+        if self.device and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def since(self):
+        self._wait()
         return {
             "wall seconds": time.perf_counter() - self.wall,
             "CPU seconds": time.process_time() - self.cpu,
-            "peak bytes": peak_bytes() - self.bytes,
+            "peak bytes": peak_bytes(self.device) - self.bytes,
         }
 
 

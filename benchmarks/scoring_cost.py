@@ -54,14 +54,23 @@ def network(name, classes, image_size, images, entropy):
     return model
 
 
+def warm_up(model, images, labels, batch_size):
+    """On a GPU the first pass pays for libraries and algorithms; on a CPU nothing is done."""
+    if images.is_cuda:
+        F.cross_entropy(model(images[:batch_size]), labels[:batch_size]).backward()
+        model.zero_grad(set_to_none=True)
+
+
 def run_part(arguments):
     torch.manual_seed(0)
+    device, size = torch.device(arguments.device), arguments.batch_size
     images = torch.randn(arguments.images, 3, arguments.image_size, arguments.image_size)
-    labels = torch.randint(arguments.classes, (arguments.images,))
-    size = arguments.batch_size
-    model = network(arguments.model, arguments.classes, arguments.image_size, images[:size], arguments.entropy)
+    labels = torch.randint(arguments.classes, (arguments.images,)).to(device)
+    model = network(arguments.model, arguments.classes, arguments.image_size, images[:size], arguments.entropy).to(device)
+    images = images.to(device)
+    warm_up(model, images, labels, size)
     batches = list(zip(images.split(size), labels.split(size), strict=True))
-    graph, start = ChannelGraph(model, images[:1]), Start()
+    graph, start = ChannelGraph(model, images[:1]), Start(device)
     if arguments.part == "pass":
         for x, y in batches:
             F.cross_entropy(model(x), y).backward()
@@ -146,6 +155,7 @@ def main():
     parser.add_argument("--class-probes", type=int, default=PruningSettings.class_probes)
     parser.add_argument("--entropy", type=float, default=1.0, help="nats, of the predictions")
     parser.add_argument("--repairs", action="store_true", help="score what compensation cannot repair")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--growth", action="store_true")
     parser.add_argument("--part", choices=("pass", "scoring"), help=argparse.SUPPRESS)

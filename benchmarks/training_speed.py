@@ -1,158 +1,202 @@
-"""Images a second of training.fine_tuning.fine_tune against a plain PyTorch loop with the same augmentation.
+"""Images a second of `fine_tune` against the strongest simple loop, for VGG-16 and for one with 5 % of its MACs.
 
-    python benchmarks/training_speed.py --data-path cifar10 --model vgg11_bn --repeats 9
-    python benchmarks/training_speed.py                       # on the embedded images, written as PNG files
+    python benchmarks/training_speed.py --device cuda --images 50000
+    python benchmarks/training_speed.py --device cpu --images 2048 --batch-sizes 64 256
 
-The plain loop is what one writes by hand: a DataLoader with persistent workers over torchvision's ImageFolder and
-transforms, nothing cached, SGD with Nesterov momentum and a cosine. Both train the same network on the same folder, in
-turn, after one repetition that does not count; in float32, and in bf16 with channels-last. Reading and decoding
-the folder, which the toolkit does once for small images, is a line of its own.
+The bare loop keeps the padded, normalised images on the device, crops and flips them there with one gather a batch, and
+trains in the same precision and memory layout with fused SGD and the same cosine; it checks, logs, validates and saves
+nothing. Both train vgg16_bn in its form for 32 pixels, on noise, in turn, `--repeats` times. A repeat is a training of
+`--epochs` epochs, of which the first (memory, algorithms, CUDA graphs) is not counted but shown. Printed: medians of images
+a second (wall clock), the ratio of each repeat's medians (median and range), and on a CPU the ratio of CPU seconds, which
+bears other programs on the machine. On CUDA also `fine_tune` without CUDA graphs. The last lines compare epochs of the
+two networks.
 """
 
 import argparse
 import copy
+import math
 import statistics
 import sys
-import tempfile
 import time
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from torch.utils.data import DataLoader, Subset
-from torchvision.datasets import ImageFolder
-from torchvision.transforms import v2
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from taylor_pruning.experiment.data import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    SMALL_SIDE,
-    TensorImages,
-    embedded_data,
-    load_image_folder,
-    make_loader,
-)
+from EnhancedPruning import profile
+from taylor_pruning.experiment.data import IMAGENET_MEAN, IMAGENET_STD, TensorImages, make_loader
 from taylor_pruning.experiment.models import build_model
-from taylor_pruning.training.fine_tuning import Recipe, fine_tune
+from taylor_pruning.surgery.graph import ChannelGraph
+from taylor_pruning.training.fine_tuning import Accuracy, Recipe, fine_tune
+from taylor_pruning.training.recipe import AMP_DTYPES
 
-SETTINGS = [{}, {"amp": "bf16", "channels_last": True}]
-
-
-def write_embedded(root):
-    """The embedded images as an ImageFolder of PNG files."""
-    data = embedded_data(2000, 100)
-    for split, images in (("train", data.evaluation_train), ("val", data.val)):
-        for index, (pixels, label) in enumerate(zip(images.images, images.targets.tolist(), strict=True)):
-            file = root / split / data.classes[label] / f"{index}.png"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(file)
+SIZE, CLASSES, PADDING = 32, 10, 4
+SMALL_MACS = 0.05  # of the dense network's
+KNOWN = Accuracy(10.0, 50.0, 2.3, 1)  # of the start, so that it is not evaluated
 
 
-def loaders(root, data, arguments, device):
-    """The toolkit's and the plain one, over the same images drawn at random: `--steps` batches, or the whole folder.
-
-    Both go through all of their images, so that no worker is still at it while the other's time is taken.
-    """
-    index = torch.randperm(len(data.train))[: arguments.steps * arguments.batch_size]
-    if isinstance(data.train, TensorImages):
-        train = replace(data.train, images=data.train.images[index], targets=data.train.targets[index])
-    else:
-        train = Subset(data.train, index.tolist())
-    ours = make_loader(train, arguments.batch_size, shuffle=True, workers=arguments.workers, seed=0, device=device)
-    return ours, plain_loader(root, data.image_size, index.tolist(), arguments, device)
+# ---------------------------------------------------------------------------------------------------- bare loop
 
 
-def plain_loader(root, size, index, arguments, device):
-    crop = v2.RandomCrop(size, size // 8, padding_mode="reflect") if size <= SMALL_SIDE else v2.RandomResizedCrop(size)
-    tensor = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
-    dataset = ImageFolder(root / "train", v2.Compose([crop, v2.RandomHorizontalFlip(), *tensor]))
-    return DataLoader(
-        Subset(dataset, index),
-        arguments.batch_size,
-        shuffle=True,
-        num_workers=arguments.workers,
-        persistent_workers=arguments.workers > 0,
-        pin_memory=device.type == "cuda",
-    )
+class BareImages:
+    """Random crops and flips of images that are on the device, padded and normalised."""
+
+    def __init__(self, images: Tensor, labels: Tensor):
+        mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+        self.images = F.pad((images / 255 - mean) / std, [PADDING] * 4, mode="reflect")
+        self.labels = labels
+
+    def epoch(self, batch_size: int):
+        count, device = len(self.labels), self.images.device
+        position = torch.arange(SIZE, device=device)
+        channel = torch.arange(3, device=device).view(3, 1, 1)
+        down, right = torch.randint(2 * PADDING + 1, (2, count, 1), device=device)
+        columns = torch.where(torch.rand(count, 1, device=device) < 0.5, position, position.flip(0))
+        for index in torch.randperm(count, device=device).split(batch_size):
+            row = (down[index] + position)[:, None, :, None]
+            column = (right[index] + columns[index])[:, None, None, :]
+            yield self.images[index[:, None, None, None], channel, row, column], self.labels[index]
 
 
-def plain_training(model, loader, recipe, device):
+def bare_training(model: nn.Module, data: BareImages, recipe: Recipe, batch_size: int) -> list[float]:
+    """Seconds of every epoch."""
+    device = data.images.device
     layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
     model.to(memory_format=layout).train()
-    optimizer = torch.optim.SGD(model.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay, nesterov=True)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(loader))
-    for images, labels in loader:
-        images = images.to(device, memory_format=layout, non_blocking=True)
-        labels = labels.to(device, non_blocking=True)
-        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.amp == "bf16"):
-            loss = F.cross_entropy(model(images), labels)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        scheduler.step()
+    optimizer = torch.optim.SGD(model.parameters(), recipe.lr, 0.9, weight_decay=1e-4, nesterov=True, fused=True)
+    step, total, seconds = 0, recipe.epochs * math.ceil(len(data.labels) / batch_size), []
+    for _ in range(recipe.epochs):
+        start = time.perf_counter()
+        for images, labels in data.epoch(batch_size):
+            optimizer.param_groups[0]["lr"] = recipe.lr * (0.5 + 0.5 * math.cos(math.pi * step / total))
+            with torch.autocast(device.type, AMP_DTYPES[recipe.amp], enabled=recipe.amp is not None):
+                loss = F.cross_entropy(model(images.contiguous(memory_format=layout)), labels)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+# ---------------------------------------------------------------------------------------------------- comparison
+
+
+def networks() -> dict[str, nn.Module]:
+    """The dense network, and one in which all layers keep the same share of their filters."""
+    torch.manual_seed(0)
+    dense = build_model("vgg16_bn", CLASSES, image_size=SIZE, weights="none").model
+    example = torch.zeros(1, 3, SIZE, SIZE)
+    graph = ChannelGraph(dense, example)
+    share = math.sqrt(SMALL_MACS) * 0.98  # MACs go with the square, but the first layer's
+    plan = {name: list(range(round(share * info.filters), info.filters)) for name, info in graph.layers.items()}
+    small = graph.remove(plan)
+    macs = [profile(model, example)["macs"] for model in (dense, small)]
+    return {"dense": dense, f"{macs[1] / macs[0]:.1%} of the MACs": small}
+
+
+@dataclass
+class Times:
+    """Of one contender, an entry a repeat."""
+
+    images_per_second: list[float] = field(default_factory=list)
+    first_epoch: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
+
+    def measure(self, train: Callable[[], list[float]], images: int) -> None:
+        start = time.process_time()
+        first, *others = train()
+        self.cpu_seconds.append(time.process_time() - start)
+        self.first_epoch.append(first)
+        self.images_per_second.append(images / statistics.median(others))
+
+
+def contenders(
+    model: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe, batch_size: int
+) -> dict[str, Callable]:
+    """{name: a training of a copy of the model that returns the seconds of its epochs}."""
+    device = images.device
+    noise = TensorImages(images, labels, padding=PADDING, flip=True)
+    loader = make_loader(noise, batch_size, shuffle=True, seed=0, device=device)
+    one_image = [(torch.zeros(1, 3, SIZE, SIZE, device=device), labels[:1])]
+
+    def ours(**changes) -> list[float]:
+        changed = Recipe(**{**vars(recipe), **changes})
+        history = fine_tune(copy.deepcopy(model), loader, one_image, changed, before=KNOWN, progress=False)
+        return [epoch["seconds"] for epoch in history.epochs[1:]]
+
+    bare = BareImages(images, labels)
+    found = {"fine_tune": ours, "bare loop": lambda: bare_training(copy.deepcopy(model), bare, recipe, batch_size)}
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        found["without graphs"] = lambda: ours(cuda_graphs=False)
+    return found
 
 
-def speeds(root, data, model, arguments, device, settings):
-    """{"fine_tune", "plain loop": [images a second, one a repetition]}."""
-    recipe, model = Recipe(epochs=1, **settings), model.to(device)
-    ours, plain = loaders(root, data, arguments, device)
-    image, label = data.val[0]
-    one_image = [(image[None].to(device), torch.tensor([label], device=device))]  # validation costs next to nothing
-    ways = {
-        "fine_tune": lambda model: fine_tune(model, ours, one_image, recipe, progress=False),
-        "plain loop": lambda model: plain_training(model, plain, recipe, device),
-    }
-    measured = {name: [] for name in ways}
-    for repeat in range(arguments.repeats + 1):
-        for name in sorted(ways, reverse=repeat % 2 == 1):
-            copied = copy.deepcopy(model)
-            start = time.perf_counter()
-            ways[name](copied)
-            if repeat:
-                measured[name].append(len(ours.dataset) / (time.perf_counter() - start))
-    return measured
+def ratio(ours: list[float], theirs: list[float]) -> str:
+    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
-def row(device, settings, measured):
-    ratios = [a / b for a, b in zip(measured["fine_tune"], measured["plain loop"], strict=True)]
-    ours, plain = (f"{statistics.median(values):.0f}" for values in measured.values())
-    ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-    precision = f"{settings['amp']}, channels-last" if settings else "float32"
-    return f"| {device} | {precision} | {ours} | {plain} | {ratio} | {len(ratios)} |"
+def compare(model: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe, arguments, batch_size: int) -> dict:
+    trainings = contenders(model, images, labels, recipe, batch_size)
+    times = {name: Times() for name in trainings}
+    for repeat in range(arguments.repeats):
+        for name in sorted(trainings, reverse=repeat % 2 == 1):
+            times[name].measure(trainings[name], len(labels))
+    return times
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="vgg11_bn", help="torchvision's")
-    parser.add_argument("--data-path", help="ImageFolder root (default: the embedded images, as files)")
-    parser.add_argument("--steps", type=int, default=50, help="of every repetition, at most a pass")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--devices", nargs="+", choices=("cpu", "cuda"), help="default: all there are")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--images", type=int, default=2048)
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[64, 256, 1024])
+    parser.add_argument("--amp", choices=("auto", "none", "bf16", "fp16"), default="auto")
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
-    devices = arguments.devices or ["cpu", "cuda"][: 1 + torch.cuda.is_available()]
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(arguments.data_path or folder)
-        if not arguments.data_path:
-            write_embedded(root)
-        start = time.perf_counter()
-        data = load_image_folder(root)
-        print(f"{arguments.model}, {len(data.train)} images of {data.image_size} pixels, {arguments.steps} steps of "
-              f"{arguments.batch_size}, {arguments.workers} workers, {torch.get_num_threads()} thread(s), torch "
-              f"{torch.__version__}; reading the folder: {time.perf_counter() - start:.1f} s\n")  # fmt: skip
-        model = build_model(arguments.model, data.num_classes, image_size=data.image_size, weights="none").model
-        print("| device | precision | fine_tune (images/s) | plain loop (images/s) | ratio: median (range) | n |")
-        print("|---|---|---|---|---|---|")
-        for device in devices:
-            for settings in SETTINGS:
-                print(row(device, settings, speeds(root, data, model, arguments, torch.device(device), settings)), flush=True)
+    if arguments.epochs < 2:
+        parser.error("--epochs must be at least 2: the first is not counted")
+    device = torch.device(arguments.device)
+    amp = None if arguments.amp == "none" else arguments.amp
+    recipe = Recipe(epochs=arguments.epochs, amp=amp).resolved(device)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (arguments.images, 3, SIZE, SIZE), dtype=torch.uint8, generator=generator).to(device)
+    labels = torch.randint(CLASSES, (arguments.images,), generator=generator).to(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
+    print(f"{name}, torch {torch.__version__}, {recipe.amp or 'float32'}, channels-last {recipe.channels_last}, "
+          f"{arguments.images} images, n = {arguments.repeats}\n")  # fmt: skip
+    print(
+        "| network | batch | bare loop (images/s) | trained by | images/s | to bare loop | CPU seconds | first epoch (s) |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    seconds = {}
+    for network, model in networks().items():
+        model.to(device)
+        for size in arguments.batch_sizes:
+            times = compare(model, images, labels, recipe, arguments, size)
+            bare = times.pop("bare loop")
+            seconds[network, size] = arguments.images / statistics.median(times["fine_tune"].images_per_second)
+            for trainer, found in times.items():
+                print(f"| {network} | {size} | {statistics.median(bare.images_per_second):.0f} | {trainer} | "
+                      f"{statistics.median(found.images_per_second):.0f} | "
+                      f"{ratio(found.images_per_second, bare.images_per_second)} | "
+                      f"{ratio(found.cpu_seconds, bare.cpu_seconds)} | "
+                      f"{statistics.median(found.first_epoch):.2f} |", flush=True)  # fmt: skip
+    dense, small = dict.fromkeys(name for name, _ in seconds)
+    print()
+    for size in arguments.batch_sizes:
+        share = seconds[small, size] / seconds[dense, size]
+        print(
+            f"batch {size}: an epoch of the small network takes {share:.2f} of the dense one's ({seconds[small, size]:.2f} s)"
+        )
 
 
 if __name__ == "__main__":

@@ -6,8 +6,6 @@ import json
 import math
 from pathlib import Path
 
-import torch
-
 from taylor_pruning.selection.baselines import BASELINES
 from taylor_pruning.errors import InputError
 from taylor_pruning.experiment.settings import CURVATURES, SELECTIONS, TAYLOR_ORDERS, PruningSettings
@@ -139,7 +137,8 @@ def _add_training(group):
     group.add_argument("--accumulate", type=number(int, 1), default=1, help="batches a step")
     group.add_argument("--amp", choices=("auto", "none", "bf16", "fp16"), default="auto", help="mixed precision; auto: "
                        "bf16 or fp16 on CUDA, none elsewhere")  # fmt: skip
-    group.add_argument("--channels-last", action="store_true", help="channels-last memory layout")
+    group.add_argument("--channels-last", action="store_true", help="channels-last memory layout (default: "
+                       "on CUDA with mixed precision)")  # fmt: skip
     group.add_argument("--compile", action="store_true", help="torch.compile the training steps")
     group.add_argument("--sync-batchnorm", action="store_true", help="BatchNorm over all processes under torchrun")
 
@@ -159,11 +158,8 @@ def settings_from(args):
 
 
 def recipe_from(args, device):
-    """Fine-tuning Recipe of the parsed arguments; mixed precision is on by default on CUDA alone."""
-    amp = args.amp
-    if amp == "auto":
-        amp = ("bf16" if torch.cuda.is_bf16_supported() else "fp16") if device.type == "cuda" else "none"
-    return Recipe(
+    """Fine-tuning Recipe of the parsed arguments; what is automatic in it is decided for the device."""
+    recipe = Recipe(
         epochs=args.fine_tune_epochs,
         lr=args.lr,
         momentum=args.momentum,
@@ -173,12 +169,13 @@ def recipe_from(args, device):
         distillation_weight=args.distillation_weight,
         temperature=args.temperature,
         ema_decay=args.ema_decay,
-        amp=None if amp == "none" else amp,
+        amp=None if args.amp == "none" else args.amp,
         accumulate=args.accumulate,
-        channels_last=args.channels_last,
+        channels_last=args.channels_last or None,
         compile=args.compile,
         sync_batchnorm=args.sync_batchnorm,
     )
+    return recipe.resolved(device)
 
 
 def parse(parser, argv):

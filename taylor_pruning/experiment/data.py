@@ -19,13 +19,14 @@ import struct
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 from torchvision.transforms import InterpolationMode, v2
@@ -37,6 +38,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 SMALL_SIDE = 64  # pixels; up to here a set keeps its native size and is decoded once
 MEMORY_LIMIT = 2**30  # bytes of uint8 pixels that may be held decoded
+FLOATS_AT_ONCE = 2**23  # normalised pixels that are made at once: 32 MiB
 # What Pillow's decoders raise on broken files; struct and zlib errors come from damaged PNG and TIFF chunks.
 DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 LAYOUT = "expected PATH/train/CLASS/*.jpg and PATH/val/CLASS/*.jpg (or PATH/test/...), one folder a class"
@@ -330,8 +332,13 @@ class TensorImages(Dataset):
         """
         plain = shifts is None and flips is None
         batch = self.images[index] if plain else self._crop_and_flip(index, shifts, flips)
-        mean, std = (torch.tensor(v, device=batch.device).view(1, 3, 1, 1) for v in (self.mean, self.std))
+        mean, std = self._statistics
         return batch.to(torch.float32).div_(255).sub_(mean).div_(std)
+
+    @cached_property
+    def _statistics(self) -> torch.Tensor:
+        """[2, 1, 3, 1, 1] mean and standard deviation, on the device once: the host waits for such a copy."""
+        return torch.tensor([self.mean, self.std], device=self.images.device).view(2, 1, 3, 1, 1)
 
     def _crop_and_flip(self, index, shifts, flips) -> torch.Tensor:
         # One gather does it all: reflection, crop and flip are arithmetic on row and column numbers.
@@ -382,6 +389,11 @@ class EpochBatches:
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.length)
         return np.array_split(order[: self.share * world][rank::world], len(self))
 
+    def spread(self, samples: int) -> tuple[list[int], "EpochBatches"]:
+        """About `samples` positions, evenly spread, and the batches of them alone, in order."""
+        rows = list(range(0, self.length, max(1, self.length // samples)))
+        return rows, EpochBatches(len(rows), self.batch_size, shuffle=False, seed=self.seed, shard=self.shard)
+
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         """Batches as DataLoader keys; the epoch travels with every index, so that persistent workers know it."""
         for batch in self.batches():
@@ -389,7 +401,11 @@ class EpochBatches:
 
 
 class BatchLoader:
-    """Loads a TensorImages batch by batch on `device`, where the uint8 images live; no loop over images."""
+    """Loads a TensorImages on `device`, where the uint8 images live; no loop over images.
+
+    Several batches are cropped, flipped and normalised at once and then handed out one by one, which takes fewer launches
+    on a GPU. Nothing waits for the device but the copy of an epoch's order at its beginning.
+    """
 
     def __init__(self, dataset: TensorImages, plan: EpochBatches, device: torch.device):
         self.dataset, self.plan, self.device = dataset, plan, device
@@ -403,19 +419,37 @@ class BatchLoader:
         self.plan.epoch = epoch
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        data, batches = self._resident, self.plan.batches()
+        if not batches:  # of one process of several, on very few images
+            return
+        shifts, flips = self._draws()
+        order = torch.from_numpy(np.concatenate(batches)).to(self.device)
+        together = max(1, FLOATS_AT_ONCE // (data.images[0].numel() * len(batches[0])))
+        first = 0
+        for start in range(0, len(batches), together):
+            sizes = [len(batch) for batch in batches[start : start + together]]
+            index = order[first : first + sum(sizes)]
+            first += sum(sizes)
+            images = data.take(
+                index, None if shifts is None else shifts[index], None if flips is None else flips[index]
+            )
+            yield from zip(images.split(sizes), data.targets[index].split(sizes), strict=True)
+
+    def spread(self, samples: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Batches of about `samples` images spread evenly over the set, which may be sorted by class; reads no others."""
+        rows, plan = self.plan.spread(samples)
+        data = replace(self.dataset, images=self.dataset.images[rows], targets=self.dataset.targets[rows])
+        return list(BatchLoader(data, plan, self.device))
+
+    def _draws(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Shifts [N, 2] and flips [N] of all images, drawn on the CPU: the same for every batch size, shard and device."""
         data, shifts, flips = self._resident, None, None
-        # Drawn for all images at once, on the CPU: the same for every batch size, shard and device.
         rng = np.random.default_rng([self.plan.seed, self.plan.epoch, 1])
         if data.padding:
             shifts = torch.from_numpy(rng.integers(2 * data.padding + 1, size=(len(data), 2))).to(self.device)
         if data.flip:
             flips = torch.from_numpy(rng.integers(2, size=len(data)).astype(bool)).to(self.device)
-        for batch in self.plan.batches():
-            index = torch.from_numpy(batch).to(self.device)
-            yield (
-                data.take(index, None if shifts is None else shifts[index], None if flips is None else flips[index]),
-                data.targets[index],
-            )
+        return shifts, flips
 
 
 class WorkerLoader:
@@ -442,6 +476,12 @@ class WorkerLoader:
                 raise batch
             images, labels = batch
             yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+
+
+    def spread(self, samples: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """As that of BatchLoader."""
+        rows, plan = self.plan.spread(samples)
+        return list(WorkerLoader(Subset(self.dataset, rows), plan, self.device, self._loader.num_workers))
 
 
 class _SeededItems(Dataset):

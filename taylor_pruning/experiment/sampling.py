@@ -23,7 +23,12 @@ def first_images(loader: Iterable, samples: int) -> Batches:
 
 
 def spread_images(loader: Iterable, samples: int) -> Batches:
-    """About `samples` images at equal distances, because a loader may be sorted by class. Raises InputError if empty."""
+    """About `samples` images at equal distances, because a loader may be sorted by class. Raises InputError if empty.
+
+    A loader that can pick them out (`loader.spread`) reads no others; any other loader is read from beginning to end.
+    """
+    if hasattr(loader, "spread"):
+        return loader.spread(samples)
     batches, seen = [], 0
     stride = max(1, len(loader.dataset) // samples) if hasattr(loader, "dataset") else 1
     for images, labels in loader:

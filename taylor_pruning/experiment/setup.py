@@ -160,7 +160,7 @@ def train_dense(experiment, folder):
         weight_decay=5e-4,
         warmup_epochs=min(1.0, epochs / 4),
         amp=recipe_from(args, experiment.device).amp,
-        channels_last=args.channels_last,
+        channels_last=recipe_from(args, experiment.device).channels_last,
     )
     if not epochs:
         return

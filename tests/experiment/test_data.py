@@ -495,3 +495,42 @@ def test_a_linear_classifier_fails_on_the_embedded_set():
         dual = torch.linalg.solve(kernel + ridge * scale * torch.eye(len(train)), one_hot)
         accuracy = ((val @ train.T @ dual).argmax(1) == data.val.targets).double().mean()
         assert accuracy < 0.25
+
+
+# ------------------------------------------------------------------------------------------------ evenly spread
+
+
+@pytest.mark.parametrize("kind", ["tensor", "folder"])
+@pytest.mark.parametrize("shard", [(0, 1), (1, 2)])
+def test_spread_reads_its_images_alone(kind, shard):
+    dataset, read = numbered(10), []
+
+    class Reads(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(dataset)
+
+        def __getitem__(self, index):
+            read.append(index)
+            return dataset[index]
+
+    plan = EpochBatches(10, 2, shuffle=False, seed=0, shard=shard)
+    device = torch.device("cpu")
+    loader = BatchLoader(dataset, plan, device) if kind == "tensor" else WorkerLoader(Reads(), plan, device, 0)
+    rows = [0, 3, 6, 9][shard[0] :: shard[1]]
+    batches = loader.spread(3)
+    assert [len(labels) for _, labels in batches] == [2] * (len(rows) // 2)
+    assert torch.cat([labels for _, labels in batches]).tolist() == dataset.targets[rows].tolist()
+    expected = torch.stack([dataset[row][0] for row in rows])
+    torch.testing.assert_close(torch.cat([images for images, _ in batches]), expected)
+    assert kind == "tensor" or read == rows
+    assert sum(len(labels) for _, labels in loader) == len(range(shard[0], 10, shard[1]))  # itself as it was
+
+
+@pytest.mark.parametrize("floats", [1, 3 * 8 * 8 * 10, 2**23])
+def test_batches_made_together_are_those_made_alone(monkeypatch, floats):
+    images = torch.randint(256, (23, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    data = TensorImages(images, torch.arange(23), padding=2, flip=True)
+    expected = list(make_loader(data, 5, shuffle=True))
+    monkeypatch.setattr("taylor_pruning.experiment.data.FLOATS_AT_ONCE", floats)
+    for (images, labels), (ours, theirs) in zip(expected, make_loader(data, 5, shuffle=True), strict=True):
+        assert torch.equal(images, ours) and torch.equal(labels, theirs)

@@ -427,7 +427,7 @@ def test_a_progressive_run_interrupted_twice_ends_in_the_same_result(image_folde
     folder, train, calls = tmp_path / "broken", EnhancedPruning_module.train_steps, []
 
     def interrupted(model, *arguments, **keywords):
-        calls.append(keywords["turn"])
+        calls.append(keywords["round_index"])
         if len(calls) == 2:
             raise KeyboardInterrupt
         train(model, *arguments, **keywords)
@@ -464,7 +464,7 @@ def interrupted_at(patch, owner, name, number):
 def test_dense_training_goes_on_at_the_last_finished_epoch(image_folder, tmp_path, monkeypatch):
     extra, folder = ["--train-epochs", "3", "--fine-tune-epochs", "0"], tmp_path / "broken"
     assert single(image_folder, tmp_path / "whole", *extra) == 0
-    epochs = interrupted_at(monkeypatch, FineTuning._Run, "train_epoch", 3)
+    epochs = interrupted_at(monkeypatch, FineTuning.Training, "train_epoch", 3)
     assert single(image_folder, folder, *extra) == 130
     assert single(image_folder, folder, *extra, "--resume", str(folder)) == 0
     assert [epoch for _, _, epoch, *_ in epochs] == [1, 2, 3, 3]

@@ -1,0 +1,67 @@
+"""The file that a training goes on from: written whole, refused where it belongs to another training."""
+
+import pickle
+import random
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from taylor_pruning.errors import InputError, atomic_file
+
+
+def rng_state(device: torch.device) -> dict:
+    """State of all random generators of this process, in types that torch.load(weights_only=True) takes."""
+    name, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (name, keys.tolist(), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+    }
+
+
+def set_rng_state(state: dict, device: torch.device) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def write_checkpoint(path: Path, state: dict) -> None:
+    with atomic_file(path) as file:
+        torch.save(state, file)
+
+
+def read_checkpoint(path: Path, identity: dict, tensors: dict[str, Tensor]) -> dict:
+    """The state in the file. Raises InputError if it is no checkpoint, or that of another recipe, loader or network.
+
+    identity: {name: value} that the state's "identity" must have. tensors: the network's, whose shapes must be those of
+    the state's "model".
+    """
+    problem = InputError(f"{path} is not a fine-tuning checkpoint; give the right path, or start anew without resuming")
+    if not zipfile.is_zipfile(path):
+        raise problem
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError) as error:
+        raise problem from error
+    if not isinstance(state, dict) or "identity" not in state:
+        raise problem
+    differing = [
+        f"{name} ({state['identity'].get(name)!r} there, {value!r} here)"
+        for name, value in identity.items()
+        if state["identity"].get(name) != value
+    ]
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    if shapes != {name: tensor.shape for name, tensor in state["model"].items()}:
+        differing.append("shapes of the network's tensors")
+    if differing:
+        raise InputError(
+            f"{path} is of another fine-tuning: {', '.join(differing)}; "
+            "give the same settings, or start anew without resuming"
+        )
+    return state

@@ -1,0 +1,187 @@
+"""A training under way: its epochs, the best weights so far, and the checkpoint that it goes on from."""
+
+import math
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+
+from torch import nn
+from tqdm import tqdm
+
+from taylor_pruning.training.checkpoint import read_checkpoint, rng_state, set_rng_state, write_checkpoint
+from taylor_pruning.training.checks import BatchLog, nonfinite_tensor
+from taylor_pruning.training.distributed import barrier, broadcast_buffers, gather_objects, is_main, rank, world_size
+from taylor_pruning.training.evaluation import Accuracy, evaluate
+from taylor_pruning.training.recipe import Recipe
+from taylor_pruning.training.steps import OptimiserSteps
+
+# Training counts as diverged above this multiple of the validation loss before training (of 1 nat where that is less):
+# 100 nats and more mean that the right class has probability e^-100, which a network only reaches on its way to Inf.
+DIVERGED_AT = 100
+
+
+class TrainingDiverged(RuntimeError):
+    """NaN, Inf or a huge loss; carries `epoch`, `step` (from 1, within the epoch), `lr`, `checkpoint` (or None)."""
+
+    def __init__(self, message: str, epoch: int, step: int, lr: float, checkpoint: Path | None):
+        super().__init__(message)
+        self.epoch, self.step, self.lr, self.checkpoint = epoch, step, lr, checkpoint
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during training; `checkpoint` holds the last finished epoch (None if there is no checkpoint)."""
+
+    def __init__(self, message: str, checkpoint: Path | None):
+        super().__init__(message)
+        self.checkpoint = checkpoint
+
+
+@dataclass
+class History:
+    """What fine-tuning did. epochs[e]: dict(epoch=e, lr, train_loss, top1, top5, loss, images, seconds).
+
+    `lr` is the largest of the epoch and `train_loss` its mean training loss (nats); top1, top5, loss and images are the
+    Accuracy on the validation images. Epoch 0 is the model as it was given (lr 0, train_loss None).
+    """
+
+    epochs: list[dict]
+    best_epoch: int
+
+    @property
+    def best(self) -> Accuracy:
+        """Of the weights that the model ended with."""
+        return Accuracy(**{key: self.epochs[self.best_epoch][key] for key in ("top1", "top5", "loss", "images")})
+
+
+class Training:
+    """A training under way: its steps, its history, the best weights so far, and its checkpoint."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        teacher: nn.Module | None,
+        batches: int,
+        checkpoint: Path | None = None,
+        constant_lr: bool = False,
+    ):
+        self.model, self.checkpoint = model, checkpoint
+        self.device = next(model.parameters()).device
+        self.recipe = recipe = recipe.resolved(self.device)
+        self.identity = {**asdict(recipe), "batches per epoch": batches, "processes": world_size()}
+        self.steps_per_epoch = math.ceil(batches / recipe.accumulate)
+        total, warmup = (self.steps_per_epoch * epochs for epochs in (recipe.epochs, recipe.warmup_epochs))
+        self.steps = OptimiserSteps(model, recipe, teacher, total=None if constant_lr else total, warmup=warmup)
+        self.history = History([], 0)
+        self.keep_weights()
+        self.saved_epoch: int | None = None
+
+    def train_epoch(self, loader, epoch: int, bar: tqdm, limit: int | None = None) -> dict:
+        """The steps of one epoch, `limit` at most; returns its largest learning rate and mean training loss per image."""
+        self.steps.network.train()
+        if hasattr(loader, "set_epoch"):
+            loader.set_epoch(epoch)
+        log, totals = BatchLog(self.device), _Totals()
+        iterator, rates = iter(loader), []
+        while len(rates) != limit and (batches := list(islice(iterator, self.recipe.accumulate))):
+            first = len(rates) * self.recipe.accumulate
+            places = [f"training: epoch {epoch}, batch {first + index}" for index in range(len(batches))]
+            rates.append(self.steps.lr)
+            facts = self.steps.step(batches, places)
+            for (_, labels), values, where in zip(batches, facts, places, strict=True):
+                log.add(values, classes=self.steps.classes, count=len(labels), where=where)
+            if log.due:
+                self._read(log, totals, epoch, rates)
+                bar.set_postfix(loss=f"{totals.mean_loss:.3f}", lr=f"{rates[-1]:.2g}", refresh=False)
+            bar.update()
+        self._read(log, totals, epoch, rates)
+        if name := nonfinite_tensor(self.model):
+            self._diverged(f"{name} of the model holds NaN or Inf", epoch, len(rates), rates)
+        broadcast_buffers(self.model)
+        return {"lr": max(rates), "train_loss": totals.mean_loss}
+
+    def _read(self, log: BatchLog, totals: "_Totals", epoch: int, rates: list[float]) -> None:
+        """Check the batches since the last read, the same in all processes, and add their losses to the totals."""
+        limit = DIVERGED_AT * max(1.0, self.history.epochs[0]["loss"])
+        for shards in zip(*gather_objects(log.read()), strict=True):  # one big batch, spread over the processes
+            for batch in shards:
+                batch.check()
+            images = sum(batch.count for batch in shards)
+            loss = sum(batch.facts[0] * batch.count for batch in shards) / images
+            step = 1 + totals.batches // self.recipe.accumulate
+            if not loss <= limit:  # NaN too
+                self._diverged(f"training loss {loss:.3g} (limit {limit:.3g})", epoch, step, rates)
+            totals.add(loss, images)
+
+    def _diverged(self, what: str, epoch: int, step: int, rates: list[float]) -> None:
+        lr = rates[step - 1]
+        saved = f"{self.checkpoint} (epoch {self.saved_epoch})" if self.saved_epoch is not None else "none"
+        raise TrainingDiverged(
+            f"training diverged in epoch {epoch}, step {step} of {self.steps_per_epoch}, at learning rate {lr:.3g}: "
+            f"{what}. Lower the learning rate or lengthen the warm-up; the model keeps the weights of epoch "
+            f"{self.history.best_epoch}, last good checkpoint: {saved}",
+            epoch,
+            step,
+            lr,
+            self.checkpoint if self.saved_epoch is not None else None,
+        )
+
+    def validate(self, loader, description: str, progress: bool) -> Accuracy:
+        model = self.steps.evaluated_model
+        broadcast_buffers(model)
+        amp = self.recipe.amp if self.recipe.amp_validation else None
+        return evaluate(model, loader, amp=amp, description=description, progress=progress)
+
+    def finish_epoch(self, record: dict) -> None:
+        """Note the epoch in the history, keep its weights if they are the best so far, write the checkpoint."""
+        self.history.epochs.append(record)
+        best = self.history.epochs[self.history.best_epoch]
+        if (record["top1"], -record["loss"]) > (best["top1"], -best["loss"]):
+            self.history.best_epoch = record["epoch"]
+            self.keep_weights()
+        if self.checkpoint:
+            self.save()
+
+    def keep_weights(self) -> None:
+        """Those of now are what the model will end with, unless others turn out better."""
+        state = self.steps.evaluated_model.state_dict()
+        self.best = {name: tensor.clone() for name, tensor in state.items()}
+
+    def save(self) -> None:
+        generators = gather_objects(rng_state(self.device))
+        if is_main():
+            progress = {"history": self.history.epochs, "best_epoch": self.history.best_epoch, "best": self.best}
+            state = {"identity": self.identity, **progress, **self.steps.state(), "rng": generators}
+            write_checkpoint(self.checkpoint, state)
+        barrier()
+        self.saved_epoch = self.history.epochs[-1]["epoch"]
+
+    def load(self) -> None:
+        """Go back to the state in the checkpoint. Raises InputError if it is of another recipe, loader or network."""
+        state = read_checkpoint(self.checkpoint, self.identity, self.model.state_dict())
+        self.history = History(state["history"], state["best_epoch"])
+        self.best = state["best"]
+        self.steps.load_state(state)
+        set_rng_state(state["rng"][rank()], self.device)
+        self.saved_epoch = self.history.epochs[-1]["epoch"]
+
+    def restore_best(self) -> None:
+        """Give the model back to its owner, with the best weights so far."""
+        self.steps.release()
+        self.model.load_state_dict(self.best)
+
+
+@dataclass
+class _Totals:
+    """Of an epoch so far. The loss is summed over the images."""
+
+    loss: float = 0.0
+    images: int = 0
+    batches: int = 0
+
+    def add(self, mean_loss: float, images: int) -> None:
+        self.loss, self.images, self.batches = self.loss + mean_loss * images, self.images + images, self.batches + 1
+
+    @property
+    def mean_loss(self) -> float:
+        return self.loss / self.images

@@ -1,0 +1,124 @@
+"""Accuracy and loss of a classifier, and new BatchNorm statistics."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from tqdm import tqdm
+
+from taylor_pruning.errors import InputError
+from taylor_pruning.training.checks import BatchLog, batch_facts, check_logits, nonfinite_tensor, valid_labels
+from taylor_pruning.training.distributed import all_reduce_sum, is_main
+from taylor_pruning.training.recipe import AMP_DTYPES
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Top-1 and top-min(5, classes) accuracy in per cent, mean cross-entropy in nats, number of images."""
+
+    top1: float
+    top5: float
+    loss: float
+    images: int
+
+
+@contextmanager
+def modes_kept(*models: nn.Module) -> Iterator[None]:
+    """Give every submodule its train/eval mode back at the end."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    *,
+    amp: str | None = None,
+    description: str = "evaluate",
+    progress: bool = True,
+) -> Accuracy:
+    """Accuracy of `model` (images [B, C, H, W] -> logits [B, K]) over all (images, labels) of `loader`, in eval mode.
+
+    `amp`: "bf16" or "fp16" for mixed precision, None for the precision of the weights; losses are float64 in any case.
+    One pass, in which the host waits for a GPU once every 32 batches. Under torch.distributed the counts of all processes
+    are summed. The modes of the model come back as they were.
+    Raises InputError on an empty loader, NaN weights, NaN images, or labels outside the logits' range.
+    """
+    if name := nonfinite_tensor(model):
+        raise InputError(f"{name} of the model holds NaN or Inf; load sound weights")
+    device = next(model.parameters()).device
+    log, batches = BatchLog(device), []
+    with modes_kept(model):
+        model.eval()
+        bar = tqdm(loader, desc=description, leave=False, disable=not (progress and is_main()))
+        for index, (images, labels) in enumerate(bar):
+            where = f"{description}: batch {index}"
+            with torch.autocast(device.type, AMP_DTYPES[amp], enabled=amp is not None):
+                logits = model(images)
+            check_logits(logits, labels, where)
+            log.add(_facts(logits, images, labels), classes=logits.shape[1], count=len(labels), where=where)
+            if log.due:
+                batches += _checked(log)
+        batches += _checked(log)
+    columns = [(batch.facts[0], *batch.facts[5:], batch.count) for batch in batches]
+    sums = torch.tensor(columns, dtype=torch.float64, device=device).reshape(-1, 4).sum(0)
+    loss, top1, top5, images = all_reduce_sum(sums).tolist()
+    if not images:
+        raise InputError(f"{description}: the loader gives no images; check the data path and the number of images")
+    return Accuracy(100 * top1 / images, 100 * top5 / images, loss / images, int(images))
+
+
+def _facts(logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+    """[7]: `batch_facts` with the sum of the losses, top-1 hits, top-5 hits."""
+    classes = logits.shape[1]
+    hits = logits.topk(min(5, classes)).indices == labels[:, None]
+    loss = F.cross_entropy(logits.double(), valid_labels(labels, classes), reduction="sum")
+    return batch_facts(loss, images, labels, hits[:, 0].sum(), hits.sum())
+
+
+def _checked(log: BatchLog):
+    batches = log.read()
+    for batch in batches:
+        batch.check()
+    return batches
+
+
+@torch.no_grad()
+def reestimate_batchnorm(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Replace, in place, every BatchNorm's running statistics by the averages over `batches`.
+
+    Each batch is (images [B, C, H, W], labels) and weighs by its images. All other modules run in eval mode; modes and
+    momenta come back as they were. No communication: under torch.distributed every process gives the same batches.
+    Raises InputError if there is no batch, or if the new statistics hold NaN or Inf.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    momenta = [norm.momentum for norm in norms]
+    seen = 0
+    with modes_kept(model):
+        model.eval()
+        for norm in norms:
+            norm.train()
+        try:
+            for index, (images, _) in enumerate(batches):
+                seen += len(images)
+                for norm in norms:
+                    if index == 0:
+                        norm.reset_running_stats()  # momentum 1 alone would keep an old NaN
+                    norm.momentum = len(images) / seen
+                model(images)
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
+    if not seen:
+        raise InputError("BatchNorm statistics: there are no batches; give at least one batch of images")
+    if name := nonfinite_tensor(model):
+        raise InputError(f"BatchNorm statistics: {name} came out as NaN or Inf; look for broken images")

@@ -1,0 +1,178 @@
+"""One optimiser step: forward, backward, clipping, SGD, averaging, without waiting for the device."""
+
+import itertools
+from contextlib import nullcontext
+from copy import deepcopy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from taylor_pruning.errors import InputError
+from taylor_pruning.training.averaging import WeightAverage
+from taylor_pruning.training.checks import batch_facts, check_logits, valid_labels
+from taylor_pruning.training.cuda_graphs import GraphedPass
+from taylor_pruning.training.distributed import world_size
+from taylor_pruning.training.recipe import AMP_DTYPES, Recipe, lr_factor
+
+
+def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """T^2 KL(softmax(teacher / T) || softmax(logits / T)), mean over the batch (Hinton et al. 2015). Both [B, K]."""
+    log_p = F.log_softmax(logits / temperature, dim=1)
+    log_q = F.log_softmax(teacher_logits / temperature, dim=1)
+    return temperature**2 * F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
+
+
+class OptimiserSteps:
+    """Trains `model` in place, step by step.
+
+    Args:
+        recipe: a resolved one.
+        teacher: gives the soft labels where the recipe distils.
+        total: steps after which the cosine ends; None for a constant learning rate.
+        warmup: steps of linear warm-up before it.
+
+    Attributes:
+        number: steps made.
+        average: the WeightAverage, or None.
+        classes: outputs of the model, known from the first step on.
+    """
+
+    def __init__(
+        self, model: nn.Module, recipe: Recipe, teacher: nn.Module | None, *, total: int | None, warmup: float = 0.0
+    ):
+        self.model, self.recipe, self.teacher = model, recipe, teacher
+        self.total, self.warmup = total, warmup
+        self.device = next(model.parameters()).device
+        if recipe.channels_last:
+            model.to(memory_format=torch.channels_last)
+        self.optimizer = torch.optim.SGD(
+            [parameter for parameter in model.parameters() if parameter.requires_grad],
+            lr=recipe.lr,
+            momentum=recipe.momentum,
+            weight_decay=recipe.weight_decay,
+            nesterov=recipe.momentum > 0,
+            fused=True,
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.amp == "fp16")
+        if self.scaler.is_enabled() and recipe.momentum:
+            # Zeros mean the same, but where fused SGD starts them itself and an overflow makes the first step void, they
+            # stay uninitialised memory.
+            for parameter in self.optimizer.param_groups[0]["params"]:
+                self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        self.average = WeightAverage(model, recipe.ema_decay) if recipe.ema_decay else None
+        self.network, self._gradient_sync_off = self._training_network()
+        graphs = recipe.cuda_graphs and recipe.accumulate == 1 and world_size() == 1
+        graphs &= self.device.type == "cuda" and not recipe.compile and not recipe.distillation_weight
+        self._single_pass = GraphedPass(model, self._forward_backward) if graphs else self._forward_backward
+        self.number, self.classes = 0, 0
+
+    def _training_network(self):
+        """What runs forward, the model in its wrappers, and a context in which processes do not average gradients."""
+        network, sync_off = self.model, nullcontext
+        if world_size() > 1:
+            if self.recipe.sync_batchnorm:
+                # Other modules around the same tensors, so that the caller's model keeps its plain BatchNorm.
+                tensors = itertools.chain(self.model.parameters(), self.model.buffers())
+                network = deepcopy(self.model, {id(tensor): tensor for tensor in tensors})
+                network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+            ids = [self.device.index] if self.device.type == "cuda" else None
+            network = DistributedDataParallel(network, device_ids=ids)
+            sync_off = network.no_sync
+        return torch.compile(network) if self.recipe.compile else network, sync_off
+
+    @property
+    def evaluated_model(self) -> nn.Module:
+        """The model, or its average where the recipe has one."""
+        return self.average.model if self.average else self.model
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the next step."""
+        if self.total is None:
+            return self.recipe.lr
+        return self.recipe.lr * lr_factor(self.number, self.warmup, self.total)
+
+    def step(self, batches: list[tuple[Tensor, Tensor]], places: list[str]) -> list[Tensor]:
+        """One optimiser step on the images of all `batches`; returns the `batch_facts` of each.
+
+        The facts stay on the device: that a loss is bad is known once they are read, steps later. `places` says in error
+        messages which batch is meant. A step that an fp16 overflow makes void counts in the schedule nevertheless.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr
+        single = len(batches) == 1
+        facts = [self._single_pass(*batches[0], places[0])] if single else self._accumulated(batches, places)
+        if self.recipe.clip_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.number += 1
+        if self.average:
+            self.average.update(self.model)
+        return facts
+
+    def _accumulated(self, batches: list[tuple[Tensor, Tensor]], places: list[str]) -> list[Tensor]:
+        images, facts = sum(len(labels) for _, labels in batches), []
+        for index, (batch, where) in enumerate(zip(batches, places, strict=True)):
+            with self._gradient_sync_off() if index + 1 < len(batches) else nullcontext():
+                facts.append(self._forward_backward(*batch, where, len(batch[1]) / images))
+        return facts
+
+    def _forward_backward(self, images: Tensor, labels: Tensor, where: str, share: float = 1.0) -> Tensor:
+        """Adds `share` times the gradient of the mean loss of a batch to the gradients; returns its `batch_facts`."""
+        loss = self._loss(images, labels, where)
+        self.scaler.scale(loss * share).backward()
+        return batch_facts(loss, images, labels)
+
+    def _loss(self, images: Tensor, labels: Tensor, where: str) -> Tensor:
+        """Training loss of one batch, mean over its images."""
+        recipe, teacher_logits = self.recipe, None
+        if recipe.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(self.device.type, AMP_DTYPES[recipe.amp], enabled=recipe.amp is not None):
+            logits = self.network(images)
+            if recipe.distillation_weight:
+                with torch.no_grad():
+                    teacher_logits = self.teacher(images)
+        check_logits(logits, labels, where)
+        self.classes = logits.shape[1]
+        if recipe.amp:
+            logits = logits.float()
+        loss = F.cross_entropy(logits, valid_labels(labels, self.classes), label_smoothing=recipe.label_smoothing)
+        if teacher_logits is None:
+            return loss
+        if teacher_logits.shape != logits.shape:
+            raise InputError(
+                f"the teacher has {teacher_logits.shape[1]} outputs and the model {logits.shape[1]}; "
+                "distillation needs a teacher of the same classes"
+            )
+        soft = distillation_loss(logits, teacher_logits.to(logits.dtype), recipe.temperature)
+        return (1 - recipe.distillation_weight) * loss + recipe.distillation_weight * soft
+
+    def release(self) -> None:
+        """Give the model back to its owner: no gradients, contiguous weights."""
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.recipe.channels_last:
+            self.model.to(memory_format=torch.contiguous_format)
+
+    def state(self) -> dict:
+        """All that the next step depends on, the random generators apart."""
+        return {
+            "model": self.model.state_dict(),
+            "average": self.average.model.state_dict() if self.average else None,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "steps": self.number,
+        }
+
+    def load_state(self, state: dict) -> None:
+        self.model.load_state_dict(state["model"])
+        if self.average:
+            self.average.model.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.number = state["steps"]

@@ -1,0 +1,59 @@
+"""Images a second at several batch sizes. The latency of one image measures launches on a GPU, this measures arithmetic."""
+
+import statistics
+import time
+
+import torch
+from torch import Tensor, nn
+
+from taylor_pruning.training.evaluation import modes_kept
+
+BATCH_SIZES = (16, 64, 256)
+RUNS = 9
+SECONDS = 0.5  # that the runs of one batch size may take, the first of them apart
+
+
+@torch.no_grad()
+def throughput(
+    model: nn.Module, example: Tensor, batch_sizes: tuple[int, ...] = BATCH_SIZES, seconds: float = SECONDS
+) -> dict[str, float]:
+    """{batch size: images a second} of forward passes in evaluation mode: median of up to 9 runs after one to warm up.
+
+    example: [1, ...] image on the model's device, repeated to batches. Sizes ascend; one of which a single run would
+    take more than `seconds`, or more than half of a GPU's free memory, judged by the size before, ends the list.
+    """
+    found: dict[str, float] = {}
+    with modes_kept(model):
+        model.eval()
+        one_image, bytes_an_image = 0.0, 0.0
+        for size in sorted(batch_sizes):
+            if one_image * size > seconds or bytes_an_image * size > _free_bytes(example) / 2:
+                break
+            images = example.expand(size, *example.shape[1:]).contiguous()
+            once, needed = _timed(model, images)
+            runs = max(1, min(RUNS, int(seconds / once)))
+            one_image = statistics.median(_timed(model, images)[0] for _ in range(runs)) / size
+            bytes_an_image = needed / size
+            found[str(size)] = 1 / one_image
+    return found
+
+
+def _timed(model: nn.Module, images: Tensor) -> tuple[float, int]:
+    """Seconds of one forward, and bytes of a GPU's memory that it took."""
+    if not images.is_cuda:
+        start = time.perf_counter()
+        model(images)
+        return time.perf_counter() - start, 0
+    torch.cuda.synchronize(images.device)
+    torch.cuda.reset_peak_memory_stats(images.device)
+    before, start = torch.cuda.memory_allocated(images.device), time.perf_counter()
+    model(images)
+    torch.cuda.synchronize(images.device)
+    return time.perf_counter() - start, torch.cuda.max_memory_allocated(images.device) - before
+
+
+def _free_bytes(example: Tensor) -> float:
+    if not example.is_cuda:
+        return float("inf")
+    cached = torch.cuda.memory_reserved(example.device) - torch.cuda.memory_allocated(example.device)
+    return torch.cuda.mem_get_info(example.device)[0] + cached
