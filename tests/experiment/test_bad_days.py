@@ -203,7 +203,10 @@ def test_a_single_run_killed_in_any_stage_ends_as_an_unbroken_one(stage, images,
     killed("run_single_experiment", arguments, tmp_path, lambda text: SINGLE_STAGES[stage](folder, text))
     killed_writing(folder / "results.json")
     started = (folder / "config.json").exists()  # else nothing was, and the same command goes again
-    assert single(images, *(("--resume", folder) if started else ("--output-dir", folder))) == 0
+    if started:
+        assert run_single_experiment.main(["--resume", str(folder)]) == 0  # all arguments are in config.json
+    else:
+        assert single(images, "--output-dir", folder) == 0
     assert_same_run(folder, whole)
 
 
@@ -214,12 +217,29 @@ def test_a_sweep_killed_in_one_stage_after_the_other_ends_as_an_unbroken_one(ima
     stages = {"scoring": cells / "dense.json", "between cells": cells / "order-2_30_seed-0.json",
               "report": folder / "results.md"}  # fmt: skip
     for stage, file in stages.items():
-        way = ["--output-dir" if stage == "scoring" else "--resume", folder]
-        killed("run_enhanced_pruning", [*arguments, *way], tmp_path, lambda text, file=file: file.exists())
+        place = ["--output-dir" if stage == "scoring" else "--resume", folder]
+        killed("run_enhanced_pruning", [*arguments, *place], tmp_path, lambda text, file=file: file.exists())
         killed_writing(cells / "random_30_seed-0.json")
     (cells / "order-2_30_seed-0.checkpoint").touch()  # as a kill leaves it between the cell's file and the checkpoint's end
-    assert sweep(images, "--weights", weights, "--resume", folder) == 0
+    assert run_enhanced_pruning.main(["--resume", str(folder)]) == 0
     assert_same_run(folder, swept)
+
+
+def test_what_cannot_be_resumed_says_why(images, whole, swept, tmp_path, capsys):
+    """Given arguments must agree; a folder of the other runner, or with another file for a config.json, is refused."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    before = contents(folder)
+    resume = ["--resume", str(folder)]
+    refused(run_single_experiment.main([*resume, "--lr", "0.5"]), capsys, "--lr was", "is 0.5")
+    refused(run_enhanced_pruning.main(resume), capsys, "other arguments", "--taylor-orders")
+    assert contents(folder) == before
+    for text in ("{", "[]", "{}", '{"arguments": 3}'):
+        (folder / "config.json").write_text(text)
+        with pytest.raises(SystemExit) as stop:
+            run_single_experiment.main(resume)
+        refused(stop.value.code, capsys, folder / "config.json", "not the config.json of a run")
+    refused(run_single_experiment.main(["--resume", str(tmp_path / "nowhere")]), capsys, "no config.json")
 
 
 @pytest.mark.parametrize("stage", ["dense training", "fine-tuning"])
@@ -233,7 +253,7 @@ def test_ctrl_c_ends_with_130_and_says_how_to_go_on(stage, images, tmp_path):
         process.join(60)
     assert process.exitcode == 130
     text = log.read_text()
-    assert f"--resume {folder} and the same arguments" in text and "Traceback" not in text
+    assert f"continue with --resume {folder}\n" in text and "Traceback" not in text
     assert not any(".tmp" in name for name in names(folder))
 
 
@@ -279,7 +299,7 @@ def test_a_single_run_on_a_full_disk_loses_nothing_and_goes_on(images, whole, tm
     for file, size in room.items():
         with full_disk(size):
             code = single(images, *way)
-        refused(code, capsys, folder / file, "free space", f"--resume {folder} and the same arguments", expected=1)
+        refused(code, capsys, folder / file, "free space", f"--resume {folder}", expected=1)
         assert kept.items() <= contents(folder).items() and not any(".tmp" in name for name in names(folder))
         if file.startswith("dense"):
             shutil.copy(whole / "dense_model.pt", folder)  # its checkpoint is larger than all that follow
@@ -305,16 +325,16 @@ def test_an_export_on_a_full_disk_leaves_nothing(kind, tmp_path):
 def test_a_sweep_on_a_full_disk_loses_nothing_and_goes_on(images, whole, tmp_path, capsys, monkeypatch):
     folder, arguments = tmp_path / "run", ["--weights", whole / "dense_model.pt", "--fine-tune-epochs", 0]
     with monkeypatch.context() as patch:
-        patch.setattr(run_enhanced_pruning.Sweep, "cell", interrupt)
+        patch.setattr(run_enhanced_pruning.Sweep, "fine_tuned", interrupt)
         assert sweep(images, *arguments, "--output-dir", folder) == 130
     capsys.readouterr()
-    assert (folder / "cells" / "order-2_seed-0.rounds.checkpoint").exists()  # larger than all that follows
+    assert (folder / "cells" / "order-2_30_seed-0.rounds.checkpoint").exists()  # larger than all that follows
     kept, way = {}, ["--resume", folder]
-    for file, room in {"cells/order-2_30_seed-0.json": 20_000, "results.json": 100_000}.items():
+    for file, room in {"cells/order-2_30_seed-0.json": 20_000, "results.json": 150_000}.items():
         with full_disk(room):
             code = sweep(images, *arguments, *way)
-        refused(code, capsys, folder / file, "free space", f"--resume {folder} and the same arguments", expected=1)
-        kept.pop("cells/order-2_seed-0.rounds.checkpoint", None)  # not needed behind the last round
+        refused(code, capsys, folder / file, "free space", f"--resume {folder}", expected=1)
+        kept.pop("cells/order-2_30_seed-0.rounds.checkpoint", None)  # the cell is finished
         assert kept.items() <= contents(folder).items() and file not in names(folder)
         assert not any(".tmp" in name for name in names(folder))
         kept, way = contents(folder), ["--resume", folder]
