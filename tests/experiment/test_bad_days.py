@@ -294,16 +294,16 @@ def test_no_room_for_the_first_file(images, tmp_path, capsys):
 
 def test_a_single_run_on_a_full_disk_loses_nothing_and_goes_on(images, whole, tmp_path, capsys):
     folder, dense = tmp_path / "run", (whole / "dense_model.pt").stat().st_size
-    kept, way = {}, ["--output-dir", folder]
+    kept, place = {}, ["--output-dir", folder]
     room = {"dense_training_checkpoint.pt": dense - 1, "rounds_checkpoint.pt": dense // 2, "fine_tuning_checkpoint.pt": dense}
     for file, size in room.items():
         with full_disk(size):
-            code = single(images, *way)
+            code = single(images, *place)
         refused(code, capsys, folder / file, "free space", f"--resume {folder}", expected=1)
         assert kept.items() <= contents(folder).items() and not any(".tmp" in name for name in names(folder))
         if file.startswith("dense"):
             shutil.copy(whole / "dense_model.pt", folder)  # its checkpoint is larger than all that follow
-        kept, way = contents(folder), ["--resume", folder]
+        kept, place = contents(folder), ["--resume", folder]
     assert {"dense_model.pt", "rounds_checkpoint.pt", "pruned_before_fine_tuning.pt"} <= kept.keys()
     checkpoint = torch.load(folder / "fine_tuning_checkpoint.pt")  # that of epoch 0, smaller for want of momentum
     assert [record["epoch"] for record in checkpoint["history"]] == [0]
@@ -329,18 +329,18 @@ def test_a_sweep_on_a_full_disk_loses_nothing_and_goes_on(images, whole, tmp_pat
         assert sweep(images, *arguments, "--output-dir", folder) == 130
     capsys.readouterr()
     assert (folder / "cells" / "order-2_30_seed-0.rounds.checkpoint").exists()  # larger than all that follows
-    kept, way = {}, ["--resume", folder]
+    kept, place = {}, ["--resume", folder]
     for file, room in {"cells/order-2_30_seed-0.json": 20_000, "results.json": 150_000}.items():
         with full_disk(room):
-            code = sweep(images, *arguments, *way)
+            code = sweep(images, *arguments, *place)
         refused(code, capsys, folder / file, "free space", f"--resume {folder}", expected=1)
         kept.pop("cells/order-2_30_seed-0.rounds.checkpoint", None)  # the cell is finished
         assert kept.items() <= contents(folder).items() and file not in names(folder)
         assert not any(".tmp" in name for name in names(folder))
-        kept, way = contents(folder), ["--resume", folder]
-    assert sweep(images, *arguments, *way) == 0
-    del kept["cells/dense.json"]  # written again
-    assert kept.items() <= contents(folder).items()
+        kept, place = contents(folder), ["--resume", folder]
+    assert sweep(images, *arguments, *place) == 0
+    cells = {name: content for name, content in kept.items() if name.startswith("cells/order")}
+    assert cells and cells.items() <= contents(folder).items()  # not computed again
     assert [cell["status"] for cell in json.loads((folder / "results.json").read_text())["cells"]] == ["done"] * 2
 
 
