@@ -176,7 +176,9 @@ class EnhancedFilterPruner:
     def with_order(self, taylor_order: int, use_gradient_flow: bool = False) -> "EnhancedFilterPruner":
         """A pruner of another order that shares what this one has collected. Raises InputError if that does not suffice."""
         if not self.provides(taylor_order, use_gradient_flow):
-            raise InputError(f"order {taylor_order} needs more than was collected; rank with taylor_order={taylor_order}")
+            raise InputError(
+                f"order {taylor_order} needs more than was collected; rank with taylor_order={taylor_order}"
+            )
         other = copy.copy(self)
         other.taylor_order, other.use_gradient_flow = taylor_order, use_gradient_flow
         return other

@@ -29,14 +29,18 @@ from torch import nn
 from EnhancedFilterPruner import ChannelGraph, EnhancedFilterPruner
 from GradientFlowAnalyzer import GradientFlowAnalyzer
 from taylor_pruning.errors import InputError, one_of
-from taylor_pruning.experiment.checkpoint import RoundsCheckpoint, RoundsState, fingerprint
+from taylor_pruning.experiment.checkpoint import RoundsCheckpoint, RoundsState
 from taylor_pruning.experiment.models import load_pruned, save_pruned
 from taylor_pruning.experiment.results import (
     PruningResult,
+    Stopwatch,
     all_filters,
+    flow_with_kept,
     flow_with_stage,
     layer_table,
+    loss_changes,
     plain_scores,
+    ranking_of,
     remaining,
     removed,
 )
@@ -44,13 +48,13 @@ from taylor_pruning.experiment.sampling import first_images, spread_images
 from taylor_pruning.experiment.settings import TAYLOR_ORDERS, PruningSettings
 from taylor_pruning.first_batch import Batches, check_inputs, check_training, device_of
 from taylor_pruning.repair.compensation import compensate
-from taylor_pruning.scoring.oracle import spearman, true_loss_changes
+from taylor_pruning.scoring.oracle import judge_estimates
 from taylor_pruning.selection.baselines import baseline_scores
 from taylor_pruning.selection.greedy import Ledger, Selection, check_reachable, select_by_score
 from taylor_pruning.surgery.wrappers import unwrapped
 from taylor_pruning.training.distributed import broadcast_object, broadcast_state, check_equal_shapes, is_main
 from taylor_pruning.training.fine_tuning import Accuracy, Recipe, evaluate, fine_tune, reestimate_batchnorm, train_steps
-from taylor_pruning.training.predictions import log_probabilities, mean_losses
+from taylor_pruning.training.predictions import Comparison
 from taylor_pruning.training.profile import profile
 
 __all__ = ["EnhancedPruning", "InputError", "PruningResult", "PruningSettings", "load_pruned", "save_pruned"]
@@ -105,7 +109,8 @@ class EnhancedPruning:
         self.example = self.calibration[0][0][:1]
         self.monitor = spread_images(self.val_loader, MONITOR_IMAGES)
         self.graph = ChannelGraph(self.model, self.example, self.settings.exclude, self.settings.prune_linear)
-        self._dense_stage, self._dense_pruners, self._dense_predictions = dense_stage, {}, None
+        self.comparison = Comparison(self.model, self.calibration)
+        self._dense_stage, self._dense_pruners = dense_stage, {}
 
     # -- the whole experiment ----------------------------------------------------------------------------------------
 
@@ -162,8 +167,12 @@ class EnhancedPruning:
         method = {"taylor_order": taylor_order, "use_gradient_flow": use_gradient_flow}
         state, store = RoundsState(self.model, all_filters(self.graph)), None
         if checkpoint:
-            store = RoundsCheckpoint(checkpoint, self._identity(pruning_percentage=pruning_percentage, **method))
-            state = (self._restored(store) if resume else None) or state
+            images = {"calibration": self.calibration, "compensation": self.compensation}
+            decides = {**self.settings.as_dict(), "pruning_percentage": pruning_percentage, **method}
+            if self.settings.fine_tune_between:
+                decides["recipe"] = repr(self.recipe)
+            store = RoundsCheckpoint(checkpoint, self.graph, images, decides)
+            state = (store.load() if resume else None) or state
         rounds = self.settings.rounds
         for number in range(len(state.rounds) + 1, rounds + 1):
             state = self._round(self._trained(state), number, pruning_percentage * (number / rounds), **method)
@@ -177,7 +186,7 @@ class EnhancedPruning:
     def prune_by_baseline(self, name: str, pruning_percentage: float = 30) -> PruningResult:
         """Like `prune` by a published criterion (selection.baselines): one shot, no layer bound and no repair."""
         constraints = dataclasses.replace(self.settings.constraints, layer_bound=None)
-        selection, seconds = Selection(self.graph, pruning_percentage, constraints), _Stopwatch({})
+        selection, seconds = Selection(self.graph, pruning_percentage, constraints), Stopwatch({})
         scores = baseline_scores(name, self.graph, self.dense_pruner(1).directions, self.settings.seed)
         seconds.lap("score")
         kept = remaining(all_filters(self.graph), self.graph.plan_of(select_by_score(selection, scores)))
@@ -187,7 +196,12 @@ class EnhancedPruning:
         return self._result(RoundsState(model, kept, [], seconds.total, ranking=ranking))
 
     def fine_tune(
-        self, result: PruningResult, epochs: int | None = None, *, checkpoint: Path | str | None = None, resume: bool = False
+        self,
+        result: PruningResult,
+        epochs: int | None = None,
+        *,
+        checkpoint: Path | str | None = None,
+        resume: bool = False,
     ) -> PruningResult:
         """Fine-tunes a pruned network and evaluates it.
 
@@ -223,18 +237,20 @@ class EnhancedPruning:
         )
         stages = [*result.stages, self.stage("fine-tuned", model, time.perf_counter() - start, history.best)]
         flow = result.gradient_flow and flow_with_stage(result.gradient_flow, "fine-tuned", self._flow_report(model))
-        return dataclasses.replace(result, model=model, stages=stages, fine_tuning=history.epochs[1:], gradient_flow=flow)
+        return dataclasses.replace(
+            result, model=model, stages=stages, fine_tuning=history.epochs[1:], gradient_flow=flow
+        )
 
     # -- one round ---------------------------------------------------------------------------------------------------
 
     def _round(self, state, number, percentage, taylor_order, use_gradient_flow):
         """Score the network as it is, select, cut, compensate; returns the next state."""
-        seconds, repairs = _Stopwatch(state.seconds), self.settings.compensate
+        seconds, repairs = Stopwatch(state.seconds), self.settings.compensate
         if state.model is self.model:
             pruner = self.dense_pruner(taylor_order, use_gradient_flow, repairs)
         else:
             pruner = self._ranked(state.model, taylor_order, use_gradient_flow, repairs)
-        ranking = state.ranking or self._ranking(pruner)
+        ranking = state.ranking or ranking_of(pruner)
         seconds.lap("score")
         ledger = Ledger.open(self.graph, self.settings.constraints)
         ledger.record(removed(self.graph, state.kept))
@@ -250,21 +266,14 @@ class EnhancedPruning:
             smaller, report = self._compensated(state, smaller, plan, kept)
             seconds.lap("compensate")
             after["compensation"] = self._accuracy(smaller)
-        losses, loss = self._losses(smaller), "divergence" if repairs else "cross-entropy"
-        change = {name: losses[name] - before for name, before in (state.losses or self._losses(state.model)).items()}
+        losses, before = self.comparison.losses(smaller), state.losses or self.comparison.losses(state.model)
         seconds.lap("evaluate")
-        record = {
-            "round": number,
-            "percentage": percentage,
-            "filters_removed": sum(map(len, plan.values())),
-            "layer_bound_held": pruner.layer_bound_held,
-            "loss": loss,
-            "predicted_loss_change": pruner.predicted_loss_change,
-            "measured_loss_change": change[loss],
-            "label_loss_change": change["cross-entropy"],
-            **{f"after_{step}": accuracy for step, accuracy in after.items()},
-            "compensation": report,
-        }
+        record = {"round": number, "percentage": percentage, "filters_removed": sum(map(len, plan.values()))}
+        record |= {"layer_bound_held": pruner.layer_bound_held, "compensation": report}
+        record |= loss_changes(
+            pruner.predicted_loss_change, before, losses, "divergence" if repairs else "cross-entropy"
+        )
+        record |= {f"after_{step}": accuracy for step, accuracy in after.items()}
         return RoundsState(smaller, kept, [*state.rounds, record], seconds.total, losses, ranking)
 
     def _compensated(self, state, smaller, plan, kept):
@@ -283,7 +292,7 @@ class EnhancedPruning:
         steps = self.settings.fine_tune_between
         if not (state.rounds and steps):
             return state
-        seconds, last, model = _Stopwatch(state.seconds), state.rounds[-1], copy.deepcopy(state.model)
+        seconds, last, model = Stopwatch(state.seconds), state.rounds[-1], copy.deepcopy(state.model)
         train_steps(
             model,
             self.train_loader,
@@ -327,40 +336,11 @@ class EnhancedPruning:
                                       graph=self._graph_of(model), progress=self.progress)  # fmt: skip
         return pruner.rank(self.calibration, self.compensation if repairs else None, self.model)
 
-    def _ranking(self, pruner):
-        """What results.json says of the ranking of the dense network."""
-        scores, criterion = pruner.criterion()
-        flow = None
-        if pruner.use_gradient_flow:
-            units = {"flow": pruner.directions.flow.double().mean(0).tolist(), "score": scores.tolist()}
-            flow = {"layers": {}, "units": units, "reports": {}}
-            flow = flow_with_stage(flow, "dense", pruner.flow_report().as_dict())
-        return {
-            "scores": plain_scores(pruner.by_filter(scores)),
-            "criterion": criterion,
-            "curvature": pruner.curvature_report(),
-            "gradient_flow": flow,
-        }
-
     def oracle(self, samples: int) -> dict:
-        """The true loss change of removing `samples` random units, one at a time, against every order's estimate.
-
-        Measured on the calibration images by closing gates, without compensation.
-
-        Returns:
-            {"filters", "true", "predicted": {"1", "2", "3"}, "spearman": {"1", "2", "3"}}.
-        """
-        pruner = self.dense_pruner(3)
-        generator = torch.Generator().manual_seed(self.settings.seed)
-        units = torch.randperm(len(self.graph.units), generator=generator)[:samples]
-        true = true_loss_changes(self.model, self.graph, self.calibration, units.tolist(), progress=self.progress)
-        predicted = {str(order): pruner.scores(order)[units] for order in TAYLOR_ORDERS}
-        return {
-            "filters": [self.graph.units[u].filters[0] for u in units.tolist()],
-            "true": true.tolist(),
-            "predicted": {order: values.tolist() for order, values in predicted.items()},
-            "spearman": {order: spearman(values, true) for order, values in predicted.items()},
-        }
+        """Every order's estimates against the true loss changes of random units, see scoring.oracle.judge_estimates."""
+        estimates = {str(order): self.dense_pruner(3).scores(order) for order in TAYLOR_ORDERS}
+        return judge_estimates(self.model, self.graph, self.calibration, estimates, samples, self.settings.seed,
+                               progress=self.progress)  # fmt: skip
 
     # -- results -----------------------------------------------------------------------------------------------------
 
@@ -391,9 +371,7 @@ class EnhancedPruning:
         result = PruningResult(state.model, stages, state.rounds, layer_table(self.graph, state.kept), plan, seconds)
         result = dataclasses.replace(result, notes=list(self.notes), **state.ranking)
         if result.gradient_flow:
-            kept = {(name, index) for name, indices in state.kept.items() for index in indices}
-            units = {**result.gradient_flow["units"], "kept": [unit.filters[0] in kept for unit in self.graph.units]}
-            flow = {**result.gradient_flow, "units": units, "criterion": result.criterion}
+            flow = flow_with_kept(result.gradient_flow, self.graph, state.kept)
             result.gradient_flow = flow_with_stage(flow, "pruned", self._flow_report(state.model))
         return result
 
@@ -403,44 +381,3 @@ class EnhancedPruning:
     def _accuracy(self, model):
         accuracy = evaluate(model, self.monitor, progress=False)
         return {"top1": accuracy.top1, "loss": accuracy.loss}
-
-    def _losses(self, model):
-        if self._dense_predictions is None:
-            self._dense_predictions = log_probabilities(self.model, self.calibration)
-        return mean_losses(model, self.calibration, self._dense_predictions)
-
-    # -- checkpoints -------------------------------------------------------------------------------------------------
-
-    def _identity(self, **arguments):
-        """{name: plain value} of all that decides what the rounds give."""
-        identity = {
-            "the dense network": fingerprint(self.model.state_dict().values()),
-            "the calibration images": fingerprint(tensor for batch in self.calibration for tensor in batch),
-            "the compensation images": fingerprint(tensor for batch in self.compensation for tensor in batch),
-            **self.settings.as_dict(),
-            **arguments,
-        }
-        if self.settings.fine_tune_between:
-            identity["the recipe"] = repr(self.recipe)
-        return identity
-
-    def _restored(self, store):
-        """The RoundsState in a checkpoint, or None where there is no file."""
-        content = store.load(self.example.device)
-        if content is None:
-            return None
-        model = self.graph.remove(removed(self.graph, content["kept"]))
-        model.load_state_dict(content["model"])
-        return RoundsState(**content | {"model": model})
-
-
-class _Stopwatch:
-    """Adds up seconds by step, on top of those of earlier rounds, in `total`."""
-
-    def __init__(self, seconds):
-        self.total, self.last = dict(seconds), time.perf_counter()
-
-    def lap(self, name):
-        now = time.perf_counter()
-        self.total[name] = self.total.get(name, 0.0) + now - self.last
-        self.last = now

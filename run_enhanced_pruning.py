@@ -106,7 +106,9 @@ class Sweep:
         half = max(1, self.args.batch_size // 2)
         print(f"{method} at {percentage:g} %: out of memory, once more with --batch-size {half}", flush=True)
         torch.cuda.empty_cache()
-        arguments = self.experiment.pipeline_arguments(self.seed, dense_stage=self.pruning.dense_stage(), batch_size=half)
+        arguments = self.experiment.pipeline_arguments(
+            self.seed, dense_stage=self.pruning.dense_stage(), batch_size=half
+        )
         return EnhancedPruning(**arguments).fine_tune(result, checkpoint=checkpoint)
 
     def file(self, method: str, percentage: float) -> Path:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from taylor_pruning.errors import InputError, atomic_file
+from taylor_pruning.experiment.results import removed
+from taylor_pruning.surgery.graph import ChannelGraph
 
 
 @dataclass
@@ -36,15 +38,25 @@ class RoundsState:
 
 
 class RoundsCheckpoint:
-    """A file that holds a `RoundsState`, written after every round.
+    """A file that holds a `RoundsState`, written after every round and read only where the same rounds would come about.
 
     Args:
         path: the file.
-        identity: {name: plain value} of all that the rounds depend on; only a file with the same one is read.
+        graph: of the dense network.
+        images: {what for: list of batches (images, labels)}.
+        settings: {name: plain value} of all else that the rounds depend on.
     """
 
-    def __init__(self, path: Path | str, identity: dict):
-        self.path, self.identity = Path(path), identity
+    def __init__(self, path: Path | str, graph: ChannelGraph, images: dict, settings: dict):
+        self.path, self.graph = Path(path), graph
+        self.identity = {
+            "the dense network": fingerprint(graph.model.state_dict().values()),
+            **{
+                f"the {what} images": fingerprint(x for batch in batches for x in batch)
+                for what, batches in images.items()
+            },
+            **settings,
+        }
 
     def save(self, state: RoundsState) -> None:
         content = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
@@ -52,23 +64,15 @@ class RoundsCheckpoint:
         with atomic_file(self.path) as file:
             torch.save(content, file)
 
-    def load(self, device: torch.device) -> dict | None:
-        """The fields of the state, with the model's weights in place of the model; None where there is no file.
+    def load(self) -> RoundsState | None:
+        """The state in the file, on the dense network's device; None where there is no file.
 
         Raises:
             InputError: the file is no such checkpoint, or is of another pruning; the message names what differs.
         """
         if not self.path.exists():
             return None
-        problem = InputError(f"{self.path} is not a checkpoint of pruning rounds; remove it, or start anew without resuming")
-        if not zipfile.is_zipfile(self.path):
-            raise problem
-        try:
-            content = torch.load(self.path, map_location=device, weights_only=True)
-        except (RuntimeError, pickle.UnpicklingError) as error:
-            raise problem from error
-        if not isinstance(content, dict) or "identity" not in content:
-            raise problem
+        content = self._read()
         then = content.pop("identity")
         names = [n for n in self.identity.keys() | then.keys() if then.get(n) != self.identity.get(n)]
         if names:
@@ -76,6 +80,23 @@ class RoundsCheckpoint:
             raise InputError(
                 f"{self.path} is of another pruning: {changes}; give the same settings, or start anew without resuming"
             )
+        model = self.graph.remove(removed(self.graph, content["kept"]))
+        model.load_state_dict(content["model"])
+        return RoundsState(**content | {"model": model})
+
+    def _read(self):
+        problem = InputError(
+            f"{self.path} is not a checkpoint of pruning rounds; remove it, or start anew without resuming"
+        )
+        if not zipfile.is_zipfile(self.path):
+            raise problem
+        device = next(self.graph.model.parameters()).device
+        try:
+            content = torch.load(self.path, map_location=device, weights_only=True)
+        except (RuntimeError, pickle.UnpicklingError) as error:
+            raise problem from error
+        if not isinstance(content, dict) or "identity" not in content:
+            raise problem
         return content
 
 

@@ -1,6 +1,7 @@
 """What one experiment found, in the layout of results.json."""
 
 import dataclasses
+import time
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -82,6 +83,52 @@ def flow_with_stage(flow: dict, stage: str, report: dict) -> dict:
     for name, figures in report["layers"].items():
         layers.setdefault(name, {})[stage] = figures["mean"]
     return {**flow, "layers": layers, "reports": {**flow["reports"], stage: report}}
+
+
+def flow_with_kept(flow: dict, graph: ChannelGraph, kept: dict) -> dict:
+    """The gradient-flow dictionary with, of every unit, whether it was kept."""
+    there = {(name, index) for name, indices in kept.items() for index in indices}
+    return {**flow, "units": {**flow["units"], "kept": [unit.filters[0] in there for unit in graph.units]}}
+
+
+def ranking_of(pruner) -> dict:
+    """What results.json says of the ranking of the dense network by an EnhancedFilterPruner."""
+    scores, criterion = pruner.criterion()
+    flow = None
+    if pruner.use_gradient_flow:
+        units = {"flow": pruner.directions.flow.double().mean(0).tolist(), "score": scores.tolist()}
+        flow = {"layers": {}, "units": units, "reports": {}}
+        flow = flow_with_stage(flow, "dense", pruner.flow_report().as_dict())
+    return {
+        "scores": plain_scores(pruner.by_filter(scores)),
+        "criterion": criterion,
+        "curvature": pruner.curvature_report(),
+        "gradient_flow": flow,
+    }
+
+
+def loss_changes(predicted: float | None, before: dict, after: dict, loss: str) -> dict:
+    """A round's entries about losses (training.predictions.Comparison) before and after it, of which `loss` is kept small."""
+    change = {name: after[name] - before[name] for name in after}
+    return {
+        "loss": loss,
+        "predicted_loss_change": predicted,
+        "measured_loss_change": change[loss],
+        "label_loss_change": change["cross-entropy"],
+    }
+
+
+class Stopwatch:
+    """Adds up seconds by step, on top of those of earlier rounds, in `total`."""
+
+    def __init__(self, seconds: dict):
+        self.total, self.last = dict(seconds), time.perf_counter()
+
+    def lap(self, step: str) -> None:
+        """Count the time since the last lap as the step's."""
+        now = time.perf_counter()
+        self.total[step] = self.total.get(step, 0.0) + now - self.last
+        self.last = now
 
 
 def all_filters(graph: ChannelGraph) -> dict:

@@ -74,7 +74,7 @@ def stage_at(cell: dict, when: str) -> dict:
 
 
 def final_moment(sweep: dict) -> str:
-    """"after" (fine-tuning), or "before" in a sweep without fine-tuning."""
+    """ "after" (fine-tuning), or "before" in a sweep without fine-tuning."""
     return "after" if any(stage_at(cell, "after") for cell in _done(sweep)) else "before"
 
 
@@ -398,6 +398,7 @@ def _plot_cost(sweep, paths):
     with saved_figure(*paths, width=TEXT_WIDTH, height=3.0) as figure:
         panels = figure.subplots(1, 2, sharey=True)
         for axes, (key, (unit, size)) in zip(panels, units.items(), strict=True):
+
             def cost(_, cells, key=key, size=size):
                 return Estimate.of(numbers(stage_at(cell, when).get(key) for cell in cells) / size)
 

@@ -15,6 +15,7 @@ def true_loss_changes(
     model: nn.Module, graph: ChannelGraph, batches: Iterable, units: Iterable[int], *, progress: bool = True
 ) -> Tensor:
     """[len(units)] change of the cross-entropy (nats, mean over the images) when a unit's gate is closed, in float64."""
+
     def loss(gates):
         total, count = 0.0, 0
         for images, labels in batches:
@@ -33,6 +34,36 @@ def true_loss_changes(
             gates[unit] = 0
             changes.append(loss(gates) - dense)
     return torch.tensor(changes, dtype=torch.float64)
+
+
+def judge_estimates(
+    model: nn.Module,
+    graph: ChannelGraph,
+    batches: Iterable,
+    estimates: dict,
+    samples: int,
+    seed: int,
+    *,
+    progress: bool,
+) -> dict:
+    """Estimates against the true loss changes of removing `samples` random units, one at a time, without compensation.
+
+    Args:
+        estimates: {name: [units] estimated loss changes}.
+
+    Returns:
+        {"filters": [(layer, index)], "true": [samples], "predicted": {name: [samples]}, "spearman": {name: correlation}}.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    units = torch.randperm(len(graph.units), generator=generator)[:samples]
+    true = true_loss_changes(model, graph, batches, units.tolist(), progress=progress)
+    predicted = {name: values[units] for name, values in estimates.items()}
+    return {
+        "filters": [graph.units[u].filters[0] for u in units.tolist()],
+        "true": true.tolist(),
+        "predicted": {name: values.tolist() for name, values in predicted.items()},
+        "spearman": {name: spearman(values, true) for name, values in predicted.items()},
+    }
 
 
 def ranks(values: Tensor) -> Tensor:

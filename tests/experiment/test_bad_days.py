@@ -24,14 +24,14 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from taylor_pruning.report import experiment as ExperimentReport
-from taylor_pruning.experiment import setup as ExperimentSetup
 import run_enhanced_pruning
 import run_single_experiment
+from taylor_pruning.errors import InputError, atomic_path
+from taylor_pruning.experiment import setup as ExperimentSetup
 from taylor_pruning.experiment.arguments import add_shared_arguments, add_single_arguments, new_parser, parse
 from taylor_pruning.experiment.data import _balanced_order, load_image_folder
-from taylor_pruning.errors import InputError, atomic_path
 from taylor_pruning.experiment.models import export_model, load_pruned
+from taylor_pruning.report import experiment as ExperimentReport
 
 ROOT = Path(__file__).parents[2]
 QUICK = [
@@ -142,7 +142,9 @@ def in_child(runner, arguments, log):
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background of a script
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # ignored where the tests run in the background of a script
     tqdm.set_lock(threading.RLock())  # its default is a semaphore of the system, which a kill would leave behind
     sys.exit(importlib.import_module(runner).main(arguments))
 
@@ -220,7 +222,9 @@ def test_a_sweep_killed_in_one_stage_after_the_other_ends_as_an_unbroken_one(ima
         place = ["--output-dir" if stage == "scoring" else "--resume", folder]
         killed("run_enhanced_pruning", [*arguments, *place], tmp_path, lambda text, file=file: file.exists())
         killed_writing(cells / "random_30_seed-0.json")
-    (cells / "order-2_30_seed-0.checkpoint").touch()  # as a kill leaves it between the cell's file and the checkpoint's end
+    (
+        cells / "order-2_30_seed-0.checkpoint"
+    ).touch()  # as a kill leaves it between the cell's file and the checkpoint's end
     assert run_enhanced_pruning.main(["--resume", str(folder)]) == 0
     assert_same_run(folder, swept)
 
@@ -295,7 +299,11 @@ def test_no_room_for_the_first_file(images, tmp_path, capsys):
 def test_a_single_run_on_a_full_disk_loses_nothing_and_goes_on(images, whole, tmp_path, capsys):
     folder, dense = tmp_path / "run", (whole / "dense_model.pt").stat().st_size
     kept, place = {}, ["--output-dir", folder]
-    room = {"dense_training_checkpoint.pt": dense - 1, "rounds_checkpoint.pt": dense // 2, "fine_tuning_checkpoint.pt": dense}
+    room = {
+        "dense_training_checkpoint.pt": dense - 1,
+        "rounds_checkpoint.pt": dense // 2,
+        "fine_tuning_checkpoint.pt": dense,
+    }
     for file, size in room.items():
         with full_disk(size):
             code = single(images, *place)

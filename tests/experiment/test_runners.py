@@ -20,17 +20,17 @@ from torch.nn import functional as F
 
 import EnhancedFilterPruner as EnhancedFilterPruner_module
 import EnhancedPruning as EnhancedPruning_module
-from EnhancedFilterPruner import EnhancedFilterPruner
-from EnhancedPruning import EnhancedPruning, PruningSettings
-from taylor_pruning.training import fine_tuning as FineTuning
 import run_enhanced_pruning
 import run_single_experiment
-from taylor_pruning.experiment.data import load_image_folder, make_loader
+from EnhancedFilterPruner import EnhancedFilterPruner
+from EnhancedPruning import EnhancedPruning, PruningSettings
 from taylor_pruning.errors import InputError
+from taylor_pruning.experiment.data import load_image_folder, make_loader
 from taylor_pruning.experiment.models import load_pruned
 from taylor_pruning.experiment.setup import warn_of_chance
 from taylor_pruning.repair.compensation import CompensationReport
 from taylor_pruning.scoring.taylor import _signs
+from taylor_pruning.training import fine_tuning as FineTuning
 from taylor_pruning.training.fine_tuning import Recipe, TrainingDiverged, evaluate
 
 ROOT = Path(__file__).parents[2]
@@ -278,7 +278,9 @@ def test_what_cannot_be_pruned_is_refused_before_it_is_scored(progressive, monke
 
 
 @pytest.mark.parametrize(("steps", "compensated"), [(0, True), (3, True), (0, False)])
-def test_predicted_and_measured_loss_change_are_of_one_loss(plain_network, images, labels, steps, compensated, monkeypatch):
+def test_predicted_and_measured_loss_change_are_of_one_loss(
+    plain_network, images, labels, steps, compensated, monkeypatch
+):
     """Behind compensation the divergence from the dense network, also in later rounds; else the loss of the labels."""
     loader = make_loader(torch.utils.data.TensorDataset(images, labels), 6)
     settings = PruningSettings(rounds=3, fine_tune_between=steps, compensate=compensated)
@@ -329,7 +331,9 @@ def test_the_pruned_stage_is_the_plan_without_any_repair(plain_network, images, 
 
 @pytest.mark.parametrize("compensated", [True, False])
 @pytest.mark.parametrize("order", [1, 2, 3])
-def test_results_hold_the_ranking_that_selected_from_one_pass(silu_network, images, labels, order, compensated, monkeypatch):
+def test_results_hold_the_ranking_that_selected_from_one_pass(
+    silu_network, images, labels, order, compensated, monkeypatch
+):
     loader = make_loader(torch.utils.data.TensorDataset(images, labels), 6)
     settings = PruningSettings(rounds=1, compensate=compensated, selection="independent")
     pruning = EnhancedPruning(silu_network, loader, loader, settings=settings, progress=False)
@@ -372,7 +376,9 @@ def test_results_say_what_compensation_did_to_every_layer(plain_network, images,
         left_alone = record["compensation"]["left_alone"]
         assert fitted | left_alone.keys() == {"0", "4", "6", "9"}
         assert "depthwise" in left_alone["6"]
-        assert all({"error_before", "error_after", "ridge"} <= layer.keys() for layer in record["compensation"]["layers"])
+        assert all(
+            {"error_before", "error_after", "ridge"} <= layer.keys() for layer in record["compensation"]["layers"]
+        )
 
 
 def test_the_seed_reaches_every_random_draw(silu_network, images, labels, monkeypatch):
@@ -478,9 +484,7 @@ def test_no_finished_round_of_pruning_is_repeated(plain_network, images, labels,
     settings, checkpoint = PruningSettings(rounds=3), tmp_path / "run.pt"
 
     def run(percentage=60, order=2, network=plain_network, settings=settings, calibration=None, **keywords):
-        pruning = EnhancedPruning(
-            network, loader, loader, settings=settings, calibration=calibration, progress=False
-        )
+        pruning = EnhancedPruning(network, loader, loader, settings=settings, calibration=calibration, progress=False)
         return pruning.run_full_pruning(percentage, order, fine_tune_epochs=0, checkpoint=checkpoint, **keywords)
 
     whole = run()

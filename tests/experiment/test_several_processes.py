@@ -27,8 +27,17 @@ def in_two_processes(function, folder):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     paths = [str(path) for path in (ROOT, ROOT / "tests", Path(__file__).parent)]
-    code = f"import sys; sys.path[:0] = {paths!r}\nimport test_several_processes as t; t.body(t.{function.__name__}, {str(folder)!r})"
-    base = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    code = (
+        f"import sys; sys.path[:0] = {paths!r}\n"
+        f"import test_several_processes as tests; tests.body(tests.{function.__name__}, {str(folder)!r})"
+    )
+    base = {
+        **os.environ,
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
     processes = [
         subprocess.Popen([sys.executable, "-c", code], env={**base, "RANK": str(r), "LOCAL_RANK": str(r)},
                          stderr=subprocess.PIPE, text=True)
@@ -62,7 +71,9 @@ def one_experiment():
     torch.manual_seed(0)
     images, labels = torch.randn(24, 3, 8, 8, dtype=torch.float64), torch.arange(24) % 4
     loader = make_loader(torch.utils.data.TensorDataset(images, labels), 6)
-    more = [(torch.randn(12, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(rank())), labels[:12])]
+    more = [
+        (torch.randn(12, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(rank())), labels[:12])
+    ]
     for compensated in (False, True):
         settings = PruningSettings(rounds=2, compensate=compensated, seed=rank(), hessian_probes=1)
         torch.manual_seed(0)
