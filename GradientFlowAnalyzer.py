@@ -1,19 +1,33 @@
-"""How much training signal flows back through each unit of filters, what is wrong with it, and weights for a ranking.
+"""How much training signal flows back through each unit of filters, and what is wrong with it.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> layers = [layer for width in (3, 8, 8) for layer in (nn.Conv2d(width, 8, 3), nn.ReLU())]
+    >>> model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    >>> images, labels = torch.randn(40, 3, 12, 12), torch.arange(40) % 4
+    >>> model[4].weight.data[5] = 0
+    >>> model[4].bias.data[5] = -1  # its ReLU never opens
+    >>> print(GradientFlowAnalyzer(model, images[:1]).analyze([(images, labels)]))
+    Gradient flow of 3 of 3 layers on 40 images:
+    dead filters: 1 of 8 in 4 (5)
 
 The flow of unit u on sample n is the L2 norm of the gradient of that sample's loss with respect to the unit's channels
 a at its gates (after the last affine operation, before the activation function):
 
     F[n, u] = sqrt( sum over gated channels c of u and positions x of (d loss_n / d a[n, c, x])^2 )
 
-Everything else derives from F [N, units], which `collect_flow` or the ranker's own pass collects.
+All figures derive from F [N, units], which `collect_flow` or the ranking of a network collects. Nothing that ranks or selects
+reads them; the weights that a ranking may take from F are in scoring.flow.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate, compress, pairwise
 from statistics import linear_regression, median
 
 import torch
+from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
 
@@ -21,8 +35,14 @@ from taylor_pruning.checks import read_batch
 from taylor_pruning.errors import InputError
 from taylor_pruning.first_batch import device_of
 from taylor_pruning.modes import frozen
+<<<<<<< HEAD
 from taylor_pruning.scoring.flow import group_mean, normalised, unit_gradient_norms
 from taylor_pruning.scoring.gradient_check import gated_logits, open_gates
+=======
+from taylor_pruning.scoring.flow import unit_gradient_norms
+from taylor_pruning.scoring.taylor import check_batch
+from taylor_pruning.selection.greedy import require_units
+>>>>>>> 5a5485b (The analyzer measures and reports alone; weights that did not help live in the benchmark that shows it)
 from taylor_pruning.surgery.graph import ChannelGraph
 
 NEAR_ZERO = 1e-2  # of the layer's mean: a unit below it hardly trains
@@ -35,96 +55,48 @@ TREND_LAYERS = 4  # fewer layers show no trend
 NAMED = 5  # names (or lines of one kind) a finding spells out
 
 
-def gate_flow_change(loss, gates, *, retain_graph=True):
-    """First-order change of every sample's squared gate gradient when a unit is removed, by one HVP.
-
-    With gamma_n = d loss_n / d g_n, H_n the gate Hessian and S_n(g) = ||gamma_n||^2, the step g_u: 1 -> 0 gives
-
-        C[n, u] = -d S_n / d g_u = -2 (H_n gamma_n)_u
-
-    This is the criterion of Wang, Zhang, Grosse 2020 (GraSP, arXiv:2002.07376, section 4) for gates in place of
-    weights. GraSP takes the gradient of the batch's mean loss; here every sample has its own, so that the batch size
-    does not matter.
-
-    Args:
-        loss: scalar, the sum over the batch of the samples' losses.
-        gates: [B, units] of ones with `requires_grad`, the gates of the forward.
-        retain_graph: keep the graph for further backward passes.
-
-    Returns:
-        [B, units] tensor; negative where the unit's removal takes gradient flow away.
-    """
-    (gradient,) = torch.autograd.grad(loss, gates, create_graph=True)
-    (slope,) = torch.autograd.grad(gradient.square().sum(), gates, retain_graph=retain_graph)
-    return -slope
-
-
-def collect_flow(model, graph, batches, *, want_change=False):
-    """Flow and, if wanted, `gate_flow_change` of every unit under cross-entropy.
+def collect_flow(model: nn.Module, graph: ChannelGraph, batches: Iterable) -> Tensor:
+    """[N, units] flow F of every image and unit under cross-entropy, on the CPU.
 
     Args:
         graph: the model's ChannelGraph.
         batches: iterable of (images [B, ...], labels [B]) on the model's device.
 
-    Returns:
-        flow [N, units], change [N, units] or None, on the CPU.
-
     Raises:
         InputError: no unit, no batch, NaN in images or weights, labels outside the logits' range.
     """
+<<<<<<< HEAD
     if not graph.units:
         raise InputError("no filter of this network may be removed, so there is no gradient flow to measure")
     flows, changes = [], []
     for number, batch in enumerate(batches):
         images, labels = read_batch(batch, f"batch {number}", device_of(model))
         gates, gated = open_gates(graph, images), []
+=======
+    require_units(graph)
+    flows = []
+    for number, (images, labels) in enumerate(batches):
+        gates = torch.ones(len(images), len(graph.units), dtype=images.dtype, device=images.device, requires_grad=True)
+        gated = []
+>>>>>>> 5a5485b (The analyzer measures and reports alone; weights that did not help live in the benchmark that shows it)
 
         def record(site, output, gated=gated):
             if output.requires_grad:  # a part of the forward under no_grad has no gradient
                 gated.append((site, get_gradient_edge(output)))
 
+<<<<<<< HEAD
         with frozen(model):
             logits = gated_logits(graph, images, labels, gates, f"batch {number}", on_gate=record)
+=======
+        with frozen(model), torch.enable_grad(), graph.gated(gates, on_gate=record):
+            logits = model(images)
+        check_batch(images, labels, logits.detach(), number)
+>>>>>>> 5a5485b (The analyzer measures and reports alone; weights that did not help live in the benchmark that shows it)
         loss = F.cross_entropy(logits, labels, reduction="sum")
-        flows.append(unit_gradient_norms(loss, gated, len(graph.units), retain_graph=want_change).cpu())
-        if want_change:
-            changes.append(gate_flow_change(loss, gates, retain_graph=False).cpu())
+        flows.append(unit_gradient_norms(loss, gated, len(graph.units), retain_graph=False).cpu())
     if not flows:
         raise InputError("there are no images to measure gradient flow on; pass at least one batch")
-    return torch.cat(flows), torch.cat(changes) if want_change else None
-
-
-def signal_to_noise(graph, flow):
-    """[units] weights from r_u = mean_n F[n, u] / sd_n F[n, u], as `normalised` scales them.
-
-    Signal-to-noise as a measure of importance: Graves 2011 (Practical Variational Inference). The ratio is
-    bounded by 1000, reached where the samples agree; a unit without flow has 0.
-
-    Args:
-        flow: [N, units], N >= 2.
-
-    Raises:
-        InputError: fewer than two samples.
-    """
-    if len(flow) < 2:
-        raise InputError("the signal-to-noise of gradient flow needs at least two images; raise their number")
-    return normalised(graph, _signal_to_noise(flow.double()))
-
-
-def preserved_flow(graph, change):
-    """[units] weights from the flow that a unit's removal takes away, as `normalised` scales them.
-
-        c_u = mean_n C[n, u]     r_u = 2 / (1 + exp(c_u / rms of c in the layer))
-
-    r lies in (0, 2): above 1 for units whose removal lowers the squared gradient norm. Source: `gate_flow_change`,
-    which GraSP ranks weights by; the logistic function makes a weight of it that single outliers cannot blow up.
-
-    Args:
-        change: [N, units] from `gate_flow_change`.
-    """
-    mean = change.double().mean(0)
-    scale = group_mean(graph, mean.square()).sqrt().clamp_min(torch.finfo(torch.float64).tiny)
-    return normalised(graph, 2 * torch.sigmoid(-mean / scale))
+    return torch.cat(flows)
 
 
 def _signal_to_noise(values):
@@ -190,14 +162,14 @@ class GradientFlowReport:
     """
 
     samples: int
-    unit_flow: torch.Tensor
+    unit_flow: Tensor
     filter_flow: dict
     layers: tuple[LayerFlow, ...]
     shrinkage: float | None
     findings: tuple[str, ...]
 
     @classmethod
-    def from_flow(cls, graph, flow):
+    def from_flow(cls, graph: ChannelGraph, flow: Tensor) -> "GradientFlowReport":
         """The report on flows [N, units] that `collect_flow` or the ranker has collected.
 
         Raises InputError if they do not fit the graph, or are not finite.
@@ -217,7 +189,7 @@ class GradientFlowReport:
         filter_flow = {name: padded[info.unit_of] for name, info in graph.layers.items()}
         return cls(len(flow), unit_flow, filter_flow, layers, shrinkage, findings)
 
-    def as_dict(self):
+    def as_dict(self) -> dict:
         """Plain values for JSON.
 
         {"samples", "shrinkage", "findings": [str], "thresholds": {name: float}, "layers": {name: `LayerFlow`'s fields},
@@ -367,14 +339,18 @@ class GradientFlowAnalyzer:
     Args:
         model: classifier; comes back as it was given.
         example_input: [1, C, H, W] tensor.
-        graph: its ChannelGraph, made here if None.
+        graph: its ChannelGraph, which says which layers are measured; default: all that can be pruned.
     """
 
+<<<<<<< HEAD
     def __init__(self, model, example_input, graph=None):
+=======
+    def __init__(self, model: nn.Module, example_input: Tensor, graph: ChannelGraph | None = None):
+        self.model = model
+>>>>>>> 5a5485b (The analyzer measures and reports alone; weights that did not help live in the benchmark that shows it)
         self.graph = ChannelGraph(model, example_input) if graph is None else graph
         self.model = self.graph.model
 
-    def analyze(self, batches):
-        """GradientFlowReport on batches of (images, labels). Raises InputError as `collect_flow` does."""
-        flow, _ = collect_flow(self.model, self.graph, batches)
-        return GradientFlowReport.from_flow(self.graph, flow)
+    def analyze(self, batches: Iterable) -> GradientFlowReport:
+        """The report on batches of (images, labels). Raises InputError as `collect_flow` does."""
+        return GradientFlowReport.from_flow(self.graph, collect_flow(self.model, self.graph, batches))

@@ -12,6 +12,9 @@ import sys
 from pathlib import Path
 from unittest.mock import patch
 
+import torch
+from torch.nn import functional as F
+
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
 from compare_criteria import add_network_arguments, balanced, load, spread, tuned
@@ -19,10 +22,11 @@ from measuring import started
 
 from EnhancedFilterPruner import EnhancedFilterPruner
 from EnhancedPruning import EnhancedPruning, PruningSettings
-from GradientFlowAnalyzer import collect_flow, preserved_flow, signal_to_noise
+from GradientFlowAnalyzer import collect_flow
+from taylor_pruning.modes import frozen
+from taylor_pruning.scoring.flow import group_mean, normalised, relative_flow
 from taylor_pruning.experiment.data import calibration_batches
 from taylor_pruning.report.experiment import write_json
-from taylor_pruning.scoring.flow import relative_flow
 from taylor_pruning.training.fine_tuning import evaluate
 
 
@@ -39,15 +43,80 @@ def parse_arguments():
     return parser.parse_args()
 
 
+def gate_flow_change(loss, gates):
+    """First-order change of every sample's squared gate gradient when a unit is removed, by one HVP.
+
+    With gamma_n = d loss_n / d g_n, H_n the gate Hessian and S_n(g) = ||gamma_n||^2, the step g_u: 1 -> 0 gives
+
+        C[n, u] = -d S_n / d g_u = -2 (H_n gamma_n)_u
+
+    This is the criterion of Wang, Zhang, Grosse 2020 (GraSP, arXiv:2002.07376, section 4) for gates in place of
+    weights. GraSP takes the gradient of the batch's mean loss; here every sample has its own, so that the batch size
+    does not matter.
+
+    Args:
+        loss: scalar, the sum over the batch of the samples' losses.
+        gates: [B, units] of ones with `requires_grad`, the gates of the forward.
+
+    Returns:
+        [B, units] tensor; negative where the unit's removal takes gradient flow away.
+    """
+    (gradient,) = torch.autograd.grad(loss, gates, create_graph=True)
+    (slope,) = torch.autograd.grad(gradient.square().sum(), gates, retain_graph=False)
+    return -slope
+
+
+def collect_flow_change(model, graph, batches):
+    """[N, units] `gate_flow_change` of every image and unit under cross-entropy."""
+    changes = []
+    for images, labels in batches:
+        gates = images.new_ones(len(images), len(graph.units)).requires_grad_()
+        with frozen(model), torch.enable_grad(), graph.gated(gates):
+            loss = F.cross_entropy(model(images), labels, reduction="sum")
+        changes.append(gate_flow_change(loss, gates).cpu())
+    return torch.cat(changes)
+
+
+def signal_to_noise(graph, flow):
+    """[units] weights from r_u = mean_n F[n, u] / sd_n F[n, u], as `normalised` scales them.
+
+    Signal-to-noise as a measure of importance: Graves 2011 (Practical Variational Inference). The ratio is
+    bounded by 1000, reached where the samples agree; a unit without flow has 0.
+
+    Args:
+        flow: [N, units], N >= 2.
+    """
+    mean = flow.double().mean(0)
+    noise = torch.hypot(flow.double().std(0, correction=0), 1e-3 * mean)
+    ratio = torch.where(mean > 0, mean / noise.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
+    return normalised(graph, ratio)
+
+
+def preserved_flow(graph, change):
+    """[units] weights from the flow that a unit's removal takes away, as `normalised` scales them.
+
+        c_u = mean_n C[n, u]     r_u = 2 / (1 + exp(c_u / rms of c in the layer))
+
+    r lies in (0, 2): above 1 for units whose removal lowers the squared gradient norm. Source: `gate_flow_change`,
+    which GraSP ranks weights by; the logistic function makes a weight of it that single outliers cannot blow up.
+
+    Args:
+        change: [N, units] from `gate_flow_change`.
+    """
+    mean = change.double().mean(0)
+    scale = group_mean(graph, mean.square()).sqrt().clamp_min(torch.finfo(torch.float64).tiny)
+    return normalised(graph, 2 * torch.sigmoid(-mean / scale))
+
+
 def weights_from(name, batches):
     """A stand-in for EnhancedFilterPruner.flow_weights that gives the named weights, or None."""
 
     def flow_weights(pruner):
         if name == "none":
             return None
-        flow, change = collect_flow(pruner.model, pruner.graph, batches, want_change=name == "preserved flow")
         if name == "preserved flow":
-            return preserved_flow(pruner.graph, change)
+            return preserved_flow(pruner.graph, collect_flow_change(pruner.model, pruner.graph, batches))
+        flow = collect_flow(pruner.model, pruner.graph, batches)
         return {"relative flow": relative_flow, "signal-to-noise": signal_to_noise}[name](pruner.graph, flow)
 
     return flow_weights
@@ -60,11 +129,12 @@ def one(name, compensate, seed, model, data, val, arguments):
     settings = PruningSettings(compensate=bool(compensate), rounds=arguments.rounds, seed=seed)
     pruning = EnhancedPruning(model, val, val, calibration=batches, compensation=more, settings=settings, progress=False)
     with patch.object(EnhancedFilterPruner, "flow_weights", weights_from(name, batches)):
-        for network in pruning.path("order 2", arguments.percentages):
+        for percentage in arguments.percentages:
+            pruned = pruning.prune(percentage, 2).model
             yield {
-                "weights": name, "compensated": bool(compensate), "seed": seed, "percentage": network.percentage,
-                "top1": evaluate(network.model, val, progress=False).top1,
-                "tuned_top1": evaluate(tuned(network.model, data, arguments, seed, arguments.lr)[0], val, progress=False).top1,
+                "weights": name, "compensated": bool(compensate), "seed": seed, "percentage": percentage,
+                "top1": evaluate(pruned, val, progress=False).top1,
+                "tuned_top1": evaluate(tuned(pruned, data, arguments, seed, arguments.lr)[0], val, progress=False).top1,
             }  # fmt: skip
 
 
