@@ -35,14 +35,9 @@ from taylor_pruning.checks import read_batch
 from taylor_pruning.errors import InputError
 from taylor_pruning.first_batch import device_of
 from taylor_pruning.modes import frozen
-<<<<<<< HEAD
-from taylor_pruning.scoring.flow import group_mean, normalised, unit_gradient_norms
-from taylor_pruning.scoring.gradient_check import gated_logits, open_gates
-=======
 from taylor_pruning.scoring.flow import unit_gradient_norms
-from taylor_pruning.scoring.taylor import check_batch
+from taylor_pruning.scoring.gradient_check import gated_logits, open_gates
 from taylor_pruning.selection.greedy import require_units
->>>>>>> 5a5485b (The analyzer measures and reports alone; weights that did not help live in the benchmark that shows it)
 from taylor_pruning.surgery.graph import ChannelGraph
 
 NEAR_ZERO = 1e-2  # of the layer's mean: a unit below it hardly trains
@@ -65,33 +60,18 @@ def collect_flow(model: nn.Module, graph: ChannelGraph, batches: Iterable) -> Te
     Raises:
         InputError: no unit, no batch, NaN in images or weights, labels outside the logits' range.
     """
-<<<<<<< HEAD
-    if not graph.units:
-        raise InputError("no filter of this network may be removed, so there is no gradient flow to measure")
-    flows, changes = [], []
+    require_units(graph)
+    flows = []
     for number, batch in enumerate(batches):
         images, labels = read_batch(batch, f"batch {number}", device_of(model))
         gates, gated = open_gates(graph, images), []
-=======
-    require_units(graph)
-    flows = []
-    for number, (images, labels) in enumerate(batches):
-        gates = torch.ones(len(images), len(graph.units), dtype=images.dtype, device=images.device, requires_grad=True)
-        gated = []
->>>>>>> 5a5485b (The analyzer measures and reports alone; weights that did not help live in the benchmark that shows it)
 
         def record(site, output, gated=gated):
             if output.requires_grad:  # a part of the forward under no_grad has no gradient
                 gated.append((site, get_gradient_edge(output)))
 
-<<<<<<< HEAD
         with frozen(model):
             logits = gated_logits(graph, images, labels, gates, f"batch {number}", on_gate=record)
-=======
-        with frozen(model), torch.enable_grad(), graph.gated(gates, on_gate=record):
-            logits = model(images)
-        check_batch(images, labels, logits.detach(), number)
->>>>>>> 5a5485b (The analyzer measures and reports alone; weights that did not help live in the benchmark that shows it)
         loss = F.cross_entropy(logits, labels, reduction="sum")
         flows.append(unit_gradient_norms(loss, gated, len(graph.units), retain_graph=False).cpu())
     if not flows:
@@ -342,12 +322,7 @@ class GradientFlowAnalyzer:
         graph: its ChannelGraph, which says which layers are measured; default: all that can be pruned.
     """
 
-<<<<<<< HEAD
-    def __init__(self, model, example_input, graph=None):
-=======
     def __init__(self, model: nn.Module, example_input: Tensor, graph: ChannelGraph | None = None):
-        self.model = model
->>>>>>> 5a5485b (The analyzer measures and reports alone; weights that did not help live in the benchmark that shows it)
         self.graph = ChannelGraph(model, example_input) if graph is None else graph
         self.model = self.graph.model
 

@@ -19,7 +19,9 @@ from taylor_pruning.experiment.arguments import add_shared_arguments, add_single
 from taylor_pruning.experiment.models import BuiltModel, export_model
 from taylor_pruning.experiment.run import run_guarded
 from taylor_pruning.experiment.setup import Experiment, environment, prepare, progress, warn_of_chance
-from taylor_pruning.report.experiment import rounds_table, summary_table, write_experiment_plots, write_json
+from taylor_pruning.report.experiment_plots import write_experiment_plots
+from taylor_pruning.report.files import write_json
+from taylor_pruning.report.tables import rounds_table, summary_table
 from taylor_pruning.training.distributed import barrier, is_main
 
 ROUNDS, PRUNED, CHECKPOINT = "rounds_checkpoint.pt", "pruned_before_fine_tuning.pt", "fine_tuning_checkpoint.pt"

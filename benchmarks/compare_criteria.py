@@ -33,7 +33,7 @@ from taylor_pruning.experiment.data import calibration_batches, embedded_data, l
 from taylor_pruning.experiment.results import all_filters, remaining
 from taylor_pruning.experiment.setup import EMBEDDED_TRAIN, EMBEDDED_VAL, prepare
 from taylor_pruning.repair.compensation import compensate
-from taylor_pruning.report.experiment import write_json
+from taylor_pruning.report.files import write_json
 from taylor_pruning.scoring.oracle import spearman, true_loss_changes
 from taylor_pruning.selection.baselines import BASELINES
 from taylor_pruning.selection.greedy import Constraints, Selection, select_by_score

@@ -23,10 +23,10 @@ from measuring import started
 from EnhancedFilterPruner import EnhancedFilterPruner
 from EnhancedPruning import EnhancedPruning, PruningSettings
 from GradientFlowAnalyzer import collect_flow
-from taylor_pruning.modes import frozen
-from taylor_pruning.scoring.flow import group_mean, normalised, relative_flow
 from taylor_pruning.experiment.data import calibration_batches
-from taylor_pruning.report.experiment import write_json
+from taylor_pruning.modes import frozen
+from taylor_pruning.report.files import write_json
+from taylor_pruning.scoring.flow import group_mean, normalised, relative_flow
 from taylor_pruning.training.fine_tuning import evaluate
 
 

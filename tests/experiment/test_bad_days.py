@@ -31,7 +31,7 @@ from taylor_pruning.experiment import setup as ExperimentSetup
 from taylor_pruning.experiment.arguments import add_shared_arguments, add_single_arguments, new_parser, parse
 from taylor_pruning.experiment.data import _balanced_order, load_image_folder
 from taylor_pruning.experiment.models import export_model, load_pruned
-from taylor_pruning.report import experiment as ExperimentReport
+from taylor_pruning.report.figures import PLOT_SETTINGS
 
 ROOT = Path(__file__).parents[2]
 QUICK = [
@@ -68,7 +68,7 @@ def write_images(root, *, classes=3, train=4, val=3, size=(32, 32)):
 def coarse_plots():
     """They take most of the time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(ExperimentReport.PLOT_SETTINGS, "savefig.dpi", 30)
+        patch.setitem(PLOT_SETTINGS, "savefig.dpi", 30)
         yield
 
 

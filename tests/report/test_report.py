@@ -14,8 +14,11 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from taylor_pruning.report import experiment as ExperimentReport
+from taylor_pruning.report import experiment_plots as ExperimentPlots
 from taylor_pruning.report import sweep as SweepReport
+from taylor_pruning.report.figures import METHODS, layer_axis, saved_figure, short_layer_names
+from taylor_pruning.report.files import write_json
+from taylor_pruning.report.tables import rounds_table, summary_table
 
 STAGES = ("dense", "pruned", "compensated", "fine-tuned")
 
@@ -64,7 +67,8 @@ def make_results(widths=None, rounds=5, epochs=10, seed=0):
         "arguments": {"model": "vgg16", "taylor_order": 3}, "environment": {}, "model": {"name": "vgg16"},
         "stages": [stage(*made, 1.0 if made[0] == "dense" else 0.52) for made in zip(STAGES, final, strict=True)],
         "rounds": [{"round": i + 1, "filters_removed": 400, "loss": "divergence", "predicted_loss_change": 0.1,
-                    "measured_loss_change": 0.2, "label_loss_change": 0.3, "after_selection": {"top1": 92 - 3 * i - 2 * i**0.5, "loss": 0.3 + 0.2 * i},
+                    "measured_loss_change": 0.2, "label_loss_change": 0.3,
+                    "after_selection": {"top1": 92 - 3 * i - 2 * i**0.5, "loss": 0.3 + 0.2 * i},
                     "after_compensation": {"top1": 93 - 1.5 * i, "loss": 0.3 + 0.07 * i}} for i in range(rounds)],
         "layers": layers, "scores": scores, "plan": plan,
         "fine_tuning": [{"epoch": i + 1, "lr": 0.01, "train_loss": 0.5 * 0.9**i, "top1": float(top1), "top5": 99.0,
@@ -81,11 +85,11 @@ def make_results(widths=None, rounds=5, epochs=10, seed=0):
     }  # fmt: skip
 
 
-def make_sweep(percentages=(10, 30, 50, 70), methods=tuple(ExperimentReport.METHODS), seeds=(0, 1, 2), epochs=6,
+def make_sweep(percentages=(10, 30, 50, 70), methods=tuple(METHODS), seeds=(0, 1, 2), epochs=6,
                failed=(), widths=None):  # fmt: skip
     """Cells whose top-1 is a known smooth function of the percentage and the method, plus noise of the seed."""
     widths = widths or vgg_layers()
-    strength = dict(zip(ExperimentReport.METHODS, (1.0, 0.75, 0.65, 1.5, 1.4, 1.2, 2.2), strict=True))
+    strength = dict(zip(METHODS, (1.0, 0.75, 0.65, 1.5, 1.4, 1.2, 2.2), strict=True))
     cells = []
     for percentage in percentages:
         for method in methods:
@@ -152,7 +156,7 @@ def test_neither_torch_nor_pyplot_is_imported():
 def test_json_is_strict_and_ordered(tmp_path):
     value = {"z": np.float32(0.5), "a": [math.nan, math.inf, -np.inf], "n": np.int64(3), "flag": np.bool_(True),
              "array": np.array([[1.0, np.nan]]), "path": Path("a") / "b", 7: (None, "ü")}  # fmt: skip
-    ExperimentReport.write_json(tmp_path / "results.json", value)
+    write_json(tmp_path / "results.json", value)
     text = (tmp_path / "results.json").read_text(encoding="utf-8")
     loaded = json.loads(text, parse_constant=reject_constant)
     assert loaded == {"z": 0.5, "a": [None, None, None], "n": 3, "flag": True, "array": [[1.0, None]],
@@ -164,12 +168,12 @@ def test_json_that_cannot_be_written_leaves_the_old_file(tmp_path):
     path = tmp_path / "results.json"
     path.write_text("old")
     with pytest.raises(TypeError, match="object cannot be written as JSON"):
-        ExperimentReport.write_json(path, {"a": object()})
+        write_json(path, {"a": object()})
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["results.json"]
 
 
 def test_experiment_plots_are_whole(tmp_path):
-    paths = ExperimentReport.write_experiment_plots(make_results(), tmp_path / "new" / "run")
+    paths = ExperimentPlots.write_experiment_plots(make_results(), tmp_path / "new" / "run")
     names = ("accuracy", "filters_per_layer", "score_distribution", "oracle", "gradient_flow", "flow_vs_score")
     assert {path.name for path in paths} == {f"{name}.png" for name in names}
     assert set(paths) == set((tmp_path / "new" / "run").iterdir())
@@ -182,15 +186,15 @@ def test_experiment_plots_of_a_bare_run(tmp_path):
     results = make_results({"conv1": 4, "fc": 3}, rounds=0, epochs=0) | {"oracle": None, "gradient_flow": None}
     results["scores"] = {name: [None] * len(values) for name, values in results["scores"].items()}
     results["stages"] = [stage("dense", 90.0, top5=None, latency_ms=None), stage("pruned", math.nan)]
-    assert len(ExperimentReport.write_experiment_plots(results, tmp_path)) == 3
+    assert len(ExperimentPlots.write_experiment_plots(results, tmp_path)) == 3
 
 
 def test_training_between_rounds_lies_on_the_line():
     results = make_results({"conv1": 4, "fc": 3}, rounds=3, epochs=0)
     results["rounds"][0]["after_training"] = {"top1": 55.5, "loss": 1.5}
     axes = Figure().subplots()
-    places, at_rounds, at_epochs = ExperimentReport._timeline(results)
-    ExperimentReport._trajectory(axes, results, "top1", places, at_rounds, at_epochs, "blue", "top-1")
+    places, at_rounds, at_epochs = ExperimentPlots._timeline(results)
+    ExperimentPlots._trajectory(axes, results, "top1", places, at_rounds, at_epochs, "blue", "top-1")
     (line,) = (line for line in axes.lines if line.get_label() == "top-1")
     ((x, _),) = (point for point in line.get_xydata() if point[1] == 55.5)
     assert at_rounds[0] < x < at_rounds[1]
@@ -201,7 +205,7 @@ def test_a_hundred_and_fifty_layers_keep_apart_labels():
     figure = Figure(figsize=(7.16, 3))
     axes = figure.subplots()
     axes.set_xlim(-0.7, len(names) - 0.3)
-    ExperimentReport.layer_axis(axes.xaxis, names, 6.5)
+    layer_axis(axes.xaxis, names, 6.5)
     figure.draw_without_rendering()
     boxes = [label.get_window_extent() for label in axes.get_xticklabels()]
     assert len(boxes) > 20
@@ -218,12 +222,12 @@ def test_a_hundred_and_fifty_layers_keep_apart_labels():
     ],
 )
 def test_layer_labels_are_short_and_distinct(names, labels, prefix):
-    assert ExperimentReport.short_layer_names(names) == (labels, prefix)
+    assert short_layer_names(names) == (labels, prefix)
 
 
 def test_summary_table_has_values_and_changes():
     results = {"stages": [stage("dense", 90.0, latency_ms=None), stage("pruned", 81.5, 0.5, top5=math.nan)]}
-    header, rule, dense, pruned, change = ExperimentReport.summary_table(results).splitlines()
+    header, rule, dense, pruned, change = summary_table(results).splitlines()
     assert "MACs M" in header and set(rule) == {"-", " "}
     assert dense.split() == ["dense", "90.00", "98.00", "0.786", "14.720", "313.000", "58.90", "-"]
     assert pruned.split()[:3] == ["pruned", "81.50", "-"]
@@ -234,11 +238,13 @@ def test_summary_table_has_values_and_changes():
 def test_rounds_table_sets_the_prediction_beside_the_measurement():
     rounds = [
         {"round": 1, "percentage": 10.0, "loss": "divergence", "predicted_loss_change": 0.01234,
-         "measured_loss_change": -0.02, "label_loss_change": 0.1, "after_selection": {"top1": 70.0}, "after_compensation": {"top1": 80.0}, "after_training": None},
+         "measured_loss_change": -0.02, "label_loss_change": 0.1,
+         "after_selection": {"top1": 70.0}, "after_compensation": {"top1": 80.0}, "after_training": None},
         {"round": 2, "percentage": 20.0, "loss": "divergence", "predicted_loss_change": None, "measured_loss_change": 0.5,
-         "label_loss_change": None, "after_selection": {"top1": 60.0}, "after_compensation": None},
+         "label_loss_change": None,
+         "after_selection": {"top1": 60.0}, "after_compensation": None},
     ]  # fmt: skip
-    header, _, *rows = ExperimentReport.rounds_table(rounds).splitlines()
+    header, _, *rows = rounds_table(rounds).splitlines()
     assert "divergence: predicted" in header and "trained" not in header
     assert [row.split() for row in rows] == [
         ["1", "10", "+0.0123", "-0.0200", "+0.1000", "70.0", "80.0"], ["2", "20", "-", "+0.5000", "-", "60.0", "-"]
@@ -249,7 +255,7 @@ def test_settings_of_matplotlib_come_back(tmp_path):
     import matplotlib
 
     before = dict(matplotlib.rcParams)
-    with pytest.raises(RuntimeError), ExperimentReport.saved_figure(tmp_path / "a.png"):
+    with pytest.raises(RuntimeError), saved_figure(tmp_path / "a.png"):
         raise RuntimeError
     assert dict(matplotlib.rcParams) == before and not list(tmp_path.iterdir())
 
@@ -261,7 +267,7 @@ def test_a_plot_that_fails_in_the_middle_leaves_nothing_behind(tmp_path, monkeyp
 
     monkeypatch.setattr(Figure, "savefig", half)
     with pytest.raises(OSError, match="disk full"):
-        ExperimentReport.write_experiment_plots(make_results(), tmp_path)
+        ExperimentPlots.write_experiment_plots(make_results(), tmp_path)
     assert not list(tmp_path.iterdir())
     with pytest.raises(OSError, match="disk full"):
         SweepReport.write_sweep(make_sweep(seeds=(0,)), tmp_path)
@@ -335,15 +341,15 @@ def test_markdown_numbers_are_means_and_sample_deviations(written):
         values = [cell["stages"][place][key] for cell in cells if cell["status"] == "done"]
         return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
 
-    assert reference[1][1] == expected(10, "order 1", -1, "top1")
-    assert reference[3][3] == expected(50, "order 3", -1, "top1")
+    assert reference[1][1].strip("*") == expected(10, "order 1", -1, "top1")
+    assert reference[3][3].strip("*") == expected(50, "order 3", -1, "top1")
     assert reference[2][7] == "-"  # every seed failed
     (row,) = [row for row in full if row[:2] == ["50 %", "order 3"]]
     keep = 0.5 ** (1 + 0.1 * 0.65)
     assert row[2:6] == [expected(50, "order 3", place, key) for key in ("top1", "top5") for place in (-2, -1)]
     assert row[6:9] == [f"{100 * (1 - keep):.1f} ± 0.0"] * 3 and row[10] == "2"
     assert "- 50 %, order 3, seed 1: RuntimeError: out of memory in layer, 3" in text
-    assert text.count("RuntimeError") == 4 and SweepReport.verdict(sweep) in text
+    assert text.count("RuntimeError") == 4
 
 
 @pytest.mark.parametrize(
@@ -370,7 +376,6 @@ def test_a_sweep_without_a_finished_cell_keeps_its_tables(tmp_path):
             del cell[key]
     paths = SweepReport.write_sweep(sweep, tmp_path)
     assert [path.name for path in paths] == ["results.json", "results.csv", "results.md"]
-    assert "1 of 1 cells failed" in SweepReport.verdict(sweep)
     assert "1 of 1 cells failed" in SweepReport.sweep_table(sweep)
 
 
@@ -378,7 +383,7 @@ def test_an_unknown_method_is_named():
     sweep = make_sweep((30,), ("order 2",), (0,))
     sweep["cells"][0]["method"] = "order 4"
     with pytest.raises(ValueError, match="order 4"):
-        SweepReport.verdict(sweep)
+        SweepReport.sweep_table(sweep)
 
 
 def test_sweep_table_shows_both_moments(written):
@@ -388,48 +393,20 @@ def test_sweep_table_shows_both_moments(written):
     assert len({len(line) for line in after.splitlines()[1:]}) == 1 and "4 of 63 cells failed" in note
 
 
-def test_verdict_claims_a_lead_beyond_the_spread():
-    text = SweepReport.verdict(top1_sweep({"order 1": [70.0, 71.0, 72.0], "order 3": [74.0, 75.0, 76.0]}))
-    assert "order 3 leads order 1 at 50 % by 4.0 points (spread 1.4)" in text  # root of 1 + 1
-    assert "standard deviations over 3 seeds" in text and "binomial" not in text
+def test_the_highest_mean_of_a_row_stands_out(tmp_path):
+    sweep = top1_sweep({"order 1": [70.0, 71.0, 72.0], "order 3": [74.0, 75.0, 76.0], "random": [75.0, 75.0, 75.0]})
+    SweepReport.write_sweep(sweep, tmp_path)
+    reference, _ = markdown_tables((tmp_path / "results.md").read_text(encoding="utf-8"))
+    assert reference[1][1:4] == ["71.0 ± 1.0", "**75.0 ± 1.0**", "**75.0 ± 0.0**"]  # equal figures, both
+    assert "75.0 +- 1.0*" in SweepReport.sweep_table(sweep) and "71.0 +- 1.0*" not in SweepReport.sweep_table(sweep)
 
 
-def test_verdict_claims_nothing_within_the_spread():
-    text = SweepReport.verdict(top1_sweep({"order 1": [70.0, 71.0, 72.0], "order 3": [71.0, 72.0, 73.0]}))
-    assert "orders 1 and 3 are within the spread at 50 % (1.0 of 1.4)" in text and "leads" not in text
-
-
-def test_verdict_with_one_seed_uses_the_binomial_error():
-    text = SweepReport.verdict(top1_sweep({"order 2": [50.0], "order 3": [54.0]}, images=400))
-    assert "order 3 leads order 2 at 50 % by 4.0 points (spread 3.5)" in text and "binomial" in text
-    text = SweepReport.verdict(top1_sweep({"order 2": [50.0], "order 3": [53.0]}, images=400))
-    assert "leads" not in text and "(3.0 of 3.5)" in text
-
-
-def test_verdict_without_a_known_spread_claims_nothing():
-    text = SweepReport.verdict(top1_sweep({"order 2": [50.0], "order 3": [90.0]}, images=None))
-    assert "leads" not in text and "40.0 of unknown" in text
-
-
-def test_verdict_lets_a_noisy_third_veto_the_lead():
-    text = SweepReport.verdict(top1_sweep({"order 1": [60.0, 76.0], "order 2": [70.0, 70.2], "order 3": [75.0, 75.2]}))
-    assert "orders 1 and 3 are within the spread" in text and "leads" not in text
-
-
-def test_verdict_says_when_a_baseline_is_better():
-    text = SweepReport.verdict(top1_sweep({"order 2": [70.0, 70.4], "magnitude": [75.0, 75.4], "random": [10.0, 11.0]}))
-    assert "best order against best baseline: L2 magnitude leads order 2 at 50 % by 5.0 points" in text
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_verdict_never_leads_within_the_spread_on_noise(seed):
-    random = np.random.default_rng(seed)
-    table = {f"order {n}": random.normal(80, 1, 3).tolist() for n in (1, 2, 3)}
-    means = {method: statistics.mean(values) for method, values in table.items()}
-    leader = max(means, key=means.get)
-    beyond = all(means[leader] - means[m] > math.hypot(statistics.stdev(table[leader]), statistics.stdev(table[m]))
-                 for m in table if m != leader)  # fmt: skip
-    assert beyond or "leads" not in SweepReport.verdict(top1_sweep(table))
+def test_tables_say_what_the_test_images_leave_open():
+    sweep = top1_sweep({"order 2": [50.0], "order 3": [54.0]}, images=400)
+    sweep["dense"] |= {"top1": 50.0, "images": 400}
+    assert "one standard error of 400 test images: 2.5 points" in SweepReport.sweep_table(sweep)
+    sweep["dense"]["images"] = None
+    assert "nan" not in SweepReport.sweep_table(sweep)
 
 
 def test_a_diverged_run_enters_no_mean():

@@ -1,262 +1,37 @@
-"""Tables, JSON and plots of one pruning experiment: plain dictionaries in, files out.
+"""Plots of one pruning experiment, from the content of results.json.
 
     paths = write_experiment_plots(results, "runs/vgg16")
-    print(summary_table(results))
 
-`results` is the content of results.json. Its stages are "dense", "pruned", "compensated" or "trained", and "fine-tuned",
-in the order of the run. Units: accuracy in per cent, loss in nats, files in bytes, latency in milliseconds. A value that was not
-measured is None or NaN. Every file is written whole or not at all. Figures are made with matplotlib's object-oriented
-interface, so they need no display and leave no figure or setting behind.
+The stages are "dense", "pruned", "compensated" or "trained", and "fine-tuned", in the order of the run. A value that was
+not measured is None or NaN. Every file is written whole or not at all.
 """
 
-import json
 import math
-import os
-import re
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FixedLocator, NullLocator
 
-from taylor_pruning.errors import atomic_path
-
-COLUMN_WIDTH, TEXT_WIDTH = 3.5, 7.16  # inches: one and two columns of a paper
-LAYER_LABEL_SIZE = 7  # points
-
-# Okabe and Ito (2008), distinguishable with every common colour vision deficiency; their yellow is too pale for lines.
-BLACK, ORANGE, SKY_BLUE, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
-BLUE, VERMILLION, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#888888"
-DENSE, KEPT, REMOVED = BLACK, BLUE, VERMILLION
-STAGE_COLOURS = {"dense": DENSE, "pruned": REMOVED, "compensated": PURPLE, "trained": PURPLE, "fine-tuned": GREEN}
-STAGE_TICKS = {"compensated": "compen-\nsated", "fine-tuned": "fine-\ntuned"}
-
-
-@dataclass(frozen=True)
-class MethodStyle:
-    """How a method looks in every plot."""
-
-    label: str
-    colour: str
-    marker: str
-    line: str
-
-
-METHODS = {
-    "order 1": MethodStyle("order 1", ORANGE, "o", "-"),
-    "order 2": MethodStyle("order 2", BLUE, "s", "-"),
-    "order 3": MethodStyle("order 3", GREEN, "D", "-"),
-    "molchanov2017": MethodStyle("Molchanov 2017", VERMILLION, "v", "--"),
-    "molchanov2019": MethodStyle("Molchanov 2019", PURPLE, "^", "--"),
-    "magnitude": MethodStyle("L2 magnitude", SKY_BLUE, "P", "--"),
-    "random": MethodStyle("random", GREY, "X", ":"),
-}
-
-PLOT_SETTINGS = {
-    "font.size": 8,
-    "axes.titlesize": 8,
-    "axes.labelsize": 8,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
-    "legend.fontsize": 8,
-    "legend.frameon": False,
-    "legend.handlelength": 1.6,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#dddddd",
-    "grid.linewidth": 0.5,
-    "lines.linewidth": 1.2,
-    "lines.markersize": 3.5,
-    "hatch.linewidth": 0.5,
-    "savefig.dpi": 300,
-    "pdf.fonttype": 42,  # TrueType: publishers refuse Type 3 fonts
-}
-
-
-# Values and text
-
-
-def plain(value):
-    """`value` as JSON can hold it: NaN and infinities become None, arrays lists, numpy scalars numbers, paths text.
-
-    Raises TypeError for everything else that JSON does not know.
-    """
-    if isinstance(value, dict):
-        return {key if isinstance(key, str) else str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if isinstance(value, (np.ndarray, np.generic)):
-        return plain(value.tolist())
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if value is None or isinstance(value, (str, int)):
-        return value
-    raise TypeError(f"{type(value).__name__} cannot be written as JSON: {value!r}")
-
-
-def write_json(path, value) -> None:
-    """Write `value` as strict JSON, keys in the order they were put in (the layers' order carries meaning).
-
-    Paths that are not UTF-8 reach Python as lone surrogates; they are written, and come back, as JSON's escapes.
-    """
-    text = json.dumps(plain(value), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-
-
-def numbers(values) -> np.ndarray:
-    """Values of a results file as float64 [n]: None becomes NaN."""
-    return np.array([math.nan if value is None else value for value in values], dtype=np.float64)
-
-
-def text_table(header: list[str], rows: list[list[str]]) -> str:
-    """Aligned text for a terminal: first column to the left, the others to the right."""
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-
-    def line(row):
-        return "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-
-    rule = "  ".join("-" * width for width in widths)
-    return "\n".join(part.rstrip() for part in [line(header), rule, *map(line, rows)])
-
-
-def cost_unit(macs) -> tuple[str, float]:
-    """Unit in which a number of multiply-accumulates reads well: its name and size."""
-    return ("G", 1e9) if macs is not None and macs >= 1e9 else ("M", 1e6)
-
-
-def summary_table(results: dict) -> str:
-    """A row a stage, and beneath it the change against the dense network.
-
-    Changes are in per cent of the dense value; those of top-1 and top-5 in percentage points.
-    """
-    dense = results["stages"][0]
-    macs_unit, macs_size = cost_unit(dense.get("macs"))
-    columns = [
-        ("top-1 %", "top1", 1, ".2f"), ("top-5 %", "top5", 1, ".2f"), ("loss", "loss", 1, ".3f"),
-        ("params M", "parameters", 1e6, ".3f"), (f"MACs {macs_unit}", "macs", macs_size, ".3f"),
-        ("size MB", "file_bytes", 1e6, ".2f"), ("latency ms", "latency_ms", 1, ".2f"),
-    ]  # fmt: skip
-
-    def cells(stage, change):
-        for _, key, size, style in columns:
-            value, base = numbers([stage.get(key), dense.get(key)])
-            if not math.isfinite(value) or change and not (math.isfinite(base) and (base or key.startswith("top"))):
-                yield "-"
-            elif not change:
-                yield format(value / size, style)
-            elif key.startswith("top"):
-                yield f"{value - base:+.2f} pt"
-            else:
-                yield f"{100 * (value / base - 1):+.1f} %"
-
-    rows = [[dense["stage"], *cells(dense, False)]]
-    for stage in results["stages"][1:]:
-        rows += [[stage["stage"], *cells(stage, False)], ["  vs dense", *cells(stage, True)]]
-    return text_table(["stage", *(column[0] for column in columns)], rows)
-
-
-def rounds_table(rounds: list) -> str:
-    """A row a round of pruning: does the loss change by what the scores said?
-
-    Predicted and measured are of the loss that the round keeps small, which the heading names; "labels" is the measured
-    change of the cross-entropy with the labels. All are in nats, on the calibration images.
-    """
-    steps = ("after_selection", "after_compensation", "after_training")
-    trained = any(record.get("after_training") for record in rounds)
-    rows = []
-    for record in rounds:
-        changes = numbers(record[key] for key in ("predicted_loss_change", "measured_loss_change", "label_loss_change"))
-        changes = [f"{value:+.4f}" if math.isfinite(value) else "-" for value in changes]
-        top1 = [f"{record[key]['top1']:.1f}" if record.get(key) else "-" for key in steps[: 3 if trained else 2]]
-        rows.append([str(record["round"]), f"{record['percentage']:g}", *changes, *top1])
-    loss = rounds[0]["loss"] if rounds else "loss"
-    header = ["round", "% removed", f"{loss}: predicted", "measured", "labels", "top-1 cut", "repaired", "trained"]
-    return text_table(header if trained else header[:-1], rows)
-
-
-# Figures
-
-
-@contextmanager
-def saved_figure(*paths, width=COLUMN_WIDTH, height=2.6):
-    """Yield a figure of `width` x `height` inches; save it under every path when the block ends without error."""
-    with matplotlib.rc_context(PLOT_SETTINGS):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        yield figure
-        for path in paths:
-            with atomic_path(path) as temporary:
-                figure.savefig(temporary)
-
-
-def short_layer_names(names: list[str]) -> tuple[list[str], str]:
-    """Labels short enough for an axis, and the dotted prefix that all names share and the labels leave out.
-
-    Words are cut to their first letters where a label has more than 12 characters, as far as the labels stay distinct.
-    """
-    shared = os.path.commonprefix([name.split(".")[:-1] for name in names])
-    labels = [".".join(name.split(".")[len(shared) :]) for name in names]
-    if max(map(len, labels), default=0) > 12:
-        for letters in range(1, 12):
-            cut = [re.sub(r"[A-Za-z]+", lambda word, n=letters: word[0][:n], label) for label in labels]
-            if len(set(cut)) == len(set(labels)):
-                return cut, ".".join(shared)
-    return labels, ".".join(shared)
-
-
-def layer_axis(axis, names: list[str], inches: float) -> None:
-    """Name the layers on an axis (`axes.xaxis` or `axes.yaxis`) of this length, leaving out what would overlap."""
-    labels, prefix = short_layer_names(names)
-    step = max(1, math.ceil(len(names) * 1.35 * LAYER_LABEL_SIZE / 72 / inches))
-    upright = {"rotation": 90} if axis.axis_name == "x" else {}
-    axis.set_ticks(range(0, len(names), step), labels[::step], fontsize=LAYER_LABEL_SIZE, **upright)
-    axis.set_label_text(f"layer ({prefix}.*)" if prefix else "layer")
-    axis.grid(False)
-
-
-def layer_figure_width(names) -> float:
-    return COLUMN_WIDTH if len(names) <= 24 else TEXT_WIDTH
-
-
-def signed_log_axis(axes, which: str, values) -> None:
-    """Logarithmic on both sides of zero, straight between.
-
-    The threshold is the lower quartile of the magnitudes, at most four decades below the largest.
-    """
-    sizes = np.abs(values[np.isfinite(values) & (values != 0)])
-    if sizes.size:
-        _symlog(axes, which, max(np.quantile(sizes, 0.25), sizes.max() * 1e-4), sizes.max())
-
-
-def positive_log_axis(axes, which: str, values) -> None:
-    """Logarithmic, with a place for exact zeros (dead layers) below the smallest positive value."""
-    values = values[np.isfinite(values)]
-    positive = values[values > 0]
-    if positive.size == values.size:
-        getattr(axes, f"set_{which}scale")("log")
-    elif positive.size:
-        threshold = _symlog(axes, which, max(positive.min(), positive.max() * 1e-8), positive.max())
-        getattr(axes, f"set_{which}lim")(-0.3 * threshold, 2 * positive.max())
-
-
-def _symlog(axes, which, threshold, largest):
-    """Set a symmetric logarithmic scale with at most four ticks a side, none near zero; return its threshold."""
-    first, last = math.floor(math.log10(threshold)), math.ceil(math.log10(largest))
-    getattr(axes, f"set_{which}scale")("symlog", linthresh=10.0**first, linscale=max(0.5, (last - first) / 6))
-    powers = 10.0 ** np.arange(first, last + 1, max(1, math.ceil((last - first) / 3)))
-    axis = getattr(axes, f"{which}axis")
-    axis.set_major_locator(FixedLocator([*-powers, 0, *powers]))
-    axis.set_minor_locator(NullLocator())
-    return 10.0**first
+from taylor_pruning.report.figures import (
+    BLACK,
+    BLUE,
+    COLUMN_WIDTH,
+    GREY,
+    KEPT,
+    METHODS,
+    REMOVED,
+    SKY_BLUE,
+    STAGE_COLOURS,
+    STAGE_TICKS,
+    TEXT_WIDTH,
+    layer_axis,
+    layer_figure_width,
+    positive_log_axis,
+    saved_figure,
+    signed_log_axis,
+)
+from taylor_pruning.report.tables import numbers
 
 
 def write_experiment_plots(results: dict, folder) -> list[Path]:

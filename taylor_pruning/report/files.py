@@ -1,0 +1,39 @@
+"""Results as strict JSON, written whole or not at all."""
+
+import json
+import math
+import os
+
+import numpy as np
+
+from taylor_pruning.errors import atomic_path
+
+
+def plain(value):
+    """`value` as JSON can hold it: NaN and infinities become None, arrays lists, numpy scalars numbers, paths text.
+
+    Raises TypeError for everything else that JSON does not know.
+    """
+    if isinstance(value, dict):
+        return {key if isinstance(key, str) else str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, (np.ndarray, np.generic)):
+        return plain(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if value is None or isinstance(value, (str, int)):
+        return value
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON: {value!r}")
+
+
+def write_json(path, value) -> None:
+    """Write `value` as strict JSON, keys in the order they were put in (the layers' order carries meaning).
+
+    Paths that are not UTF-8 reach Python as lone surrogates; they are written, and come back, as JSON's escapes.
+    """
+    text = json.dumps(plain(value), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")

@@ -1,0 +1,208 @@
+"""Plots that compare the cells of a sweep (report.sweep_numbers), as PNG and PDF."""
+
+import math
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.patches import Patch
+
+from taylor_pruning.report.figures import COLUMN_WIDTH, DENSE, METHODS, TEXT_WIDTH, layer_axis, saved_figure
+from taylor_pruning.report.sweep_numbers import (
+    COSTS,
+    WHEN,
+    Estimate,
+    cells_by_method,
+    estimate_of,
+    final_moment,
+    finished_cells,
+    methods_of,
+    percentages_of,
+    reduction_of,
+    removed_label,
+    stage_at,
+)
+from taylor_pruning.report.tables import cost_unit, numbers
+
+
+def _method_lines(axes, sweep, x_of, y_of, dodge=0.0):
+    """A line a method with error bars, broken where a percentage has no finished cell.
+
+    `x_of` and `y_of` map (percentage, cells) to an Estimate; `dodge` is the step in x between neighbouring methods.
+    """
+    groups, methods = cells_by_method(sweep), methods_of(sweep)
+    for place, method in enumerate(methods):
+        style = METHODS[method]
+        points = [(p, groups.get((p, method), [])) for p in percentages_of(sweep)]
+        x, y = [x_of(*point) for point in points], [y_of(*point) for point in points]
+        if not any(estimate.seeds for estimate in y):
+            continue
+        error = {name: numbers(estimate.sd for estimate in axis) for name, axis in (("xerr", x), ("yerr", y))}
+        error = {name: np.nan_to_num(sd) for name, sd in error.items() if (sd > 0).any()}
+        axes.errorbar(numbers(e.mean for e in x) + dodge * (place - (len(methods) - 1) / 2), numbers(e.mean for e in y),
+                      **error, color=style.colour, marker=style.marker, linestyle=style.line, label=style.label,
+                      capsize=1.5, elinewidth=0.8, zorder=3 if method.startswith("order") else 2)  # fmt: skip
+
+
+def _exactly(percentage, cells):
+    return Estimate(percentage, math.nan, len(cells))
+
+
+def _shared_legend(figure, panels):
+    handles = {text: handle for axes in panels for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
+    rows = math.ceil(len(handles) / int(figure.get_figwidth() / 1.3))
+    columns = math.ceil(len(handles) / rows)
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=columns, columnspacing=1)
+
+
+def _percentage_axis(axes, sweep):
+    ticks = percentages_of(sweep)
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_xlabel(f"{removed_label(sweep)} (%)")
+
+
+def _plot_accuracy(sweep, paths):
+    moments = ["before", "after"] if final_moment(sweep) == "after" else ["before"]
+    # side by side, or the error bars of methods that lie together hide each other
+    percentages = percentages_of(sweep)
+    several = any(len(cells) > 1 for cells in cells_by_method(sweep).values())
+    dodge = 0.007 * ((percentages[-1] - percentages[0]) or 10) if several else 0.0
+    with saved_figure(*paths, width=TEXT_WIDTH if len(moments) > 1 else COLUMN_WIDTH, height=3.0) as figure:
+        panels = figure.subplots(1, len(moments), squeeze=False)[0]
+        for axes, when in zip(panels, moments, strict=True):
+            if sweep["dense"].get("top1") is not None:
+                axes.axhline(sweep["dense"]["top1"], color=DENSE, linestyle="--", linewidth=0.8, label="dense")
+            _method_lines(axes, sweep, _exactly, lambda _, cells, at=when: estimate_of(cells, "top1", at), dodge)
+            _percentage_axis(axes, sweep)
+            axes.set_title(WHEN[when])
+        panels[0].set_ylabel("top-1 (%)")
+        _shared_legend(figure, panels)
+
+
+def _plot_cost(sweep, paths):
+    when = final_moment(sweep)
+    units = {"macs": cost_unit(sweep["dense"].get("macs")), "parameters": ("M", 1e6)}
+    with saved_figure(*paths, width=TEXT_WIDTH, height=3.0) as figure:
+        panels = figure.subplots(1, 2, sharey=True)
+        for axes, (key, (unit, size)) in zip(panels, units.items(), strict=True):
+
+            def cost(_, cells, key=key, size=size):
+                return Estimate.of(numbers(stage_at(cell, when).get(key) for cell in cells) / size)
+
+            (x, y) = numbers([sweep["dense"].get(key), sweep["dense"].get("top1")])
+            axes.plot(x / size, y, "*", color=DENSE, markersize=8, linestyle="", label="dense")
+            _method_lines(axes, sweep, cost, lambda _, cells: estimate_of(cells, "top1", when))
+            axes.set_xlabel(f"{COSTS[key]} ({unit})")
+        panels[0].set_ylabel(f"top-1 {WHEN[when]} (%)")
+        _shared_legend(figure, panels)
+
+
+def _plot_size(sweep, paths):
+    """Size reduction, and beneath it what it exceeds the removed percentage by, as the lines lie close together."""
+    when = final_moment(sweep)
+    percentages = percentages_of(sweep)
+
+    def reduction(_, cells):
+        return reduction_of(sweep, cells, "file_bytes", when)
+
+    def excess(percentage, cells):
+        saved = reduction(percentage, cells)
+        return Estimate(saved.mean - percentage, saved.sd, saved.seeds)
+
+    with saved_figure(*paths, height=4.4) as figure:
+        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
+        _method_lines(upper, sweep, _exactly, reduction)
+        _method_lines(lower, sweep, _exactly, excess)
+        upper.plot(percentages, percentages, color=DENSE, linewidth=0.7, label=removed_label(sweep), zorder=1)
+        lower.axhline(0, color=DENSE, linewidth=0.7)
+        _percentage_axis(lower, sweep)
+        upper.set_ylabel("size reduction (%)")
+        lower.set_ylabel(f"above {removed_label(sweep)}\n(points)")
+        _shared_legend(figure, [upper])
+
+
+def _plot_layers(sweep, paths):
+    """Heat map layer x percentage of the filters kept, a panel an order (a method where no order was run)."""
+    groups = cells_by_method(sweep)
+    finished = [method for method in methods_of(sweep) if any(m == method for _, m in groups)]
+    methods = [method for method in finished if method.startswith("order")] or finished
+    layers = next(cell["layers"] for cell in finished_cells(sweep) if cell["layers"])
+    percentages = percentages_of(sweep)
+    width = TEXT_WIDTH if len(methods) > 1 else COLUMN_WIDTH
+    height = float(np.clip(0.14 * len(layers), 1.6, 6.5))
+    with saved_figure(*paths, width=width, height=height + 0.9) as figure:
+        panels = figure.subplots(1, len(methods), sharey=True, squeeze=False)[0]
+        colours = matplotlib.colormaps["viridis"].with_extremes(bad="#d9d9d9")
+        for axes, method in zip(panels, methods, strict=True):
+            kept = np.array([_kept(groups.get((percentage, method), []), layers) for percentage in percentages]).T
+            image = axes.imshow(kept, aspect="auto", vmin=0, vmax=100, cmap=colours, interpolation="nearest")
+            axes.set_xticks(range(len(percentages)), [f"{percentage:g}" for percentage in percentages])
+            axes.set_xlabel(f"{removed_label(sweep)} (%)")
+            axes.set_title(METHODS[method].label)
+            axes.grid(False)
+        layer_axis(panels[0].yaxis, list(layers), height)
+        for axes in panels[1:]:
+            axes.tick_params(labelleft=False)
+        figure.colorbar(image, ax=panels, label="filters kept (%)", fraction=0.05, aspect=30)
+        figure.legend(handles=[Patch(color="#d9d9d9", label="protected or not run")], loc="outside upper center")
+
+
+def _kept(cells, layers):
+    """Share of the filters kept in per cent, mean over cells [layers]; NaN where protected or not run."""
+    filters = numbers(layer["filters"] for layer in layers.values())
+    kept = [numbers(cell["layers"][name]["kept"] for name in layers) for cell in cells]
+    protected = [layer.get("reason") is not None for layer in layers.values()]
+    return np.where(protected, math.nan, 100 * np.mean(kept, axis=0) / filters if kept else math.nan)
+
+
+def _plot_fine_tuning(sweep, paths):
+    """Top-1 over the epochs, a panel a percentage; epoch 0 is the network as it goes into fine-tuning."""
+    groups = {key: [cell for cell in cells if cell["fine_tuning"]] for key, cells in cells_by_method(sweep).items()}
+    percentages = sorted({percentage for (percentage, _), cells in groups.items() if cells})
+    columns = 2 if len(percentages) in (2, 4) else min(3, len(percentages))
+    rows = math.ceil(len(percentages) / columns)
+    with saved_figure(*paths, width=COLUMN_WIDTH if columns == 1 else TEXT_WIDTH, height=2.1 * rows + 0.7) as figure:
+        panels = figure.subplots(rows, columns, sharex=True, squeeze=False)
+        for axes, percentage in zip(panels.flat, percentages, strict=False):
+            if sweep["dense"].get("top1") is not None:
+                axes.axhline(sweep["dense"]["top1"], color=DENSE, linestyle="--", linewidth=0.8, label="dense")
+            for (p, method), cells in groups.items():
+                if p == percentage and cells:
+                    _curve(axes, cells, METHODS[method])
+            axes.set_title(f"{percentage:g} % of the {removed_label(sweep)}")
+            axes.xaxis.get_major_locator().set_params(integer=True, nbins=5)
+        for axes in panels.flat[len(percentages) :]:
+            axes.remove()
+        for axes in panels.flat[max(0, len(percentages) - columns) : len(percentages)]:
+            axes.set_xlabel("epoch")
+            axes.tick_params(labelbottom=True)
+        for axes in panels[:, 0]:
+            axes.set_ylabel("top-1 (%)")
+        _shared_legend(figure, panels.flat[: len(percentages)])
+
+
+def _curve(axes, cells, style):
+    """Mean over seeds, and a band of one standard deviation where there are several."""
+    runs = [[stage_at(cell, "before").get("top1"), *(epoch["top1"] for epoch in cell["fine_tuning"])] for cell in cells]
+    epochs = range(max(map(len, runs)))
+    points = [Estimate.of([run[epoch] for run in runs if epoch < len(run)]) for epoch in epochs]
+    mean, sd = (numbers(getattr(point, name) for point in points) for name in ("mean", "sd"))
+    axes.plot(epochs, mean, color=style.colour, linestyle=style.line, marker=style.marker if len(mean) <= 12 else None,
+              markersize=2.5, label=style.label)  # fmt: skip
+    axes.fill_between(epochs, mean - sd, mean + sd, color=style.colour, alpha=0.2, linewidth=0)
+
+
+def write_sweep_plots(sweep: dict, folder: Path) -> list[Path]:
+    """Write the plots of what the cells have (finished cells, layers, fine-tuning) into `folder`; return their paths."""
+    done, plots, paths = finished_cells(sweep), {}, []
+    if done:
+        plots |= {"accuracy": _plot_accuracy, "accuracy_against_cost": _plot_cost, "size_reduction": _plot_size}
+    if any(cell["layers"] for cell in done):
+        plots["filters_kept"] = _plot_layers
+    if any(cell["fine_tuning"] for cell in done):
+        plots["fine_tuning"] = _plot_fine_tuning
+    for name, plot in plots.items():
+        files = [folder / f"{name}.{suffix}" for suffix in ("png", "pdf")]
+        plot(sweep, files)
+        paths += files
+    return paths
