@@ -29,10 +29,11 @@ from taylor_pruning.checks import check_weights, read_batch
 from taylor_pruning.errors import InputError, one_of
 from taylor_pruning.experiment.settings import TAYLOR_ORDERS, PruningSettings
 from taylor_pruning.first_batch import device_of
+from taylor_pruning.scoring.collected import Collected
 from taylor_pruning.scoring.estimates import channel_estimates
 from taylor_pruning.scoring.flow import relative_flow, weigh
 from taylor_pruning.scoring.probes import cross_entropy, probe_derivatives
-from taylor_pruning.scoring.taylor import collect_directions
+from taylor_pruning.scoring.taylor import Directions, collect_directions
 from taylor_pruning.selection.greedy import Ledger, Selection, require_units, select_by_score, select_jointly
 from taylor_pruning.surgery.graph import ChannelGraph
 
@@ -90,19 +91,10 @@ class EnhancedFilterPruner:
         self.model = self.graph.model
         check_weights(self.model)
         require_units(self.graph)
-        self.curvature_path, self.curvature_reason = self._choose_curvature(settings.curvature)
+        self.curvature_path, self.curvature_reason = choose_curvature(self.graph, settings.curvature, loss)
         if loss is not cross_entropy and (settings.selection != "independent" or self.curvature_path == "exact"):
             raise InputError("a loss other than cross-entropy needs selection='independent' and curvature='hvp'")
-        self.directions = self.probed = self.predicted_loss_change = self.layer_bound_held = None
-        self.repairs = False
-
-    def _choose_curvature(self, curvature):
-        smooth = ", ".join(self.graph.smooth_operations)
-        if curvature != "auto":
-            return curvature, "as asked"
-        if self.loss is not cross_entropy:
-            return "hvp", "the loss is not cross-entropy"
-        return ("hvp", f"the network has {smooth}") if smooth else ("exact", "the network is piecewise linear")
+        self.collected = self.predicted_loss_change = self.layer_bound_held = None
 
     # -- collecting --------------------------------------------------------------------------------------------------
 
@@ -129,21 +121,22 @@ class EnhancedFilterPruner:
         if compensation and self.loss is not cross_entropy:
             raise InputError("scores behind compensation need the cross-entropy; rank without compensation batches")
         batches, compensation, settings = self._read(batches), self._read(compensation or ()), self.settings
-        self.repairs, self.directions, self.probed = bool(compensation), None, None
+        directions = probed = None
+        repairs, by_probes = bool(compensation), self.curvature_path == "hvp" and not compensation
         if self.loss is cross_entropy:
-            self.directions = collect_directions(
+            directions = collect_directions(
                 self.model,
                 self.graph,
                 batches,
                 settings.class_probes,
                 progress=self.progress,
                 want_flow=self.use_gradient_flow,
-                estimates=channel_estimates(self.model, self.graph, compensation) if self.repairs else None,
-                reference=(reference or self.model) if self.repairs else None,
+                estimates=channel_estimates(self.model, self.graph, compensation) if repairs else None,
+                reference=(reference or self.model) if repairs else None,
                 seed=settings.seed,
             )
-        if self._needs_probes(self.taylor_order):
-            self.probed = probe_derivatives(
+        if directions is None or (by_probes and self.taylor_order > 1):
+            probed = probe_derivatives(
                 self.model,
                 self.graph,
                 batches,
@@ -153,25 +146,17 @@ class EnhancedFilterPruner:
                 seed=settings.seed,
                 progress=self.progress,
             )
+        self.collected = Collected(directions, probed, repairs, by_probes)
         return self
 
     def _read(self, batches):
         device = device_of(self.model)
         return [read_batch(batch, f"calibration batch {number}", device) for number, batch in enumerate(batches)]
 
-    def _needs_probes(self, order):
-        if self.loss is not cross_entropy:
-            return True
-        return self.curvature_path == "hvp" and order > 1 and not self.repairs
-
     def provides(self, taylor_order: int, use_gradient_flow: bool = False) -> bool:
         """Whether `rank` has collected what `with_order` needs for that order."""
         one_of("taylor_order", taylor_order, TAYLOR_ORDERS)
-        if use_gradient_flow and (self.directions is None or self.directions.flow is None):
-            return False
-        if not self._needs_probes(taylor_order):
-            return self.directions is not None
-        return self.probed is not None and (taylor_order < 3 or self.probed.t is not None)
+        return self.collected is not None and self.collected.provides(taylor_order, use_gradient_flow)
 
     def with_order(self, taylor_order: int, use_gradient_flow: bool = False) -> "EnhancedFilterPruner":
         """A pruner of another order that shares what this one has collected. Raises InputError if that does not suffice."""
@@ -187,39 +172,19 @@ class EnhancedFilterPruner:
 
     def scores(self, order: int | None = None) -> Tensor:
         """[units] estimated signed loss change (nats) of removing each unit alone; `order` defaults to `taylor_order`."""
-        order = order or self.taylor_order
-        self._check_ranked(order)
-        if self.directions is None:
-            return self._probed_scores(order)
-        scores, correction = self._directions(order).scores(order).double().cpu(), self._correction(order)
-        return scores if correction is None else scores + correction
+        return self._collected(order or self.taylor_order).scores(order or self.taylor_order)
 
-    def _check_ranked(self, order):
-        if self.directions is None and self.probed is None:
+    @property
+    def directions(self) -> Directions | None:
+        """What `rank` collected under cross-entropy, None for another loss."""
+        return self._collected(1).directions
+
+    def _collected(self, order):
+        if self.collected is None:
             raise InputError("call rank(batches) first")
         if not self.provides(order):
             raise InputError(f"order {order} was not collected; rank with taylor_order={order}")
-
-    def _directions(self, order):
-        return dataclasses.replace(self.directions, own_targets=self.repairs and order > 1)
-
-    def _probed_scores(self, order):
-        score = -self.probed.phi
-        if order >= 2:
-            score = score + self.probed.h / 2
-        if order == 3:
-            score = score - self.probed.t / 6
-        return score.cpu()
-
-    def _correction(self, order):
-        """[units] or None: what the probes add to the directions' h and t, the curvature of the network itself."""
-        if self.directions is None or not self._needs_probes(order):
-            return None
-        _, h, t = self.directions.moments(order=order)
-        correction = (self.probed.h - h.double().mean(0)) / 2
-        if order == 3:
-            correction = correction - (self.probed.t - t.double().mean(0)) / 6
-        return correction.cpu()
+        return self.collected
 
     def criterion(self) -> tuple[Tensor, str]:
         """What one-by-one selection goes by, low scores first, and what it is.
@@ -230,18 +195,12 @@ class EnhancedFilterPruner:
         Returns:
             [units] scores, and their name with its unit.
         """
-        self._check_ranked(self.taylor_order)
         if self.taylor_order > 1:
             scores, name = self.scores(), "estimated loss change (nats)"
         else:
-            scores, name = self._squared_first_order(), "mean squared first-order term (nats²)"
+            scores, name = self._collected(1).squared_first_order(), "mean squared first-order term (nats²)"
         weights = self.flow_weights()
         return (scores, name) if weights is None else (weigh(scores, weights), f"{name}, weighed by gradient flow")
-
-    def _squared_first_order(self):
-        if self.directions is None:
-            raise InputError("order 1 selects by per-sample terms, which need the cross-entropy; use order 2")
-        return self.directions.moments(order=1)[0].double().square().mean(0).cpu()
 
     def by_filter(self, values: Tensor) -> dict[str, Tensor]:
         """[units] values as {layer: [filters]}: a filter has the value of its unit, nan where it is protected."""
@@ -273,12 +232,14 @@ class EnhancedFilterPruner:
         """
         if self.taylor_order == 1 and self.loss is cross_entropy:
             return {"path": None, "reason": "order 1 uses no second derivative", "sampled": None, "h_error": None}
-        path, reason = ("exact", REPAIRED) if self.repairs else (self.curvature_path, self.curvature_reason)
+        collected, path, reason = self._collected(self.taylor_order), self.curvature_path, self.curvature_reason
+        if collected.behind_repair:
+            path, reason = "exact", REPAIRED
         return {
             "path": path,
             "reason": reason,
-            "sampled": self.directions.sampled_curvature if self.directions else None,
-            "h_error": self.probed.h_error.mean().item() if path == "hvp" else None,
+            "sampled": collected.directions.sampled_curvature if collected.directions else None,
+            "h_error": collected.probed.h_error.mean().item() if path == "hvp" else None,
         }
 
     # -- selection ---------------------------------------------------------------------------------------------------
@@ -305,21 +266,61 @@ class EnhancedFilterPruner:
 
     def select(self, percentage: float, ledger: Ledger | None = None) -> list[int]:
         """Like `get_pruning_plan`; returns the indices of the chosen units."""
-        order = self.taylor_order
-        self._check_ranked(order)
+        order, mode = self.taylor_order, self.settings.selection
+        collected = self._collected(order)
         selection = Selection(self.graph, percentage, self.settings.constraints, ledger)
-        mode = self.settings.selection
-        if order > 1 and (mode == "joint" or (mode == "auto" and not self.repairs)):
-            directions, correction = self._directions(order), self._correction(order)
+        if order > 1 and (mode == "joint" or (mode == "auto" and not collected.behind_repair)):
+            directions, correction = collected.of_order(order), collected.correction(order)
             chosen = select_jointly(selection, directions, order, correction, self.flow_weights())
         else:
             chosen = select_by_score(selection, self.criterion()[0])
-        self.predicted_loss_change = self._predicted(chosen) if order > 1 and self.directions else None
+        self.predicted_loss_change = collected.predicted_loss_change(chosen, order)
         self.layer_bound_held = selection.bound_held
         return chosen
 
-    def _predicted(self, chosen):
-        """Mean loss change (nats) of removing the chosen units together, to first order in the network."""
-        shift, correction = self.directions.coordinates[:, chosen].sum(1), self._correction(self.taylor_order)
-        change = self._directions(self.taylor_order).loss_change_at(shift)
-        return change if correction is None else change + correction[chosen].sum().item()
+
+def choose_curvature(graph: ChannelGraph, curvature: str, loss: Callable = cross_entropy) -> tuple[str, str]:
+    """How second and third derivatives are computed, "exact" or "hvp", and why (see PruningSettings)."""
+    smooth = ", ".join(graph.smooth_operations)
+    if curvature != "auto":
+        return curvature, "as asked"
+    if loss is not cross_entropy:
+        return "hvp", "the loss is not cross-entropy"
+    return ("hvp", f"the network has {smooth}") if smooth else ("exact", "the network is piecewise linear")
+
+
+class Rankings:
+    """Rankings of the networks of one experiment. That of the dense network is kept: orders share what they can of it.
+
+    Args:
+        graph: ChannelGraph of the dense network.
+        calibration, compensation: lists of batches (images, labels), see `EnhancedFilterPruner.rank`.
+    """
+
+    def __init__(
+        self, graph: ChannelGraph, calibration: list, compensation: list, settings: PruningSettings, progress: bool
+    ):
+        self.graph, self.settings, self.progress = graph, settings, progress
+        self.calibration, self.compensation, self._dense = calibration, compensation, {}
+
+    def of(
+        self, model: nn.Module, order: int, use_gradient_flow: bool = False, repairs: bool = False
+    ) -> EnhancedFilterPruner:
+        """A pruner that has ranked `model`; with `repairs` it scores what compensation cannot repair."""
+        if model is not self.graph.model:
+            return self._ranked(model, order, use_gradient_flow, repairs)
+        ranked = self._dense.get(repairs)
+        if ranked is None or not ranked.provides(order, use_gradient_flow):
+            ranked = self._dense[repairs] = self._ranked(model, order, use_gradient_flow, repairs)
+        return ranked.with_order(order, use_gradient_flow)
+
+    def _ranked(self, model, order, use_gradient_flow, repairs):
+        pruner = EnhancedFilterPruner(model, self.calibration[0][0][:1], order, use_gradient_flow, settings=self.settings,
+                                      graph=self.graph_of(model), progress=self.progress)  # fmt: skip
+        return pruner.rank(self.calibration, self.compensation if repairs else None, self.graph.model)
+
+    def graph_of(self, model: nn.Module) -> ChannelGraph:
+        """The ChannelGraph of the dense network or of one cut from it, with the settings' excluded layers."""
+        if model is self.graph.model:
+            return self.graph
+        return ChannelGraph(model, self.calibration[0][0][:1], self.settings.exclude, self.settings.prune_linear)

@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from EnhancedFilterPruner import ChannelGraph, EnhancedFilterPruner
+from EnhancedFilterPruner import ChannelGraph, Rankings
 from GradientFlowAnalyzer import GradientFlowAnalyzer
 from taylor_pruning.errors import InputError, one_of
 from taylor_pruning.experiment.checkpoint import RoundsCheckpoint, RoundsState
@@ -38,13 +38,12 @@ from taylor_pruning.experiment.results import (
     flow_with_kept,
     flow_with_stage,
     layer_table,
-    loss_changes,
     plain_scores,
     ranking_of,
     remaining,
     removed,
+    round_record,
 )
-from taylor_pruning.experiment.sampling import first_images, spread_images
 from taylor_pruning.experiment.settings import TAYLOR_ORDERS, PruningSettings
 from taylor_pruning.first_batch import Batches, check_inputs, check_training, device_of
 from taylor_pruning.repair.compensation import compensate
@@ -53,13 +52,11 @@ from taylor_pruning.selection.baselines import baseline_scores
 from taylor_pruning.selection.greedy import Ledger, Selection, check_reachable, select_by_score
 from taylor_pruning.surgery.wrappers import unwrapped
 from taylor_pruning.training.distributed import broadcast_object, broadcast_state, check_equal_shapes, is_main
-from taylor_pruning.training.fine_tuning import Accuracy, Recipe, evaluate, fine_tune, reestimate_batchnorm, train_steps
-from taylor_pruning.training.predictions import Comparison
-from taylor_pruning.training.profile import profile
+from taylor_pruning.training.fine_tuning import Accuracy, Recipe, fine_tune, reestimate_batchnorm, train_steps
+from taylor_pruning.training.measuring import Measuring
+from taylor_pruning.training.sampling import first_images
 
 __all__ = ["EnhancedPruning", "InputError", "PruningResult", "PruningSettings", "load_pruned", "save_pruned"]
-
-MONITOR_IMAGES = 500  # validation images on which every round is evaluated
 
 
 class EnhancedPruning:
@@ -68,8 +65,7 @@ class EnhancedPruning:
     Args:
         model: classifier that `torch.fx` can trace.
         train_loader, val_loader: iterables with a length of (images [B, C, H, W], labels [B]) on the model's device.
-        calibration: list of such batches for scoring; default: `calibration_samples` images from
-            `train_loader`.
+        calibration: list of such batches for scoring; default: `calibration_samples` images from `train_loader`.
         compensation: list of such batches for compensation; default: `calibration`.
         dense_stage: the dense network's stage where it is known already.
         settings, recipe: PruningSettings, training.fine_tuning.Recipe.
@@ -107,12 +103,12 @@ class EnhancedPruning:
         if compensation:
             self.compensation = list(Batches(compensation, "the compensation images", device))
         self.example = self.calibration[0][0][:1]
-        self.monitor = spread_images(self.val_loader, MONITOR_IMAGES)
         self.graph = ChannelGraph(self.model, self.example, self.settings.exclude, self.settings.prune_linear)
-        self.comparison = Comparison(self.model, self.calibration)
-        self._dense_stage, self._dense_pruners = dense_stage, {}
-
-    # -- the whole experiment ----------------------------------------------------------------------------------------
+        amp = self.recipe.resolved(device).amp if self.recipe.amp_validation else None
+        self.measuring = Measuring(self.model, self.val_loader, self.calibration, amp=amp, progress=progress)
+        self.rankings = Rankings(self.graph, self.calibration, self.compensation, self.settings, progress)
+        self._dense_stage = dense_stage
+        self.teacher = self.model if self.recipe.distillation_weight else None
 
     def run_full_pruning(
         self,
@@ -187,12 +183,12 @@ class EnhancedPruning:
         """Like `prune` by a published criterion (selection.baselines): one shot, no layer bound and no repair."""
         constraints = dataclasses.replace(self.settings.constraints, layer_bound=None)
         selection, seconds = Selection(self.graph, pruning_percentage, constraints), Stopwatch({})
-        scores = baseline_scores(name, self.graph, self.dense_pruner(1).directions, self.settings.seed)
+        scores = baseline_scores(name, self.graph, self.rankings.of(self.model, 1).directions, self.settings.seed)
         seconds.lap("score")
         kept = remaining(all_filters(self.graph), self.graph.plan_of(select_by_score(selection, scores)))
         model = self.graph.remove(removed(self.graph, kept))
         seconds.lap("surgery")
-        ranking = {"scores": plain_scores(self.dense_pruner(1).by_filter(scores)), "criterion": name}
+        ranking = {"scores": plain_scores(self.rankings.of(self.model, 1).by_filter(scores)), "criterion": name}
         return self._result(RoundsState(model, kept, [], seconds.total, ranking=ranking))
 
     def fine_tune(
@@ -224,32 +220,18 @@ class EnhancedPruning:
         if self.settings.reestimate_batchnorm:
             reestimate_batchnorm(model, self.calibration)
             before = None
-        history = fine_tune(
-            model,
-            self.train_loader,
-            self.val_loader,
-            recipe,
-            teacher=self._teacher,
-            before=before,
-            checkpoint=checkpoint,
-            resume=resume,
-            progress=self.progress,
-        )
-        stages = [*result.stages, self.stage("fine-tuned", model, time.perf_counter() - start, history.best)]
+        history = fine_tune(model, self.train_loader, self.val_loader, recipe, teacher=self.teacher, before=before,
+                            checkpoint=checkpoint, resume=resume, progress=self.progress)  # fmt: skip
+        stages = [*result.stages, self.measuring.stage("fine-tuned", model, time.perf_counter() - start, history.best)]
         flow = result.gradient_flow and flow_with_stage(result.gradient_flow, "fine-tuned", self._flow_report(model))
         return dataclasses.replace(
             result, model=model, stages=stages, fine_tuning=history.epochs[1:], gradient_flow=flow
         )
 
-    # -- one round ---------------------------------------------------------------------------------------------------
-
     def _round(self, state, number, percentage, taylor_order, use_gradient_flow):
         """Score the network as it is, select, cut, compensate; returns the next state."""
         seconds, repairs = Stopwatch(state.seconds), self.settings.compensate
-        if state.model is self.model:
-            pruner = self.dense_pruner(taylor_order, use_gradient_flow, repairs)
-        else:
-            pruner = self._ranked(state.model, taylor_order, use_gradient_flow, repairs)
+        pruner = self.rankings.of(state.model, taylor_order, use_gradient_flow, repairs)
         ranking = state.ranking or ranking_of(pruner)
         seconds.lap("score")
         ledger = Ledger.open(self.graph, self.settings.constraints)
@@ -259,28 +241,23 @@ class EnhancedPruning:
         smaller, kept = pruner.graph.remove(plan), remaining(state.kept, plan)
         check_equal_shapes(smaller)
         seconds.lap("surgery")
-        after = {"selection": self._accuracy(smaller), "compensation": None, "training": None}
+        after = {"selection": self.measuring.quick(smaller), "compensation": None, "training": None}
         seconds.lap("evaluate")
         report = None
         if repairs:
             smaller, report = self._compensated(state, smaller, plan, kept)
             seconds.lap("compensate")
-            after["compensation"] = self._accuracy(smaller)
-        losses, before = self.comparison.losses(smaller), state.losses or self.comparison.losses(state.model)
+            after["compensation"] = self.measuring.quick(smaller)
+        losses, before = self.measuring.losses(smaller), state.losses or self.measuring.losses(state.model)
         seconds.lap("evaluate")
-        record = {"round": number, "percentage": percentage, "filters_removed": sum(map(len, plan.values()))}
-        record |= {"layer_bound_held": pruner.layer_bound_held, "compensation": report}
-        record |= loss_changes(
-            pruner.predicted_loss_change, before, losses, "divergence" if repairs else "cross-entropy"
-        )
-        record |= {f"after_{step}": accuracy for step, accuracy in after.items()}
+        record = round_record(number, percentage, pruner, plan, before, losses, after, report)
         return RoundsState(smaller, kept, [*state.rounds, record], seconds.total, losses, ranking)
 
     def _compensated(self, state, smaller, plan, kept):
         """The cut network with new weights, the same in all processes, and the report on every layer."""
         target = self.model
         if self.settings.fine_tune_between:  # see PruningSettings
-            target, kept = state.model, remaining(all_filters(self._graph_of(state.model)), plan)
+            target, kept = state.model, remaining(all_filters(self.rankings.graph_of(state.model)), plan)
         else:
             smaller = self.graph.remove(removed(self.graph, kept))
         report = compensate(target, smaller, self.compensation, kept, progress=self.progress, seed=self.settings.seed)
@@ -293,81 +270,33 @@ class EnhancedPruning:
         if not (state.rounds and steps):
             return state
         seconds, last, model = Stopwatch(state.seconds), state.rounds[-1], copy.deepcopy(state.model)
-        train_steps(
-            model,
-            self.train_loader,
-            self.recipe,
-            steps,
-            loss_before=(last["after_compensation"] or last["after_selection"])["loss"],
-            teacher=self._teacher,
-            round_index=last["round"] - 1,
-            seed=self.settings.seed,
-            description=f"train after round {last['round']}",
-            progress=self.progress,
-        )
+        before = (last["after_compensation"] or last["after_selection"])["loss"]
+        train_steps(model, self.train_loader, self.recipe, steps, loss_before=before, teacher=self.teacher,
+                    round_index=last["round"] - 1, seed=self.settings.seed,
+                    description=f"train after round {last['round']}", progress=self.progress)  # fmt: skip
         seconds.lap("train")
-        rounds = [*state.rounds[:-1], {**last, "after_training": self._accuracy(model)}]
+        rounds = [*state.rounds[:-1], {**last, "after_training": self.measuring.quick(model)}]
         return dataclasses.replace(state, model=model, rounds=rounds, seconds=seconds.total, losses=None)
-
-    @property
-    def _teacher(self):
-        return self.model if self.recipe.distillation_weight else None
-
-    # -- ranking -----------------------------------------------------------------------------------------------------
-
-    def dense_pruner(self, order: int, use_gradient_flow: bool = False, repairs: bool = False) -> EnhancedFilterPruner:
-        """A pruner that has ranked the dense network; orders share one pass over the calibration images where they can.
-
-        Args:
-            repairs: score what compensation cannot repair (EnhancedFilterPruner.rank) instead of the removal alone.
-        """
-        ranked = self._dense_pruners.get(repairs)
-        if ranked is None or not ranked.provides(order, use_gradient_flow):
-            ranked = self._dense_pruners[repairs] = self._ranked(self.model, order, use_gradient_flow, repairs)
-        return ranked.with_order(order, use_gradient_flow)
-
-    def _graph_of(self, model):
-        if model is self.model:
-            return self.graph
-        return ChannelGraph(model, self.example, self.settings.exclude, self.settings.prune_linear)
-
-    def _ranked(self, model, order, use_gradient_flow, repairs):
-        pruner = EnhancedFilterPruner(model, self.example, order, use_gradient_flow, settings=self.settings,
-                                      graph=self._graph_of(model), progress=self.progress)  # fmt: skip
-        return pruner.rank(self.calibration, self.compensation if repairs else None, self.model)
 
     def oracle(self, samples: int) -> dict:
         """Every order's estimates against the true loss changes of random units, see scoring.oracle.judge_estimates."""
-        estimates = {str(order): self.dense_pruner(3).scores(order) for order in TAYLOR_ORDERS}
+        estimates = {str(order): self.rankings.of(self.model, 3).scores(order) for order in TAYLOR_ORDERS}
         return judge_estimates(self.model, self.graph, self.calibration, estimates, samples, self.settings.seed,
                                progress=self.progress)  # fmt: skip
-
-    # -- results -----------------------------------------------------------------------------------------------------
 
     def dense_stage(self) -> dict:
         """The dense network's stage, measured once."""
         if self._dense_stage is None:
-            self._dense_stage = self.stage("dense", self.model)
+            self._dense_stage = self.measuring.stage("dense", self.model)
         return self._dense_stage
-
-    def stage(
-        self, name: str, model: nn.Module, seconds: float | None = None, accuracy: Accuracy | None = None
-    ) -> dict:
-        """Accuracy on the validation images, unless it is known, and profile of one network, as in results.json."""
-        start = time.perf_counter()
-        if accuracy is None:
-            amp = self.recipe.resolved(self.example.device).amp if self.recipe.amp_validation else None
-            accuracy = evaluate(model, self.val_loader, amp=amp, description=name, progress=self.progress)
-        seconds = time.perf_counter() - start if seconds is None else seconds
-        return {"stage": name, **dataclasses.asdict(accuracy), **profile(model, self.example), "seconds": seconds}
 
     def _result(self, state):
         """The PruningResult of a pruned network before fine-tuning."""
         plan, seconds = removed(self.graph, state.kept), state.seconds
-        stages = [self.dense_stage(), self.stage("pruned", self.graph.remove(plan), sum(seconds.values()))]
+        stages = [self.dense_stage(), self.measuring.stage("pruned", self.graph.remove(plan), sum(seconds.values()))]
         for name, step in (("compensated", "compensate"), ("trained", "train")):
             if step in seconds and len(stages) == 2:
-                stages.append(self.stage(name, state.model, seconds[step]))
+                stages.append(self.measuring.stage(name, state.model, seconds[step]))
         result = PruningResult(state.model, stages, state.rounds, layer_table(self.graph, state.kept), plan, seconds)
         result = dataclasses.replace(result, notes=list(self.notes), **state.ranking)
         if result.gradient_flow:
@@ -376,8 +305,6 @@ class EnhancedPruning:
         return result
 
     def _flow_report(self, model):
-        return GradientFlowAnalyzer(model, self.example, self._graph_of(model)).analyze(self.calibration).as_dict()
-
-    def _accuracy(self, model):
-        accuracy = evaluate(model, self.monitor, progress=False)
-        return {"top1": accuracy.top1, "loss": accuracy.loss}
+        return (
+            GradientFlowAnalyzer(model, self.example, self.rankings.graph_of(model)).analyze(self.calibration).as_dict()
+        )

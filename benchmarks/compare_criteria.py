@@ -27,6 +27,7 @@ sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 from cifar_resnets import CIFAR_RESNETS, cifar_resnet
 from measuring import measured, started
 
+from EnhancedFilterPruner import Rankings
 from EnhancedPruning import EnhancedPruning, PruningSettings
 from taylor_pruning.experiment.arguments import add_shared_arguments, new_parser, parse
 from taylor_pruning.experiment.data import calibration_batches, embedded_data, load_image_folder, make_loader
@@ -177,7 +178,7 @@ def single_estimates(pruning, batches, arguments, seed):
     generator = torch.Generator().manual_seed(seed)
     units = torch.randperm(len(pruning.graph.units), generator=generator)[: arguments.true_changes]
     true = true_loss_changes(pruning.model, pruning.graph, batches, units.tolist(), progress=False)
-    ranked = pruning.dense_pruner(3)
+    ranked = pruning.rankings.of(pruning.model, 3)
     estimates = {f"order {order}": ranked.scores(order)[units] for order in (1, 2, 3)}
     for name, criterion in BASELINES.items():
         estimates[name] = criterion(pruning.graph, ranked.directions, seed)[units]
@@ -194,6 +195,11 @@ def single_estimates(pruning, batches, arguments, seed):
     }
 
 
+def fresh(pruning):
+    """Rankings that hold none yet."""
+    return Rankings(pruning.graph, pruning.calibration, pruning.compensation, pruning.settings, progress=False)
+
+
 def costs(pruning, batches):
     """{criterion: (seconds, peak bytes) of scoring over those of one forward+backward pass over the same images}."""
     model = pruning.model.requires_grad_(True)
@@ -204,7 +210,7 @@ def costs(pruning, batches):
         model.zero_grad(set_to_none=True)
 
     seconds, memory = measured(one_pass)
-    parts = {"ours, all orders": lambda: pruning._ranked(model, 3, False, False)}
+    parts = {"ours, all orders": lambda: fresh(pruning).of(model, 3)}
     for name in PEERS if importlib.util.find_spec("torch_pruning") else ():
         parts[name] = lambda name=name: peer_scores(name, model, pruning.graph, batches)
     found = {name: measured(part) for name, part in parts.items()}

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, TensorDataset
 
+from EnhancedFilterPruner import Rankings
 from EnhancedPruning import EnhancedPruning, PruningSettings
 from taylor_pruning.errors import InputError
 from taylor_pruning.experiment.data import TensorImages, make_loader
@@ -170,7 +171,7 @@ def pruned(model, train, val=None, **settings):
 
 def test_everything_is_checked_before_the_dense_network_is_evaluated(images, monkeypatch):
     monkeypatch.setattr(EnhancedPruning, "dense_stage", lambda self: pytest.fail("evaluated"))
-    monkeypatch.setattr(EnhancedPruning, "dense_pruner", lambda self, *args: pytest.fail("scored"))
+    monkeypatch.setattr(Rankings, "of", lambda self, *args: pytest.fail("scored"))
     data = [(images, LABELS)]
     for model, train, val in (
         (network(), data, [(images, LABELS + 1)]),

@@ -107,14 +107,28 @@ def ranking_of(pruner) -> dict:
     }
 
 
-def loss_changes(predicted: float | None, before: dict, after: dict, loss: str) -> dict:
-    """A round's entries about losses (training.predictions.Comparison) before and after it, of which `loss` is kept small."""
+def round_record(number, percentage, pruner, plan, before, after, accuracy, compensation) -> dict:
+    """A round's entry in results.json.
+
+    Args:
+        pruner: EnhancedFilterPruner that made the plan.
+        before, after: losses before and after the round (training.measuring.Measuring.losses).
+        accuracy: {"selection", "compensation", "training": accuracy on the monitored images after it, or None}.
+        compensation: what it did, as a dictionary; None without.
+    """
+    loss = "cross-entropy" if compensation is None else "divergence"
     change = {name: after[name] - before[name] for name in after}
     return {
+        "round": number,
+        "percentage": percentage,
+        "filters_removed": sum(map(len, plan.values())),
+        "layer_bound_held": pruner.layer_bound_held,
         "loss": loss,
-        "predicted_loss_change": predicted,
+        "predicted_loss_change": pruner.predicted_loss_change,
         "measured_loss_change": change[loss],
         "label_loss_change": change["cross-entropy"],
+        **{f"after_{step}": figures for step, figures in accuracy.items()},
+        "compensation": compensation,
     }
 
 

@@ -272,7 +272,7 @@ def test_compensation_fits_to_the_dense_network_or_to_the_trained_one_before_the
                                                               (30, 4, "taylor_order")])  # fmt: skip
 def test_what_cannot_be_pruned_is_refused_before_it_is_scored(progressive, monkeypatch, percentage, order, message):
     pruning = progressive(0)[0]
-    monkeypatch.setattr(pruning, "_ranked", lambda *arguments: pytest.fail("scored"))
+    monkeypatch.setattr(pruning.rankings, "_ranked", lambda *arguments: pytest.fail("scored"))
     with pytest.raises(InputError, match=message):
         pruning.prune(percentage, order)
 

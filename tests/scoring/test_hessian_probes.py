@@ -52,5 +52,5 @@ def test_another_loss_is_scored_by_probes(plain_network, images, labels):
         logits = plain_network(images)
     v = torch.stack([torch.autograd.grad(logits[:, k].sum(), gates, retain_graph=True)[0] for k in range(4)])
     wanted = v.square().sum(0).mean(0)
-    assert ((pruner.probed.h - wanted).abs() <= 4 * pruner.probed.h_error).all()
+    assert ((pruner.collected.probed.h - wanted).abs() <= 4 * pruner.collected.probed.h_error).all()
     assert len(pruner.get_pruning_plan(30))

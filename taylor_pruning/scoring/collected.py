@@ -1,0 +1,84 @@
+"""Scores of all orders from what one pass over the calibration images has collected: directions, probes, or both."""
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from taylor_pruning.errors import InputError
+from taylor_pruning.scoring.probes import ProbedDerivatives
+from taylor_pruning.scoring.taylor import Directions
+
+
+@dataclass
+class Collected:
+    """What a pass has collected.
+
+    Attributes:
+        directions: of the cross-entropy (scoring.taylor); None for another loss.
+        probed: derivatives from random probes (scoring.probes), or None.
+        behind_repair: directions are of what compensation cannot repair, and orders 2 and 3 of the divergence from the
+            network's own predictions; probes are not needed then.
+        by_probes: second and third derivatives are those of the probes, of all that the directions do not see.
+    """
+
+    directions: Directions | None
+    probed: ProbedDerivatives | None
+    behind_repair: bool
+    by_probes: bool
+
+    def provides(self, order: int, flow: bool = False) -> bool:
+        """Whether the scores of that order, and the gradient flow if asked for, can be computed."""
+        if flow and (self.directions is None or self.directions.flow is None):
+            return False
+        if self.directions is not None and not self._needs_probes(order):
+            return True
+        return self.probed is not None and (order < 3 or self.probed.t is not None)
+
+    def _needs_probes(self, order):
+        return self.directions is None or (self.by_probes and order > 1)
+
+    def of_order(self, order: int) -> Directions:
+        """The directions with the loss that the order is of."""
+        return replace(self.directions, own_targets=self.behind_repair and order > 1)
+
+    def scores(self, order: int) -> Tensor:
+        """[units] estimated signed loss change (nats) of removing each unit alone, float64 on the CPU."""
+        if self.directions is None:
+            return self._probed_scores(order)
+        scores, correction = self.of_order(order).scores(order).double().cpu(), self.correction(order)
+        return scores if correction is None else scores + correction
+
+    def _probed_scores(self, order):
+        score = -self.probed.phi
+        if order >= 2:
+            score = score + self.probed.h / 2
+        if order == 3:
+            score = score - self.probed.t / 6
+        return score.cpu()
+
+    def correction(self, order: int) -> Tensor | None:
+        """[units] or None: what the probes add to the directions' h and t, the curvature of the network itself."""
+        if self.directions is None or not self._needs_probes(order):
+            return None
+        _, h, t = self.directions.moments(order=order)
+        correction = (self.probed.h - h.double().mean(0)) / 2
+        if order == 3:
+            correction = correction - (self.probed.t - t.double().mean(0)) / 6
+        return correction.cpu()
+
+    def squared_first_order(self) -> Tensor:
+        """[units] mean squared per-sample first-order term (nats^2). Raises InputError for another loss."""
+        if self.directions is None:
+            raise InputError("order 1 selects by per-sample terms, which need the cross-entropy; use order 2")
+        return self.directions.moments(order=1)[0].double().square().mean(0).cpu()
+
+    def predicted_loss_change(self, chosen: list[int], order: int) -> float | None:
+        """Loss change (nats) of removing the units together, to first order in the network; None for order 1.
+
+        The loss is the cross-entropy with the labels, or behind repair the divergence from the reference's predictions.
+        """
+        if order == 1 or self.directions is None:
+            return None
+        shift, correction = self.directions.coordinates[:, chosen].sum(1), self.correction(order)
+        change = self.of_order(order).loss_change_at(shift)
+        return change if correction is None else change + correction[chosen].sum().item()
