@@ -1,0 +1,273 @@
+"""The pipeline in one process: what a round predicts, measures, records, and how it resumes."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from watching import interrupted_at, without_timings
+
+import EnhancedFilterPruner as EnhancedFilterPruner_module
+import EnhancedPruning as EnhancedPruning_module
+from EnhancedFilterPruner import EnhancedFilterPruner
+from EnhancedPruning import EnhancedPruning, PruningSettings
+from taylor_pruning.errors import InputError
+from taylor_pruning.experiment.data import make_loader
+from taylor_pruning.repair.compensation import CompensationReport
+from taylor_pruning.scoring.taylor import _signs
+from taylor_pruning.training import fine_tuning as FineTuning
+from taylor_pruning.training.fine_tuning import Recipe
+
+
+@pytest.fixture
+def progressive(plain_network, images, labels, monkeypatch):
+    """progressive(steps between the rounds): a pipeline of three rounds, the networks that were trained between the rounds
+    and (target, smaller network, kept filters) of every compensation, which here doubles the first layer's weights."""
+    loader = make_loader(torch.utils.data.TensorDataset(images, labels), 6, shuffle=True)
+    trained, compensations = [], []
+
+    def train_steps(model, *arguments, **keywords):
+        trained.append(model)
+        FineTuning.train_steps(model, *arguments, **keywords)
+
+    def compensate(target, smaller, batches, kept, *, progress, seed):
+        compensations.append((target, copy.deepcopy(smaller), kept))
+        smaller.get_submodule("0").weight.data.mul_(2)
+        return CompensationReport()
+
+    def pipeline(steps):
+        settings = PruningSettings(rounds=3, fine_tune_between=steps)
+        pruning = EnhancedPruning(plain_network, loader, loader, settings=settings, progress=False)
+        return pruning, trained, compensations
+
+    monkeypatch.setattr(EnhancedPruning_module, "train_steps", train_steps)
+    monkeypatch.setattr(EnhancedPruning_module, "compensate", compensate)
+    return pipeline
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_compensation_fits_to_the_dense_network_or_to_the_trained_one_before_the_cut(progressive, steps):
+    """And starts at the weights of that network: fits do not pile up over the rounds."""
+    pruning, trained, compensations = progressive(steps)
+    result = pruning.prune(60, 2)
+    after = [r["after_training"] is not None for r in result.rounds]
+    assert after == [steps > 0, steps > 0, False]  # after every round but the last
+    expected = [pruning.model, *trained] if steps else [pruning.model] * 3
+    for (target, smaller, kept), network in zip(compensations, expected, strict=True):
+        assert target is network
+        for layer in ("0", "4"):
+            weight, source = smaller.get_submodule(layer).weight, target.get_submodule(layer).weight
+            assert len(kept[layer]) == len(weight) and set(kept[layer]) <= set(range(len(source)))
+            if layer == "0":  # its inputs are whole: the kept filters are those of the target
+                assert torch.equal(weight, source[kept[layer]])
+
+
+@pytest.mark.parametrize(("percentage", "order", "message"), [(99, 2, "lower percentage"), (100, 2, "between 0 and 100"),
+                                                              (30, 4, "taylor_order")])  # fmt: skip
+def test_what_cannot_be_pruned_is_refused_before_it_is_scored(progressive, monkeypatch, percentage, order, message):
+    pruning = progressive(0)[0]
+    monkeypatch.setattr(pruning.rankings, "_ranked", lambda *arguments: pytest.fail("scored"))
+    with pytest.raises(InputError, match=message):
+        pruning.prune(percentage, order)
+
+
+@pytest.mark.parametrize(("steps", "compensated"), [(0, True), (3, True), (0, False)])
+def test_predicted_and_measured_loss_change_are_of_one_loss(
+    plain_network, images, labels, steps, compensated, monkeypatch
+):
+    """Behind compensation the divergence from the dense network, also in later rounds; else the loss of the labels."""
+    loader = make_loader(torch.utils.data.TensorDataset(images, labels), 6)
+    settings = PruningSettings(rounds=3, fine_tune_between=steps, compensate=compensated)
+    pruning = EnhancedPruning(plain_network, loader, loader, settings=settings, progress=False)
+    pruners, choose = [], EnhancedFilterPruner.select
+
+    def select(pruner, *arguments):
+        pruners.append((pruner, choose(pruner, *arguments)))
+        return pruners[-1][1]
+
+    monkeypatch.setattr(EnhancedFilterPruner, "select", select)
+    result = pruning.prune(60, 2)
+    dense = plain_network(images).softmax(1)
+
+    def loss(logits):
+        return F.cross_entropy(logits, dense).item() if compensated else F.cross_entropy(logits, labels).item()
+
+    networks = [pruner.model for pruner, _ in pruners]
+    assert networks[0] is plain_network and len(networks) == 3
+    for (pruner, chosen), record in zip(pruners, result.rounds, strict=True):
+        assert record["loss"] == ("divergence" if compensated else "cross-entropy")
+        directions = pruner.directions  # all images, in the order of the loader
+        shift = directions.coordinates[:, chosen].sum(1)
+        assert torch.allclose(directions.logits, pruner.model(images))
+        shifted = directions.logits - torch.einsum("nkr,nr->nk", directions.basis, shift)
+        assert record["predicted_loss_change"] == pytest.approx(loss(shifted) - loss(directions.logits), abs=1e-9)
+    ends = [*networks[1:], result.model]
+    for start, end, record in zip(networks, ends, result.rounds, strict=True):
+        if not steps:  # training changes the network between two rounds
+            assert record["measured_loss_change"] == pytest.approx(loss(end(images)) - loss(start(images)), abs=1e-9)
+            labelled = [F.cross_entropy(model(images), labels).item() for model in (start, end)]
+            assert record["label_loss_change"] == pytest.approx(labelled[1] - labelled[0], abs=1e-9)
+
+
+@pytest.mark.parametrize("compensated", [True, False])
+def test_the_pruned_stage_is_the_plan_without_any_repair(plain_network, images, labels, compensated):
+    loader = make_loader(torch.utils.data.TensorDataset(images, labels), 6)
+    settings = PruningSettings(rounds=3, compensate=compensated)
+    pruning = EnhancedPruning(plain_network, loader, loader, settings=settings, progress=False)
+    result = pruning.prune(60, 2)
+    stage = result.stages[1]
+    loss = F.cross_entropy(pruning.graph.remove(result.plan)(images), labels).item()
+    assert stage["stage"] == "pruned" and stage["loss"] == pytest.approx(loss)
+    if compensated:
+        assert result.stages[2]["loss"] == pytest.approx(F.cross_entropy(result.model(images), labels).item())
+        assert result.stages[2]["loss"] != pytest.approx(loss)
+
+
+@pytest.mark.parametrize("compensated", [True, False])
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_results_hold_the_ranking_that_selected_from_one_pass(
+    silu_network, images, labels, order, compensated, monkeypatch
+):
+    loader = make_loader(torch.utils.data.TensorDataset(images, labels), 6)
+    settings = PruningSettings(rounds=1, compensate=compensated, selection="independent")
+    pruning = EnhancedPruning(silu_network, loader, loader, settings=settings, progress=False)
+    passes = interrupted_at(monkeypatch, EnhancedFilterPruner, "rank", None)
+    probed = interrupted_at(monkeypatch, EnhancedFilterPruner_module, "probe_derivatives", None)
+    result = pruning.prune(40, order, use_gradient_flow=True)
+    assert len(passes) == 1 and len(probed) == (order > 1 and not compensated)
+    path = None if order == 1 else "exact" if compensated else "hvp"
+    assert result.curvature["path"] == path
+    assert (result.curvature["h_error"] is not None) == (path == "hvp")
+    order_of_units = sorted(range(len(pruning.graph.units)), key=lambda u: score_of(result, pruning.graph.units[u]))
+    gone = {u for u, unit in enumerate(pruning.graph.units) if unit.filters[0][1] in result.plan[unit.filters[0][0]]}
+    assert gone == set(order_of_units[: len(gone)]), "the lowest scores are those that went"
+    assert ("nats²" in result.criterion) == (order == 1) and "weighed by gradient flow" in result.criterion
+    assert result.gradient_flow["units"]["score"] == [score_of(result, unit) for unit in pruning.graph.units]
+
+
+def score_of(result, unit):
+    layer, index = unit.filters[0]
+    return result.scores[layer][index]
+
+
+def test_gradient_flow_covers_the_same_layers_before_and_after(plain_network, images, labels):
+    network = nn.Sequential(*plain_network[:-1], nn.Linear(24, 12), nn.ReLU(), nn.Linear(12, 4)).double().eval()
+    loader = make_loader(torch.utils.data.TensorDataset(images, labels), 6)
+    settings = PruningSettings(rounds=1, exclude=("4",), prune_linear=True)
+    pruning = EnhancedPruning(network, loader, loader, settings=settings, recipe=Recipe(epochs=1), progress=False)
+    flow = pruning.fine_tune(pruning.prune(30, 2, use_gradient_flow=True)).gradient_flow
+    measured = {stage: {name for name, values in flow["layers"].items() if values[stage] is not None}
+                for stage in ("dense", "pruned", "fine-tuned")}  # fmt: skip
+    assert measured["dense"] == measured["pruned"] == measured["fine-tuned"] == {"0", "8"}
+
+
+def test_results_say_what_compensation_did_to_every_layer(plain_network, images, labels):
+    network = nn.Sequential(*plain_network[:6], nn.Conv2d(6, 6, 3, groups=6), *plain_network[6:]).double().eval()
+    loader = make_loader(torch.utils.data.TensorDataset(images, labels), 6)
+    pruning = EnhancedPruning(network, loader, loader, settings=PruningSettings(rounds=2), progress=False)
+    for record in pruning.prune(40, 2).rounds:
+        fitted = {layer["name"] for layer in record["compensation"]["layers"]}
+        left_alone = record["compensation"]["left_alone"]
+        assert fitted | left_alone.keys() == {"0", "4", "6", "9"}
+        assert "depthwise" in left_alone["6"]
+        assert all(
+            {"error_before", "error_after", "ridge"} <= layer.keys() for layer in record["compensation"]["layers"]
+        )
+
+
+def test_the_seed_reaches_every_random_draw(silu_network, images, labels, monkeypatch):
+    """Probes, random directions, a fit's images and positions, random scores, dropout."""
+    seeds = set()
+    loader = make_loader(torch.utils.data.TensorDataset(images, labels), 6)
+
+    def spy(name):
+        function = getattr(EnhancedPruning_module, name)
+
+        def call(*arguments, **keywords):
+            seeds.add((name, keywords["seed"] if "seed" in keywords else arguments[-1]))
+            return function(*arguments, **keywords)
+
+        monkeypatch.setattr(EnhancedPruning_module, name, call)
+
+    spy("compensate")
+    spy("baseline_scores")
+    for name in ("collect_directions", "probe_derivatives"):
+        function = getattr(EnhancedFilterPruner_module, name)
+
+        def call(*arguments, name=name, function=function, **keywords):
+            seeds.add((name, keywords["seed"]))
+            return function(*arguments, **keywords)
+
+        monkeypatch.setattr(EnhancedFilterPruner_module, name, call)
+    for compensated in (True, False):
+        settings = PruningSettings(rounds=1, compensate=compensated, seed=7)
+        pruning = EnhancedPruning(silu_network, loader, loader, settings=settings, progress=False)
+        pruning.prune(30, 2)
+        pruning.prune_by_baseline("random", 30)
+    assert seeds == {(n, 7) for n in ("compensate", "baseline_scores", "collect_directions", "probe_derivatives")}
+
+
+def test_random_directions_depend_on_the_seed_and_not_on_the_split():
+    assert not torch.equal(_signs(0, 3, 0, 4, 50), _signs(1, 3, 0, 4, 50))
+    assert torch.equal(_signs(1, 3, 0, 6, 50)[2:], _signs(1, 3, 2, 4, 50))
+
+
+def test_what_lies_between_rounds_is_trained_and_the_last_round_is_not(progressive):
+    pruning, trained, _ = progressive(3)
+    result = pruning.prune(60, 2)
+    assert len(trained) == 2 and [r["after_training"] is not None for r in result.rounds] == [True, True, False]
+    trained.clear()
+    baseline = pruning.prune_by_baseline("magnitude", 60)  # one shot: there is nothing between rounds
+    assert not trained and "train" not in baseline.seconds and baseline.criterion == "magnitude"
+
+
+def test_no_finished_round_of_pruning_is_repeated(plain_network, images, labels, tmp_path, monkeypatch):
+    loader = make_loader(torch.utils.data.TensorDataset(images, labels), 6)
+    settings, checkpoint = PruningSettings(rounds=3), tmp_path / "run.pt"
+
+    def run(percentage=60, order=2, network=plain_network, settings=settings, calibration=None, **keywords):
+        pruning = EnhancedPruning(network, loader, loader, settings=settings, calibration=calibration, progress=False)
+        return pruning.run_full_pruning(percentage, order, fine_tune_epochs=0, checkpoint=checkpoint, **keywords)
+
+    whole = run()
+    other = copy.deepcopy(plain_network)
+    other[0].weight.data[0, 0, 0, 0] += 1
+    refused = {
+        "pruning_percentage was 60, is 30": {"percentage": 30},
+        "taylor_order was 2, is 1": {"order": 1},
+        "the dense network was": {"network": other},
+        "seed was 0, is 1": {"settings": dataclasses.replace(settings, seed=1)},
+        "rounds was 3, is 4": {"settings": dataclasses.replace(settings, rounds=4)},
+        "budget was filters, is macs": {"settings": dataclasses.replace(settings, budget="macs")},
+        "the calibration images was": {"calibration": [(images[:6], labels[:6])]},
+    }
+    written = checkpoint.with_suffix(".rounds").read_bytes()
+    for message, change in refused.items():
+        with pytest.raises(InputError, match=f"another pruning: .*{message}"):
+            run(**change, resume=True)
+    assert checkpoint.with_suffix(".rounds").read_bytes() == written
+    checkpoint.with_suffix(".rounds").write_bytes(b"something else")
+    with pytest.raises(InputError, match="not a checkpoint of pruning rounds"):
+        run(resume=True)
+    rounds = interrupted_at(monkeypatch, EnhancedPruning, "_round", 3)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    broken = run(resume=True)
+    assert [number for _, _, number, *_ in rounds] == [1, 2, 3, 3]
+    assert without_timings(whole.as_dict()) == without_timings(broken.as_dict())
+    ours, theirs = broken.model.state_dict(), whole.model.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_dropout_in_fine_tuning_follows_the_seed(plain_network, images, labels):
+    network = nn.Sequential(*plain_network[:-1], nn.Dropout(0.5), plain_network[-1]).double().eval()
+    loader = make_loader(torch.utils.data.TensorDataset(images, labels), 6)
+    losses = []
+    for seed in (0, 0, 1):
+        settings = PruningSettings(rounds=1, compensate=False, seed=seed)
+        recipe = Recipe(epochs=1, lr=0.1)
+        pruning = EnhancedPruning(network, loader, loader, settings=settings, recipe=recipe, progress=False)
+        losses.append(pruning.run_full_pruning(30, 2).fine_tuning[0]["train_loss"])
+    assert losses[0] == losses[1] != losses[2]

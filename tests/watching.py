@@ -1,0 +1,23 @@
+"""What tests of whole runs share: calls that are recorded or interrupted, results without timings."""
+
+
+def without_timings(value):
+    """results.json without what may differ between two equal runs."""
+    if isinstance(value, dict):
+        varying = ("seconds", "latency_ms", "command", "output_dir", "resume", "file_bytes", "quiet", "git_commit")
+        return {k: without_timings(v) for k, v in value.items() if k not in varying}
+    return [without_timings(v) for v in value] if isinstance(value, list) else value
+
+
+def interrupted_at(patch, owner, name, number):
+    """Ctrl-C in the call of that number; returns the list of the calls' arguments."""
+    function, calls = getattr(owner, name), []
+
+    def call(*arguments, **keywords):
+        calls.append(arguments)
+        if len(calls) == number:
+            raise KeyboardInterrupt
+        return function(*arguments, **keywords)
+
+    patch.setattr(owner, name, call)
+    return calls
