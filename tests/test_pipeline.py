@@ -223,16 +223,20 @@ def test_what_lies_between_rounds_is_trained_and_the_last_round_is_not(progressi
     assert not trained and "train" not in baseline.seconds and baseline.criterion == "magnitude"
 
 
-def test_no_finished_round_of_pruning_is_repeated(plain_network, images, labels, tmp_path, monkeypatch):
-    loader = make_loader(torch.utils.data.TensorDataset(images, labels), 6)
-    settings, checkpoint = PruningSettings(rounds=3), tmp_path / "run.pt"
+@pytest.mark.parametrize("steps", [0, 3])
+def test_no_finished_round_of_pruning_is_repeated(plain_network, images, labels, steps, tmp_path, monkeypatch):
+    """Nor, with training between the rounds, is another order of batches or another mask of dropout drawn."""
+    network = nn.Sequential(*plain_network[:-1], nn.Dropout(0.5), plain_network[-1]).double().eval()
+    data = torch.utils.data.TensorDataset(images, labels)
+    train, val, everything = make_loader(data, 6, shuffle=True), make_loader(data, 6), [(images, labels)]
+    settings, checkpoint = PruningSettings(rounds=3, fine_tune_between=steps), tmp_path / "run.pt"
 
-    def run(percentage=60, order=2, network=plain_network, settings=settings, calibration=None, **keywords):
-        pruning = EnhancedPruning(network, loader, loader, settings=settings, calibration=calibration, progress=False)
+    def run(percentage=60, order=2, network=network, settings=settings, calibration=everything, **keywords):
+        pruning = EnhancedPruning(network, train, val, settings=settings, calibration=calibration, progress=False)
         return pruning.run_full_pruning(percentage, order, fine_tune_epochs=0, checkpoint=checkpoint, **keywords)
 
     whole = run()
-    other = copy.deepcopy(plain_network)
+    other = copy.deepcopy(network)
     other[0].weight.data[0, 0, 0, 0] += 1
     refused = {
         "pruning_percentage was 60, is 30": {"percentage": 30},

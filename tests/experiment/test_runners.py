@@ -209,32 +209,6 @@ def test_a_single_run_killed_in_fine_tuning_resumes_to_the_same_result(finished,
     assert without_timings(whole) == without_timings(resumed)
 
 
-def test_a_progressive_run_interrupted_twice_ends_in_the_same_result(image_folder, tmp_path, monkeypatch):
-    extra = ["--fine-tune-epochs", "1", "--fine-tune-between", "4", "--rounds", "3"]
-    assert single(image_folder, tmp_path / "whole", *extra) == 0
-    folder, train, calls = tmp_path / "broken", EnhancedPruning_module.train_steps, []
-
-    def interrupted(model, *arguments, **keywords):
-        calls.append(keywords["round_index"])
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        train(model, *arguments, **keywords)
-
-    def stop(*arguments, **keywords):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(EnhancedPruning_module, "train_steps", interrupted)
-    with monkeypatch.context() as patch:
-        patch.setattr(EnhancedPruning_module, "fine_tune", stop)
-        assert single(image_folder, folder, *extra) == 130  # between the second round and the third
-        assert single(image_folder, folder, *extra, "--resume", str(folder)) == 130  # before fine-tuning
-    assert single(image_folder, folder, *extra, "--resume", str(folder)) == 0
-    assert calls == [0, 1, 1]  # no finished round is repeated
-    whole, resumed = (json.loads((f / "results.json").read_text()) for f in (tmp_path / "whole", folder))
-    assert without_timings(whole) == without_timings(resumed)
-    assert whole["seconds"]["train"] > 0
-
-
 def test_dense_training_goes_on_at_the_last_finished_epoch(image_folder, tmp_path, monkeypatch):
     extra, folder = ["--train-epochs", "3", "--fine-tune-epochs", "0"], tmp_path / "broken"
     assert single(image_folder, tmp_path / "whole", *extra) == 0
