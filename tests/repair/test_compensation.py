@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from taylor_pruning.repair import compensation as FilterCompensation
 from taylor_pruning.errors import InputError
+from taylor_pruning.repair import compensation as FilterCompensation
 from taylor_pruning.repair.compensation import compensate
 from taylor_pruning.surgery.graph import ChannelGraph
 
@@ -257,7 +257,8 @@ def test_batchnorms_hold_the_statistics_of_their_present_inputs(budget):
 def test_the_budget_is_what_training_on_the_largest_batch_holds():
     """Image, conv, ReLU, conv, BatchNorm, ReLU and linear layer; flatten is a view."""
     model = NETWORKS["plain"]()
-    walk = FilterCompensation._Walk(FilterCompensation._Plan(model, model, {}, images(2)[0][0]), [x for x, _ in images(50)], None)
+    plan = FilterCompensation._Plan(model, model, {}, images(2)[0][0])
+    walk = FilterCompensation._Walk(plan, [x for x, _ in images(50)], None)
     floats = 81 * (3 + 2 * 8 + 3 * 6) + 5
     assert walk._of_training() == 4 * 30 * floats and walk.budget == FilterCompensation.ACTIVATION_BUDGET
 
@@ -403,7 +404,13 @@ def test_conv1d_and_conv3d():
     for conv, norm, shape in ((nn.Conv1d, nn.BatchNorm1d, (3, 20)), (nn.Conv3d, nn.BatchNorm3d, (3, 5, 6, 7))):
         torch.manual_seed(0)
         model = nn.Sequential(
-            conv(3, 8, 3, padding=1), nn.ReLU(), conv(8, 6, 3, stride=2), norm(6), nn.ReLU(), nn.Flatten(), nn.LazyLinear(4)
+            conv(3, 8, 3, padding=1),
+            nn.ReLU(),
+            conv(8, 6, 3, stride=2),
+            norm(6),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.LazyLinear(4),
         )
         x = torch.randn(100, *shape)
         model.eval()(x[:2])
