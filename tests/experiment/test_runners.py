@@ -65,7 +65,8 @@ def single(image_folder, output, *extra):
 def without_timings(value):
     """results.json without what may differ between two equal runs."""
     if isinstance(value, dict):
-        varying = ("seconds", "latency_ms", "command", "output_dir", "resume", "file_bytes", "quiet", "git_commit")
+        varying = ("seconds", "latency_ms", "images_per_second", "file_bytes", "command", "output_dir", "resume", "quiet",
+                   "git_commit")  # fmt: skip
         return {k: without_timings(v) for k, v in value.items() if k not in varying}
     return [without_timings(v) for v in value] if isinstance(value, list) else value
 
@@ -620,3 +621,33 @@ def test_two_processes_make_the_plan_of_one(image_folder, tmp_path):
         both.append(json.loads((tmp_path / name / "results.json").read_text()))
     assert both[0]["plan"] == both[1]["plan"]
     assert both[0]["stages"][-1]["images"] == both[1]["stages"][-1]["images"] == 18
+
+
+class CountedLoader:
+    """Counts the passes over a list of batches."""
+
+    def __init__(self, batches):
+        self.batches, self.passes = batches, 0
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        self.passes += 1
+        return iter(self.batches)
+
+    def spread(self, samples):
+        return self.batches[:1]
+
+
+@pytest.mark.parametrize("reestimate", [False, True])
+def test_nothing_is_evaluated_twice(plain_network, batches, reestimate):
+    """Dense, pruned, compensated, three epochs; one more where the statistics that fine-tuning begins with are new."""
+    val = CountedLoader(batches)
+    settings = PruningSettings(rounds=2, reestimate_batchnorm=reestimate)
+    pruning = EnhancedPruning(plain_network, batches, val, settings=settings, progress=False)
+    result = pruning.run_full_pruning(40, 2, fine_tune_epochs=3)
+    assert val.passes == 6 + reestimate
+    last = result.stages[-1]
+    accuracy = evaluate(result.model, batches, progress=False)
+    assert {key: last[key] for key in vars(accuracy)} == vars(accuracy)
