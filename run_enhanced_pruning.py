@@ -21,6 +21,7 @@ from EnhancedPruning import EnhancedPruning, InputError, PruningResult
 from taylor_pruning.experiment.arguments import add_shared_arguments, add_sweep_arguments, new_parser, parse
 from taylor_pruning.experiment.run import run_guarded
 from taylor_pruning.experiment.setup import Experiment, environment, prepare, warn_of_chance
+from taylor_pruning.report.closing import sweep_closing
 from taylor_pruning.report.experiment import write_json
 from taylor_pruning.report.sweep import sweep_table, verdict, write_sweep
 from taylor_pruning.training.distributed import barrier, is_main
@@ -134,10 +135,10 @@ def report(args: argparse.Namespace, experiment: Experiment, folder: Path, dense
         checkpoint.unlink()
     cells = [_read(file) for file in sorted((folder / "cells").glob("*_seed-*.json"))]
     sweep = {"arguments": vars(args), "environment": environment(experiment.device), "dense": dense, "cells": cells}
-    paths = write_sweep(sweep, folder)
+    write_sweep(sweep, folder)
     print(sweep_table(sweep))
-    print(*(str(path) for path in paths if path.suffix != ".pdf"), sep="\n")
     print(verdict(sweep))
+    print(f"\n{sweep_closing(sweep, folder)}")
     failed = sum(cell["status"] == "failed" for cell in cells)
     if failed:
         print(f"{failed} of {len(cells)} cells failed; results.md names them, --resume {folder} tries them again",

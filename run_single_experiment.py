@@ -19,6 +19,7 @@ from taylor_pruning.experiment.arguments import add_shared_arguments, add_single
 from taylor_pruning.experiment.models import BuiltModel, export_model
 from taylor_pruning.experiment.run import run_guarded
 from taylor_pruning.experiment.setup import Experiment, environment, prepare, progress, warn_of_chance
+from taylor_pruning.report.closing import experiment_closing
 from taylor_pruning.report.experiment import rounds_table, summary_table, write_experiment_plots, write_json
 from taylor_pruning.training.distributed import barrier, is_main
 
@@ -108,7 +109,7 @@ def report(args: argparse.Namespace, experiment: Experiment, result: PruningResu
         write_json(folder / "gradient_flow.json", result.gradient_flow)
         findings = result.gradient_flow["reports"]["dense"]["findings"]
         print("\n".join(findings[:10] or ["gradient flow: nothing remarkable"]))
-    plots = write_experiment_plots(results, folder)
+    write_experiment_plots(results, folder)
     for kind in args.export:
         model = result.model.cpu().eval()
         example = experiment.calibration(2, args.seed)[0][0][:2].cpu()
@@ -117,7 +118,7 @@ def report(args: argparse.Namespace, experiment: Experiment, result: PruningResu
         (folder / name).unlink(missing_ok=True)
     print(rounds_table(results["rounds"]))
     print(f"\n{summary_table(results)}")
-    print(f"results, {len(plots)} plots and pruned_model.pt: {folder}")
+    print(f"\n{experiment_closing(results, folder)}")
 
 
 if __name__ == "__main__":

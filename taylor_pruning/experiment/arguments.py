@@ -82,7 +82,7 @@ def add_shared_arguments(parser):
 
 def _add_model_and_data(group):
     group.add_argument("--model", help="a torchvision classification network, e.g. vgg16, vgg19, resnet50 "
-                       "(default: vgg16; vgg11_bn on the embedded data)")  # fmt: skip
+                       "or vgg7_bn (default: vgg16; vgg7_bn on the embedded data)")  # fmt: skip
     group.add_argument("--weights", default="auto", help="auto (torchvision's default weights; none below 64 pixels), "
                        "default, none, or a file")  # fmt: skip
     group.add_argument("--data-path", help="folder with train/ and val/ (or test/), one folder a class in each "
@@ -92,8 +92,9 @@ def _add_model_and_data(group):
     group.add_argument("--batch-size", type=number(int, 1), default=64, help="images a step")
     group.add_argument("--workers", type=number(int, 0), default=2, help="processes that decode images")
     group.add_argument("--train-epochs", type=number(int, 0), help="epochs that train the dense network, or its new "
-                       "head, where there are no weights for it (default: 8 from scratch, 3 for a head)")  # fmt: skip
-    group.add_argument("--train-lr", type=number(float, 0, False), default=0.02, help="learning rate of that training")
+                       "head, where there are no weights for it (default: 12 from scratch, 3 for a head)")  # fmt: skip
+    group.add_argument("--train-lr", type=number(float, 0, False), help="largest learning rate of that training (default: "
+                       "0.1 from scratch with BatchNorm, else 0.02)")  # fmt: skip
 
 
 def _add_selection(group):
@@ -191,7 +192,7 @@ def parse(parser, argv):
             parser.error(str(error))
         args = parser.parse_args(argv)
     if args.model is None:
-        args.model = "vgg16" if args.data_path else "vgg11_bn"
+        args.model = "vgg16" if args.data_path else "vgg7_bn"
     if args.compensation_samples is None:
         args.compensation_samples = args.calibration_samples
     try:

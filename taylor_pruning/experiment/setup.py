@@ -16,10 +16,12 @@ from pathlib import Path
 import numpy
 import torch
 import torchvision
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from taylor_pruning.training.distributed import is_main, world_size
 from taylor_pruning.experiment.arguments import recipe_from, settings_from
-from taylor_pruning.experiment.data import ImageData, calibration_batches, embedded_data, load_image_folder, make_loader
+from taylor_pruning.experiment.data import ImageData, calibration_batches, load_image_folder, make_loader
+from taylor_pruning.experiment.embedded import embedded_data
 from taylor_pruning.errors import InputError, atomic_file
 from taylor_pruning.experiment.models import BuiltModel, build_model, head_name, pretrained_weights, read_tensors
 from taylor_pruning.first_batch import Batches, check_training
@@ -27,9 +29,9 @@ from taylor_pruning.selection.greedy import check_reachable
 from taylor_pruning.surgery.graph import ChannelGraph
 from taylor_pruning.training.fine_tuning import Recipe, fine_tune
 
-EMBEDDED_TRAIN, EMBEDDED_VAL = 2000, 500
-SCRATCH_EPOCHS, HEAD_EPOCHS = 8, 3
-SCRATCH_BATCH = 16  # small data sets need many steps to leave the plateau at the start
+SCRATCH_EPOCHS, HEAD_EPOCHS = 12, 3
+NORMALISED_LR, PLAIN_LR = 0.1, 0.02  # with BatchNorm, and without or of a new head alone
+PLAIN_BATCH = 16  # without BatchNorm, small data sets need many steps to leave the plateau at the start
 
 
 @dataclass
@@ -138,7 +140,7 @@ def load_data(args):
     if args.data_path is None:
         if args.image_size not in (None, 32):
             raise InputError("the embedded images have 32 pixels; leave --image-size out or pass --data-path")
-        return embedded_data(EMBEDDED_TRAIN, EMBEDDED_VAL)
+        return embedded_data()
     weights = pretrained_weights(args.model, args.weights, args.image_size)
     data = load_image_folder(
         args.data_path, image_size=args.image_size, weights=weights, skip_corrupt=args.skip_corrupt
@@ -152,19 +154,12 @@ def train_dense(experiment, folder):
     """Trains the whole network, or the new head alone, unless an earlier run has done it."""
     args, built = experiment.args, experiment.built
     head = built.new_head
-    epochs = args.train_epochs if args.train_epochs is not None else (HEAD_EPOCHS if head else SCRATCH_EPOCHS)
-    recipe = Recipe(
-        epochs=epochs,
-        lr=args.train_lr,
-        momentum=args.momentum,
-        weight_decay=5e-4,
-        warmup_epochs=min(1.0, epochs / 4),
-        amp=recipe_from(args, experiment.device).amp,
-        channels_last=recipe_from(args, experiment.device).channels_last,
-    )
+    recipe, batch_size = dense_training(args, built, experiment.device)
+    epochs = recipe.epochs
     if not epochs:
         return
-    kept = (_cache_file(args, recipe) if args.data_path is None else None) or folder / "dense_model.pt"
+    kept = _cache_file(experiment, recipe, batch_size) if args.data_path is None else None
+    kept = kept or folder / "dense_model.pt"
     checkpoint = folder / "dense_training_checkpoint.pt"
     if kept.exists():
         if is_main():
@@ -182,7 +177,7 @@ def train_dense(experiment, folder):
                 experiment.data.train,
                 shuffle=True,
                 seed=args.seed,
-                batch_size=None if head else min(SCRATCH_BATCH, args.batch_size),
+                batch_size=batch_size,
             ),
             experiment.loader(experiment.data.val),
             recipe,
@@ -195,6 +190,23 @@ def train_dense(experiment, folder):
         with atomic_file(kept) as file:
             torch.save(built.model.state_dict(), file)
         checkpoint.unlink()
+
+
+def dense_training(args, built, device):
+    """Recipe and batch size that train a network from scratch, or a new head alone."""
+    normalised = any(isinstance(module, _BatchNorm) for module in built.model.modules())
+    from_scratch = not built.new_head
+    epochs = args.train_epochs if args.train_epochs is not None else (SCRATCH_EPOCHS if from_scratch else HEAD_EPOCHS)
+    recipe = Recipe(
+        epochs=epochs,
+        lr=args.train_lr or (NORMALISED_LR if from_scratch and normalised else PLAIN_LR),
+        momentum=args.momentum,
+        weight_decay=5e-4,
+        warmup_epochs=min(1.0, epochs / 4),
+        amp=recipe_from(args, device).amp,
+        channels_last=args.channels_last,
+    )
+    return recipe, min(PLAIN_BATCH, args.batch_size) if from_scratch and not normalised else args.batch_size
 
 
 @contextlib.contextmanager
@@ -210,7 +222,7 @@ def _only_head_trains(built):
             parameter.requires_grad_(flag)
 
 
-def _cache_file(args, recipe):
+def _cache_file(experiment, recipe, batch_size):
     """Where the dense network that these settings lead to is kept, None if this user has no place for a cache."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
     folder = root / "enhanced-taylor-pruning"
@@ -222,21 +234,20 @@ def _cache_file(args, recipe):
         return None
     if not os.access(folder, os.W_OK):
         return None
-    batch_size = min(SCRATCH_BATCH, args.batch_size)
-    key = json.dumps(
-        [args.model, args.seed, batch_size, EMBEDDED_TRAIN, EMBEDDED_VAL, repr(recipe), torch.__version__]
-    )
-    return folder / f"{args.model}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
+    model, data, seed = experiment.built.model, experiment.data, experiment.args.seed
+    images = hashlib.sha256(data.train.images.numpy().tobytes() + data.val.images.numpy().tobytes()).hexdigest()
+    key = json.dumps([str(model), images, seed, batch_size, repr(recipe), torch.__version__])
+    return folder / f"{experiment.built.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
 
 
 def environment(device):
     """Versions, device and git commit, for config.json."""
     here = Path(__file__).parents[2]
     git = ["git", "-C", str(here), "rev-parse", "HEAD"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = None  # not a git checkout
+    commit = None
+    if (here / ".git").exists():  # else it is installed, perhaps inside another project's checkout
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+            commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
