@@ -21,7 +21,7 @@ FILES = {
     "results.md": "the tables",
     "results.csv": "one row for every network and stage",
     "results.json": "every number",
-    "accuracy.png": "top-1 through the stages or percentages; other plots are beside it",
+    "accuracy.png": "top-1 as a picture; other plots are beside it",
 }
 
 
@@ -33,7 +33,7 @@ def experiment_closing(results: dict, folder: Path) -> str:
     top1 = ", ".join(f"{stage['top1']:.1f} % {STAGES[stage['stage']]}" for stage in stages)
     return "\n".join(
         [
-            f"Gained by removing {filters - kept:,} of {filters:,} filters:",
+            f"Removing {filters - kept:,} of {filters:,} filters gave:",
             *(f"  {line}" for line in _gains(dense, final)),
             f"Cost, on {final['images']:,} validation images:",
             f"  {_cost(dense, final)}; one standard error is {_standard_error(final):.1f} points",
