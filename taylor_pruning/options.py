@@ -25,7 +25,7 @@ class Option:
 
     help: what it sets, for `--help`. when: when it helps, in whole sentences, for docs/options.md.
     low, high: range of a number, ends included unless `open_low` or `open_high` is set.
-    choices: the allowed values. default_text: what a default of None stands for.
+    infinite: whether infinity is a value. choices: the allowed values. default_text: what a default of None stands for.
     flag: name on the command line, if it is not the field's. metavar: placeholder of its value there.
     common: one of the few that `--help` shows first. command_line: False for an option of the Python surface alone.
     """
@@ -36,6 +36,7 @@ class Option:
     high: float | None = None
     open_low: bool = False
     open_high: bool = False
+    infinite: bool = False
     choices: tuple | None = None
     default_text: str | None = None
     flag: str | None = None
@@ -54,9 +55,14 @@ def options(settings) -> list[dataclasses.Field]:
     return [f for f in dataclasses.fields(settings) if "option" in f.metadata]
 
 
+def option_name(field: dataclasses.Field) -> str:
+    """Name of the option in config.json and, with `-` for `_`, on the command line."""
+    return field.metadata["option"].flag or field.name
+
+
 def flag(field: dataclasses.Field) -> str:
     """`--name` of the field on the command line."""
-    return "--" + (field.metadata["option"].flag or field.name).replace("_", "-")
+    return "--" + option_name(field).replace("_", "-")
 
 
 def value_type(field: dataclasses.Field) -> tuple[type, bool, bool]:
@@ -107,7 +113,7 @@ def _has_type(value, kind: type) -> bool:
 def _in_range(about: Option, value: float) -> bool:
     above = about.low is None or value > about.low or (value == about.low and not about.open_low)
     below = about.high is None or value < about.high or (value == about.high and not about.open_high)
-    return math.isfinite(value) and above and below
+    return (math.isfinite(value) or (about.infinite and value == math.inf)) and above and below
 
 
 def range_text(about: Option) -> str:

@@ -1,11 +1,12 @@
 """The settings of one command besides pruning and fine-tuning: the task, the data and network, and the run itself."""
 
+import math
 from dataclasses import dataclass, fields
 
 from taylor_pruning.experiment.settings import TAYLOR_ORDERS, PruningSettings
-from taylor_pruning.options import check, flag, option, options
+from taylor_pruning.options import check, option, option_name, options
 from taylor_pruning.selection.baselines import BASELINES
-from taylor_pruning.training.fine_tuning import Recipe
+from taylor_pruning.training.recipe import Recipe
 
 EXPORTS = ("onnx", "pt2")
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -85,7 +86,7 @@ class DataSettings(Checked):
     )  # fmt: skip
     data_path: str | None = option(
         None, "folder with train/ and val/ (or test/), one folder a class in each", "To prune for your own images.",
-        default_text="the embedded data", common=True,
+        default_text="the embedded data", metavar="DIR", common=True,
     )  # fmt: skip
     weights: str = option(
         "auto", "auto (torchvision's; none below 64 pixels), default, none, or a file", "A file with your own state_dict "
@@ -130,10 +131,10 @@ class RunSettings(Checked):
 
     output_dir: str | None = option(
         None, "results folder", "To keep runs apart by names of your own.",
-        default_text="runs/ and a name from the arguments", common=True,
+        default_text="runs/ and a name from the arguments", metavar="DIR",
     )  # fmt: skip
     resume: str | None = option(
-        None, "continue the interrupted run in that folder", "After an interruption, with the same arguments again.",
+        None, "continue the interrupted run in that folder", "After an interruption. Options that are not given are those of the run.",
         metavar="DIR", common=True,
     )  # fmt: skip
     device: str = option("auto", "where to compute", "cpu, to compare with a GPU.", choices=DEVICES)
@@ -151,7 +152,11 @@ class Command:
     run: RunSettings
 
     def as_dict(self) -> dict:
-        """{option: value} of every option of the command line, for config.json and results.json."""
+        """{option: value} of every option of the command line, for config.json and results.json.
+
+        Infinity, which JSON does not know, is "inf".
+        """
         parts = [getattr(self, f.name) for f in fields(self)]
-        return {flag(f)[2:].replace("-", "_"): getattr(part, f.name) for part in parts for f in options(part)
-                if f.metadata["option"].command_line}  # fmt: skip
+        values = {option_name(f): getattr(part, f.name) for part in parts for f in options(part)
+                  if f.metadata["option"].command_line}  # fmt: skip
+        return {name: "inf" if value == math.inf else value for name, value in values.items()}

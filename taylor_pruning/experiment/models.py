@@ -77,16 +77,16 @@ def pretrained_weights(name: str, weights: str | Path = "auto", image_size: int 
     for "default" below 64 pixels, where the networks have another stem.
     """
     _check_name(name)
+    if name == VGG7:
+        if weights == "default":
+            raise InputError(f"there are no pretrained weights of {name}; pass --weights none or a file")
+        return None
     small = image_size is not None and image_size < SMALL_IMAGE
     if weights == "default" and small:
         raise InputError(
             f"the pretrained weights of {name} are for {SMALL_IMAGE} pixels or more, not {image_size}; "
             "pass --image-size 224 or --weights none"
         )
-    if name == VGG7:
-        if weights == "default":
-            raise InputError(f"there are no pretrained weights of {name}; pass --weights none or a file")
-        return None
     if weights == "default" or (weights == "auto" and not small):
         return models.get_model_weights(name).DEFAULT
     return None

@@ -19,7 +19,7 @@ import torchvision
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from taylor_pruning.training.distributed import is_main, world_size
-from taylor_pruning.experiment.arguments import recipe_from, settings_from
+from taylor_pruning.experiment.command import Command, DataSettings
 from taylor_pruning.experiment.data import ImageData, calibration_batches, load_image_folder, make_loader
 from taylor_pruning.experiment.embedded import embedded_data
 from taylor_pruning.errors import InputError, atomic_file
@@ -27,7 +27,7 @@ from taylor_pruning.experiment.models import BuiltModel, build_model, head_name,
 from taylor_pruning.first_batch import Batches, check_training
 from taylor_pruning.selection.greedy import check_reachable
 from taylor_pruning.surgery.graph import ChannelGraph
-from taylor_pruning.training.fine_tuning import Recipe, fine_tune
+from taylor_pruning.training.fine_tuning import fine_tune
 
 SCRATCH_EPOCHS, HEAD_EPOCHS = 12, 3
 NORMALISED_LR, PLAIN_LR = 0.1, 0.02  # with BatchNorm, and without or of a new head alone
@@ -38,7 +38,7 @@ PLAIN_BATCH = 16  # without BatchNorm, small data sets need many steps to leave 
 class Experiment:
     """A dense network that is ready to be pruned, and its data."""
 
-    args: object
+    command: Command
     device: torch.device
     data: ImageData
     built: BuiltModel
@@ -46,24 +46,24 @@ class Experiment:
     def loader(self, dataset, *, shuffle=False, seed=0, batch_size=None):
         return make_loader(
             dataset,
-            batch_size or self.args.batch_size,
+            batch_size or self.command.data.batch_size,
             shuffle=shuffle,
-            workers=self.args.workers,
+            workers=self.command.data.workers,
             seed=seed,
             device=self.device,
             distributed=world_size() > 1,
         )
 
     def calibration(self, samples, seed):
-        return calibration_batches(self.data, samples, self.args.batch_size, seed=seed, device=self.device)
+        return calibration_batches(self.data, samples, self.command.data.batch_size, seed=seed, device=self.device)
 
     def pipeline_arguments(self, seed, *, dense_stage=None, batch_size=None):
         """Arguments of EnhancedPruning, with every random draw that belongs to `seed`."""
-        args = self.args
-        calibration = self.calibration(args.calibration_samples, seed)
-        same = args.compensation_samples == args.calibration_samples
+        command, settings = self.command, self.command.data
+        calibration = self.calibration(settings.calibration_samples, seed)
+        same = settings.compensation_samples == settings.calibration_samples
         train = self.loader(self.data.train, shuffle=True, seed=seed, batch_size=batch_size)
-        if args.fine_tune_epochs:
+        if command.recipe.epochs:
             check_training(self.built.model, Batches(train, "the training loader", self.device))
         return {
             "model": self.built.model,
@@ -71,18 +71,18 @@ class Experiment:
             "val_loader": self.loader(self.data.val, batch_size=batch_size),
             "dense_stage": dense_stage,
             "calibration": calibration,
-            "compensation": calibration if same else self.calibration(args.compensation_samples, seed),
-            "settings": dataclasses.replace(settings_from(args), seed=seed),
-            "recipe": recipe_from(args, self.device),
-            "progress": progress(args),
+            "compensation": calibration if same else self.calibration(settings.compensation_samples, seed),
+            "settings": dataclasses.replace(command.pruning, seed=seed),
+            "recipe": command.recipe,
+            "progress": progress(command),
         }
 
 
-def progress(args):
-    return not args.quiet and is_main()
+def progress(command):
+    return not command.run.quiet and is_main()
 
 
-def prepare(args, folder, device, percentages=()):
+def prepare(command, folder, device, percentages=()):
     """Data and network; trains the network or its new head where it has no weights for the task.
 
     Args:
@@ -92,18 +92,18 @@ def prepare(args, folder, device, percentages=()):
     Raises:
         InputError: see experiment.data, experiment.models, surgery.graph, selection.greedy.
     """
-    torch.manual_seed(args.seed)
-    data = load_data(args)
+    torch.manual_seed(command.pruning.seed)
+    data = load_data(command.data)
     built = build_model(
-        args.model,
+        command.data.model,
         data.num_classes,
         image_size=data.image_size,
-        weights=args.weights,
+        weights=command.data.weights,
         imagenet_labels=data.imagenet_labels,
     )
     built.model.to(device)
-    experiment = Experiment(args, device, data, built)
-    settings = settings_from(args)
+    experiment = Experiment(command, device, data, built)
+    settings = command.pruning
     example = torch.zeros(1, 3, data.image_size, data.image_size, device=device)
     graph = ChannelGraph(built.model, example, settings.exclude, settings.prune_linear)
     for percentage in percentages:
@@ -135,56 +135,56 @@ def choose_device(name):
     return torch.device(name)
 
 
-def load_data(args):
+def load_data(settings: DataSettings) -> ImageData:
     """The folder at `--data-path`, or the embedded data set."""
-    if args.data_path is None:
-        if args.image_size not in (None, 32):
+    if settings.data_path is None:
+        if settings.image_size not in (None, 32):
             raise InputError("the embedded images have 32 pixels; leave --image-size out or pass --data-path")
         return embedded_data()
-    weights = pretrained_weights(args.model, args.weights, args.image_size)
+    weights = pretrained_weights(settings.model, settings.weights, settings.image_size)
     data = load_image_folder(
-        args.data_path, image_size=args.image_size, weights=weights, skip_corrupt=args.skip_corrupt
+        settings.data_path, image_size=settings.image_size, weights=weights, skip_corrupt=settings.skip_corrupt
     )
-    if args.skip_corrupt and is_main():
+    if settings.skip_corrupt and is_main():
         print(f"{len(data.skipped)} corrupt image(s) left out")
     return data
 
 
 def train_dense(experiment, folder):
     """Trains the whole network, or the new head alone, unless an earlier run has done it."""
-    args, built = experiment.args, experiment.built
+    command, built = experiment.command, experiment.built
     head = built.new_head
-    recipe, batch_size = dense_training(args, built, experiment.device)
+    recipe, batch_size = dense_training(command, built)
     epochs = recipe.epochs
     if not epochs:
         return
-    kept = _cache_file(experiment, recipe, batch_size) if args.data_path is None else None
+    kept = _cache_file(experiment, recipe, batch_size) if command.data.data_path is None else None
     kept = kept or folder / "dense_model.pt"
     checkpoint = folder / "dense_training_checkpoint.pt"
     if kept.exists():
         if is_main():
-            print(f"dense {args.model} from {kept}")
+            print(f"dense {built.name} from {kept}")
             checkpoint.unlink(missing_ok=True)
         built.model.load_state_dict(read_tensors(kept, experiment.device, "remove the file to train the network again"))
         return
     what = "new head" if head else "dense network"
     if is_main():
-        print(f"training the {what} of {args.model} for {epochs} epochs")
+        print(f"training the {what} of {built.name} for {epochs} epochs")
     with _only_head_trains(built) if head else contextlib.nullcontext():
         fine_tune(
             built.model,
             experiment.loader(
                 experiment.data.train,
                 shuffle=True,
-                seed=args.seed,
+                seed=command.pruning.seed,
                 batch_size=batch_size,
             ),
             experiment.loader(experiment.data.val),
             recipe,
             checkpoint=checkpoint,
-            resume=args.resume is not None,
+            resume=command.run.resume is not None,
             description=f"train {what}",
-            progress=progress(args),
+            progress=progress(command),
         )
     if is_main():
         with atomic_file(kept) as file:
@@ -192,21 +192,21 @@ def train_dense(experiment, folder):
         checkpoint.unlink()
 
 
-def dense_training(args, built, device):
+def dense_training(command, built):
     """Recipe and batch size that train a network from scratch, or a new head alone."""
     normalised = any(isinstance(module, _BatchNorm) for module in built.model.modules())
-    from_scratch = not built.new_head
-    epochs = args.train_epochs if args.train_epochs is not None else (SCRATCH_EPOCHS if from_scratch else HEAD_EPOCHS)
-    recipe = Recipe(
+    settings, from_scratch = command.data, not built.new_head
+    epochs = settings.train_epochs if settings.train_epochs is not None else (SCRATCH_EPOCHS if from_scratch else HEAD_EPOCHS)
+    recipe = dataclasses.replace(
+        command.recipe,
         epochs=epochs,
-        lr=args.train_lr or (NORMALISED_LR if from_scratch and normalised else PLAIN_LR),
-        momentum=args.momentum,
+        lr=settings.train_lr or (NORMALISED_LR if from_scratch and normalised else PLAIN_LR),
         weight_decay=5e-4,
         warmup_epochs=min(1.0, epochs / 4),
-        amp=recipe_from(args, device).amp,
-        channels_last=args.channels_last,
+        accumulate=1,
+        compile=False,
     )
-    return recipe, min(PLAIN_BATCH, args.batch_size) if from_scratch and not normalised else args.batch_size
+    return recipe, min(PLAIN_BATCH, settings.batch_size) if from_scratch and not normalised else settings.batch_size
 
 
 @contextlib.contextmanager
@@ -234,7 +234,7 @@ def _cache_file(experiment, recipe, batch_size):
         return None
     if not os.access(folder, os.W_OK):
         return None
-    model, data, seed = experiment.built.model, experiment.data, experiment.args.seed
+    model, data, seed = experiment.built.model, experiment.data, experiment.command.pruning.seed
     images = hashlib.sha256(data.train.images.numpy().tobytes() + data.val.images.numpy().tobytes()).hexdigest()
     key = json.dumps([str(model), images, seed, batch_size, repr(recipe), torch.__version__])
     return folder / f"{experiment.built.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
