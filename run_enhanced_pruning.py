@@ -110,7 +110,9 @@ class Sweep:
         half = max(1, self.command.data.batch_size // 2)
         print(f"{method} at {percentage:g} %: out of memory, once more with --batch-size {half}", flush=True)
         torch.cuda.empty_cache()
-        arguments = self.experiment.pipeline_arguments(self.seed, dense_stage=self.pruning.dense_stage(), batch_size=half)
+        arguments = self.experiment.pipeline_arguments(
+            self.seed, dense_stage=self.pruning.dense_stage(), batch_size=half
+        )
         return EnhancedPruning(**arguments).fine_tune(result, checkpoint=checkpoint)
 
     def file(self, method: str, percentage: float) -> Path:
@@ -137,7 +139,12 @@ def report(command: Command, experiment: Experiment, folder: Path, dense: dict) 
     for checkpoint in (folder / "cells").glob("*.checkpoint"):  # of cells that were killed after their last step
         checkpoint.unlink()
     cells = [_read(file) for file in sorted((folder / "cells").glob("*_seed-*.json"))]
-    sweep = {"arguments": command.as_dict(), "environment": environment(experiment.device), "dense": dense, "cells": cells}
+    sweep = {
+        "arguments": command.as_dict(),
+        "environment": environment(experiment.device),
+        "dense": dense,
+        "cells": cells,
+    }
     write_sweep(sweep, folder)
     print(sweep_table(sweep))
     print(verdict(sweep))

@@ -1,7 +1,4 @@
-"""Writes docs/options.md from the settings that the command lines are made from.
-
-    python docs/make_options.py
-"""
+"""Writes docs/options.md from the settings that the command lines are made from: `python docs/make_options.py`."""
 
 import sys
 from pathlib import Path

@@ -118,11 +118,8 @@ def _in_range(about: Option, value: float) -> bool:
 
 def range_text(about: Option) -> str:
     """The range of a number in words, as "at least 1"; "" where there is none."""
-    low, high = about.low, about.high
-    if low is not None and high is not None:
-        if about.open_low == about.open_high:
-            return f"between {low:g} and {high:g} (both {'excluded' if about.open_low else 'included'})"
-        return f"{'above' if about.open_low else 'at least'} {low:g} and {'below' if about.open_high else 'at most'} {high:g}"
-    if low is not None:
-        return f"{'above' if about.open_low else 'at least'} {low:g}"
-    return "" if high is None else f"{'below' if about.open_high else 'at most'} {high:g}"
+    if about.low is not None and about.high is not None and about.open_low == about.open_high:
+        return f"between {about.low:g} and {about.high:g} (both {'excluded' if about.open_low else 'included'})"
+    low = "" if about.low is None else f"{'above' if about.open_low else 'at least'} {about.low:g}"
+    high = "" if about.high is None else f"{'below' if about.open_high else 'at most'} {about.high:g}"
+    return " and ".join(filter(None, (low, high)))

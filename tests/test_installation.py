@@ -35,8 +35,8 @@ def environment(tmp_path_factory):
     running = {sysconfig.get_path(kind) for kind in ("purelib", "platlib")}
     (purelib / "dependencies.pth").write_text("\n".join(running) + "\n")
     python = Path(sysconfig.get_path("scripts", "venv", {"base": str(home), "platbase": str(home)})) / "python"
-    install = ["-m", "pip", "--python", str(python), "install", "--no-deps", "--no-build-isolation", "--no-index", "--quiet"]
-    subprocess.run([sys.executable, *install, str(source)], check=True)
+    install = ["install", "--no-deps", "--no-build-isolation", "--no-index", "--quiet", str(source)]
+    subprocess.run([sys.executable, "-m", "pip", "--python", str(python), *install], check=True)
     shutil.rmtree(source)
     return python.parent
 

@@ -124,7 +124,7 @@ def _reader(field: dataclasses.Field):
 
 
 def parse(task: type[ExperimentTask] | type[SweepTask], description: str, argv: list[str] | None = None) -> Command:
-    """The settings that a command line asks for; with --resume, those of the run in that folder where it names no others.
+    """The settings that a command line asks for. With --resume, options that it does not name are those of that run.
 
     Exits with code 2 on wrong input.
     """
@@ -153,4 +153,6 @@ def _options_of_run(folder: Path, task: type) -> dict:
         names = {name: f"{part}.{f.name}" for part, f in shown_options(task) if (name := option_name(f)) != "resume"}
         return {destination: there[name] for name, destination in names.items() if name in there}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{config} is not the config.json of a run ({error}); pass the folder of an interrupted run") from error
+        raise InputError(
+            f"{config} is not the config.json of a run ({error}); pass the folder of an interrupted run"
+        ) from error

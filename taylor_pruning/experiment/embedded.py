@@ -1,7 +1,4 @@
-"""The embedded data set: ten classes of 32x32 colour images, drawn by this program, so that a first run needs no files.
-
-    data = embedded_data()          # 3,000 training and 2,000 validation images, the same on every machine
-"""
+"""The embedded data set: ten classes of 32x32 colour images, drawn by this program for runs without files."""
 
 from dataclasses import replace
 
@@ -21,7 +18,7 @@ def embedded_data(train_images: int = TRAIN_IMAGES, val_images: int = VAL_IMAGES
     """Ten classes of 32x32 colour images, drawn by this program: five shapes, each striped or checkered.
 
     Position, size, rotation, colours, background, clutter and noise are random and independent of the label, so that a
-    classifier that is linear in the pixels stays below 25 %. The images are the same on every machine and in every call;
+    classifier that is linear in the pixels stays below 25 %. The images are the same on every machine, in every call;
     each class has the same share of them, and a smaller set is the beginning of a larger one.
 
     Raises InputError below 10 images a split.

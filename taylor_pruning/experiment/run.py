@@ -36,7 +36,9 @@ def run_guarded(command: Command, run) -> int:
     folder = Path(command.run.resume or command.run.output_dir or default_folder(command))
     try:
         if fcntl is None:
-            raise InputError("the command line runs on Linux and macOS; on Windows use WSL, or EnhancedPruning from Python")
+            raise InputError(
+                "the command line runs on Linux and macOS; on Windows use WSL, or EnhancedPruning from Python"
+            )
         device = init_distributed(choose_device(command.run.device))
         with open_folder(folder, command):
             return run(command, folder, device)
@@ -45,7 +47,9 @@ def run_guarded(command: Command, run) -> int:
         return 2
     except OSError as error:
         disk = error.errno in DISK_ERRORS
-        advice = f"free space, then {how_to_continue(folder)}" if disk else "check that path, or pass another --output-dir"
+        advice = (
+            f"free space, then {how_to_continue(folder)}" if disk else "check that path, or pass another --output-dir"
+        )
         print(f"error: {error.strerror or error}: {error.filename or folder}; {advice}", file=sys.stderr)
         return 1 if disk else 2
     except TrainingDiverged as error:
@@ -94,7 +98,9 @@ def open_folder(folder, command):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise InputError(f"another run is writing into {folder}; wait for it or pass another --output-dir") from error
+            raise InputError(
+                f"another run is writing into {folder}; wait for it or pass another --output-dir"
+            ) from error
         if command.run.resume:
             check_same_arguments(json.loads(config.read_text(encoding="utf-8")), command)
         elif config.exists():
@@ -103,7 +109,9 @@ def open_folder(folder, command):
             remove_leftovers(place)
         before = {config.name, *os.listdir(folder)}
         if not command.run.resume:
-            write_json(config, {"arguments": command.as_dict(), "environment": environment(choose_device(command.run.device))})
+            write_json(
+                config, {"arguments": command.as_dict(), "environment": environment(choose_device(command.run.device))}
+            )
         try:
             yield
         except InputError:
@@ -118,4 +126,6 @@ def check_same_arguments(config, command):
     names = sorted(n for n in now.keys() | then.keys() if n not in NOT_COMPARED and now.get(n) != then.get(n))
     if names:
         changes = ", ".join(f"--{n.replace('_', '-')} was {then.get(n)}, is {now.get(n)}" for n in names)
-        raise InputError(f"the folder belongs to a run with other arguments: {changes}; repeat them or start a new folder")
+        raise InputError(
+            f"the folder belongs to a run with other arguments: {changes}; repeat them or start a new folder"
+        )

@@ -39,47 +39,72 @@ class PruningSettings(Constraints):
     """
 
     rounds: int = option(
-        5, "score-and-prune rounds", "Scores are taken anew in every round. One round is the fastest; five follow the "
-        "loss when much is removed.", low=1,
-    )  # fmt: skip
+        5,
+        "score-and-prune rounds",
+        "Scores are taken anew in every round. One round is the fastest; five follow the loss when much is removed.",
+        low=1,
+    )
     selection: str = option(
-        "auto", "joint: greedy, given the filters already chosen; independent: by single scores; auto: independent with "
-        "--compensate, else joint", "joint, with --no-compensate, is ahead when many filters go at once.", choices=SELECTIONS,
-    )  # fmt: skip
+        "auto",
+        "joint: greedy, given the filters already chosen; independent: by single scores; auto: independent with "
+        "--compensate, else joint",
+        "joint, with --no-compensate, is ahead when many filters go at once.",
+        choices=SELECTIONS,
+    )
     curvature: str = option(
-        "auto", "second and third derivatives: exact, from class directions; hvp, from random probes; auto: exact where "
-        "the network is piecewise linear", "hvp suits networks with SiLU, GELU or sigmoids.", choices=CURVATURES,
-    )  # fmt: skip
+        "auto",
+        "second and third derivatives: exact, from class directions; hvp, from random probes; auto: exact where "
+        "the network is piecewise linear",
+        "hvp suits networks with SiLU, GELU or sigmoids.",
+        choices=CURVATURES,
+    )
     class_probes: int = option(
-        12, "class directions of every sample", "More of them make the curvature of many classes exact and cost time.",
+        12,
+        "class directions of every sample",
+        "More of them make the curvature of many classes exact and cost time.",
         low=2,
-    )  # fmt: skip
+    )
     hessian_probes: int = option(
-        8, "random probes of every sample with curvature hvp", "More of them reduce the noise and cost time.", low=1,
+        8,
+        "random probes of every sample with curvature hvp",
+        "More of them reduce the noise and cost time.",
+        low=1,
         command_line=False,
-    )  # fmt: skip
+    )
     exclude: tuple[str, ...] = option(
-        (), "layers whose filters all stay", "To protect layers that other programs read.", metavar="PATTERN",
-    )  # fmt: skip
+        (),
+        "layers whose filters all stay",
+        "To protect layers that other programs read.",
+        metavar="PATTERN",
+    )
     prune_linear: bool = option(
-        False, "also prune hidden fully connected units", "In VGG and AlexNet at 224 pixels they hold most parameters.",
-    )  # fmt: skip
+        False,
+        "also prune hidden fully connected units",
+        "In VGG and AlexNet at 224 pixels they hold most parameters.",
+    )
     compensate: bool = option(
-        True, "repair the layers behind by least squares after every round", "Leave it on; without it compare criteria "
-        "as published.",
-    )  # fmt: skip
+        True,
+        "repair the layers behind by least squares after every round",
+        "Leave it on; without it compare criteria as published.",
+    )
     fine_tune_between: int = option(
-        0, "training steps after every round but the last", "It lost 3 points on ResNet-32 and gained nothing on VGG-11.",
-        low=0, command_line=False,
-    )  # fmt: skip
-    reestimate_batchnorm: bool = option(
-        False, "new BatchNorm statistics before fine-tuning", "It made no difference behind compensation.",
+        0,
+        "training steps after every round but the last",
+        "It lost 3 points on ResNet-32 and gained nothing on VGG-11.",
+        low=0,
         command_line=False,
-    )  # fmt: skip
+    )
+    reestimate_batchnorm: bool = option(
+        False,
+        "new BatchNorm statistics before fine-tuning",
+        "It made no difference behind compensation.",
+        command_line=False,
+    )
     seed: int = option(
-        0, "seed of initial weights, calibration images and order of batches", "To repeat a run, or to see how far it "
-        "depends on chance.",
-    )  # fmt: skip
+        0,
+        "seed of initial weights, calibration images and order of batches",
+        "To repeat a run, or to see how far it depends on chance.",
+    )
 
     def __post_init__(self):
         if not isinstance(self.exclude, str):

@@ -18,15 +18,15 @@ import torch
 import torchvision
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from taylor_pruning.training.distributed import is_main, world_size
+from taylor_pruning.errors import InputError, atomic_file
 from taylor_pruning.experiment.command import Command, DataSettings
 from taylor_pruning.experiment.data import ImageData, calibration_batches, load_image_folder, make_loader
 from taylor_pruning.experiment.embedded import embedded_data
-from taylor_pruning.errors import InputError, atomic_file
 from taylor_pruning.experiment.models import BuiltModel, build_model, head_name, pretrained_weights, read_tensors
 from taylor_pruning.first_batch import Batches, check_training
 from taylor_pruning.selection.greedy import check_reachable
 from taylor_pruning.surgery.graph import ChannelGraph
+from taylor_pruning.training.distributed import is_main, world_size
 from taylor_pruning.training.fine_tuning import fine_tune
 
 SCRATCH_EPOCHS, HEAD_EPOCHS = 12, 3
@@ -158,8 +158,9 @@ def train_dense(experiment, folder):
     epochs = recipe.epochs
     if not epochs:
         return
-    kept = _cache_file(experiment, recipe, batch_size) if command.data.data_path is None else None
-    kept = kept or folder / "dense_model.pt"
+    kept = folder / "dense_model.pt"
+    if command.data.data_path is None:
+        kept = _cache_file(experiment, recipe.resolved(experiment.device), batch_size) or kept
     checkpoint = folder / "dense_training_checkpoint.pt"
     if kept.exists():
         if is_main():
@@ -196,7 +197,9 @@ def dense_training(command, built):
     """Recipe and batch size that train a network from scratch, or a new head alone."""
     normalised = any(isinstance(module, _BatchNorm) for module in built.model.modules())
     settings, from_scratch = command.data, not built.new_head
-    epochs = settings.train_epochs if settings.train_epochs is not None else (SCRATCH_EPOCHS if from_scratch else HEAD_EPOCHS)
+    epochs = settings.train_epochs
+    if epochs is None:
+        epochs = SCRATCH_EPOCHS if from_scratch else HEAD_EPOCHS
     recipe = dataclasses.replace(
         command.recipe,
         epochs=epochs,
@@ -253,7 +256,9 @@ def environment(device):
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
         "numpy": numpy.__version__,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}",
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{device.type} {platform.machine()}",
         "threads": torch.get_num_threads(),
         "processes": world_size(),
         "git_commit": commit,

@@ -1,7 +1,7 @@
 """The last lines that a run prints: what was gained, at what cost, and where the files are.
 
-    print(experiment_closing(results, folder))       # results: the content of results.json
-    print(sweep_closing(sweep, folder))              # sweep: the content of a sweep's results.json
+print(experiment_closing(results, folder))       # results: the content of results.json
+print(sweep_closing(sweep, folder))              # sweep: the content of a sweep's results.json
 """
 
 import math

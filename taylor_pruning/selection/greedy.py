@@ -28,21 +28,32 @@ class Constraints:
     """
 
     budget: str = option(
-        "filters", "what the percentage counts", "macs and params leave the widths of layers free: at the same cost the "
-        "network is more accurate.", choices=BUDGETS, common=True,
-    )  # fmt: skip
+        "filters",
+        "what the percentage counts",
+        "macs and params leave the widths of layers free: at the same cost the network is more accurate.",
+        choices=BUDGETS,
+        common=True,
+    )
     layer_bound: float | None = option(
-        None, "no layer loses more than this multiple of the target share of its filters, inf: no bound", "A budget in "
-        "filters needs it, or cheap filters of few layers all go. A larger bound sets the widths freer.", low=1,
-        infinite=True, default_text="1.03 for a budget in filters, else inf",
-    )  # fmt: skip
-    min_filters: int = option(
-        1, "filters that every layer keeps at least", "Where a layer must not become a bottleneck.", low=1,
-    )  # fmt: skip
-    round_to: int = option(
-        1, "filter counts of cut layers are multiples of it", "8 suits most hardware: the network is faster at the same size.",
+        None,
+        "no layer loses more than this multiple of the target share of its filters, inf: no bound",
+        "A budget in filters needs it, or cheap filters of few layers all go. A larger bound sets the widths freer.",
         low=1,
-    )  # fmt: skip
+        infinite=True,
+        default_text="1.03 for a budget in filters, else inf",
+    )
+    min_filters: int = option(
+        1,
+        "filters that every layer keeps at least",
+        "Where a layer must not become a bottleneck.",
+        low=1,
+    )
+    round_to: int = option(
+        1,
+        "filter counts of cut layers are multiples of it",
+        "8 suits most hardware: the network is faster at the same size.",
+        low=1,
+    )
 
     def __post_init__(self):
         check(self)
@@ -78,7 +89,9 @@ class CostModel:
         """[units] what removing each unit alone would save, to first order in its counts."""
         sizes = self.alive[self.rows]
         others = sizes.prod(1, keepdim=True) / sizes.clamp_min(1)
-        slopes = torch.zeros_like(self.alive).index_add_(0, self.rows.flatten(), (self.scale[:, None] * others).flatten())
+        slopes = torch.zeros_like(self.alive).index_add_(
+            0, self.rows.flatten(), (self.scale[:, None] * others).flatten()
+        )
         slopes[0] = 0
         return slopes.float() @ self.counts[:, units]
 

@@ -36,61 +36,110 @@ class Recipe:
     """
 
     epochs: int = option(
-        2, "epochs of fine-tuning after pruning, 0 for none", "More where much is removed.", low=0, flag="fine_tune_epochs",
+        2,
+        "epochs of fine-tuning after pruning, 0 for none",
+        "More where much is removed.",
+        low=0,
+        flag="fine_tune_epochs",
         common=True,
-    )  # fmt: skip
+    )
     lr: float = option(
-        0.01, "largest learning rate", "Lower it, to 0.003, where fine-tuning on few images loses accuracy.", low=0,
+        0.01,
+        "largest learning rate",
+        "Lower it, to 0.003, where fine-tuning on few images loses accuracy.",
+        low=0,
         open_low=True,
-    )  # fmt: skip
+    )
     momentum: float = option(
-        0.9, "momentum of SGD", "The default is what published recipes use.", low=0, high=1, open_high=True,
+        0.9,
+        "momentum of SGD",
+        "The default is what published recipes use.",
+        low=0,
+        high=1,
+        open_high=True,
         command_line=False,
-    )  # fmt: skip
+    )
     weight_decay: float = option(1e-4, "weight decay of SGD", "5e-4 is usual where training is long.", low=0)
     warmup_epochs: float = option(
-        0.0, "epochs of linear warm-up", "It made no difference in fine-tuning.", low=0, command_line=False,
-    )  # fmt: skip
-    label_smoothing: float = option(
-        0.0, "label smoothing of the cross-entropy", "It lost 0.7 to 2.5 points in short fine-tuning.", low=0, high=1,
-        open_high=True, command_line=False,
-    )  # fmt: skip
-    distillation_weight: float = option(
-        0.0, "share of the loss that follows the dense network", "It gained nothing in short fine-tuning and doubled "
-        "its time.", low=0, high=1, command_line=False,
-    )  # fmt: skip
-    temperature: float = option(4.0, "temperature of distillation", "With distillation_weight.", low=0, open_low=True,
-                                command_line=False)  # fmt: skip
-    ema_decay: float = option(
-        0.0, "decay of an average of the weights per step, 0 for none", "It made no difference in short fine-tuning.",
-        low=0, high=1, open_high=True, command_line=False,
-    )  # fmt: skip
-    amp: str | None = option(
-        "auto", "mixed precision; auto: bf16 or fp16 on GPUs with tensor cores, none elsewhere", "bf16 is faster on CPUs that "
-        "have its instructions.", choices=("auto", "bf16", "fp16"),
-    )  # fmt: skip
-    amp_validation: bool = option(
-        False, "validate in that precision too", "Where validation on a GPU takes long.", command_line=False,
-    )  # fmt: skip
-    accumulate: int = option(
-        1, "batches a step", "To keep the steps of a large batch where memory allows a small one.", low=1,
-    )  # fmt: skip
-    clip_norm: float | None = option(
-        None, "largest gradient norm, None for no clipping", "Where training diverges.", low=0, open_low=True,
+        0.0,
+        "epochs of linear warm-up",
+        "It made no difference in fine-tuning.",
+        low=0,
         command_line=False,
-    )  # fmt: skip
+    )
+    label_smoothing: float = option(
+        0.0,
+        "label smoothing of the cross-entropy",
+        "It lost 0.7 to 2.5 points in short fine-tuning.",
+        low=0,
+        high=1,
+        open_high=True,
+        command_line=False,
+    )
+    distillation_weight: float = option(
+        0.0,
+        "share of the loss that follows the dense network",
+        "It gained nothing in short fine-tuning and doubled its time.",
+        low=0,
+        high=1,
+        command_line=False,
+    )
+    temperature: float = option(
+        4.0, "temperature of distillation", "With distillation_weight.", low=0, open_low=True, command_line=False
+    )
+    ema_decay: float = option(
+        0.0,
+        "decay of an average of the weights per step, 0 for none",
+        "It made no difference in short fine-tuning.",
+        low=0,
+        high=1,
+        open_high=True,
+        command_line=False,
+    )
+    amp: str | None = option(
+        "auto",
+        "mixed precision; auto: bf16 or fp16 on GPUs with tensor cores, none elsewhere",
+        "bf16 is faster on CPUs that have its instructions.",
+        choices=("auto", "bf16", "fp16"),
+    )
+    amp_validation: bool = option(
+        False,
+        "validate in that precision too",
+        "Where validation on a GPU takes long.",
+        command_line=False,
+    )
+    accumulate: int = option(
+        1,
+        "batches a step",
+        "To keep the steps of a large batch where memory allows a small one.",
+        low=1,
+    )
+    clip_norm: float | None = option(
+        None,
+        "largest gradient norm, None for no clipping",
+        "Where training diverges.",
+        low=0,
+        open_low=True,
+        command_line=False,
+    )
     channels_last: bool | None = option(
-        None, "channels-last memory layout while training", "With --amp bf16 on a CPU.",
+        None,
+        "channels-last memory layout while training",
+        "With --amp bf16 on a CPU.",
         default_text="on CUDA with mixed precision",
-    )  # fmt: skip
+    )
     compile: bool = option(False, "torch.compile the training steps", "On GPUs, where training is long.")
     cuda_graphs: bool = option(
-        True, "replay training steps as CUDA graphs where that is safe", "Turn it off to look for an error on a GPU.",
+        True,
+        "replay training steps as CUDA graphs where that is safe",
+        "Turn it off to look for an error on a GPU.",
         command_line=False,
-    )  # fmt: skip
+    )
     sync_batchnorm: bool = option(
-        False, "BatchNorm over all processes under torchrun", "Where each GPU has only a few images a step.",
-    )  # fmt: skip
+        False,
+        "BatchNorm over all processes under torchrun",
+        "Where each GPU has only a few images a step.",
+    )
 
     def __post_init__(self):
         check(self)
