@@ -29,13 +29,14 @@ from measuring import measured, started
 
 from taylor_pruning.selection.baselines import BASELINES
 from EnhancedPruning import EnhancedPruning, PruningSettings
-from taylor_pruning.experiment.arguments import add_shared_arguments, new_parser, parse
-from taylor_pruning.experiment.data import calibration_batches, embedded_data, load_image_folder, make_loader
+from taylor_pruning.experiment.arguments import parse
+from taylor_pruning.experiment.command import ExperimentTask
+from taylor_pruning.experiment.data import calibration_batches, load_image_folder, make_loader
 from taylor_pruning.experiment.results import all_filters, remaining
 from taylor_pruning.repair.compensation import compensate
 from taylor_pruning.report.experiment import write_json
 from taylor_pruning.scoring.oracle import spearman, true_loss_changes
-from taylor_pruning.experiment.setup import EMBEDDED_TRAIN, EMBEDDED_VAL, prepare
+from taylor_pruning.experiment.setup import prepare
 from taylor_pruning.selection.greedy import Constraints, Selection, select_by_score
 from taylor_pruning.training.fine_tuning import Recipe, evaluate, fine_tune
 
@@ -128,13 +129,10 @@ def load(arguments):
     """Data and dense network; where there are no weights for it, it is trained (and kept) as the runners do."""
     if arguments.weights and arguments.data_path and arguments.model in CIFAR_RESNETS:
         return load_image_folder(arguments.data_path), cifar_resnet(arguments.model, arguments.weights)
-    parser = new_parser("a runner's arguments")
-    add_shared_arguments(parser)
     given = {"--model": arguments.model, "--weights": arguments.weights, "--data-path": arguments.data_path}
     words = [word for pair in given.items() if pair[1] for word in pair]
-    experiment = prepare(parse(parser, [*words, "--device", "cpu"]), Path(arguments.output).parent, CPU)
-    data = experiment.data if arguments.data_path else embedded_data(EMBEDDED_TRAIN, 2 * EMBEDDED_VAL)
-    return data, experiment.built.model.eval()
+    experiment = prepare(parse(ExperimentTask, "", [*words, "--device", "cpu"]), Path(arguments.output).parent, CPU)
+    return experiment.data, experiment.built.model.eval()
 
 
 def balanced(data, images, seed):

@@ -28,8 +28,10 @@ from taylor_pruning.report import experiment as ExperimentReport
 from taylor_pruning.experiment import setup as ExperimentSetup
 import run_enhanced_pruning
 import run_single_experiment
-from taylor_pruning.experiment.arguments import add_shared_arguments, add_single_arguments, new_parser, parse
+from taylor_pruning.experiment.arguments import parse
+from taylor_pruning.experiment.command import ExperimentTask
 from taylor_pruning.experiment.data import _balanced_order, load_image_folder
+from taylor_pruning.experiment.embedded import embedded_data
 from taylor_pruning.errors import InputError, atomic_path
 from taylor_pruning.experiment.models import export_model, load_pruned
 
@@ -496,17 +498,14 @@ def test_a_bare_environment_in_ascii_works(images, whole, tmp_path):
 
 
 def test_the_dense_network_is_kept_where_there_is_room_for_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(ExperimentSetup, "EMBEDDED_TRAIN", 20)
-    monkeypatch.setattr(ExperimentSetup, "EMBEDDED_VAL", 10)
-    parser = new_parser("")
-    add_single_arguments(parser)
-    add_shared_arguments(parser)
-    args = parse(parser, [*QUICK, "--quiet"])
+    few = embedded_data(20, 10)
+    monkeypatch.setattr(ExperimentSetup, "embedded_data", lambda: few)
+    command = parse(ExperimentTask, "", [*QUICK, "--quiet"])
 
     def dense(name, cache):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / cache))
         (tmp_path / name).mkdir()
-        ExperimentSetup.prepare(args, tmp_path / name, torch.device("cpu"))
+        ExperimentSetup.prepare(command, tmp_path / name, torch.device("cpu"))
         return names(tmp_path / name)
 
     (tmp_path / "file").touch()

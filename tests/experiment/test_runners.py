@@ -422,10 +422,10 @@ def test_what_lies_between_rounds_is_trained_and_the_last_round_is_not(progressi
     assert not trained and "train" not in baseline.seconds and baseline.criterion == "magnitude"
 
 
-def test_a_progressive_run_interrupted_twice_ends_in_the_same_result(image_folder, tmp_path, monkeypatch):
-    extra = ["--fine-tune-epochs", "1", "--fine-tune-between", "4", "--rounds", "3"]
-    assert single(image_folder, tmp_path / "whole", *extra) == 0
-    folder, train, calls = tmp_path / "broken", EnhancedPruning_module.train_steps, []
+def test_a_progressive_run_interrupted_twice_ends_in_the_same_result(progressive, tmp_path, monkeypatch):
+    pruning = progressive(3)[0]
+    whole = pruning.run_full_pruning(60, fine_tune_epochs=1, checkpoint=tmp_path / "whole.pt")
+    train, calls = EnhancedPruning_module.train_steps, []
 
     def interrupted(model, *arguments, **keywords):
         calls.append(keywords["round_index"])
@@ -436,16 +436,21 @@ def test_a_progressive_run_interrupted_twice_ends_in_the_same_result(image_folde
     def stop(*arguments, **keywords):
         raise KeyboardInterrupt
 
+    def run(resume):
+        return pruning.run_full_pruning(60, fine_tune_epochs=1, checkpoint=tmp_path / "run.pt", resume=resume)
+
     monkeypatch.setattr(EnhancedPruning_module, "train_steps", interrupted)
     with monkeypatch.context() as patch:
         patch.setattr(EnhancedPruning_module, "fine_tune", stop)
-        assert single(image_folder, folder, *extra) == 130  # between the second round and the third
-        assert single(image_folder, folder, *extra, "--resume", str(folder)) == 130  # before fine-tuning
-    assert single(image_folder, folder, *extra, "--resume", str(folder)) == 0
+        for resume in (False, True):  # the first run ends between the second round and the third, the second behind it
+            with pytest.raises(KeyboardInterrupt):
+                run(resume)
+    resumed = run(True)
     assert calls == [0, 1, 1]  # no finished round is repeated
-    whole, resumed = (json.loads((f / "results.json").read_text()) for f in (tmp_path / "whole", folder))
-    assert without_timings(whole) == without_timings(resumed)
-    assert whole["seconds"]["train"] > 0
+    assert without_timings(whole.as_dict()) == without_timings(resumed.as_dict())
+    assert whole.seconds["train"] > 0
+    ours, theirs = resumed.model.state_dict(), whole.model.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def interrupted_at(patch, owner, name, number):
