@@ -19,6 +19,7 @@
 
 import copy
 import dataclasses
+import math
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -181,7 +182,7 @@ class EnhancedPruning:
 
     def prune_by_baseline(self, name: str, pruning_percentage: float = 30) -> PruningResult:
         """Like `prune` by a published criterion (selection.baselines): one shot, no layer bound and no repair."""
-        constraints = dataclasses.replace(self.settings.constraints, layer_bound=None)
+        constraints = dataclasses.replace(self.settings.constraints, layer_bound=math.inf)
         selection, seconds = Selection(self.graph, pruning_percentage, constraints), Stopwatch({})
         scores = baseline_scores(name, self.graph, self.rankings.of(self.model, 1).directions, self.settings.seed)
         seconds.lap("score")

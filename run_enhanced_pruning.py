@@ -10,7 +10,6 @@ Every cell is the experiment that run_single_experiment.py runs with the same ar
 the dense network's evaluation and its ranking. A finished cell is on disk before the next begins.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -18,52 +17,57 @@ from pathlib import Path
 import torch
 
 from EnhancedPruning import EnhancedPruning, InputError, PruningResult
-from taylor_pruning.experiment.arguments import add_shared_arguments, add_sweep_arguments, new_parser, parse
+from taylor_pruning.experiment.arguments import parse
+from taylor_pruning.experiment.command import Command, SweepTask
 from taylor_pruning.experiment.run import run_guarded
 from taylor_pruning.experiment.setup import Experiment, environment, prepare, warn_of_chance
+from taylor_pruning.report.closing import sweep_closing
 from taylor_pruning.report.files import write_json
 from taylor_pruning.report.sweep import sweep_table, write_sweep
 from taylor_pruning.training.distributed import barrier, is_main
 from taylor_pruning.training.fine_tuning import TrainingDiverged
 
+DESCRIPTION = """Sweep over pruning percentages and Taylor orders, compare, and report.
+
+  %(prog)s --pruning-percentages 30 50 --compare-baseline
+  %(prog)s --model vgg16 --pruning-percentages 10 30 50 70 \\
+      --taylor-orders 1 2 3 --fine-tune-epochs 5 --data-path imagenet-mini
+"""
 CELL_ERRORS = (InputError, TrainingDiverged, torch.OutOfMemoryError)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the sweep that the command line describes; returns the exit code."""
-    parser = new_parser("Sweep over pruning percentages and Taylor orders, compare, and report.")
-    add_sweep_arguments(parser)
-    add_shared_arguments(parser)
-    return run_guarded(parser, parse(parser, argv), run)
+    return run_guarded(parse(SweepTask, DESCRIPTION, argv), run)
 
 
-def run(args: argparse.Namespace, folder: Path, device: torch.device) -> int:
+def run(command: Command, folder: Path, device: torch.device) -> int:
     """Runs what is not yet in the folder, writes the tables and plots; 1 if a cell failed."""
-    before = _read(folder / "results.json") if args.resume else None
+    before = _read(folder / "results.json") if command.run.resume else None
     barrier()
     if before and all(cell["status"] == "done" for cell in before["cells"]):
         if is_main():
             print(f"the sweep in {folder} is finished; nothing was changed")
         return 0
-    methods = [f"order {order}" for order in sorted(set(args.taylor_orders))]
-    methods += args.baselines if args.compare_baseline else []
-    percentages = sorted(set(args.pruning_percentages))
-    experiment = prepare(args, folder, device, percentages)
+    methods = [f"order {order}" for order in sorted(set(command.task.taylor_orders))]
+    methods += command.task.baselines if command.task.compare_baseline else []
+    percentages = sorted(set(command.task.pruning_percentages))
+    experiment = prepare(command, folder, device, percentages)
     dense = None
-    for seed in args.seeds:
-        sweep = Sweep(args, experiment, folder / "cells", seed, dense)
+    for seed in command.task.seeds:
+        sweep = Sweep(command, experiment, folder / "cells", seed, dense)
         for method in methods:
             for percentage in percentages:
                 sweep.cell(method, percentage)
         dense = sweep.pruning.dense_stage()
-    return report(args, experiment, folder, dense) if is_main() else 0
+    return report(command, experiment, folder, dense) if is_main() else 0
 
 
 class Sweep:
     """The cells of one seed, in `folder`."""
 
-    def __init__(self, args: argparse.Namespace, experiment: Experiment, folder: Path, seed: int, dense: dict | None):
-        self.args, self.experiment, self.folder, self.seed = args, experiment, folder, seed
+    def __init__(self, command: Command, experiment: Experiment, folder: Path, seed: int, dense: dict | None):
+        self.command, self.experiment, self.folder, self.seed = command, experiment, folder, seed
         stage = dense or _read(folder / "dense.json")
         self.pruning = EnhancedPruning(**experiment.pipeline_arguments(seed, dense_stage=stage))
         stage = self.pruning.dense_stage()
@@ -90,20 +94,20 @@ class Sweep:
         return self.pruning.prune(
             percentage,
             int(method.removeprefix("order ")),
-            self.args.use_gradient_flow,
+            self.command.task.use_gradient_flow,
             checkpoint=self.file(method, percentage).with_suffix(".rounds.checkpoint"),
-            resume=self.args.resume is not None,
+            resume=self.command.run.resume is not None,
         )
 
     def fine_tuned(self, method: str, percentage: float, result: PruningResult) -> PruningResult:
         """The fine-tuned network; where the GPU's memory is too small, with half the batch size."""
         checkpoint = self.file(method, percentage).with_suffix(".checkpoint")
         try:
-            return self.pruning.fine_tune(result, checkpoint=checkpoint, resume=self.args.resume is not None)
+            return self.pruning.fine_tune(result, checkpoint=checkpoint, resume=self.command.run.resume is not None)
         except CELL_ERRORS as error:
             if not isinstance(error.__cause__ or error, torch.OutOfMemoryError):
                 raise
-        half = max(1, self.args.batch_size // 2)
+        half = max(1, self.command.data.batch_size // 2)
         print(f"{method} at {percentage:g} %: out of memory, once more with --batch-size {half}", flush=True)
         torch.cuda.empty_cache()
         arguments = self.experiment.pipeline_arguments(
@@ -130,15 +134,20 @@ def _read(path: Path) -> dict | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def report(args: argparse.Namespace, experiment: Experiment, folder: Path, dense: dict) -> int:
+def report(command: Command, experiment: Experiment, folder: Path, dense: dict) -> int:
     """Writes the tables and plots and prints the table; returns the exit code."""
     for checkpoint in (folder / "cells").glob("*.checkpoint"):  # of cells that were killed after their last step
         checkpoint.unlink()
     cells = [_read(file) for file in sorted((folder / "cells").glob("*_seed-*.json"))]
-    sweep = {"arguments": vars(args), "environment": environment(experiment.device), "dense": dense, "cells": cells}
-    paths = write_sweep(sweep, folder)
+    sweep = {
+        "arguments": command.as_dict(),
+        "environment": environment(experiment.device),
+        "dense": dense,
+        "cells": cells,
+    }
+    write_sweep(sweep, folder)
     print(sweep_table(sweep))
-    print(*(str(path) for path in paths if path.suffix != ".pdf"), sep="\n")
+    print(f"\n{sweep_closing(sweep, folder)}")
     failed = sum(cell["status"] == "failed" for cell in cells)
     if failed:
         print(f"{failed} of {len(cells)} cells failed; results.md names them, --resume {folder} tries them again",

@@ -7,7 +7,6 @@
     python run_single_experiment.py --resume runs/run_single_experiment-vgg16    # an interrupted run
 """
 
-import argparse
 import dataclasses
 import sys
 from pathlib import Path
@@ -15,60 +14,65 @@ from pathlib import Path
 import torch
 
 from EnhancedPruning import EnhancedPruning, PruningResult, load_pruned, save_pruned
-from taylor_pruning.experiment.arguments import add_shared_arguments, add_single_arguments, new_parser, parse
+from taylor_pruning.experiment.arguments import parse
+from taylor_pruning.experiment.command import Command, ExperimentTask
 from taylor_pruning.experiment.models import BuiltModel, export_model
 from taylor_pruning.experiment.run import run_guarded
 from taylor_pruning.experiment.setup import Experiment, environment, prepare, progress, warn_of_chance
+from taylor_pruning.report.closing import experiment_closing
 from taylor_pruning.report.experiment_plots import write_experiment_plots
 from taylor_pruning.report.files import write_json
 from taylor_pruning.report.tables import rounds_table, summary_table
 from taylor_pruning.training.distributed import barrier, is_main
 
+DESCRIPTION = """Prune one network by Taylor scores, fine-tune it and report.
+
+  %(prog)s
+  %(prog)s --model vgg16 --pruning-percentage 30 \\
+      --taylor-order 2 --fine-tune-epochs 5 --data-path imagenet-mini
+"""
 ROUNDS, PRUNED, CHECKPOINT = "rounds_checkpoint.pt", "pruned_before_fine_tuning.pt", "fine_tuning_checkpoint.pt"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the experiment that the command line describes; returns the exit code."""
-    parser = new_parser("Prune one network by Taylor scores, fine-tune it and report.")
-    add_single_arguments(parser)
-    add_shared_arguments(parser)
-    return run_guarded(parser, parse(parser, argv), run)
+    return run_guarded(parse(ExperimentTask, DESCRIPTION, argv), run)
 
 
-def run(args: argparse.Namespace, folder: Path, device: torch.device) -> int:
+def run(command: Command, folder: Path, device: torch.device) -> int:
     finished = (folder / "results.json").exists() and not (folder / PRUNED).exists()
     barrier()
-    if args.resume and finished:
+    if command.run.resume and finished:
         if is_main():
             print(f"the run in {folder} is finished; nothing was changed")
         return 0
-    experiment = prepare(args, folder, device, [args.pruning_percentage])
-    pruning = EnhancedPruning(**experiment.pipeline_arguments(args.seed))
-    result = pruned(args, pruning, experiment, folder)
-    result = pruning.fine_tune(result, checkpoint=folder / CHECKPOINT, resume=args.resume is not None)
+    experiment = prepare(command, folder, device, [command.task.pruning_percentage])
+    pruning = EnhancedPruning(**experiment.pipeline_arguments(command.pruning.seed))
+    result = pruned(command, pruning, experiment, folder)
+    result = pruning.fine_tune(result, checkpoint=folder / CHECKPOINT, resume=command.run.resume is not None)
     if is_main():
-        report(args, experiment, result, folder)
+        report(command, experiment, result, folder)
     return 0
 
 
-def pruned(args: argparse.Namespace, pruning: EnhancedPruning, experiment: Experiment, folder: Path) -> PruningResult:
+def pruned(command: Command, pruning: EnhancedPruning, experiment: Experiment, folder: Path) -> PruningResult:
     """The pruned network before fine-tuning; kept on disk, so that an interrupted run need not prune again."""
     kept = folder / PRUNED
-    if args.resume and kept.exists():
+    if command.run.resume and kept.exists():
         model = load_pruned(kept, device=pruning.example.device)
         return PruningResult(model=model, **torch.load(kept, weights_only=True)["extra"])
     warn_of_chance(pruning.dense_stage(), experiment.data)
     result = pruning.prune(
-        args.pruning_percentage,
-        args.taylor_order,
-        args.use_gradient_flow,
-        oracle_samples=args.oracle_samples,
+        command.task.pruning_percentage,
+        command.task.taylor_order,
+        command.task.use_gradient_flow,
+        oracle_samples=command.task.oracle_samples,
         checkpoint=folder / ROUNDS,
-        resume=args.resume is not None,
+        resume=command.run.resume is not None,
     )
     if is_main():
         save(kept, result, experiment.built)
-        if progress(args):
+        if progress(command):
             print(curvature_line(result.curvature))
     return result
 
@@ -92,11 +96,11 @@ def curvature_line(curvature: dict) -> str:
     return f"curvature: {curvature['path']} ({curvature['reason']}){sampled}"
 
 
-def report(args: argparse.Namespace, experiment: Experiment, result: PruningResult, folder: Path) -> None:
+def report(command: Command, experiment: Experiment, result: PruningResult, folder: Path) -> None:
     """Writes the results folder and prints what a user wants to know first."""
     data = experiment.data
     results = {
-        "arguments": vars(args),
+        "arguments": command.as_dict(),
         "environment": environment(experiment.device),
         "model": {k: v for k, v in vars(experiment.built).items() if k not in ("model", "transforms")},
         "data": {k: getattr(data, k) for k in ("name", "classes", "image_size", "mean", "std")}
@@ -110,16 +114,16 @@ def report(args: argparse.Namespace, experiment: Experiment, result: PruningResu
         write_json(folder / "gradient_flow.json", result.gradient_flow)
         findings = result.gradient_flow["reports"]["dense"]["findings"]
         print("\n".join(findings[:10] or ["gradient flow: nothing remarkable"]))
-    plots = write_experiment_plots(results, folder)
-    for kind in args.export:
+    write_experiment_plots(results, folder)
+    for kind in command.task.export:
         model = result.model.cpu().eval()
-        example = experiment.calibration(2, args.seed)[0][0][:2].cpu()
+        example = experiment.calibration(2, command.pruning.seed)[0][0][:2].cpu()
         export_model(model, example, folder / f"pruned_model.{kind}", kind)
     for name in (ROUNDS, CHECKPOINT, PRUNED):  # the last one's absence marks a finished run
         (folder / name).unlink(missing_ok=True)
     print(rounds_table(results["rounds"]))
     print(f"\n{summary_table(results)}")
-    print(f"results, {len(plots)} plots and pruned_model.pt: {folder}")
+    print(f"\n{experiment_closing(results, folder)}")
 
 
 if __name__ == "__main__":

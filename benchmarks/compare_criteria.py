@@ -29,10 +29,11 @@ from measuring import measured, started
 
 from EnhancedFilterPruner import Rankings
 from EnhancedPruning import EnhancedPruning, PruningSettings
-from taylor_pruning.experiment.arguments import add_shared_arguments, new_parser, parse
-from taylor_pruning.experiment.data import calibration_batches, embedded_data, load_image_folder, make_loader
+from taylor_pruning.experiment.arguments import parse
+from taylor_pruning.experiment.command import ExperimentTask
+from taylor_pruning.experiment.data import calibration_batches, load_image_folder, make_loader
 from taylor_pruning.experiment.results import all_filters, remaining
-from taylor_pruning.experiment.setup import EMBEDDED_TRAIN, EMBEDDED_VAL, prepare
+from taylor_pruning.experiment.setup import prepare
 from taylor_pruning.repair.compensation import compensate
 from taylor_pruning.report.files import write_json
 from taylor_pruning.scoring.oracle import spearman, true_loss_changes
@@ -129,13 +130,10 @@ def load(arguments):
     """Data and dense network; where there are no weights for it, it is trained (and kept) as the runners do."""
     if arguments.weights and arguments.data_path and arguments.model in CIFAR_RESNETS:
         return load_image_folder(arguments.data_path), cifar_resnet(arguments.model, arguments.weights)
-    parser = new_parser("a runner's arguments")
-    add_shared_arguments(parser)
     given = {"--model": arguments.model, "--weights": arguments.weights, "--data-path": arguments.data_path}
     words = [word for pair in given.items() if pair[1] for word in pair]
-    experiment = prepare(parse(parser, [*words, "--device", "cpu"]), Path(arguments.output).parent, CPU)
-    data = experiment.data if arguments.data_path else embedded_data(EMBEDDED_TRAIN, 2 * EMBEDDED_VAL)
-    return data, experiment.built.model.eval()
+    experiment = prepare(parse(ExperimentTask, "", [*words, "--device", "cpu"]), Path(arguments.output).parent, CPU)
+    return experiment.data, experiment.built.model.eval()
 
 
 def balanced(data, images, seed):

@@ -53,6 +53,12 @@ class Batches:
             raise AttributeError(f"the data set of {self.name} has no length")
         return dataset
 
+    @property
+    def spread(self):
+        """The loader's `spread(samples)`, which picks out images; no attribute where it has none."""
+        spread = self.loader.spread
+        return lambda samples: [read_batch(batch, self.name, self.device) for batch in spread(samples)]
+
     def set_epoch(self, epoch: int) -> None:
         """Passes the epoch on to a loader that knows of epochs."""
         if hasattr(self.loader, "set_epoch"):

@@ -1,18 +1,29 @@
 """Contexts that change the mode of a model and give it back as it was."""
 
+from collections.abc import Iterator
 from contextlib import contextmanager
+
+from torch import nn
 
 
 @contextmanager
-def frozen(model):
-    """While open, the model is in eval mode and its parameters require no gradient; then all is as it was."""
-    modes = {module: module.training for module in model.modules()}
-    wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
+def modes_kept(*models: nn.Module) -> Iterator[None]:
+    """Gives every submodule its train or eval mode back at the end."""
+    modes = {module: module.training for model in models for module in model.modules()}
     try:
-        model.eval().requires_grad_(False)
-        yield model
+        yield
     finally:
         for module, mode in modes.items():
             module.training = mode
-        for parameter, flag in wanted.items():
-            parameter.requires_grad_(flag)
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[nn.Module]:
+    """While open, the model is in eval mode and its parameters require no gradient; then all is as it was."""
+    wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    with modes_kept(model):
+        try:
+            yield model.eval().requires_grad_(False)
+        finally:
+            for parameter, flag in wanted.items():
+                parameter.requires_grad_(flag)

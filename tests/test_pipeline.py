@@ -18,7 +18,7 @@ from taylor_pruning.experiment.data import make_loader
 from taylor_pruning.repair.compensation import CompensationReport
 from taylor_pruning.scoring.taylor import _signs
 from taylor_pruning.training import fine_tuning as FineTuning
-from taylor_pruning.training.fine_tuning import Recipe
+from taylor_pruning.training.fine_tuning import Recipe, evaluate
 
 
 @pytest.fixture
@@ -275,3 +275,33 @@ def test_dropout_in_fine_tuning_follows_the_seed(plain_network, images, labels):
         pruning = EnhancedPruning(network, loader, loader, settings=settings, recipe=recipe, progress=False)
         losses.append(pruning.run_full_pruning(30, 2).fine_tuning[0]["train_loss"])
     assert losses[0] == losses[1] != losses[2]
+
+
+class CountedLoader:
+    """Counts the passes over a list of batches."""
+
+    def __init__(self, batches):
+        self.batches, self.passes = batches, 0
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        self.passes += 1
+        return iter(self.batches)
+
+    def spread(self, samples):
+        return self.batches[:1]
+
+
+@pytest.mark.parametrize("reestimate", [False, True])
+def test_nothing_is_evaluated_twice(plain_network, batches, reestimate):
+    """First batch, dense, pruned, compensated, three epochs; one more where fine-tuning begins with new statistics."""
+    val = CountedLoader(batches)
+    settings = PruningSettings(rounds=2, reestimate_batchnorm=reestimate)
+    pruning = EnhancedPruning(plain_network, batches, val, settings=settings, progress=False)
+    result = pruning.run_full_pruning(40, 2, fine_tune_epochs=3)
+    assert val.passes == 7 + reestimate
+    last = result.stages[-1]
+    accuracy = evaluate(result.model, batches, progress=False)
+    assert {key: last[key] for key in vars(accuracy)} == vars(accuracy)

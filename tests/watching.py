@@ -4,7 +4,8 @@
 def without_timings(value):
     """results.json without what may differ between two equal runs."""
     if isinstance(value, dict):
-        varying = ("seconds", "latency_ms", "command", "output_dir", "resume", "file_bytes", "quiet", "git_commit")
+        varying = ("seconds", "latency_ms", "images_per_second", "file_bytes", "command", "output_dir", "resume", "quiet",
+                   "git_commit")  # fmt: skip
         return {k: without_timings(v) for k, v in value.items() if k not in varying}
     return [without_timings(v) for v in value] if isinstance(value, list) else value
 

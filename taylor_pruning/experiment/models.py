@@ -33,6 +33,11 @@ SMALL_IMAGE = 64  # below this many pixels the strided ImageNet stems leave noth
 IMAGENET_CLASSES = 1000
 # Where training scripts keep the weights in a checkpoint. Where there are several, the first counts: averages come last.
 STATE_KEYS = ("state_dict", "model_state_dict", "model", "net", "network", "ema_state_dict", "model_ema", "ema")
+VGG7 = "vgg7_bn"  # not one of torchvision's: small enough to be trained on the embedded images in a minute
+VGG_LAYERS = {
+    VGG7: [32, "M", 64, "M", 128, 128, "M", 128, 128, "M"],
+    **{name: cfgs[key] for name, key in (("vgg11", "A"), ("vgg13", "B"), ("vgg16", "D"), ("vgg19", "E"))},
+}
 FORMAT, FORMAT_VERSION = "pruned-network", 1
 
 # What torch.load(weights_only=True) raises on pickled code, damaged archives and files of another kind.
@@ -61,8 +66,8 @@ class BuiltModel:
 
 
 def model_names() -> list[str]:
-    """Names of torchvision's classification networks."""
-    return models.list_models(module=models)
+    """Names of torchvision's classification networks and of the toolkit's own."""
+    return [*models.list_models(module=models), VGG7]
 
 
 def pretrained_weights(name: str, weights: str | Path = "auto", image_size: int | None = None) -> WeightsEnum | None:
@@ -72,6 +77,10 @@ def pretrained_weights(name: str, weights: str | Path = "auto", image_size: int 
     for "default" below 64 pixels, where the networks have another stem.
     """
     _check_name(name)
+    if name == VGG7:
+        if weights == "default":
+            raise InputError(f"there are no pretrained weights of {name}; pass --weights none or a file")
+        return None
     small = image_size is not None and image_size < SMALL_IMAGE
     if weights == "default" and small:
         raise InputError(
@@ -86,7 +95,9 @@ def pretrained_weights(name: str, weights: str | Path = "auto", image_size: int 
 def build_model(
     name: str, num_classes: int, *, image_size: int, weights: str | Path = "auto", imagenet_labels: bool = False
 ) -> BuiltModel:
-    """Build a torchvision classification network for `num_classes` labels and square images of `image_size` pixels.
+    """Build a classification network for `num_classes` labels and square images of `image_size` pixels.
+
+    name: one of torchvision's, or "vgg7_bn": six convolutions of 32 to 128 filters and one linear layer.
 
     weights: "auto" (torchvision's default weights from 64 pixels on, none below), "default", "none", or a file that
     holds a state_dict, plain or under one of STATE_KEYS; a prefix that all names share ("module.", "_orig_mod.",
@@ -132,7 +143,7 @@ def _check_name(name: str):
 
 def _network(name: str, num_classes: int, image_size: int, *, transform_input: bool = False) -> nn.Module:
     small = image_size < SMALL_IMAGE
-    if small and name.startswith("vgg"):
+    if name == VGG7 or (small and name.startswith("vgg")):
         return _small_vgg(name, num_classes)
     options = {}
     if name in ("googlenet", "inception_v3"):
@@ -148,12 +159,12 @@ def _network(name: str, num_classes: int, image_size: int, *, transform_input: b
 
 
 def _small_vgg(name: str, num_classes: int) -> nn.Module:
-    config = {"vgg11": "A", "vgg13": "B", "vgg16": "D", "vgg19": "E"}[name.removesuffix("_bn")]
-    features = make_layers(cfgs[config], batch_norm=name.endswith("_bn"))
+    layers = VGG_LAYERS.get(name) or VGG_LAYERS[name.removesuffix("_bn")]
+    features = make_layers(layers, batch_norm=name.endswith("_bn"))
     with _parameters_on_meta():  # the 120 million weights of the classifier that is about to go are never allocated
         model = models.VGG(features)
     model.avgpool = nn.AdaptiveAvgPool2d(1)
-    model.classifier = nn.Linear(512, num_classes)
+    model.classifier = nn.Linear(layers[-2], num_classes)
     return model
 
 

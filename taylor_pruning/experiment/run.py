@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from taylor_pruning.errors import InputError, remove_leftovers
+from taylor_pruning.experiment.command import Command
 from taylor_pruning.experiment.setup import choose_device, environment
 from taylor_pruning.report.files import plain, write_json
 from taylor_pruning.training.distributed import end_distributed, init_distributed, is_main
@@ -24,27 +25,31 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 NOT_COMPARED = ("resume", "output_dir", "quiet", "device", "workers")  # may differ between a run and its resumption
 
 
-def run_guarded(parser, args, run):
-    """run(args, folder, device) with clear errors.
+def run_guarded(command: Command, run) -> int:
+    """run(command, folder, device) with clear errors; returns the exit code.
 
     Exit codes: 2 bad input, 1 training diverged or the disk failed, 130 interrupted.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # no name or sign that the terminal's encoding lacks may end a run
             stream.reconfigure(errors="backslashreplace")
-    folder = Path(args.resume or args.output_dir or default_folder(parser, args))
+    folder = Path(command.run.resume or command.run.output_dir or default_folder(command))
     try:
         if fcntl is None:
-            raise InputError("the command line runs on Linux and macOS; on Windows use WSL, or EnhancedPruning from Python")
-        device = init_distributed(choose_device(args.device))
-        with open_folder(folder, args):
-            return run(args, folder, device)
+            raise InputError(
+                "the command line runs on Linux and macOS; on Windows use WSL, or EnhancedPruning from Python"
+            )
+        device = init_distributed(choose_device(command.run.device))
+        with open_folder(folder, command):
+            return run(command, folder, device)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
         disk = error.errno in DISK_ERRORS
-        advice = f"free space, then {how_to_continue(folder)}" if disk else "check that path, or pass another --output-dir"
+        advice = (
+            f"free space, then {how_to_continue(folder)}" if disk else "check that path, or pass another --output-dir"
+        )
         print(f"error: {error.strerror or error}: {error.filename or folder}; {advice}", file=sys.stderr)
         return 1 if disk else 2
     except TrainingDiverged as error:
@@ -63,15 +68,15 @@ def how_to_continue(folder):
     return f"continue with --resume {folder}" if started else "start again with the same arguments"
 
 
-def default_folder(parser, args):
+def default_folder(command):
     """runs/ and a name that is free."""
-    base = Path("runs") / f"{Path(parser.prog).stem}-{args.model}"
+    base = Path("runs") / f"{Path(sys.argv[0]).stem}-{command.data.model}"
     candidates = (base if n == 1 else base.with_name(f"{base.name}-{n}") for n in range(1, 10**6))
     return next(path for path in candidates if not path.exists())
 
 
 @contextlib.contextmanager
-def open_folder(folder, args):
+def open_folder(folder, command):
     """Makes the results folder with its config.json and locks it while the block runs.
 
     Wrong input that is found before anything was written leaves no config.json, so that the folder is free for the
@@ -84,7 +89,7 @@ def open_folder(folder, args):
         yield
         return
     config = folder / "config.json"
-    if args.resume and not config.exists():
+    if command.run.resume and not config.exists():
         raise InputError(
             f"{folder} has no config.json; --resume takes the folder of an interrupted run, without it a run starts anew"
         )
@@ -93,28 +98,34 @@ def open_folder(folder, args):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise InputError(f"another run is writing into {folder}; wait for it or pass another --output-dir") from error
-        if args.resume:
-            check_same_arguments(json.loads(config.read_text(encoding="utf-8")), args)
+            raise InputError(
+                f"another run is writing into {folder}; wait for it or pass another --output-dir"
+            ) from error
+        if command.run.resume:
+            check_same_arguments(json.loads(config.read_text(encoding="utf-8")), command)
         elif config.exists():
             raise InputError(f"{folder} holds a run already; pass --resume {folder} or another --output-dir")
         for place in (folder, folder / "cells"):
             remove_leftovers(place)
         before = {config.name, *os.listdir(folder)}
-        if not args.resume:
-            write_json(config, {"arguments": vars(args), "environment": environment(choose_device(args.device))})
+        if not command.run.resume:
+            write_json(
+                config, {"arguments": command.as_dict(), "environment": environment(choose_device(command.run.device))}
+            )
         try:
             yield
         except InputError:
-            if not args.resume and before.issuperset(os.listdir(folder)):
+            if not command.run.resume and before.issuperset(os.listdir(folder)):
                 config.unlink()
             raise
 
 
-def check_same_arguments(config, args):
-    """Raises InputError naming the arguments in which `args` differs from the run that is to be resumed."""
-    now, then = plain(vars(args)), config["arguments"]
+def check_same_arguments(config, command):
+    """Raises InputError naming the arguments in which `command` differs from the run that is to be resumed."""
+    now, then = plain(command.as_dict()), config["arguments"]
     names = sorted(n for n in now.keys() | then.keys() if n not in NOT_COMPARED and now.get(n) != then.get(n))
     if names:
         changes = ", ".join(f"--{n.replace('_', '-')} was {then.get(n)}, is {now.get(n)}" for n in names)
-        raise InputError(f"the folder belongs to a run with other arguments: {changes}; repeat them or start a new folder")
+        raise InputError(
+            f"the folder belongs to a run with other arguments: {changes}; repeat them or start a new folder"
+        )

@@ -16,27 +16,29 @@ from pathlib import Path
 import numpy
 import torch
 import torchvision
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from taylor_pruning.training.distributed import is_main, world_size
-from taylor_pruning.experiment.arguments import recipe_from, settings_from
-from taylor_pruning.experiment.data import ImageData, calibration_batches, embedded_data, load_image_folder, make_loader
 from taylor_pruning.errors import InputError, atomic_file
+from taylor_pruning.experiment.command import Command, DataSettings
+from taylor_pruning.experiment.data import ImageData, calibration_batches, load_image_folder, make_loader
+from taylor_pruning.experiment.embedded import embedded_data
 from taylor_pruning.experiment.models import BuiltModel, build_model, head_name, pretrained_weights, read_tensors
 from taylor_pruning.first_batch import Batches, check_training
 from taylor_pruning.selection.greedy import check_reachable
 from taylor_pruning.surgery.graph import ChannelGraph
-from taylor_pruning.training.fine_tuning import Recipe, fine_tune
+from taylor_pruning.training.distributed import is_main, world_size
+from taylor_pruning.training.fine_tuning import fine_tune
 
-EMBEDDED_TRAIN, EMBEDDED_VAL = 2000, 500
-SCRATCH_EPOCHS, HEAD_EPOCHS = 8, 3
-SCRATCH_BATCH = 16  # small data sets need many steps to leave the plateau at the start
+SCRATCH_EPOCHS, HEAD_EPOCHS = 12, 3
+NORMALISED_LR, PLAIN_LR = 0.1, 0.02  # with BatchNorm, and without or of a new head alone
+PLAIN_BATCH = 16  # without BatchNorm, small data sets need many steps to leave the plateau at the start
 
 
 @dataclass
 class Experiment:
     """A dense network that is ready to be pruned, and its data."""
 
-    args: object
+    command: Command
     device: torch.device
     data: ImageData
     built: BuiltModel
@@ -44,24 +46,24 @@ class Experiment:
     def loader(self, dataset, *, shuffle=False, seed=0, batch_size=None):
         return make_loader(
             dataset,
-            batch_size or self.args.batch_size,
+            batch_size or self.command.data.batch_size,
             shuffle=shuffle,
-            workers=self.args.workers,
+            workers=self.command.data.workers,
             seed=seed,
             device=self.device,
             distributed=world_size() > 1,
         )
 
     def calibration(self, samples, seed):
-        return calibration_batches(self.data, samples, self.args.batch_size, seed=seed, device=self.device)
+        return calibration_batches(self.data, samples, self.command.data.batch_size, seed=seed, device=self.device)
 
     def pipeline_arguments(self, seed, *, dense_stage=None, batch_size=None):
         """Arguments of EnhancedPruning, with every random draw that belongs to `seed`."""
-        args = self.args
-        calibration = self.calibration(args.calibration_samples, seed)
-        same = args.compensation_samples == args.calibration_samples
+        command, settings = self.command, self.command.data
+        calibration = self.calibration(settings.calibration_samples, seed)
+        same = settings.compensation_samples == settings.calibration_samples
         train = self.loader(self.data.train, shuffle=True, seed=seed, batch_size=batch_size)
-        if args.fine_tune_epochs:
+        if command.recipe.epochs:
             check_training(self.built.model, Batches(train, "the training loader", self.device))
         return {
             "model": self.built.model,
@@ -69,18 +71,18 @@ class Experiment:
             "val_loader": self.loader(self.data.val, batch_size=batch_size),
             "dense_stage": dense_stage,
             "calibration": calibration,
-            "compensation": calibration if same else self.calibration(args.compensation_samples, seed),
-            "settings": dataclasses.replace(settings_from(args), seed=seed),
-            "recipe": recipe_from(args, self.device),
-            "progress": progress(args),
+            "compensation": calibration if same else self.calibration(settings.compensation_samples, seed),
+            "settings": dataclasses.replace(command.pruning, seed=seed),
+            "recipe": command.recipe,
+            "progress": progress(command),
         }
 
 
-def progress(args):
-    return not args.quiet and is_main()
+def progress(command):
+    return not command.run.quiet and is_main()
 
 
-def prepare(args, folder, device, percentages=()):
+def prepare(command, folder, device, percentages=()):
     """Data and network; trains the network or its new head where it has no weights for the task.
 
     Args:
@@ -90,18 +92,18 @@ def prepare(args, folder, device, percentages=()):
     Raises:
         InputError: see experiment.data, experiment.models, surgery.graph, selection.greedy.
     """
-    torch.manual_seed(args.seed)
-    data = load_data(args)
+    torch.manual_seed(command.pruning.seed)
+    data = load_data(command.data)
     built = build_model(
-        args.model,
+        command.data.model,
         data.num_classes,
         image_size=data.image_size,
-        weights=args.weights,
+        weights=command.data.weights,
         imagenet_labels=data.imagenet_labels,
     )
     built.model.to(device)
-    experiment = Experiment(args, device, data, built)
-    settings = settings_from(args)
+    experiment = Experiment(command, device, data, built)
+    settings = command.pruning
     example = torch.zeros(1, 3, data.image_size, data.image_size, device=device)
     graph = ChannelGraph(built.model, example, settings.exclude, settings.prune_linear)
     for percentage in percentages:
@@ -133,68 +135,81 @@ def choose_device(name):
     return torch.device(name)
 
 
-def load_data(args):
+def load_data(settings: DataSettings) -> ImageData:
     """The folder at `--data-path`, or the embedded data set."""
-    if args.data_path is None:
-        if args.image_size not in (None, 32):
+    if settings.data_path is None:
+        if settings.image_size not in (None, 32):
             raise InputError("the embedded images have 32 pixels; leave --image-size out or pass --data-path")
-        return embedded_data(EMBEDDED_TRAIN, EMBEDDED_VAL)
-    weights = pretrained_weights(args.model, args.weights, args.image_size)
+        return embedded_data()
+    weights = pretrained_weights(settings.model, settings.weights, settings.image_size)
     data = load_image_folder(
-        args.data_path, image_size=args.image_size, weights=weights, skip_corrupt=args.skip_corrupt
+        settings.data_path, image_size=settings.image_size, weights=weights, skip_corrupt=settings.skip_corrupt
     )
-    if args.skip_corrupt and is_main():
+    if settings.skip_corrupt and is_main():
         print(f"{len(data.skipped)} corrupt image(s) left out")
     return data
 
 
 def train_dense(experiment, folder):
     """Trains the whole network, or the new head alone, unless an earlier run has done it."""
-    args, built = experiment.args, experiment.built
+    command, built = experiment.command, experiment.built
     head = built.new_head
-    epochs = args.train_epochs if args.train_epochs is not None else (HEAD_EPOCHS if head else SCRATCH_EPOCHS)
-    recipe = Recipe(
-        epochs=epochs,
-        lr=args.train_lr,
-        momentum=args.momentum,
-        weight_decay=5e-4,
-        warmup_epochs=min(1.0, epochs / 4),
-        amp=recipe_from(args, experiment.device).amp,
-        channels_last=recipe_from(args, experiment.device).channels_last,
-    )
+    recipe, batch_size = dense_training(command, built)
+    epochs = recipe.epochs
     if not epochs:
         return
-    kept = (_cache_file(args, recipe) if args.data_path is None else None) or folder / "dense_model.pt"
+    kept = folder / "dense_model.pt"
+    if command.data.data_path is None:
+        kept = _cache_file(experiment, recipe.resolved(experiment.device), batch_size) or kept
     checkpoint = folder / "dense_training_checkpoint.pt"
     if kept.exists():
         if is_main():
-            print(f"dense {args.model} from {kept}")
+            print(f"dense {built.name} from {kept}")
             checkpoint.unlink(missing_ok=True)
         built.model.load_state_dict(read_tensors(kept, experiment.device, "remove the file to train the network again"))
         return
     what = "new head" if head else "dense network"
     if is_main():
-        print(f"training the {what} of {args.model} for {epochs} epochs")
+        print(f"training the {what} of {built.name} for {epochs} epochs")
     with _only_head_trains(built) if head else contextlib.nullcontext():
         fine_tune(
             built.model,
             experiment.loader(
                 experiment.data.train,
                 shuffle=True,
-                seed=args.seed,
-                batch_size=None if head else min(SCRATCH_BATCH, args.batch_size),
+                seed=command.pruning.seed,
+                batch_size=batch_size,
             ),
             experiment.loader(experiment.data.val),
             recipe,
             checkpoint=checkpoint,
-            resume=args.resume is not None,
+            resume=command.run.resume is not None,
             description=f"train {what}",
-            progress=progress(args),
+            progress=progress(command),
         )
     if is_main():
         with atomic_file(kept) as file:
             torch.save(built.model.state_dict(), file)
         checkpoint.unlink()
+
+
+def dense_training(command, built):
+    """Recipe and batch size that train a network from scratch, or a new head alone."""
+    normalised = any(isinstance(module, _BatchNorm) for module in built.model.modules())
+    settings, from_scratch = command.data, not built.new_head
+    epochs = settings.train_epochs
+    if epochs is None:
+        epochs = SCRATCH_EPOCHS if from_scratch else HEAD_EPOCHS
+    recipe = dataclasses.replace(
+        command.recipe,
+        epochs=epochs,
+        lr=settings.train_lr or (NORMALISED_LR if from_scratch and normalised else PLAIN_LR),
+        weight_decay=5e-4,
+        warmup_epochs=min(1.0, epochs / 4),
+        accumulate=1,
+        compile=False,
+    )
+    return recipe, min(PLAIN_BATCH, settings.batch_size) if from_scratch and not normalised else settings.batch_size
 
 
 @contextlib.contextmanager
@@ -210,7 +225,7 @@ def _only_head_trains(built):
             parameter.requires_grad_(flag)
 
 
-def _cache_file(args, recipe):
+def _cache_file(experiment, recipe, batch_size):
     """Where the dense network that these settings lead to is kept, None if this user has no place for a cache."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
     folder = root / "enhanced-taylor-pruning"
@@ -222,27 +237,28 @@ def _cache_file(args, recipe):
         return None
     if not os.access(folder, os.W_OK):
         return None
-    batch_size = min(SCRATCH_BATCH, args.batch_size)
-    key = json.dumps(
-        [args.model, args.seed, batch_size, EMBEDDED_TRAIN, EMBEDDED_VAL, repr(recipe), torch.__version__]
-    )
-    return folder / f"{args.model}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
+    model, data, seed = experiment.built.model, experiment.data, experiment.command.pruning.seed
+    images = hashlib.sha256(data.train.images.numpy().tobytes() + data.val.images.numpy().tobytes()).hexdigest()
+    key = json.dumps([str(model), images, seed, batch_size, repr(recipe), torch.__version__])
+    return folder / f"{experiment.built.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
 
 
 def environment(device):
     """Versions, device and git commit, for config.json."""
     here = Path(__file__).parents[2]
     git = ["git", "-C", str(here), "rev-parse", "HEAD"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = None  # not a git checkout
+    commit = None
+    if (here / ".git").exists():  # else it is installed, perhaps inside another project's checkout
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+            commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
         "numpy": numpy.__version__,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}",
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{device.type} {platform.machine()}",
         "threads": torch.get_num_threads(),
         "processes": world_size(),
         "git_commit": commit,

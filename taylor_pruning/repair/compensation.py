@@ -175,7 +175,9 @@ class _Plan:
         graphs = [trace(dense, hooked), trace(smaller, hooked)]
         nodes = [list(graph.nodes) for graph in graphs]
         if [(n.op, n.name) for n in nodes[0]] != [(n.op, n.name) for n in nodes[1]]:
-            raise InputError("compensation: the two networks do not run the same layers; give the network that was pruned")
+            raise InputError(
+                "compensation: the two networks do not run the same layers; give the network that was pruned"
+            )
         self.networks = [fx.GraphModule(m, g) for m, g in zip((dense, smaller), graphs, strict=True)]
         self.modules = dict(smaller.named_modules(remove_duplicate=False))
         self.uses = Counter(  # {id of a tensor: calls of modules that have it}
@@ -410,7 +412,9 @@ def _copy(value):
 def _bytes(state):
     storages = {}
     for value in state.values():
-        fx.node.map_aggregate(value, lambda t: storages.update({t.data_ptr(): t.nbytes}) if torch.is_tensor(t) else None)
+        fx.node.map_aggregate(
+            value, lambda t: storages.update({t.data_ptr(): t.nbytes}) if torch.is_tensor(t) else None
+        )
     return sum(storages.values())
 
 
@@ -530,7 +534,9 @@ class _LayerData:
 
     def _choose_ridge(self):
         """(ridge, relative held-out error before, after): from the first ridge down until the error rises."""
-        some = torch.linspace(0, self.outputs - 1, min(self.outputs, TRIAL_OUTPUTS)).round().long().to(self.weight.device)
+        some = (
+            torch.linspace(0, self.outputs - 1, min(self.outputs, TRIAL_OUTPUTS)).round().long().to(self.weight.device)
+        )
         importance = self.scale.double().square().view(self.groups, 1, -1)[..., some]
         targets = torch.cat(self.held_out_targets, 1)[..., some].double()
         spread = (importance * (targets - targets.mean(1, keepdim=True)).square()).sum().item()

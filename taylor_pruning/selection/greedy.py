@@ -5,7 +5,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from taylor_pruning.errors import InputError, one_of
+from taylor_pruning.errors import InputError
+from taylor_pruning.options import check, option
 from taylor_pruning.scoring.flow import weigh
 
 POOL = 64  # units that a joint selection scores after every choice
@@ -19,31 +20,48 @@ class Constraints:
 
     Attributes:
         budget: what the percentage counts: removable "filters", or "params" or "macs" of the whole network.
-        layer_bound: no layer loses more than this multiple of the target share of its removable filters; None: no bound.
-            It yields where the target cannot be met otherwise. "auto": 1.03 for a budget in filters, none for the others,
-            which set the widths of layers free.
+        layer_bound: no layer loses more than this multiple of the target share of its removable filters; math.inf: no
+            bound. It yields where the target cannot be met otherwise. None: 1.03 for a budget in filters, no bound for
+            the others.
         min_filters: filters that every layer keeps at least.
         round_to: filter counts of cut layers are multiples of it where units allow.
     """
 
-    budget: str = "filters"
-    layer_bound: float | str | None = "auto"
-    min_filters: int = 1
-    round_to: int = 1
+    budget: str = option(
+        "filters",
+        "what the percentage counts",
+        "macs and params leave the widths of layers free: at the same cost the network is more accurate.",
+        choices=BUDGETS,
+        common=True,
+    )
+    layer_bound: float | None = option(
+        None,
+        "no layer loses more than this multiple of the target share of its filters, inf: no bound",
+        "A budget in filters needs it, or cheap filters of few layers all go. A larger bound sets the widths freer.",
+        low=1,
+        infinite=True,
+        default_text="1.03 for a budget in filters, else inf",
+    )
+    min_filters: int = option(
+        1,
+        "filters that every layer keeps at least",
+        "Where a layer must not become a bottleneck.",
+        low=1,
+    )
+    round_to: int = option(
+        1,
+        "filter counts of cut layers are multiples of it",
+        "8 suits most hardware: the network is faster at the same size.",
+        low=1,
+    )
 
     def __post_init__(self):
-        one_of("budget", self.budget, BUDGETS)
-        if self.layer_bound not in (None, "auto") and not self.layer_bound >= 1:
-            raise InputError(f"the layer bound must be at least 1 (a multiple of the target share), not {self.layer_bound}")
-        for name in ("min_filters", "round_to"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
-
+        check(self)
 
     @property
     def bound(self) -> float | None:
         """The layer bound that holds."""
-        if self.layer_bound == "auto":
+        if self.layer_bound is None:
             return FILTERS_BOUND if self.budget == "filters" else None
         return None if self.layer_bound == math.inf else self.layer_bound
 
@@ -71,7 +89,9 @@ class CostModel:
         """[units] what removing each unit alone would save, to first order in its counts."""
         sizes = self.alive[self.rows]
         others = sizes.prod(1, keepdim=True) / sizes.clamp_min(1)
-        slopes = torch.zeros_like(self.alive).index_add_(0, self.rows.flatten(), (self.scale[:, None] * others).flatten())
+        slopes = torch.zeros_like(self.alive).index_add_(
+            0, self.rows.flatten(), (self.scale[:, None] * others).flatten()
+        )
         slopes[0] = 0
         return slopes.float() @ self.counts[:, units]
 

@@ -18,8 +18,10 @@ def copy_of(model, replaced=None):
     replaced = dict(replaced or {})
     for module in model.modules():
         for value in vars(module).values():
-            if torch.is_tensor(value) and value.grad_fn is not None:
-                replaced.setdefault(id(value), value.detach().clone())
+            held = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
+            for tensor in held:
+                if torch.is_tensor(tensor) and tensor.grad_fn is not None:
+                    replaced.setdefault(id(tensor), tensor.detach().clone())
     try:
         return copy.deepcopy(model, replaced)
     except RuntimeError as error:

@@ -10,6 +10,7 @@ import math
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 
 import torch
 from torch import nn
@@ -57,10 +58,8 @@ class CutProof:
         dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
         found = self._compare(units, dtype)
         if dtype == torch.float32 and isinstance(found, float) and in_doubt(found):
-            try:
+            with suppress(InputError):  # it may not run in float64
                 found, dtype = self._compare(units, torch.float64), torch.float64
-            except InputError:  # it does not run in float64
-                pass
         if isinstance(found, str):
             return found
         if math.isnan(found):
@@ -121,7 +120,7 @@ class CutProof:
     def _compare(self, units, dtype):
         """Largest relative difference of the outputs, nan if it cannot be told; or why the cut network fails."""
         differences = []
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), _MeanDraws():
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             dense = self._copy(dtype)
             try:
@@ -133,7 +132,8 @@ class CutProof:
                     module.training = training
                 x = self._inputs(dtype)
                 try:
-                    expected = list(tensors_of(self.run_gated(dense, units, x.clone())))
+                    with _MeanDraws():
+                        expected = list(tensors_of(self.run_gated(dense, units, x.clone())))
                 except FORWARD_ERRORS as error:
                     mode = " in training mode" if training else ""
                     raise InputError(
@@ -141,7 +141,8 @@ class CutProof:
                         f"{tuple(x.shape[1:])} ({_cause(error)}); pass verify=False if it needs others"
                     ) from error
                 try:
-                    got = list(tensors_of(smaller(x)))
+                    with _MeanDraws():
+                        got = list(tensors_of(smaller(x)))
                 except FORWARD_ERRORS as error:
                     return f"removing them makes the network fail ({_cause(error)})"
                 differences.append(difference(expected, got))

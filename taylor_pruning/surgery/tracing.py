@@ -29,7 +29,7 @@ CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, FrozenBatchNorm2d)
 INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 TRACE_ERRORS = (
-    fx.proxy.TraceError, TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError
+    fx.proxy.TraceError, TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError, NameError
 )  # fmt: skip
 
 # Operations by name: a module's class name in lower case, a function's or method's name without trailing underscore.
@@ -453,7 +453,8 @@ class ChannelInterpreter(fx.Interpreter):
         else:
             name = operation_name(node)
             result = self.run_function(node, info, name, args, kwargs, tensors)
-        if node.op.startswith("call") and tensors and not (info.constant or name in PIECEWISE_LINEAR or name in PRODUCTS):
+        known = info.constant or (node.op.startswith("call") and (name in PIECEWISE_LINEAR or name in PRODUCTS))
+        if node.op.startswith("call") and tensors and not known:
             info.nonlinear = name
         if not instances(torch.Tensor, result):
             info.source = True  # a size or a flag: no path for zeros
@@ -613,8 +614,8 @@ class ChannelInterpreter(fx.Interpreter):
             return self.new_tensor(node, info, name.removeprefix("new_"), args[1:], kwargs)
         if name in RESHAPING | EXPANDING:
             return self.resize(node, info, name, args, kwargs, x)
-        by_lengths = name == "split" and isinstance(args[1], (tuple, list)) and all(getattr(s, "whole", 0) for s in args[1])
-        foreign = [n for n in lengths if name not in ("chunk", "split") or not (by_lengths or contains(x, n.ids))]
+        parts = isinstance(argument("sizes", 1, args, kwargs), (tuple, list)) and all(n.whole for n in lengths)
+        foreign = [n for n in lengths if name not in ("chunk", "split") or not (parts or contains(x, n.ids))]
         self.protect_all([n.ids for n in foreign], f"their number enters {name} ({node.name})")
         if foreign:
             self.protect_all(tensors, f"meets a number of channels in {name} ({node.name})")
@@ -803,7 +804,7 @@ class ChannelInterpreter(fx.Interpreter):
         parts = getattr(x, name)(sizes, dim)
         if varies(x, dim):
             fixed_sizes = name == "split" and not isinstance(sizes, Length)
-            if fixed_sizes and isinstance(sizes, (tuple, list)) and all(getattr(s, "whole", False) for s in sizes):
+            if isinstance(sizes, (tuple, list)) and all(isinstance(s, Length) and s.whole for s in sizes):
                 for part, size in zip(parts, sizes, strict=True):
                     self.unite(part, spread(size.ids, dim, part.shape))
             elif fixed_sizes or len({p.shape[dim] for p in parts}) > 1:

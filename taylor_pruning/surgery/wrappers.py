@@ -4,20 +4,12 @@ import copy
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.utils.prune import BasePruningMethod
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
 from torch.optim.swa_utils import AveragedModel
 
 from taylor_pruning.errors import InputError
 
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)  # their attribute `module` is the network
 QUANTISATION = ("torch.ao.quantization", "torch.ao.nn.quantized", "torch.ao.nn.intrinsic", "torch.ao.nn.qat")
-COMPUTED = {  # hook that computes a layer's weight: how to make the weight a parameter again
-    WeightNorm: "torch.nn.utils.remove_weight_norm(layer)",
-    SpectralNorm: "torch.nn.utils.remove_spectral_norm(layer)",
-    BasePruningMethod: "torch.nn.utils.prune.remove(layer, 'weight')",
-}
 
 
 def unwrapped(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
@@ -26,8 +18,7 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
     Modules with wrapped parts are rebuilt around the same parameters and buffers; `model` itself is not changed.
 
     Raises:
-        InputError: not an nn.Module, or scripted, traced, exported, prepared for quantisation, uninitialised, or a module
-            keeps tensors that cannot be copied.
+        InputError: not an nn.Module, or scripted, traced, exported, prepared for quantisation or uninitialised.
     """
     _refuse_other_types(model)
     found: dict[str, None] = {}
@@ -101,18 +92,3 @@ def _refuse_module(module, where):
         raise InputError(f"the weights of {where} are on the meta device, without values; load them")
     if any(type(p).__module__.startswith("torch.distributed") for p in parameters):
         raise InputError(f"the weights of {where} are spread over processes; give a network that has them whole")
-    _refuse_computed_weights(module, where)
-
-
-def _refuse_computed_weights(module, where):
-    for hook in module._forward_pre_hooks.values():
-        remedy = next((text for kind, text in COMPUTED.items() if isinstance(hook, kind)), None)
-        if remedy:
-            raise InputError(f"the weight of {where} is computed by {type(hook).__name__}; make it permanent: {remedy}")
-    for name, value in vars(module).items():
-        held = [value, *(value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ())]
-        if any(isinstance(v, Tensor) and v.grad_fn is not None for v in held):
-            raise InputError(
-                f"{where} keeps in its attribute {name} a tensor that belongs to a backward graph; delete it, or keep "
-                "tensor.detach()"
-            )

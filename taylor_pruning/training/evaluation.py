@@ -1,7 +1,6 @@
 """Accuracy and loss of a classifier, and new BatchNorm statistics."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from taylor_pruning.errors import InputError
+from taylor_pruning.modes import modes_kept
 from taylor_pruning.training.checks import BatchLog, batch_facts, check_logits, nonfinite_tensor, valid_labels
 from taylor_pruning.training.distributed import all_reduce_sum, is_main
 from taylor_pruning.training.recipe import AMP_DTYPES
@@ -24,17 +24,6 @@ class Accuracy:
     top5: float
     loss: float
     images: int
-
-
-@contextmanager
-def modes_kept(*models: nn.Module) -> Iterator[None]:
-    """Give every submodule its train/eval mode back at the end."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from taylor_pruning.modes import frozen
+from taylor_pruning.training.throughput import throughput
 
 LATENCY_RUNS = 15
 WARM_UP_RUNS = 3
@@ -22,7 +23,8 @@ def profile(model: nn.Module, example: Tensor) -> dict:
         example: [1, ...] image on the model's device.
 
     Returns:
-        {"parameters", "macs" (multiply-accumulates), "file_bytes" (of the saved weights), "latency_ms" (see `latency`)}.
+        {"parameters", "macs" (multiply-accumulates), "file_bytes" (of the saved weights), "latency_ms" (see `latency`),
+        "images_per_second" (by batch size, see training.throughput)}.
     """
     with frozen(model), torch.no_grad():
         with FlopCounterMode(display=False) as counter:
@@ -34,6 +36,7 @@ def profile(model: nn.Module, example: Tensor) -> dict:
             "macs": counter.get_total_flops() // 2,
             "file_bytes": buffer.tell(),
             "latency_ms": latency(model, example),
+            "images_per_second": throughput(model, example),
         }
 
 

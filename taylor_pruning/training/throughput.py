@@ -6,18 +6,18 @@ import time
 import torch
 from torch import Tensor, nn
 
-from taylor_pruning.training.evaluation import modes_kept
+from taylor_pruning.modes import modes_kept
 
 BATCH_SIZES = (16, 64, 256)
-RUNS = 9
-SECONDS = 0.5  # that the runs of one batch size may take, the first of them apart
+RUNS = 5
+SECONDS = 0.1  # that the runs of one batch size may take, the first of them apart
 
 
 @torch.no_grad()
 def throughput(
     model: nn.Module, example: Tensor, batch_sizes: tuple[int, ...] = BATCH_SIZES, seconds: float = SECONDS
 ) -> dict[str, float]:
-    """{batch size: images a second} of forward passes in evaluation mode: median of up to 9 runs after one to warm up.
+    """{batch size: images a second} of forward passes in evaluation mode: median of up to 5 runs after one to warm up.
 
     example: [1, ...] image on the model's device, repeated to batches. Sizes ascend; one of which a single run would
     take more than `seconds`, or more than half of a GPU's free memory, judged by the size before, ends the list.

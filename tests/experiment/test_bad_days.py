@@ -28,8 +28,10 @@ import run_enhanced_pruning
 import run_single_experiment
 from taylor_pruning.errors import InputError, atomic_path
 from taylor_pruning.experiment import setup as ExperimentSetup
-from taylor_pruning.experiment.arguments import add_shared_arguments, add_single_arguments, new_parser, parse
+from taylor_pruning.experiment.arguments import parse
+from taylor_pruning.experiment.command import ExperimentTask
 from taylor_pruning.experiment.data import _balanced_order, load_image_folder
+from taylor_pruning.experiment.embedded import embedded_data
 from taylor_pruning.experiment.models import export_model, load_pruned
 from taylor_pruning.report.figures import PLOT_SETTINGS
 
@@ -112,7 +114,8 @@ def contents(folder):
 def measured(value):
     """Of a results file, what two equal runs agree in."""
     if isinstance(value, dict):
-        return {k: measured(v) for k, v in value.items() if k not in ("seconds", "latency_ms", "file_bytes")}
+        timings = ("seconds", "latency_ms", "images_per_second", "file_bytes")
+        return {k: measured(v) for k, v in value.items() if k not in timings}
     return [measured(v) for v in value] if isinstance(value, list) else value
 
 
@@ -523,17 +526,14 @@ def test_a_bare_environment_in_ascii_works(images, whole, tmp_path):
 
 
 def test_the_dense_network_is_kept_where_there_is_room_for_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(ExperimentSetup, "EMBEDDED_TRAIN", 20)
-    monkeypatch.setattr(ExperimentSetup, "EMBEDDED_VAL", 10)
-    parser = new_parser("")
-    add_single_arguments(parser)
-    add_shared_arguments(parser)
-    args = parse(parser, [*QUICK, "--quiet"])
+    few = embedded_data(20, 10)
+    monkeypatch.setattr(ExperimentSetup, "embedded_data", lambda: few)
+    command = parse(ExperimentTask, "", [*QUICK, "--quiet"])
 
     def dense(name, cache):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / cache))
         (tmp_path / name).mkdir()
-        ExperimentSetup.prepare(args, tmp_path / name, torch.device("cpu"))
+        ExperimentSetup.prepare(command, tmp_path / name, torch.device("cpu"))
         return names(tmp_path / name)
 
     (tmp_path / "file").touch()

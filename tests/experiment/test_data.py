@@ -1,6 +1,4 @@
-"""Image folders, corrupt and odd images, repeatable loaders, shards, calibration draws and the embedded data set."""
-
-import hashlib
+"""Image folders, corrupt and odd images, repeatable loaders, shards and calibration draws."""
 
 import numpy as np
 import pytest
@@ -17,11 +15,11 @@ from taylor_pruning.experiment.data import (
     TensorImages,
     WorkerLoader,
     calibration_batches,
-    embedded_data,
     load_image_folder,
     make_loader,
     read_image,
 )
+from taylor_pruning.experiment.embedded import embedded_data
 
 SYNSETS = ["n01440764", "n01443537", "n03028079"]  # ImageNet's labels 0, 1 and 497
 
@@ -463,38 +461,6 @@ def test_calibration_of_unequal_classes_never_repeats(large):
 def test_calibration_needs_samples(samples, batch_size):
     with pytest.raises(InputError, match="at least 1"):
         calibration_batches(embedded_data(10, 10), samples, batch_size)
-
-
-# ----------------------------------------------------------------------------------------------------- embedded
-
-
-def test_embedded_images_are_the_same_everywhere():
-    data = embedded_data(1000, 20)
-    pixels = data.evaluation_train.images[[0, 17, 999]].numpy().tobytes() + data.val.images[:5].numpy().tobytes()
-    assert hashlib.sha256(pixels).hexdigest() == "6e8b03defab80c4f327c7f6d22e8a16adf869495cd5c58429046f38784d5aef7"
-    assert torch.equal(embedded_data(510, 10).train.images, data.train.images[:510])
-    assert not torch.equal(data.val.images, data.train.images[:20])
-
-
-def test_embedded_set_is_balanced_and_described():
-    data = embedded_data(100, 50)
-    assert data.train.targets.bincount().tolist() == [10] * 10 and data.val.targets.bincount().tolist() == [5] * 10
-    assert data.classes[:2] == ["striped disc", "checkered disc"] and len(set(data.classes)) == data.num_classes == 10
-    assert (data.image_size, data.train.images.dtype, data.train.padding) == (32, torch.uint8, 4)
-    with pytest.raises(InputError, match="10 images"):
-        embedded_data(9, 10)
-
-
-def test_a_linear_classifier_fails_on_the_embedded_set():
-    data = embedded_data(1500, 500)
-    splits = (data.evaluation_train, data.val)
-    train, val = (split.take(torch.arange(len(split))).flatten(1).double() for split in splits)
-    kernel, scale = train @ train.T, train.shape[1]
-    one_hot = torch.nn.functional.one_hot(data.train.targets).double() - 0.1
-    for ridge in (0.01, 0.1, 1.0, 10.0):
-        dual = torch.linalg.solve(kernel + ridge * scale * torch.eye(len(train)), one_hot)
-        accuracy = ((val @ train.T @ dual).argmax(1) == data.val.targets).double().mean()
-        assert accuracy < 0.25
 
 
 # ------------------------------------------------------------------------------------------------ evenly spread

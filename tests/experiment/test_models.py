@@ -160,6 +160,17 @@ def test_small_form_keeps_the_resolution_of_the_stem():
     assert build_model("mobilenet_v2", 10, image_size=64, weights="none").model.features[0][0].stride == (2, 2)
 
 
+@pytest.mark.parametrize("size", [32, 64])
+def test_the_network_of_the_embedded_data(size, tmp_path):
+    built = build_model("vgg7_bn", 10, image_size=size)
+    assert (built.weights, sum(p.numel() for p in built.model.parameters())) == ("none", 538_506)
+    save_pruned(tmp_path / "model.pt", built.model, name="vgg7_bn", num_classes=10, image_size=size)
+    images = torch.rand(2, 3, size, size)
+    assert torch.equal(load_pruned(tmp_path / "model.pt")(images), built.model(images))
+    with pytest.raises(InputError, match="no pretrained weights of vgg7_bn"):
+        build_model("vgg7_bn", 10, image_size=size, weights="default")
+
+
 @pytest.mark.parametrize("name", ["alexnet", "inception_v3"])
 def test_a_size_that_cannot_run_is_named(name):
     with pytest.raises(InputError, match=r"cannot run on images of 32x32.*--image-size 224"):

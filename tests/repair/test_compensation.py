@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from taylor_pruning.repair import compensation as FilterCompensation
 from taylor_pruning.errors import InputError
+from taylor_pruning.repair import compensation as FilterCompensation
 from taylor_pruning.repair.compensation import compensate
 from taylor_pruning.surgery.graph import ChannelGraph
 
@@ -257,7 +257,8 @@ def test_batchnorms_hold_the_statistics_of_their_present_inputs(budget):
 def test_the_budget_is_what_training_on_the_largest_batch_holds():
     """Image, conv, ReLU, conv, BatchNorm, ReLU and linear layer; flatten is a view."""
     model = NETWORKS["plain"]()
-    walk = FilterCompensation._Walk(FilterCompensation._Plan(model, model, {}), [x for x, _ in images(50)], None)
+    plan = FilterCompensation._Plan(model, model, {}, images(2)[0][0])
+    walk = FilterCompensation._Walk(plan, [x for x, _ in images(50)], None)
     floats = 81 * (3 + 2 * 8 + 3 * 6) + 5
     assert walk._of_training() == 4 * 30 * floats and walk.budget == FilterCompensation.ACTIVATION_BUDGET
 
@@ -352,7 +353,7 @@ def test_held_out_images_do_not_follow_the_order_of_the_classes(period):
     torch.manual_seed(0)
     model = settle(NETWORKS["plain"]())
     smaller, kept = cut(model, {"0": [1]})
-    (layer, *_) = FilterCompensation._Plan(model, smaller, kept).layers
+    (layer, *_) = FilterCompensation._Plan(model, smaller, kept, images(2)[0][0]).layers
     held_out = FilterCompensation._LayerData(layer, 0, 200).is_held_out
     assert held_out.sum() == 40
     assert set((held_out.nonzero().flatten() % period).tolist()) == set(range(period))
@@ -403,7 +404,13 @@ def test_conv1d_and_conv3d():
     for conv, norm, shape in ((nn.Conv1d, nn.BatchNorm1d, (3, 20)), (nn.Conv3d, nn.BatchNorm3d, (3, 5, 6, 7))):
         torch.manual_seed(0)
         model = nn.Sequential(
-            conv(3, 8, 3, padding=1), nn.ReLU(), conv(8, 6, 3, stride=2), norm(6), nn.ReLU(), nn.Flatten(), nn.LazyLinear(4)
+            conv(3, 8, 3, padding=1),
+            nn.ReLU(),
+            conv(8, 6, 3, stride=2),
+            norm(6),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.LazyLinear(4),
         )
         x = torch.randn(100, *shape)
         model.eval()(x[:2])
@@ -445,3 +452,43 @@ def test_errors():
     bad[0][0][3] = float("nan")
     with pytest.raises(InputError, match="NaN"):
         compensate(model, smaller, bad, kept, progress=False)
+
+
+class Shifted(nn.Module):
+    """The second conv is followed by the sum with something of another shape than its output."""
+
+    def __init__(self, other):
+        super().__init__()
+        self.first, self.second, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 4)
+        self.bias, self.other = nn.Parameter(torch.randn(1, 8, 1, 1)), other
+
+    def forward(self, x):
+        x = self.second(torch.relu(self.first(x)))
+        return self.head(torch.relu(x + self.other(self, x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    "other", [lambda s, x: s.bias, lambda s, x: x.shape[2], lambda s, x: x.mean((2, 3), keepdim=True)]
+)
+def test_a_sum_is_matched_only_at_one_shape(other):
+    torch.manual_seed(0)
+    model, x = Shifted(other).double().eval(), torch.randn(24, 3, 8, 8, dtype=torch.double)
+    smaller = ChannelGraph(model, x[:1]).remove({"first": [0, 3]})
+    before = (smaller(x) - model(x)).norm()
+    report = compensate(model, smaller, [(x, None)], {"first": [1, 2, 4, 5, 6, 7]}, progress=False)
+    assert {fit.name: fit.matches for fit in report.layers} == {"second": "layer", "head": "layer"}
+    assert (smaller(x) - model(x)).norm() < before
+
+
+def test_hooks_that_change_what_passes_run_and_their_layers_keep_their_weights():
+    torch.manual_seed(0)
+    model, x = Shifted(lambda s, x: x).double().eval(), torch.randn(24, 3, 8, 8, dtype=torch.double)
+    model.second.register_forward_hook(lambda module, inputs, output: output * 2 + 1)
+    smaller = ChannelGraph(model, x[:1]).remove({"first": [0, 3]})
+    before = (smaller(x) - model(x)).norm()
+    report = compensate(model, smaller, [(x, None)], {"first": [1, 2, 4, 5, 6, 7]}, progress=False)
+    assert "forward hooks" in report.left_alone["second"] and [fit.name for fit in report.layers] == ["head"]
+    assert (smaller(x) - model(x)).norm() < before
+    model.register_forward_pre_hook(lambda module, inputs: inputs[0] * 2)
+    with pytest.raises(InputError, match="forward hook of its own"):
+        compensate(model, smaller, [(x, None)], {"first": [1, 2, 4, 5, 6, 7]}, progress=False)

@@ -43,7 +43,7 @@ def test_greedy_takes_account_of_what_is_chosen(graph, directions):
     c[:, 2:, 1] = 0.6
     directions.coordinates = c
     directions.logits = torch.zeros_like(directions.logits)
-    selection = Selection(graph, 100 * 2 / units, Constraints(layer_bound=None))
+    selection = Selection(graph, 100 * 2 / units, Constraints(layer_bound=math.inf))
     assert sorted(select_jointly(selection, directions, 3)) == [0, 1]
     shift = c[:, [0, 1]].sum(1)
     assert directions.loss_change_at(shift) == pytest.approx(0, abs=1e-12)

@@ -1,0 +1,224 @@
+"""The settings of one command besides pruning and fine-tuning: the task, the data and network, and the run itself."""
+
+import math
+from dataclasses import dataclass, fields
+
+from taylor_pruning.experiment.settings import TAYLOR_ORDERS, PruningSettings
+from taylor_pruning.options import check, option, option_name, options
+from taylor_pruning.selection.baselines import BASELINES
+from taylor_pruning.training.recipe import Recipe
+
+EXPORTS = ("onnx", "pt2")
+DEVICES = ("auto", "cpu", "cuda", "mps")
+PERCENTAGE = {"low": 0, "high": 100, "open_low": True, "open_high": True}
+
+
+class Checked:
+    """Settings whose options are checked when they are made. Raises InputError."""
+
+    def __post_init__(self):
+        check(self)
+
+
+@dataclass(frozen=True)
+class Task(Checked):
+    """What both runners do."""
+
+    use_gradient_flow: bool = option(
+        False,
+        "weigh scores by gradient flow and report it",
+        "To see where gradients vanish. The weights themselves have not raised accuracy beyond the spread.",
+    )
+
+
+@dataclass(frozen=True)
+class ExperimentTask(Task):
+    """What one experiment does."""
+
+    pruning_percentage: float = option(
+        30.0,
+        "per cent of the budget to remove",
+        "Start at 30 and go up until the accuracy no longer suffices.",
+        **PERCENTAGE,
+        common=True,
+    )
+    taylor_order: int = option(
+        2,
+        "order of the Taylor scores",
+        "Order 2 is a good first choice. Order 3 helps most with few calibration images, order 1 costs the least.",
+        choices=TAYLOR_ORDERS,
+        common=True,
+    )
+    oracle_samples: int = option(
+        0,
+        "measure the true loss change of N filters and plot it against the scores",
+        "To see whether the scores can be trusted on a network of your own. Each filter costs one pass over the calibration images.",
+        low=0,
+        metavar="N",
+    )
+    export: tuple[str, ...] = option(
+        (),
+        "also write the pruned network as a file that runs without this toolkit",
+        "To deploy the network: onnx for onnxruntime, pt2 for torch.export.load.",
+        choices=EXPORTS,
+    )
+
+
+@dataclass(frozen=True)
+class SweepTask(Task):
+    """What a sweep does."""
+
+    pruning_percentages: tuple[float, ...] = option(
+        (10.0, 30.0, 50.0, 70.0),
+        "per cent of the budget to remove",
+        "Give fewer to save time: every percentage is pruned and fine-tuned by itself.",
+        **PERCENTAGE,
+        metavar="P",
+        common=True,
+    )
+    taylor_orders: tuple[int, ...] = option(
+        (1, 2, 3),
+        "orders of the Taylor scores",
+        "Give fewer to save time: every order is pruned and fine-tuned by itself.",
+        choices=TAYLOR_ORDERS,
+        common=True,
+    )
+    compare_baseline: bool = option(
+        False,
+        "also run the criteria of --baselines",
+        "To see what the Taylor scores are worth on your network.",
+        common=True,
+    )
+    baselines: tuple[str, ...] = option(
+        ("molchanov2017",),
+        "published criteria, pruned in one step",
+        "With --compare-baseline.",
+        choices=tuple(sorted(BASELINES)),
+    )
+    seeds: tuple[int, ...] = option(
+        (0,),
+        "seeds of the calibration images and of the order in fine-tuning",
+        "Three or more show how far the results depend on chance.",
+    )
+
+
+@dataclass(frozen=True)
+class DataSettings(Checked):
+    """The images, the dense network and how it is trained where there are no weights for it."""
+
+    model: str | None = option(
+        None,
+        "a torchvision classification network, as vgg16 or resnet50, or vgg7_bn",
+        "vgg7_bn is small: it is trained on the embedded images in about a minute.",
+        default_text="vgg16; vgg7_bn on the embedded data",
+        common=True,
+    )
+    data_path: str | None = option(
+        None,
+        "folder with train/ and val/ (or test/), one folder a class in each",
+        "To prune for your own images.",
+        default_text="the embedded data",
+        metavar="DIR",
+        common=True,
+    )
+    weights: str = option(
+        "auto",
+        "auto (torchvision's; none below 64 pixels), default, none, or a file",
+        "A file with your own state_dict saves training the dense network.",
+    )
+    image_size: int | None = option(
+        None,
+        "side of the images in pixels",
+        "A smaller size saves time; a network that cannot run at the native size needs 224.",
+        low=1,
+        default_text="native up to 64, else the weights'",
+    )
+    skip_corrupt: bool = option(
+        False,
+        "leave out images that cannot be decoded",
+        "For collected data sets; results.json lists what was left out.",
+    )
+    batch_size: int = option(64, "images a step", "Lower it when memory runs out.", low=1)
+    workers: int = option(2, "processes that decode images", "Raise it when a GPU waits for images.", low=0)
+    calibration_samples: int = option(
+        300,
+        "training images that score filters",
+        "More images give steadier scores; the time grows with them.",
+        low=1,
+    )
+    compensation_samples: int | None = option(
+        None,
+        "training images that the repair is fitted to",
+        "More than for the scores where layers have more channels than a few hundred images can determine.",
+        low=1,
+        default_text="as --calibration-samples",
+    )
+    train_epochs: int | None = option(
+        None,
+        "epochs that train the dense network or its new head where there are no weights",
+        "More for data that are harder than the embedded.",
+        low=0,
+        default_text="12 from scratch, 3 for a head",
+    )
+    train_lr: float | None = option(
+        None,
+        "largest learning rate of that training",
+        "Lower it when that training diverges.",
+        low=0,
+        open_low=True,
+        default_text="0.1 from scratch with BatchNorm, else 0.02",
+    )
+
+    def __post_init__(self):
+        check(self)
+        if self.model is None:
+            object.__setattr__(self, "model", "vgg16" if self.data_path else "vgg7_bn")
+        if self.compensation_samples is None:
+            object.__setattr__(self, "compensation_samples", self.calibration_samples)
+
+
+@dataclass(frozen=True)
+class RunSettings(Checked):
+    """Where a run computes and writes."""
+
+    output_dir: str | None = option(
+        None,
+        "results folder",
+        "To keep runs apart by names of your own.",
+        default_text="runs/ and a name from the arguments",
+        metavar="DIR",
+    )
+    resume: str | None = option(
+        None,
+        "continue the interrupted run in that folder",
+        "After an interruption. Options that are not given are those of the run.",
+        metavar="DIR",
+        common=True,
+    )
+    device: str = option("auto", "where to compute", "cpu, to compare with a GPU.", choices=DEVICES)
+    quiet: bool = option(False, "no progress bars", "For log files.")
+
+
+@dataclass(frozen=True)
+class Command:
+    """All settings of one command line."""
+
+    task: ExperimentTask | SweepTask
+    data: DataSettings
+    pruning: PruningSettings
+    recipe: Recipe
+    run: RunSettings
+
+    def as_dict(self) -> dict:
+        """{option: value} of every option of the command line, for config.json and results.json.
+
+        Infinity, which JSON does not know, is "inf".
+        """
+        parts = [getattr(self, f.name) for f in fields(self)]
+        values = {
+            option_name(f): getattr(part, f.name)
+            for part in parts
+            for f in options(part)
+            if f.metadata["option"].command_line
+        }
+        return {name: "inf" if value == math.inf else value for name, value in values.items()}

@@ -1,0 +1,125 @@
+"""One source for an option: a dataclass field that carries its type, range, default and help.
+
+    @dataclass(frozen=True)
+    class Settings:
+        rounds: int = option(5, "score-and-prune rounds", "More rounds follow the loss more closely.", low=1)
+
+        def __post_init__(self):
+            check(self)                     # InputError: rounds must be at least 1, not 0
+
+The command line, its help, config.json and docs/options.md are made from such fields (experiment.arguments).
+"""
+
+import dataclasses
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+
+from taylor_pruning.errors import InputError
+
+
+@dataclass(frozen=True)
+class Option:
+    """What a field says besides its name, type and default.
+
+    help: what it sets, for `--help`. when: when it helps, in whole sentences, for docs/options.md.
+    low, high: range of a number, ends included unless `open_low` or `open_high` is set.
+    infinite: whether infinity is a value. choices: the allowed values. default_text: what a default of None stands for.
+    flag: name on the command line, if it is not the field's. metavar: placeholder of its value there.
+    common: one of the few that `--help` shows first. command_line: False for an option of the Python surface alone.
+    """
+
+    help: str
+    when: str
+    low: float | None = None
+    high: float | None = None
+    open_low: bool = False
+    open_high: bool = False
+    infinite: bool = False
+    choices: tuple | None = None
+    default_text: str | None = None
+    flag: str | None = None
+    metavar: str | None = None
+    common: bool = False
+    command_line: bool = True
+
+
+def option(default, help: str, when: str, **properties):
+    """A dataclass field with the metadata of an Option."""
+    return field(default=default, metadata={"option": Option(help, when, **properties)})
+
+
+def options(settings) -> list[dataclasses.Field]:
+    """The fields of a settings dataclass, or of an instance, that are options."""
+    return [f for f in dataclasses.fields(settings) if "option" in f.metadata]
+
+
+def option_name(field: dataclasses.Field) -> str:
+    """Name of the option in config.json and, with `-` for `_`, on the command line."""
+    return field.metadata["option"].flag or field.name
+
+
+def flag(field: dataclasses.Field) -> str:
+    """`--name` of the field on the command line."""
+    return "--" + option_name(field).replace("_", "-")
+
+
+def value_type(field: dataclasses.Field) -> tuple[type, bool, bool]:
+    """Type of a value, whether there are several of them (a tuple), and whether None is allowed."""
+    kind, optional = field.type, False
+    if isinstance(kind, types.UnionType):
+        optional = type(None) in typing.get_args(kind)
+        (kind,) = (t for t in typing.get_args(kind) if t is not type(None))
+    several = typing.get_origin(kind) is tuple
+    return (typing.get_args(kind)[0] if several else kind), several, optional
+
+
+def check(settings) -> None:
+    """Raises InputError at the first field of `settings` whose value has the wrong type or lies outside its range."""
+    for f in options(settings):
+        value = getattr(settings, f.name)
+        _, several, optional = value_type(f)
+        if value is None and optional:
+            continue
+        if several and not isinstance(value, (tuple, list)):
+            raise InputError(f"{f.name} must be a list, not {value!r}")
+        for item in value if several else [value]:
+            if found := problem(f, item):
+                raise InputError(f"{f.name} {found}, not {item!r}")
+
+
+def problem(field: dataclasses.Field, value) -> str | None:
+    """What is wrong with one value of a field, as "must be at least 1"; None if it is right."""
+    about, (kind, *_) = field.metadata["option"], value_type(field)
+    if not _has_type(value, kind):
+        return f"must be {NAMES[kind]}"
+    if about.choices is not None and value not in about.choices:
+        return f"must be one of {', '.join(map(str, about.choices))}"
+    if kind in (int, float) and not _in_range(about, value):
+        return f"must be {range_text(about)}"
+    return None
+
+
+NAMES = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
+
+
+def _has_type(value, kind: type) -> bool:
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+def _in_range(about: Option, value: float) -> bool:
+    above = about.low is None or value > about.low or (value == about.low and not about.open_low)
+    below = about.high is None or value < about.high or (value == about.high and not about.open_high)
+    return (math.isfinite(value) or (about.infinite and value == math.inf)) and above and below
+
+
+def range_text(about: Option) -> str:
+    """The range of a number in words, as "at least 1"; "" where there is none."""
+    if about.low is not None and about.high is not None and about.open_low == about.open_high:
+        return f"between {about.low:g} and {about.high:g} (both {'excluded' if about.open_low else 'included'})"
+    low = "" if about.low is None else f"{'above' if about.open_low else 'at least'} {about.low:g}"
+    high = "" if about.high is None else f"{'below' if about.open_high else 'at most'} {about.high:g}"
+    return " and ".join(filter(None, (low, high)))

@@ -1,0 +1,97 @@
+"""The last lines that a run prints: what was gained, at what cost, and where the files are.
+
+print(experiment_closing(results, folder))       # results: the content of results.json
+print(sweep_closing(sweep, folder))              # sweep: the content of a sweep's results.json
+"""
+
+import math
+import textwrap
+from pathlib import Path
+
+LINE = 80  # columns
+STAGES = {
+    "dense": "dense",
+    "pruned": "after the cut",
+    "compensated": "after the repair",
+    "trained": "after the training between rounds",
+    "fine-tuned": "after fine-tuning",
+}
+FILES = {
+    "pruned_model.pt": "the smaller network, for load_pruned",
+    "results.md": "the tables",
+    "results.csv": "one row for every network and stage",
+    "results.json": "every number",
+    "accuracy.png": "top-1 as a picture; other plots are beside it",
+}
+
+
+def experiment_closing(results: dict, folder: Path) -> str:
+    """What one experiment gained and what that cost, and its files in `folder`."""
+    stages = results["stages"]
+    dense, final = stages[0], stages[-1]
+    filters, kept = (sum(layer[key] for layer in results["layers"].values()) for key in ("filters", "kept"))
+    top1 = ", ".join(f"{stage['top1']:.1f} % {STAGES[stage['stage']]}" for stage in stages)
+    return "\n".join(
+        [
+            f"Removing {filters - kept:,} of {filters:,} filters gave:",
+            *(f"  {line}" for line in _gains(dense, final)),
+            f"Cost, on {final['images']:,} validation images:",
+            f"  {_cost(dense, final)}; one standard error is {_standard_error(final):.1f} points",
+            textwrap.fill(top1, LINE, initial_indent="  ", subsequent_indent="  "),
+            *_files(Path(folder)),
+        ]
+    )
+
+
+def sweep_closing(sweep: dict, folder: Path) -> str:
+    """What the network with the highest top-1 at every percentage gained and cost, and the files in `folder`."""
+    done = [cell for cell in sweep["cells"] if cell["status"] == "done"]
+    lines = []
+    for percentage in sorted({cell["percentage"] for cell in done}):
+        best = max(
+            (cell for cell in done if cell["percentage"] == percentage), key=lambda cell: cell["stages"][-1]["top1"]
+        )
+        dense, final = best["stages"][0], best["stages"][-1]
+        gains = ", ".join(_gains(dense, final))
+        text = f"{percentage:g} %, best by {best['method']}: {_cost(dense, final)}; {gains}"
+        lines.append(textwrap.fill(text, LINE, subsequent_indent="  "))
+    return "\n".join([*lines, *_files(Path(folder))])
+
+
+def _gains(dense: dict, final: dict) -> list[str]:
+    def change(key):
+        return round(100 * (1 - final[key] / dense[key]))
+
+    def amount(key, less, more):
+        return f"{abs(change(key))} % {less if change(key) >= 0 else more}"
+
+    return [
+        f"{amount('parameters', 'fewer', 'more')} parameters ({_number(dense['parameters'])} -> "
+        f"{_number(final['parameters'])})",
+        f"{amount('macs', 'fewer', 'more')} multiply-accumulates an image ({_number(dense['macs'])} -> "
+        f"{_number(final['macs'])})",
+        f"{amount('latency_ms', 'less', 'more')} time for one image on this machine ({dense['latency_ms']:.2f} -> "
+        f"{final['latency_ms']:.2f} ms)",
+    ]
+
+
+def _cost(dense: dict, final: dict) -> str:
+    change = final["top1"] - dense["top1"]
+    return f"top-1 {dense['top1']:.1f} % -> {final['top1']:.1f} % ({change:+.1f} points)"
+
+
+def _standard_error(stage: dict) -> float:
+    share = stage["top1"] / 100
+    return 100 * math.sqrt(share * (1 - share) / stage["images"])
+
+
+def _number(count: float) -> str:
+    for size, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return f"{count:,.0f}"
+
+
+def _files(folder: Path) -> list[str]:
+    found = [(name, what) for name, what in FILES.items() if (folder / name).exists()]
+    return [f"Files in {folder}:", *(f"  {name:<17}{what}" for name, what in found)]

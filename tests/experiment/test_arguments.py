@@ -1,0 +1,116 @@
+"""The command line is made from the fields of the settings, and so are config.json and docs/options.md."""
+
+import dataclasses
+import importlib.util
+import math
+from pathlib import Path
+
+import pytest
+
+import run_enhanced_pruning
+import run_single_experiment
+from taylor_pruning.errors import InputError
+from taylor_pruning.experiment.arguments import new_parser, parse, parts_of, shown_options
+from taylor_pruning.experiment.command import DataSettings, ExperimentTask, SweepTask
+from taylor_pruning.experiment.settings import PruningSettings
+from taylor_pruning.options import flag, options
+from taylor_pruning.report.files import write_json
+from taylor_pruning.training.recipe import Recipe
+
+ROOT = Path(__file__).parents[2]
+RUNNERS = {ExperimentTask: run_single_experiment, SweepTask: run_enhanced_pruning}
+
+
+def test_the_page_of_options_is_the_generated_one():
+    spec = importlib.util.spec_from_file_location("make_options", ROOT / "docs" / "make_options.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    page = (ROOT / "docs" / "options.md").read_text(encoding="utf-8")
+    assert page == module.page(), "run: python docs/make_options.py"
+    for task in RUNNERS:
+        assert all(f"`{flag(f)}`" in page for _, f in shown_options(task))
+
+
+@pytest.mark.parametrize("task", RUNNERS)
+def test_help_fits_a_terminal_and_opens_with_what_most_runs_need(task, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    text = new_parser(task, RUNNERS[task].DESCRIPTION).format_help()
+    assert max(map(len, text.splitlines())) <= 80
+    first = text.split("options that most runs need:\n")[1].split("\n\n")[0]
+    shown = [line.split()[0] for line in first.splitlines() if line.startswith("  --")]
+    assert 6 <= len(shown) <= 8 and {"--model", "--data-path"} <= set(shown)
+    assert text.index("--model vgg16") < text.index("options that most runs need")
+
+
+@pytest.mark.parametrize("task", RUNNERS)
+def test_every_option_says_what_it_sets_and_when_it_helps(task):
+    for settings in parts_of(task).values():
+        for field in options(settings):
+            about = field.metadata["option"]
+            assert about.help and about.when.endswith("."), field.name
+    flags = [flag(field) for _, field in shown_options(task)]
+    assert len(flags) == len(set(flags))
+
+
+def test_defaults_are_those_of_the_settings():
+    command = parse(ExperimentTask, "", [])
+    assert command.pruning == PruningSettings() and command.recipe == Recipe()
+    assert (command.data.model, command.data.compensation_samples) == ("vgg7_bn", 300)
+    assert parse(ExperimentTask, "", ["--data-path", "x"]).data.model == "vgg16"
+
+
+def test_values_reach_the_field_they_name():
+    words = "--fine-tune-epochs 0 --lr 0.5 --exclude a b --no-compensate --layer-bound inf --amp none --export pt2"
+    command = parse(ExperimentTask, "", words.split())
+    assert (command.recipe.epochs, command.recipe.lr, command.recipe.amp) == (0, 0.5, None)
+    assert (command.pruning.exclude, command.pruning.compensate) == (("a", "b"), False)
+    assert command.pruning.constraints.bound is None and command.pruning.layer_bound == math.inf
+    assert command.task.export == ("pt2",) and command.as_dict()["fine_tune_epochs"] == 0
+
+
+def test_the_options_of_a_run_come_back_from_its_config(tmp_path):
+    words = "--layer-bound inf --exclude a b --amp none --no-compensate --lr 0.5 --train-epochs 7 --quiet"
+    command = parse(ExperimentTask, "", words.split())
+    write_json(tmp_path / "config.json", {"arguments": {**command.as_dict(), "of an older version": 1}})
+    again = parse(ExperimentTask, "", ["--resume", str(tmp_path)])
+    assert dataclasses.replace(again, run=command.run) == command and again.run.resume == str(tmp_path)
+    assert parse(ExperimentTask, "", ["--resume", str(tmp_path), "--lr", "0.1"]).recipe.lr == 0.1
+    write_json(tmp_path / "config.json", {"arguments": {"rounds": "many"}})
+    with pytest.raises(SystemExit):
+        parse(ExperimentTask, "", ["--resume", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--rounds 0", "--rounds: must be at least 1, not 0"),
+        ("--rounds x", "--rounds: invalid whole number value: 'x'"),
+        ("--layer-bound nan", "--layer-bound: must be at least 1, not nan"),
+        ("--budget flops", "--budget: must be one of filters, params, macs, not flops"),
+        ("--export pt2 jit", "--export: must be one of onnx, pt2, not jit"),
+        ("--amp fp8", "--amp: must be one of auto, bf16, fp16, not fp8"),
+        ("--round 3", "unrecognized arguments: --round 3"),
+    ],
+)
+def test_wrong_values_are_named_with_their_option(words, message, capsys):
+    with pytest.raises(SystemExit) as exit:
+        parse(ExperimentTask, "", words.split())
+    assert exit.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("settings", [PruningSettings, Recipe, DataSettings, ExperimentTask, SweepTask])
+def test_settings_check_all_that_the_command_line_checks(settings):
+    for field in options(settings):
+        about = field.metadata["option"]
+        wrong = [about.low - 1] if about.low is not None else []
+        wrong += [about.high + 1] if about.high is not None else []
+        wrong += ["?"] if about.choices else []
+        for value in wrong:
+            value = (value,) if isinstance(field.default, tuple) else value
+            with pytest.raises(InputError, match=field.name):
+                settings(**{field.name: value})
+
+
+def test_only_options_are_fields():
+    for settings in (PruningSettings, Recipe, DataSettings):
+        assert len(options(settings)) == len(dataclasses.fields(settings))

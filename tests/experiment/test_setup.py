@@ -1,0 +1,27 @@
+"""How a dense network is trained where there are no weights for it."""
+
+import dataclasses
+
+import pytest
+
+from taylor_pruning.experiment.arguments import parse
+from taylor_pruning.experiment.command import ExperimentTask
+from taylor_pruning.experiment.models import build_model
+from taylor_pruning.experiment.setup import dense_training
+
+CASES = {
+    "from scratch with BatchNorm": ("vgg7_bn", False, [], (12, 0.1, 64)),
+    "from scratch without": ("squeezenet1_1", False, [], (12, 0.02, 16)),
+    "a new head": ("vgg7_bn", True, [], (3, 0.02, 64)),
+    "as asked": ("vgg7_bn", False, ["--train-epochs", "1", "--train-lr", "0.3", "--batch-size", "8"], (1, 0.3, 8)),
+    "fine-tuning has its own": ("vgg7_bn", False, ["--lr", "0.5", "--fine-tune-epochs", "9"], (12, 0.1, 64)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_schedule(case):
+    name, new_head, words, expected = CASES[case]
+    built = dataclasses.replace(build_model(name, 10, image_size=32), new_head=new_head)
+    recipe, batch_size = dense_training(parse(ExperimentTask, "", words), built)
+    assert (recipe.epochs, recipe.lr, batch_size) == expected
+    assert recipe.warmup_epochs == min(1, recipe.epochs / 4) and recipe.weight_decay == 5e-4

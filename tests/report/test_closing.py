@@ -1,0 +1,49 @@
+"""The last lines of a run: gains, cost and files."""
+
+import pytest
+
+from taylor_pruning.report.closing import experiment_closing, sweep_closing
+
+
+def stage(name, top1, parameters, macs, latency):
+    return {"stage": name, "top1": top1, "images": 2000, "parameters": parameters, "macs": macs, "latency_ms": latency}
+
+
+@pytest.fixture
+def stages():
+    return [
+        stage("dense", 95.2, 538_506, 24_478_976, 3.2),
+        stage("pruned", 71.0, 259_000, 12_793_000, 1.6),
+        stage("compensated", 93.9, 259_000, 12_793_000, 1.6),
+        stage("fine-tuned", 94.6, 259_000, 12_793_000, 3.52),
+    ]
+
+
+def test_an_experiment_says_gain_cost_and_files(stages, tmp_path):
+    (tmp_path / "results.json").touch()
+    results = {"stages": stages, "layers": {"a": {"filters": 64, "kept": 40}, "b": {"filters": 8, "kept": 8}}}
+    assert experiment_closing(results, tmp_path).splitlines() == [
+        "Removing 24 of 72 filters gave:",
+        "  52 % fewer parameters (539 k -> 259 k)",
+        "  48 % fewer multiply-accumulates an image (24.5 M -> 12.8 M)",
+        "  10 % more time for one image on this machine (3.20 -> 3.52 ms)",  # said as it is
+        "Cost, on 2,000 validation images:",
+        "  top-1 95.2 % -> 94.6 % (-0.6 points); one standard error is 0.5 points",
+        "  95.2 % dense, 71.0 % after the cut, 93.9 % after the repair, 94.6 % after",
+        "  fine-tuning",
+        f"Files in {tmp_path}:",
+        "  results.json     every number",
+    ]
+
+
+def test_a_sweep_names_the_best_of_every_percentage(stages, tmp_path):
+    worse = [*stages[:3], {**stages[3], "top1": 90.0}]
+    cells = [
+        {"status": "done", "percentage": 30.0, "method": "magnitude", "stages": worse},
+        {"status": "done", "percentage": 30.0, "method": "order 2", "stages": stages},
+        {"status": "failed", "percentage": 50.0, "method": "order 2"},
+    ]
+    text = sweep_closing({"cells": cells}, tmp_path)
+    assert text.startswith("30 %, best by order 2: top-1 95.2 % -> 94.6 % (-0.6 points); 52 % fewer")
+    assert "magnitude" not in text and "50 %," not in text
+    assert all(len(line) <= 80 for line in text.splitlines()[:-1])

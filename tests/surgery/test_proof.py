@@ -1,0 +1,171 @@
+"""The proof of a cut: it passes what is right, finds what is wrong, and says which units are at fault."""
+
+import copy
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from taylor_pruning.errors import InputError
+from taylor_pruning.surgery.graph import ChannelGraph
+from taylor_pruning.surgery.hooks import modules_with_changing_hooks
+from taylor_pruning.surgery.proof import CutProof, _MeanDraws, difference, draw_anew, tensors_of
+
+
+class Filters(NamedTuple):
+    filters: tuple
+
+
+class Chain(nn.Module):
+    """Four 1x1 convs with BatchNorm between them."""
+
+    def __init__(self):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(3 if i == 0 else 6, 6, 1) for i in range(4))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(6) for _ in range(4))
+
+    def forward(self, x):
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = F.relu(norm(conv(x)))
+        return x
+
+
+UNITS = [Filters(((str(layer), index),)) for layer in range(3) for index in range(6)]
+
+
+def run_gated(model, units, x):
+    """A reference: closes gates behind every BatchNorm."""
+    for layer, (conv, norm) in enumerate(zip(model.convs, model.norms, strict=True)):
+        gate = x.new_ones(6)
+        gate[[unit.filters[0][1] for unit in units if unit.filters[0][0] == str(layer)]] = 0
+        x = F.relu(norm(conv(x))) * gate[:, None, None]
+    return x
+
+
+def cut(model, units, wrong=(), raising=()):
+    """A reference that leaves the shift of a BatchNorm behind in layers that are `wrong`."""
+    smaller = copy.deepcopy(model)
+    for (((layer, index),),) in units:
+        conv = smaller.convs[int(layer) + 1]
+        if layer in raising:
+            conv.weight = nn.Parameter(conv.weight[:, 1:])
+            continue
+        if layer in wrong:
+            conv.bias.data += conv.weight[:, index, 0, 0] * F.relu(smaller.norms[int(layer)].bias[index])
+        conv.weight.data[:, index] = 0
+    return smaller
+
+
+def proof(model=None, modes=(False,), **faults):
+    torch.manual_seed(0)
+    model = Chain() if model is None else model
+    example = torch.zeros(1, 3, 4, 4)
+    return CutProof(model, example, run_gated, lambda model, units: cut(model, units, **faults), modes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_what_is_right_passes(dtype):
+    judge = proof(Chain().to(dtype), modes=(False, True))
+    assert judge.failure(UNITS[::2]) is None and judge.faults(UNITS, share=0.5) == {}
+
+
+def test_units_at_fault_are_found_together_with_the_reason():
+    faults = proof(wrong={"1"}).faults(
+        UNITS, share=0.5
+    )  # initial shifts are zero: without new values nothing would show
+    assert set(faults) == set(UNITS[6:12]) and "other outputs than closing" in faults[UNITS[6]]
+    faults = proof(raising={"0"}, wrong={"2"}).faults(UNITS)
+    assert set(faults) == set(UNITS[:6] + UNITS[12:])
+    assert "makes the network fail" in faults[UNITS[0]] and "\n" not in faults[UNITS[0]]
+
+
+def test_faults_that_show_only_together_leave_a_right_rest():
+    judge = proof()
+    judge.cut = lambda model, units: cut(
+        model, units, wrong={"0"} if len({u.filters[0][0] for u in units}) == 3 else ()
+    )
+    faults = judge.faults(UNITS, share=0.5)
+    assert 0 < len(faults) < len(UNITS) and judge.failure([u for u in UNITS if u not in faults]) is None
+
+
+def test_a_network_that_says_nothing_is_refused():
+    judge = proof()
+    judge.run_gated = lambda model, units, x: x.log() * torch.nan
+    judge.cut = lambda model, units: nn.Threshold(torch.inf, torch.nan)
+    with pytest.raises(InputError, match="no finite number"):
+        judge.failure(UNITS[:1])
+
+
+@dataclass
+class Answer:
+    logits: torch.Tensor
+    maps: dict
+
+
+def test_all_outputs_are_compared():
+    a, b = torch.ones(2), torch.arange(3)
+    assert [t.tolist() for t in tensors_of((a, Answer(a, {"b": [b, None, 2]})))] == [[1, 1], [1, 1], [0, 1, 2], 2]
+    assert difference([a, b], [a * 1.5, b]) == 0.5 and difference([a, b], [a, b + 1]) == torch.inf
+    assert difference([a], [a[:1]]) == torch.inf and difference([a], [a * torch.inf]) == torch.inf
+
+
+def test_new_values_keep_variances_positive_and_leave_no_default():
+    model = Chain()
+    weights = [p.clone() for p in model.parameters() if p.dim() > 1]
+    nn.init.zeros_(model.norms[0].weight)
+    draw_anew(model)
+    for norm in model.norms:
+        assert (norm.running_var > 0).all() and (norm.weight != 1).all() and (norm.bias != 0).all()
+    assert (model.norms[0].weight != 0).all()
+    assert all(map(torch.equal, weights, (p for p in model.parameters() if p.dim() > 1)))
+
+
+def test_random_draws_become_their_means():
+    with torch.no_grad(), _MeanDraws():
+        x = torch.arange(4.0)
+        assert torch.equal(F.dropout(x, 0.4, True), x) and torch.equal(
+            F.dropout2d(x.view(1, 4, 1, 1), 0.3).flatten(), x
+        )
+        assert x.new_empty(2).bernoulli_(0.8).tolist() == pytest.approx([0.8, 0.8])
+        assert torch.rand(2).tolist() == [0.5, 0.5] and torch.randn_like(x).tolist() == [0] * 4
+        assert torch.empty(1).uniform_(-1, 3).item() == 1 and torch.empty(1).normal_(2, 1).item() == 2
+
+
+class Leaky(nn.Module):
+    """A function that a trace keeps whole and takes for what its name says."""
+
+    def __init__(self, training_alone=False):
+        super().__init__()
+        self.a, self.bn, self.b = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1)
+        self.fc, self.training_alone = nn.Linear(8, 4), training_alone
+        self.b.register_forward_pre_hook(lambda module, inputs: self.shifted(module, inputs[0]))
+
+    def shifted(self, module, x):
+        return x + 0.3 if module.training or not self.training_alone else x
+
+    def forward(self, x):
+        return self.fc(F.relu(self.b(F.relu(self.bn(self.a(x))))).mean((2, 3)))
+
+
+def test_a_graph_protects_what_its_trial_refutes_by_name():
+    torch.manual_seed(0)
+    model, x = Leaky(), torch.randn(2, 3, 4, 4)
+    graph = ChannelGraph(model, x)
+    assert "other outputs than closing" in graph.layers["a"].reason and graph.layers["b"].reason is None
+    assert len(graph.units) == 8 and graph.smooth_operations == ("hooks of b",)
+    blind = ChannelGraph(model, x, verify=False)
+    assert len(blind.units) == 16
+    assert blind.remove(blind.units[:2], verify=False).a.out_channels == 6
+    with pytest.raises(InputError, match=r"filters of a cannot be removed.*exclude"):
+        blind.remove([*blind.units[:2], *blind.units[8:10]])
+
+
+def test_changing_hooks_are_told_from_those_that_look():
+    model = Leaky()
+    model.a.register_forward_hook(lambda module, inputs, output: output)
+    model.bn.register_forward_hook(lambda module, inputs, output: None)
+    model.fc.register_forward_pre_hook(lambda module, inputs: inputs[0].add_(1) is None or None)
+    assert modules_with_changing_hooks(model.eval(), torch.randn(2, 3, 4, 4)) == ["b", "fc"]
