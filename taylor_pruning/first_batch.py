@@ -53,6 +53,11 @@ class Batches:
             raise AttributeError(f"the data set of {self.name} has no length")
         return dataset
 
+    @property
+    def spread(self):
+        """The loader's way to pick out evenly spread images; no attribute where it has none."""
+        return self.loader.spread
+
     def set_epoch(self, epoch: int) -> None:
         """Passes the epoch on to a loader that knows of epochs."""
         if hasattr(self.loader, "set_epoch"):

@@ -629,7 +629,7 @@ def test_two_processes_make_the_plan_of_one(image_folder, tmp_path):
 
 
 class CountedLoader:
-    """Counts the passes over a list of batches."""
+    """Counts the passes over a list of batches that reach the end."""
 
     def __init__(self, batches):
         self.batches, self.passes = batches, 0
@@ -638,8 +638,8 @@ class CountedLoader:
         return len(self.batches)
 
     def __iter__(self):
+        yield from self.batches
         self.passes += 1
-        return iter(self.batches)
 
     def spread(self, samples):
         return self.batches[:1]
