@@ -19,11 +19,11 @@ from measuring import started
 
 from EnhancedFilterPruner import EnhancedFilterPruner
 from EnhancedPruning import EnhancedPruning, PruningSettings
-from taylor_pruning.experiment.data import calibration_batches
-from taylor_pruning.report.experiment import write_json
-from taylor_pruning.training.fine_tuning import evaluate
 from GradientFlowAnalyzer import collect_flow, preserved_flow, signal_to_noise
+from taylor_pruning.experiment.loaders import calibration_batches
+from taylor_pruning.report.experiment import write_json
 from taylor_pruning.scoring.flow import relative_flow
+from taylor_pruning.training.fine_tuning import evaluate
 
 
 def parse_arguments():

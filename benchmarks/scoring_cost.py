@@ -24,12 +24,12 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).
 
 from measuring import Start, in_turn, print_ratios
 
-from taylor_pruning.scoring.estimates import channel_estimates
 from EnhancedPruning import PruningSettings
 from taylor_pruning.experiment.models import build_model, head_name
+from taylor_pruning.scoring.estimates import channel_estimates
+from taylor_pruning.scoring.taylor import Directions, class_basis, collect_directions
 from taylor_pruning.selection.greedy import Constraints, Selection, select_jointly
 from taylor_pruning.surgery.graph import ChannelGraph
-from taylor_pruning.scoring.taylor import Directions, class_basis, collect_directions
 
 
 def network(name, classes, image_size, images, entropy):

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from taylor_pruning.errors import InputError, atomic_file
+from taylor_pruning.errors import InputError
+from taylor_pruning.files import atomic_file
 
 
 @dataclass

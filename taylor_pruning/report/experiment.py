@@ -24,7 +24,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from taylor_pruning.errors import atomic_path
+from taylor_pruning.files import atomic_path
 
 COLUMN_WIDTH, TEXT_WIDTH = 3.5, 7.16  # inches: one and two columns of a paper
 LAYER_LABEL_SIZE = 7  # points

@@ -18,7 +18,8 @@ import matplotlib
 import numpy as np
 from matplotlib.patches import Patch
 
-from taylor_pruning.errors import InputError, atomic_path
+from taylor_pruning.errors import InputError
+from taylor_pruning.files import atomic_path
 from taylor_pruning.report.experiment import (
     COLUMN_WIDTH,
     DENSE,

@@ -215,7 +215,9 @@ class Directions:
     def to(self, device):
         """The same directions on another device."""
         tensors = {name: getattr(self, name) for name in PER_SAMPLE}
-        return replace(self, **{name: None if tensor is None else tensor.to(device) for name, tensor in tensors.items()})
+        return replace(
+            self, **{name: None if tensor is None else tensor.to(device) for name, tensor in tensors.items()}
+        )
 
     def loss_change_at(self, shift):
         """Mean loss at the logits z - Q shift minus the loss at z, in nats; against `reference` where there is one."""

@@ -20,17 +20,18 @@ from torch.nn import functional as F
 
 import EnhancedFilterPruner as EnhancedFilterPruner_module
 import EnhancedPruning as EnhancedPruning_module
-from EnhancedFilterPruner import EnhancedFilterPruner
-from EnhancedPruning import EnhancedPruning, PruningSettings
-from taylor_pruning.training import fine_tuning as FineTuning
 import run_enhanced_pruning
 import run_single_experiment
-from taylor_pruning.experiment.data import load_image_folder, make_loader
+from EnhancedFilterPruner import EnhancedFilterPruner
+from EnhancedPruning import EnhancedPruning, PruningSettings
 from taylor_pruning.errors import InputError
-from taylor_pruning.experiment.models import load_pruned
+from taylor_pruning.experiment.folders import load_image_folder
+from taylor_pruning.experiment.loaders import make_loader
+from taylor_pruning.experiment.pruned_file import load_pruned
 from taylor_pruning.experiment.setup import warn_of_chance
 from taylor_pruning.repair.compensation import CompensationReport
 from taylor_pruning.scoring.taylor import _signs
+from taylor_pruning.training import fine_tuning as FineTuning
 from taylor_pruning.training.fine_tuning import Recipe, TrainingDiverged, evaluate
 
 ROOT = Path(__file__).parents[2]
