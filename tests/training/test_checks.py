@@ -1,5 +1,7 @@
 """Facts of batches: what they tell of pixels and labels, and when they are read."""
 
+import math
+
 import pytest
 import torch
 
