@@ -22,7 +22,7 @@ from taylor_pruning.errors import InputError
 from taylor_pruning.first_batch import device_of
 from taylor_pruning.modes import frozen
 from taylor_pruning.scoring.flow import group_mean, normalised, unit_gradient_norms
-from taylor_pruning.scoring.gradient_check import gated_logits, open_gates
+from taylor_pruning.scoring.gates import gated_logits, open_gates
 from taylor_pruning.surgery.graph import ChannelGraph
 
 NEAR_ZERO = 1e-2  # of the layer's mean: a unit below it hardly trains

@@ -15,7 +15,8 @@ from taylor_pruning.errors import InputError
 from taylor_pruning.selection.greedy import BUDGETS, Constraints, CostModel, Ledger, Selection, select_by_score, select_jointly
 from taylor_pruning.surgery.graph import ChannelGraph
 from taylor_pruning.scoring.flow import weigh
-from taylor_pruning.scoring.taylor import Directions, class_basis, collect_directions
+from taylor_pruning.scoring.taylor import Directions, class_basis
+from taylor_pruning.scoring.collecting import collect_directions
 
 
 @pytest.fixture
