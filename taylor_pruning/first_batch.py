@@ -56,7 +56,8 @@ class Batches:
     @property
     def spread(self):
         """The loader's way to pick out evenly spread images; no attribute where it has none."""
-        return self.loader.spread
+        spread, where = self.loader.spread, f"a batch of {self.name}"
+        return lambda samples: [read_batch(batch, where, self.device) for batch in spread(samples)]
 
     def set_epoch(self, epoch: int) -> None:
         """Passes the epoch on to a loader that knows of epochs."""
