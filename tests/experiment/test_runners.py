@@ -30,7 +30,7 @@ from taylor_pruning.experiment.loaders import make_loader
 from taylor_pruning.experiment.pruned_file import load_pruned
 from taylor_pruning.experiment.setup import warn_of_chance
 from taylor_pruning.repair.compensation import CompensationReport
-from taylor_pruning.scoring.taylor import _signs
+from taylor_pruning.scoring.collecting import _signs
 from taylor_pruning.training import fine_tuning as FineTuning
 from taylor_pruning.training.fine_tuning import Recipe, TrainingDiverged, evaluate
 
