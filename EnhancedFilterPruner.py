@@ -25,15 +25,16 @@ import torch
 from torch import Tensor, nn
 
 from GradientFlowAnalyzer import GradientFlowReport
-from taylor_pruning.checks import check_weights, read_batch
+from taylor_pruning.checks import read_batch
 from taylor_pruning.errors import InputError, one_of
 from taylor_pruning.experiment.settings import TAYLOR_ORDERS, PruningSettings
 from taylor_pruning.first_batch import device_of
 from taylor_pruning.scoring.collected import Collected
+from taylor_pruning.scoring.collecting import collect_directions
 from taylor_pruning.scoring.estimates import channel_estimates
 from taylor_pruning.scoring.flow import relative_flow, weigh
 from taylor_pruning.scoring.probes import cross_entropy, probe_derivatives
-from taylor_pruning.scoring.taylor import Directions, collect_directions
+from taylor_pruning.scoring.taylor import Directions
 from taylor_pruning.selection.greedy import Ledger, Selection, require_units, select_by_score, select_jointly
 from taylor_pruning.surgery.graph import ChannelGraph
 
@@ -87,7 +88,6 @@ class EnhancedFilterPruner:
         self.settings = settings = dataclasses.replace(settings or PruningSettings(), **fields)
         self.taylor_order, self.use_gradient_flow = taylor_order, use_gradient_flow
         self.loss, self.progress = loss, progress
-        check_weights(model)
         self.graph = graph or ChannelGraph(model, example_input, settings.exclude, settings.prune_linear)
         self.model = self.graph.model
         require_units(self.graph)

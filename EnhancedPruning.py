@@ -31,7 +31,7 @@ from EnhancedFilterPruner import ChannelGraph, Rankings
 from GradientFlowAnalyzer import GradientFlowAnalyzer
 from taylor_pruning.errors import InputError, one_of
 from taylor_pruning.experiment.checkpoint import RoundsCheckpoint, RoundsState
-from taylor_pruning.experiment.models import load_pruned, save_pruned
+from taylor_pruning.experiment.pruned_file import load_pruned, save_pruned
 from taylor_pruning.experiment.results import (
     PruningResult,
     Stopwatch,

@@ -36,7 +36,7 @@ from taylor_pruning.errors import InputError
 from taylor_pruning.first_batch import device_of
 from taylor_pruning.modes import frozen
 from taylor_pruning.scoring.flow import unit_gradient_norms
-from taylor_pruning.scoring.gradient_check import gated_logits, open_gates
+from taylor_pruning.scoring.gates import gated_logits, open_gates
 from taylor_pruning.selection.greedy import require_units
 from taylor_pruning.surgery.graph import ChannelGraph
 

@@ -22,7 +22,7 @@ from taylor_pruning.experiment.command import Command, SweepTask
 from taylor_pruning.experiment.run import run_guarded
 from taylor_pruning.experiment.setup import Experiment, environment, prepare, warn_of_chance
 from taylor_pruning.report.closing import sweep_closing
-from taylor_pruning.report.files import write_json
+from taylor_pruning.report.json_files import write_json
 from taylor_pruning.report.sweep import sweep_table, write_sweep
 from taylor_pruning.training.distributed import barrier, is_main
 from taylor_pruning.training.fine_tuning import TrainingDiverged

@@ -16,12 +16,13 @@ import torch
 from EnhancedPruning import EnhancedPruning, PruningResult, load_pruned, save_pruned
 from taylor_pruning.experiment.arguments import parse
 from taylor_pruning.experiment.command import Command, ExperimentTask
-from taylor_pruning.experiment.models import BuiltModel, export_model
+from taylor_pruning.experiment.export import export_model
+from taylor_pruning.experiment.models import BuiltModel
 from taylor_pruning.experiment.run import run_guarded
 from taylor_pruning.experiment.setup import Experiment, environment, prepare, progress, warn_of_chance
 from taylor_pruning.report.closing import experiment_closing
 from taylor_pruning.report.experiment_plots import write_experiment_plots
-from taylor_pruning.report.files import write_json
+from taylor_pruning.report.json_files import write_json
 from taylor_pruning.report.tables import rounds_table, summary_table
 from taylor_pruning.training.distributed import barrier, is_main
 
@@ -102,7 +103,7 @@ def report(command: Command, experiment: Experiment, result: PruningResult, fold
     results = {
         "arguments": command.as_dict(),
         "environment": environment(experiment.device),
-        "model": {k: v for k, v in vars(experiment.built).items() if k not in ("model", "transforms")},
+        "model": {k: v for k, v in vars(experiment.built).items() if k != "model"},
         "data": {k: getattr(data, k) for k in ("name", "classes", "image_size", "mean", "std")}
         | {"skipped": list(map(str, data.skipped))},
         **result.as_dict(),

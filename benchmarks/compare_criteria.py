@@ -31,11 +31,12 @@ from EnhancedFilterPruner import Rankings
 from EnhancedPruning import EnhancedPruning, PruningSettings
 from taylor_pruning.experiment.arguments import parse
 from taylor_pruning.experiment.command import ExperimentTask
-from taylor_pruning.experiment.data import calibration_batches, load_image_folder, make_loader
+from taylor_pruning.experiment.folders import load_image_folder
+from taylor_pruning.experiment.loaders import calibration_batches, make_loader
 from taylor_pruning.experiment.results import all_filters, remaining
 from taylor_pruning.experiment.setup import prepare
 from taylor_pruning.repair.compensation import compensate
-from taylor_pruning.report.files import write_json
+from taylor_pruning.report.json_files import write_json
 from taylor_pruning.scoring.oracle import spearman, true_loss_changes
 from taylor_pruning.selection.baselines import BASELINES
 from taylor_pruning.selection.greedy import Constraints, Selection, select_by_score

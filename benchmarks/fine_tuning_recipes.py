@@ -25,8 +25,8 @@ from compare_criteria import add_network_arguments, balanced, load, spread
 from measuring import started
 
 from EnhancedPruning import EnhancedPruning, PruningSettings
-from taylor_pruning.experiment.data import calibration_batches, make_loader
-from taylor_pruning.report.files import write_json
+from taylor_pruning.experiment.loaders import calibration_batches, make_loader
+from taylor_pruning.report.json_files import write_json
 from taylor_pruning.training.fine_tuning import Recipe, evaluate, fine_tune, reestimate_batchnorm
 
 PLAIN, PROGRESSIVE = "plain SGD, cosine", "progressive"

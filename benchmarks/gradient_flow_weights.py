@@ -23,9 +23,9 @@ from measuring import started
 from EnhancedFilterPruner import EnhancedFilterPruner
 from EnhancedPruning import EnhancedPruning, PruningSettings
 from GradientFlowAnalyzer import collect_flow
-from taylor_pruning.experiment.data import calibration_batches
+from taylor_pruning.experiment.loaders import calibration_batches
 from taylor_pruning.modes import frozen
-from taylor_pruning.report.files import write_json
+from taylor_pruning.report.json_files import write_json
 from taylor_pruning.scoring.flow import group_mean, normalised, relative_flow
 from taylor_pruning.training.fine_tuning import evaluate
 

@@ -26,8 +26,9 @@ from measuring import Start, in_turn, print_ratios
 
 from EnhancedPruning import PruningSettings
 from taylor_pruning.experiment.models import build_model, head_name
+from taylor_pruning.scoring.collecting import collect_directions
 from taylor_pruning.scoring.estimates import channel_estimates
-from taylor_pruning.scoring.taylor import Directions, class_basis, collect_directions
+from taylor_pruning.scoring.taylor import Directions, class_basis
 from taylor_pruning.selection.greedy import Constraints, Selection, select_jointly
 from taylor_pruning.surgery.graph import ChannelGraph
 

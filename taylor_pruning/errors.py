@@ -1,9 +1,4 @@
-"""What a user can mend (`InputError`), and files that are written whole or not at all (`atomic_path`, `atomic_file`)."""
-
-import os
-import re
-from contextlib import contextmanager
-from pathlib import Path
+"""The error for what a user can mend."""
 
 
 class InputError(ValueError):
@@ -14,43 +9,3 @@ def one_of(name, value, allowed):
     """Raises InputError if the argument `name` has another value than the allowed ones."""
     if value not in allowed:
         raise InputError(f"{name} must be one of {', '.join(map(str, allowed))}, not {value}")
-
-
-@contextmanager
-def atomic_path(path):
-    """Yield a temporary path beside `path`; rename it to `path` when the block ends, delete it when the block fails.
-
-    Raises OSError, with `path` as its file name, when the disk is full or the folder cannot be written.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        if error.errno and error.filename in (None, str(temporary)):  # a failed write names no file
-            error.filename = str(path)
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def atomic_file(path):
-    """`atomic_path` as an open binary file, for torch.save: on a full disk that raises RuntimeError, this OSError."""
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        try:
-            yield file
-        except RuntimeError as error:
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from None
-            raise
-
-
-def remove_leftovers(folder):
-    """Delete what `atomic_path` was writing into `folder` when its process was killed. No other process may write there."""
-    for path in Path(folder).glob(".*.tmp*"):
-        if re.fullmatch(r"\.(.+)\.\d+\.tmp(\.\w+)?", path.name):
-            path.unlink()

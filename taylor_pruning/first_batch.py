@@ -1,8 +1,8 @@
 """Finds out on the first batch of every loader whether a network and its data fit, before anything is computed.
 
-    loader = Batches(train_loader, "the training loader", device)
-    check_inputs(model, [loader])
-    check_training(model, loader)
+loader = Batches(train_loader, "the training loader", device)
+check_inputs(model, [loader])
+check_training(model, loader)
 """
 
 import copy
@@ -55,9 +55,9 @@ class Batches:
 
     @property
     def spread(self):
-        """The loader's `spread(samples)`, which picks out images; no attribute where it has none."""
-        spread = self.loader.spread
-        return lambda samples: [read_batch(batch, self.name, self.device) for batch in spread(samples)]
+        """The loader's way to pick out evenly spread images; no attribute where it has none."""
+        spread, where = self.loader.spread, f"a batch of {self.name}"
+        return lambda samples: [read_batch(batch, where, self.device) for batch in spread(samples)]
 
     def set_epoch(self, epoch: int) -> None:
         """Passes the epoch on to a loader that knows of epochs."""
@@ -90,8 +90,8 @@ def check_inputs(model: nn.Module, loaders: Iterable[Batches]) -> None:
     """Runs the network, in eval mode, on the first images of every loader.
 
     Raises:
-        InputError: weights are not finite, the network cannot run on the images, or gives no finite logits [batch, classes], or probabilities in their place,
-            or the labels are outside of its classes.
+        InputError: weights are not finite, the network cannot run on the images, it gives no finite logits
+            [batch, classes] or probabilities in their place, or labels are none of its classes.
     """
     if torch.is_inference_mode_enabled():
         raise InputError("scores need gradients; call this outside of torch.inference_mode()")
@@ -138,8 +138,8 @@ def _refuse_probabilities(outputs):
 def check_training(model: nn.Module, loader: Batches) -> None:
     """Raises InputError if the network cannot be trained on the loader.
 
-    Reasons are: gradients are switched off, no parameter requires a gradient, the loader has no length, or a batch of one image meets a BatchNorm
-    that has one value a channel then.
+    Reasons are: gradients are switched off, no parameter requires one, the loader has no length, or a batch of one image
+    meets a BatchNorm that has one value a channel then.
     """
     if not torch.is_grad_enabled():
         raise InputError("fine-tuning needs gradients; call this outside of torch.no_grad()")
@@ -151,7 +151,9 @@ def check_training(model: nn.Module, loader: Batches) -> None:
     try:
         batches = len(loader)
     except TypeError as error:
-        raise InputError(f"{loader.name} has no length, which the learning rate needs; give a loader with len()") from error
+        raise InputError(
+            f"{loader.name} has no length, which the learning rate needs; give a loader with len()"
+        ) from error
     if not batches:
         raise InputError(f"{loader.name} gives no batch; check the data and the batch size")
     if _has_single_image(loader.loader):

@@ -1,7 +1,12 @@
+"""Batches, logits and weights that are taken, and those that are refused."""
+
+import math
+
 import pytest
 import torch
+from toys import toy_model
 
-from taylor_pruning.checks import check_batch, check_logits, read_batch
+from taylor_pruning.checks import check_batch, check_logits, nonfinite_weight, read_batch
 from taylor_pruning.errors import InputError
 
 IMAGES, LABELS = torch.zeros(4, 3, 6, 6), torch.tensor([0, 1, 1, 0])
@@ -52,6 +57,8 @@ def test_tensors_of_inference_mode_can_be_used():
         (None, "NoneType"),
         (torch.zeros(4), r"\[4\].*one number an image"),
         (torch.zeros(4, 1), r"\[4, 1\].*one logit a class"),
+        (torch.zeros(4, 2, 1), r"flatten\(1\)"),
+        (torch.zeros(3, 2), r"must give logits \[4, classes\]"),
         (torch.zeros(4, 2, 1, 1), r"flatten\(1\)"),
         (torch.zeros(4, 2, 6, 6), r"must give logits \[4, classes\]"),
         (torch.zeros(2), r"must give logits \[4, classes\]"),
@@ -64,9 +71,26 @@ def test_outputs_that_are_no_logits_are_refused(outputs, message):
 
 def test_pixels_and_labels_are_checked():
     check_batch(IMAGES, LABELS, torch.zeros(4, 2), "a batch")
-    with pytest.raises(InputError, match="has label 2, but the network has 2 outputs.*its head"):
+    with pytest.raises(InputError, match="holds label 2, but the model has 2 outputs.*give the model as many"):
         check_batch(IMAGES, LABELS + 1, torch.zeros(4, 2), "a batch")
-    with pytest.raises(InputError, match="has label -100.*leave images without a class out"):
+    with pytest.raises(InputError, match="holds label -100.*leave images without a class out"):
         check_batch(IMAGES, torch.tensor([0, -100, 1, 1]), torch.zeros(4, 2), "a batch")
-    with pytest.raises(InputError, match="NaN or infinite pixels"):
+    with pytest.raises(InputError, match="NaN or Inf pixels"):
         check_batch(IMAGES / 0, LABELS, torch.zeros(4, 2), "a batch")
+
+
+def test_the_first_nonfinite_tensor_is_named():
+    model = toy_model()
+    assert nonfinite_weight(model) is None and nonfinite_weight(torch.nn.ReLU()) is None
+    model[1].running_var[2] = math.inf
+    assert nonfinite_weight(model) == "1.running_var"
+    with torch.no_grad():
+        model[6].bias[0] = math.nan
+    assert nonfinite_weight(model) == "6.bias"
+
+
+def test_finite_tensors_with_an_infinite_sum_are_finite():
+    model = toy_model()
+    with torch.no_grad():
+        model[6].weight.fill_(3e38)
+    assert nonfinite_weight(model) is None

@@ -8,7 +8,8 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSa
 from EnhancedFilterPruner import Rankings
 from EnhancedPruning import EnhancedPruning, PruningSettings
 from taylor_pruning.errors import InputError
-from taylor_pruning.experiment.data import TensorImages, make_loader
+from taylor_pruning.experiment.data import TensorImages
+from taylor_pruning.experiment.loaders import make_loader
 from taylor_pruning.first_batch import Batches, check_inputs, check_training, device_of
 from taylor_pruning.training.fine_tuning import Recipe
 

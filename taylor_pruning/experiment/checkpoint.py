@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from taylor_pruning.errors import InputError, atomic_file
+from taylor_pruning.errors import InputError
 from taylor_pruning.experiment.results import removed
+from taylor_pruning.files import atomic_file
 from taylor_pruning.surgery.graph import ChannelGraph
 
 

@@ -18,11 +18,15 @@ import torch
 import torchvision
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from taylor_pruning.errors import InputError, atomic_file
+from taylor_pruning.errors import InputError
 from taylor_pruning.experiment.command import Command, DataSettings
-from taylor_pruning.experiment.data import ImageData, calibration_batches, load_image_folder, make_loader
+from taylor_pruning.experiment.data import ImageData
 from taylor_pruning.experiment.embedded import embedded_data
-from taylor_pruning.experiment.models import BuiltModel, build_model, head_name, pretrained_weights, read_tensors
+from taylor_pruning.experiment.folders import load_image_folder
+from taylor_pruning.experiment.loaders import calibration_batches, make_loader
+from taylor_pruning.experiment.models import BuiltModel, build_model, head_name, pretrained_weights
+from taylor_pruning.experiment.weights import read_tensors
+from taylor_pruning.files import atomic_file
 from taylor_pruning.first_batch import Batches, check_training
 from taylor_pruning.selection.greedy import check_reachable
 from taylor_pruning.surgery.graph import ChannelGraph

@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from taylor_pruning.errors import atomic_path
+from taylor_pruning.files import atomic_path
 
 COLUMN_WIDTH, TEXT_WIDTH = 3.5, 7.16  # inches: one and two columns of a paper
 LAYER_LABEL_SIZE = 7  # points

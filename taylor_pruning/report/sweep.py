@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from taylor_pruning.errors import atomic_path
+from taylor_pruning.files import atomic_path
 from taylor_pruning.report.figures import METHODS
-from taylor_pruning.report.files import plain, write_json
+from taylor_pruning.report.json_files import plain, write_json
 from taylor_pruning.report.sweep_numbers import (
     COSTS,
     WHEN,

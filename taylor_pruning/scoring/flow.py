@@ -6,12 +6,17 @@ a at its gates (after the last affine operation, before the activation function)
     F[n, u] = sqrt( sum over gated channels c of u and positions x of (d loss_n / d a[n, c, x])^2 )
 """
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
+
+from taylor_pruning.surgery.graph import ChannelGraph
 
 WEIGHT_FLOOR = 0.1  # no weight is smaller, so that a weight alone divides no score by more than 10
 
 
-def unit_gradient_norms(loss, gated, units, *, retain_graph=True):
+def unit_gradient_norms(loss: Tensor, gated: Sequence[tuple], units: int, *, retain_graph: bool = True) -> Tensor:
     """The flow F of one batch (module docstring).
 
     Args:
@@ -52,14 +57,15 @@ def _groups(graph):
     return torch.tensor(groups, dtype=torch.long), len(index)
 
 
-def group_mean(graph, values):
+def group_mean(graph: ChannelGraph, values: Tensor) -> Tensor:
+    """[units] mean of the values [units] over the units that have filters in exactly the same layers."""
     groups, count = _groups(graph)
     groups = groups.to(values.device)
     sums = values.new_zeros(count).index_add_(0, groups, values)
     return (sums / torch.bincount(groups, minlength=count))[groups]
 
 
-def normalised(graph, raw):
+def normalised(graph: ChannelGraph, raw: Tensor) -> Tensor:
     """floor + (1 - floor) raw / (mean of raw in the layer): positive, mean 1 in each layer, 1 where all raw are 0.
 
     The mean is over the units that have filters in the same layers, so that it is 1 in each layer also where a layer
@@ -70,7 +76,7 @@ def normalised(graph, raw):
     return WEIGHT_FLOOR + (1 - WEIGHT_FLOOR) * shares
 
 
-def relative_flow(graph, flow):
+def relative_flow(graph: ChannelGraph, flow: Tensor) -> Tensor:
     """[units] weights from the mean flow relative to the layer, r_u = mean_n F[n, u], as `normalised` scales them.
 
     The layer-wise normalisation of Molchanov et al. 2017 (arXiv:1611.06440, section 2.2) with the mean as norm.
@@ -81,7 +87,7 @@ def relative_flow(graph, flow):
     return normalised(graph, flow.double().mean(0))
 
 
-def weigh(scores, weights):
+def weigh(scores: Tensor, weights: Tensor) -> Tensor:
     """Scores (signed loss changes, small ones go first) under weights: s w where s > 0, s / w where s <= 0.
 
     Monotone in both: a weight above 1 raises every score, i.e. makes the removal less likely whatever the sign;

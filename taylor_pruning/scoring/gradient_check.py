@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from taylor_pruning.checks import check_batch
 from taylor_pruning.errors import InputError
+from taylor_pruning.scoring.gates import gated_logits, open_gates
+from taylor_pruning.surgery.graph import ChannelGraph
 
 IMAGES = 4  # of the first batch that are looked at
 WEIGHTINGS = 4  # random linear functions of the logits whose derivatives are compared
@@ -13,31 +14,6 @@ STEP = 1e-2  # by which gates are moved to measure a derivative
 TOLERANCE = 0.2  # relative difference to the gradient, well above what kinks within the step make of it
 NOISE = 1e-3  # relative to the logits: smaller derivatives drown in float32's rounding at this step
 REMEDY = "take no_grad, detach and rounding out of the forward, or exclude these layers"
-
-
-def open_gates(graph, images: Tensor) -> Tensor:
-    """[B, units] ones that require a gradient, at least in float32: half precision has too few digits for scores."""
-    dtype = torch.promote_types(next(graph.model.parameters()).dtype, torch.float32)
-    return torch.ones(len(images), len(graph.units), dtype=dtype, device=images.device, requires_grad=True)
-
-
-def gated_logits(graph, images, labels, gates, where, on_gate=None, estimates=None) -> Tensor:
-    """Logits [B, K] under the gates, in the dtype of the gates.
-
-    Args:
-        where: what error messages call the batch. on_gate, estimates: see ChannelGraph.gated.
-
-    Raises:
-        InputError: pixels or logits are not finite, labels out of range, or no gradient leads from the logits to a gate.
-    """
-    with torch.enable_grad(), graph.gated(gates, on_gate, estimates):
-        logits = graph.model(images)
-    check_batch(images, labels, logits, where)
-    if not torch.isfinite(logits).all():
-        raise InputError(f"the network gives NaN or infinite logits for {where}; check its weights")
-    if not logits.requires_grad:
-        raise InputError("no gradient leads from the logits to any filter; take no_grad and detach out of the forward")
-    return logits.to(gates.dtype)
 
 
 class _StoppedGradients(TorchFunctionMode):
@@ -53,7 +29,7 @@ class _StoppedGradients(TorchFunctionMode):
         return result
 
 
-def check_gradients(graph, images: Tensor, labels: Tensor) -> None:
+def check_gradients(graph: ChannelGraph, images: Tensor, labels: Tensor) -> None:
     """Raises InputError naming the layers along whose gates the gradient is not the derivative of the logits.
 
     A layer without any gradient is tried by closing its gates. Where the forward stops a gradient somewhere, derivatives

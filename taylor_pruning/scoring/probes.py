@@ -12,15 +12,19 @@ Double and triple backward passes go through the gates alone.
 """
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from taylor_pruning.errors import InputError
 from taylor_pruning.modes import frozen
-from taylor_pruning.scoring.gradient_check import check_gradients, gated_logits, open_gates
+from taylor_pruning.scoring.gates import gated_logits, open_gates
+from taylor_pruning.scoring.gradient_check import check_gradients
+from taylor_pruning.surgery.graph import ChannelGraph
 
 SKEW = 1 / math.sqrt(2)
 
@@ -29,19 +33,29 @@ SKEW = 1 / math.sqrt(2)
 class ProbedDerivatives:
     """[units] float64 means over samples of phi, h, t and the standard errors of h and t (None below order 3)."""
 
-    phi: torch.Tensor
-    h: torch.Tensor
-    h_error: torch.Tensor
-    t: torch.Tensor | None
-    t_error: torch.Tensor | None
+    phi: Tensor
+    h: Tensor
+    h_error: Tensor
+    t: Tensor | None
+    t_error: Tensor | None
 
 
-def cross_entropy(logits, labels):
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """[B] per-sample cross-entropy."""
     return F.cross_entropy(logits, labels, reduction="none")
 
 
-def probe_derivatives(model, graph, batches, *, order=2, probes=8, loss=cross_entropy, seed=0, progress=True):
+def probe_derivatives(
+    model: nn.Module,
+    graph: ChannelGraph,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    order: int = 2,
+    probes: int = 8,
+    loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
+    seed: int = 0,
+    progress: bool = True,
+) -> ProbedDerivatives:
     """Estimates of the mean derivatives along every gate.
 
     Args:

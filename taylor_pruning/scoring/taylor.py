@@ -18,26 +18,19 @@ one random direction that stands for the rest of the curvature, right on the mea
 stochastic remainder, as in Hutch++: Meyer, Musco, Musco, Woodruff 2021, arXiv:2010.09649).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
-from torch.autograd.graph import get_gradient_edge
+from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
-
-from taylor_pruning.errors import InputError
-from taylor_pruning.modes import frozen
-from taylor_pruning.scoring.flow import unit_gradient_norms
-from taylor_pruning.scoring.gradient_check import check_gradients, gated_logits, open_gates
-from taylor_pruning.training.distributed import gather_objects, is_main, rank, world_size
 
 SUPPORT = 32  # classes, most probable first, over which expectations are taken; all others count as one more
 PER_SAMPLE = ("coordinates", "basis", "logits", "labels", "flow", "reference")  # tensors of Directions
 BLOCK = 2**17  # units x samples that are scored at once: what they need stays in a core's cache
 
 
-def closed_third_order(phi, h, t):
+def closed_third_order(phi: Tensor, h: Tensor, t: Tensor) -> Tensor:
     """Loss change -phi + log E[exp(-x)] for the two-point law x of mean 0, variance h and third central moment t.
 
     The log-sum-exp of a two-point law agrees with -phi + h/2 - t/6 to third order in the step, is convex in it, and is
@@ -64,7 +57,7 @@ def closed_third_order(phi, h, t):
     return -phi + torch.logaddexp(torch.log(w_far) - x_far, torch.log1p(-w_far) - x_near)
 
 
-def loss_change(order, phi, h=None, t=None):
+def loss_change(order: int, phi: Tensor, h: Tensor | None = None, t: Tensor | None = None) -> Tensor:
     """Signed loss change of closing a gate, from the first `order` derivatives along it (module docstring)."""
     if order == 1:
         return -phi
@@ -73,7 +66,7 @@ def loss_change(order, phi, h=None, t=None):
     return closed_third_order(phi, h, t)
 
 
-def class_basis(logits, labels, probes, signs=None):
+def class_basis(logits: Tensor, labels: Tensor, probes: int, signs: Tensor | None = None) -> tuple[Tensor, float]:
     """Per-sample basis of the logit directions that matter.
 
     Args:
@@ -148,22 +141,24 @@ class Directions:
         reference: [N, K] probabilities of a network that the result is to be compared with, or None.
     """
 
-    coordinates: torch.Tensor
-    basis: torch.Tensor
-    logits: torch.Tensor
-    labels: torch.Tensor
+    coordinates: Tensor
+    basis: Tensor
+    logits: Tensor
+    labels: Tensor
     sampled_curvature: float
-    flow: torch.Tensor | None = None
+    flow: Tensor | None = None
     own_targets: bool = False
-    reference: torch.Tensor | None = None
+    reference: Tensor | None = None
 
-    def targets(self):
+    def targets(self) -> Tensor:
         """[N, K] probabilities that the loss compares with."""
         if self.own_targets:
             return self.logits.softmax(1)
         return F.one_hot(self.labels, self.logits.shape[1]).to(self.logits)
 
-    def moments(self, shift=None, units=None, order=3):
+    def moments(
+        self, shift: Tensor | None = None, units=None, order: int = 3
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """phi, h, t [N, U'] of the units (a slice or index, default all) at the logits z - Q shift.
 
         Args:
@@ -186,7 +181,7 @@ class Directions:
         weighted = v.square() * p[:, None]
         return phi, weighted.sum(2), (weighted * v).sum(2)
 
-    def scores(self, order, shift=None, units=None):
+    def scores(self, order: int, shift: Tensor | None = None, units=None) -> Tensor:
         """[U'] mean over samples of the signed loss change of removing each unit alone at the shifted logits."""
         samples, width = self.coordinates.shape[:2]
         total = 0.0
@@ -196,13 +191,13 @@ class Directions:
             total = total + loss_change(order, *self.rows(rows).moments(here, units, order)).sum(0)
         return total / samples
 
-    def rows(self, rows):
+    def rows(self, rows: slice) -> "Directions":
         """The directions of a slice of the samples."""
         tensors = {name: getattr(self, name) for name in PER_SAMPLE}
         return replace(self, **{name: None if tensor is None else tensor[rows] for name, tensor in tensors.items()})
 
     @classmethod
-    def join(cls, parts):
+    def join(cls, parts: Sequence["Directions"]) -> "Directions":
         """The directions of several batches as one."""
         values = {}
         for name in PER_SAMPLE:
@@ -212,99 +207,15 @@ class Directions:
         sampled = sum(part.sampled_curvature * len(part.labels) for part in parts) / samples
         return cls(sampled_curvature=sampled, **values)
 
-    def to(self, device):
+    def to(self, device: torch.device | str) -> "Directions":
         """The same directions on another device."""
         tensors = {name: getattr(self, name) for name in PER_SAMPLE}
-        return replace(self, **{name: None if tensor is None else tensor.to(device) for name, tensor in tensors.items()})
+        return replace(
+            self, **{name: None if tensor is None else tensor.to(device) for name, tensor in tensors.items()}
+        )
 
-    def loss_change_at(self, shift):
+    def loss_change_at(self, shift: Tensor) -> float:
         """Mean loss at the logits z - Q shift minus the loss at z, in nats; against `reference` where there is one."""
         targets = self.targets() if self.reference is None else self.reference
         shifted = self.logits - torch.einsum("nkr,nr->nk", self.basis, shift)
         return (F.cross_entropy(shifted, targets) - F.cross_entropy(self.logits, targets)).item()
-
-
-def collect_directions(
-    model, graph, batches, probes, *, progress=True, want_flow=False, estimates=None, reference=None, seed=0
-):
-    """Per-sample logit directions of every unit by class-direction backward passes through the gates.
-
-    One forward and R backward passes a batch; no weight gradients. Under torch.distributed every process takes its
-    share of the batches and all get the same result, in the order of the batches. A batch that does not fit into GPU
-    memory is halved: the result does not depend on the split.
-
-    Args:
-        batches: sequence of (images [B, ...], labels [B]) on the model's device.
-        probes: R, directions a sample.
-        want_flow: also collect the gradient flow (one more backward pass).
-        estimates: see ChannelGraph.gated: directions of removing the units and of what repairs the layers behind them.
-        reference: network whose probabilities `Directions.reference` takes, or None.
-        seed: of the random directions (`class_basis`).
-
-    Returns:
-        Directions.
-
-    Raises:
-        InputError: no batches, NaN images or logits, labels outside the logits' range.
-    """
-    batches = list(enumerate(batches))
-    if not batches:
-        raise InputError("there are no calibration images; pass at least one batch")
-    options = {"want_flow": want_flow, "estimates": estimates, "reference": reference, "seed": seed}
-    collect = partial(_collect, model, graph, probes, **options)
-    mine, parts = batches[rank() :: world_size()], []
-    with frozen(model), frozen(model if reference is None else reference):
-        check_gradients(graph, *batches[0][1])
-        for number, (images, labels) in tqdm(mine, desc="score", leave=False, disable=not progress or not is_main()):
-            parts.append((number, _collect_batch(collect, images, labels, number)))
-    return Directions.join(_of_all_processes(parts)).to(batches[0][1][0].device)
-
-
-def _of_all_processes(parts):
-    """The parts [(batch number, Directions)] of all processes by batch number, on the CPU where there are several."""
-    if world_size() > 1:  # a tensor that travels keeps its device, which is another one in every process
-        parts = [(number, part.to("cpu")) for number, part in parts]
-    parts = [part for share in gather_objects(parts) for part in share]
-    return [part for _, part in sorted(parts, key=lambda part: part[0])]
-
-
-def _collect_batch(collect, images, labels, number, first=0):
-    """`first`: how many images of the batch come before these."""
-    try:
-        return collect(images, labels, number, first)
-    except torch.OutOfMemoryError as error:
-        if len(images) == 1:
-            raise InputError("one image does not fit into GPU memory for scoring; lower --image-size") from error
-    half = len(images) // 2  # outside of the except block, which would keep the failed pass alive
-    split = ((images[:half], labels[:half], first), (images[half:], labels[half:], first + half))
-    return Directions.join([_collect_batch(collect, x, y, number, start) for x, y, start in split])
-
-
-def _signs(seed, number, first, samples, classes):
-    """[samples, classes] of -1 and 1: the same for an image of a batch however the batch is split."""
-    generator = torch.Generator().manual_seed(1_000_003 * seed + number)
-    return 2 * torch.randint(2, (first + samples, classes), generator=generator)[first:] - 1
-
-
-def _collect(model, graph, probes, images, labels, number, first, *, want_flow, estimates, reference, seed):
-    gates, gated = open_gates(graph, images), []
-
-    def record(site, output):
-        if want_flow and output.requires_grad:
-            gated.append((site, get_gradient_edge(output)))
-
-    logits = gated_logits(graph, images, labels, gates, f"calibration batch {number}", record, estimates)
-    signs = _signs(seed, number, first, *logits.shape).to(logits)
-    basis, sampled = class_basis(logits.detach(), labels, probes, signs)
-    flow = None
-    if want_flow:
-        flow = unit_gradient_norms(F.cross_entropy(logits, labels, reduction="sum"), gated, len(graph.units))
-    coordinates = torch.empty(*gates.shape, basis.shape[2], dtype=gates.dtype, device=gates.device)
-    for r in range(basis.shape[2]):
-        (coordinates[:, :, r],) = torch.autograd.grad(logits, gates, basis[:, :, r], retain_graph=True)
-    logits = logits.detach()
-    probabilities = None
-    if reference is not None:
-        with torch.no_grad():
-            probabilities = logits.softmax(1) if reference is model else reference(images).to(logits).softmax(1)
-    return Directions(coordinates, basis, logits, labels, sampled, flow, reference=probabilities)

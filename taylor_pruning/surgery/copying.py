@@ -24,8 +24,8 @@ def copy_of(model, replaced=None):
                     replaced.setdefault(id(tensor), tensor.detach().clone())
     try:
         return copy.deepcopy(model, replaced)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise InputError(
-            f"{type(model).__name__} cannot be copied ({str(error).splitlines()[0]}); make it hold no tensors "
-            "computed by earlier forwards outside its parameters and buffers"
+            f"{type(model).__name__} cannot be copied ({str(error).splitlines()[0]}); make it hold no tensors computed by "
+            "earlier forwards, locks, open files or generators"
         ) from error

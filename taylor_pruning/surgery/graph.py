@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
+from taylor_pruning.checks import check_weights
 from taylor_pruning.errors import InputError
 from taylor_pruning.surgery.copying import copy_of
 from taylor_pruning.surgery.hooks import modules_with_changing_hooks
@@ -128,6 +129,7 @@ class ChannelGraph:
     def __init__(self, model, example_input, exclude=(), prune_linear=False, verify=True):
         check_example(example_input)
         model, self.notes = unwrapped(model)
+        check_weights(model)
         self.model = model
         book = ChannelIds(model)
         example = example_input[:1].expand(2, *example_input.shape[1:])  # batch statistics need two samples

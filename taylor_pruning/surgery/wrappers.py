@@ -8,7 +8,11 @@ from torch.optim.swa_utils import AveragedModel
 
 from taylor_pruning.errors import InputError
 
-WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)  # their attribute `module` is the network
+WRAPPERS = (
+    nn.DataParallel,
+    nn.parallel.DistributedDataParallel,
+    AveragedModel,
+)  # their attribute `module` is the network
 QUANTISATION = ("torch.ao.quantization", "torch.ao.nn.quantized", "torch.ao.nn.intrinsic", "torch.ao.nn.qat")
 
 
@@ -83,7 +87,9 @@ def _refuse_module(module, where):
             f"{where} ({type(module).__name__}) is prepared for quantisation; prune the float network first, and prepare the "
             "pruned one"
         )
-    if isinstance(module, fx.GraphModule) and any(isinstance(n.target, torch._ops.OpOverload) for n in module.graph.nodes):
+    if isinstance(module, fx.GraphModule) and any(
+        isinstance(n.target, torch._ops.OpOverload) for n in module.graph.nodes
+    ):
         raise InputError(f"{where} comes from torch.export; give the nn.Module that was exported")
     parameters = [p for p in module._parameters.values() if p is not None]
     if any(map(nn.parameter.is_lazy, parameters)):

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from taylor_pruning.errors import InputError, atomic_file
+from taylor_pruning.errors import InputError
+from taylor_pruning.files import atomic_file
 
 
 def rng_state(device: torch.device) -> dict:

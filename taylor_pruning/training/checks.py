@@ -3,7 +3,7 @@
 log = BatchLog(device)
 for images, labels in loader:
     logits = model(images)
-    check_logits(logits, labels, where)
+    check_logits(logits, len(labels), where)
     loss = F.cross_entropy(logits, valid_labels(labels, logits.shape[1]))
     log.add(batch_facts(loss, images, labels), classes=logits.shape[1], count=len(labels), where=where)
     if log.due:
@@ -11,22 +11,14 @@ for images, labels in loader:
             batch.check()
 """
 
-import itertools
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from taylor_pruning.errors import InputError
+from taylor_pruning.checks import check_ranges
 
 BATCHES_BETWEEN_READS = 32
-
-
-def check_logits(logits: Tensor, labels: Tensor, where: str) -> None:
-    """Raises InputError if the logits are not [B, classes] for labels [B]."""
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(labels):
-        found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise InputError(f"the model gave {found} for {where}; it must give logits [{len(labels)}, classes]")
 
 
 def valid_labels(labels: Tensor, classes: int) -> Tensor:
@@ -50,17 +42,7 @@ class Batch:
 
     def check(self) -> None:
         """Raises InputError on NaN or Inf pixels and on labels that the model has no output for."""
-        _, low_pixel, high_pixel, low_label, high_label = self.facts[:5]
-        if not -torch.inf < low_pixel <= high_pixel < torch.inf:
-            raise InputError(
-                f"{self.where} holds NaN or Inf pixels; look for broken images or a zero in the normalisation"
-            )
-        if low_label < 0 or high_label >= self.classes:
-            label = low_label if low_label < 0 else high_label
-            raise InputError(
-                f"{self.where} holds label {int(label)}, but the model has {self.classes} outputs "
-                f"(labels 0 to {self.classes - 1}); give the model as many outputs as the data has classes"
-            )
+        check_ranges(*self.facts[1:5], self.classes, self.where)
 
 
 class BatchLog:
@@ -87,13 +69,3 @@ class BatchLog:
         facts, *rest = zip(*self._unread, strict=True)
         self._unread = []
         return [Batch(*fields) for fields in zip(torch.stack(facts).tolist(), *rest, strict=True)]
-
-
-def nonfinite_tensor(model: nn.Module) -> str | None:
-    """Name of the first parameter or buffer that holds NaN or Inf. Waits for the device once."""
-    named = itertools.chain(model.named_parameters(), model.named_buffers())
-    tensors = {name: tensor for name, tensor in named if tensor.is_floating_point()}
-    # A sum shows every NaN and Inf and is 20 times as fast as isfinite(); where finite values overflow it, those decide.
-    if not tensors or torch.stack([tensor.detach().sum() for tensor in tensors.values()]).isfinite().all():
-        return None
-    return next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)

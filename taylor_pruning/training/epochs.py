@@ -8,8 +8,9 @@ from pathlib import Path
 from torch import nn
 from tqdm import tqdm
 
+from taylor_pruning.checks import nonfinite_weight
 from taylor_pruning.training.checkpoint import read_checkpoint, rng_state, set_rng_state, write_checkpoint
-from taylor_pruning.training.checks import BatchLog, nonfinite_tensor
+from taylor_pruning.training.checks import BatchLog
 from taylor_pruning.training.distributed import barrier, broadcast_buffers, gather_objects, is_main, rank, world_size
 from taylor_pruning.training.evaluation import Accuracy, evaluate
 from taylor_pruning.training.recipe import Recipe
@@ -95,7 +96,7 @@ class Training:
                 bar.set_postfix(loss=f"{totals.mean_loss:.3f}", lr=f"{rates[-1]:.2g}", refresh=False)
             bar.update()
         self._read(log, totals, epoch, rates)
-        if name := nonfinite_tensor(self.model):
+        if name := nonfinite_weight(self.model):
             self._diverged(f"{name} of the model holds NaN or Inf", epoch, len(rates), rates)
         broadcast_buffers(self.model)
         return {"lr": max(rates), "train_loss": totals.mean_loss}

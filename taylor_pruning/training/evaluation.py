@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
+from taylor_pruning.checks import check_logits, check_weights, nonfinite_weight
 from taylor_pruning.errors import InputError
 from taylor_pruning.modes import modes_kept
-from taylor_pruning.training.checks import BatchLog, batch_facts, check_logits, nonfinite_tensor, valid_labels
+from taylor_pruning.training.checks import BatchLog, batch_facts, valid_labels
 from taylor_pruning.training.distributed import all_reduce_sum, is_main
 from taylor_pruning.training.recipe import AMP_DTYPES
 
@@ -42,8 +43,7 @@ def evaluate(
     are summed. The modes of the model come back as they were.
     Raises InputError on an empty loader, NaN weights, NaN images, or labels outside the logits' range.
     """
-    if name := nonfinite_tensor(model):
-        raise InputError(f"{name} of the model holds NaN or Inf; load sound weights")
+    check_weights(model)
     device = next(model.parameters()).device
     log, batches = BatchLog(device), []
     with modes_kept(model):
@@ -53,7 +53,7 @@ def evaluate(
             where = f"{description}: batch {index}"
             with torch.autocast(device.type, AMP_DTYPES[amp], enabled=amp is not None):
                 logits = model(images)
-            check_logits(logits, labels, where)
+            check_logits(logits, len(labels), where)
             log.add(_facts(logits, images, labels), classes=logits.shape[1], count=len(labels), where=where)
             if log.due:
                 batches += _checked(log)
@@ -109,5 +109,5 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[tuple[Tensor, Tenso
                 norm.momentum = momentum
     if not seen:
         raise InputError("BatchNorm statistics: there are no batches; give at least one batch of images")
-    if name := nonfinite_tensor(model):
+    if name := nonfinite_weight(model):
         raise InputError(f"BatchNorm statistics: {name} came out as NaN or Inf; look for broken images")

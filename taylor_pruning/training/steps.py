@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from taylor_pruning.checks import check_logits
 from taylor_pruning.errors import InputError
 from taylor_pruning.training.averaging import WeightAverage
-from taylor_pruning.training.checks import batch_facts, check_logits, valid_labels
+from taylor_pruning.training.checks import batch_facts, valid_labels
 from taylor_pruning.training.cuda_graphs import GraphedPass
 from taylor_pruning.training.distributed import world_size
 from taylor_pruning.training.recipe import AMP_DTYPES, Recipe, lr_factor
@@ -138,7 +139,7 @@ class OptimiserSteps:
             if recipe.distillation_weight:
                 with torch.no_grad():
                     teacher_logits = self.teacher(images)
-        check_logits(logits, labels, where)
+        check_logits(logits, len(labels), where)
         self.classes = logits.shape[1]
         if recipe.amp:
             logits = logits.float()

@@ -14,7 +14,7 @@ from taylor_pruning.experiment.arguments import new_parser, parse, parts_of, sho
 from taylor_pruning.experiment.command import DataSettings, ExperimentTask, SweepTask
 from taylor_pruning.experiment.settings import PruningSettings
 from taylor_pruning.options import flag, options
-from taylor_pruning.report.files import write_json
+from taylor_pruning.report.json_files import write_json
 from taylor_pruning.training.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]

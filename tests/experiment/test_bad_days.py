@@ -26,13 +26,16 @@ from tqdm import tqdm
 
 import run_enhanced_pruning
 import run_single_experiment
-from taylor_pruning.errors import InputError, atomic_path
+from taylor_pruning.errors import InputError
 from taylor_pruning.experiment import setup as ExperimentSetup
 from taylor_pruning.experiment.arguments import parse
 from taylor_pruning.experiment.command import ExperimentTask
-from taylor_pruning.experiment.data import _balanced_order, load_image_folder
 from taylor_pruning.experiment.embedded import embedded_data
-from taylor_pruning.experiment.models import export_model, load_pruned
+from taylor_pruning.experiment.export import export_model
+from taylor_pruning.experiment.folders import load_image_folder
+from taylor_pruning.experiment.loaders import _balanced_order
+from taylor_pruning.experiment.pruned_file import load_pruned
+from taylor_pruning.files import atomic_path
 from taylor_pruning.report.figures import PLOT_SETTINGS
 
 ROOT = Path(__file__).parents[2]

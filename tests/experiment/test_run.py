@@ -24,7 +24,9 @@ def test_auto_takes_a_device_that_can_sum_in_float64(monkeypatch):
 @pytest.mark.parametrize("runner", ["run_single_experiment", "run_enhanced_pruning"])
 def test_a_platform_without_file_locks_is_named(runner, tmp_path):
     code = f"import sys; sys.modules['fcntl'] = None; import {runner}; sys.exit({runner}.main(['--output-dir', 'out']))"
-    ended = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True)
+    ended = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True
+    )
     assert ended.returncode == 2 and not (tmp_path / "out").exists()
     assert ended.stderr.decode() == (
         "error: the command line runs on Linux and macOS; on Windows use WSL, or EnhancedPruning from Python\n"

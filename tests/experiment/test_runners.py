@@ -19,8 +19,9 @@ import EnhancedPruning as EnhancedPruning_module
 import run_enhanced_pruning
 import run_single_experiment
 from EnhancedPruning import EnhancedPruning
-from taylor_pruning.experiment.data import load_image_folder, make_loader
-from taylor_pruning.experiment.models import load_pruned
+from taylor_pruning.experiment.folders import load_image_folder
+from taylor_pruning.experiment.loaders import make_loader
+from taylor_pruning.experiment.pruned_file import load_pruned
 from taylor_pruning.experiment.setup import warn_of_chance
 from taylor_pruning.training import fine_tuning as FineTuning
 from taylor_pruning.training.fine_tuning import TrainingDiverged, evaluate

@@ -17,7 +17,7 @@ from matplotlib.text import Text
 from taylor_pruning.report import experiment_plots as ExperimentPlots
 from taylor_pruning.report import sweep as SweepReport
 from taylor_pruning.report.figures import METHODS, layer_axis, saved_figure, short_layer_names
-from taylor_pruning.report.files import write_json
+from taylor_pruning.report.json_files import write_json
 from taylor_pruning.report.tables import rounds_table, summary_table
 
 STAGES = ("dense", "pruned", "compensated", "fine-tuned")

@@ -8,11 +8,11 @@ from test_surgery import images as noise
 from torch import nn
 
 from EnhancedFilterPruner import EnhancedFilterPruner
-from taylor_pruning.scoring.oracle import spearman
 from taylor_pruning.errors import InputError
 from taylor_pruning.repair.compensation import compensate
+from taylor_pruning.scoring.collecting import collect_directions
 from taylor_pruning.scoring.estimates import channel_estimates
-from taylor_pruning.scoring.taylor import collect_directions
+from taylor_pruning.scoring.oracle import spearman
 from taylor_pruning.surgery.graph import ChannelGraph
 
 

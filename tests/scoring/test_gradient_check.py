@@ -77,7 +77,9 @@ def network(between):
 def test_layers_without_a_true_derivative_are_named(kind, options, images, labels):
     between, layers = WRONG[kind]
     pruner = EnhancedFilterPruner(network(between), images, progress=False, **options)
-    with pytest.raises(InputError, match=f"filters of {layers} (although|is not the derivative).*or exclude these layers"):
+    with pytest.raises(
+        InputError, match=f"filters of {layers} (although|is not the derivative).*or exclude these layers"
+    ):
         pruner.rank([(images, labels)])
 
 
@@ -120,7 +122,9 @@ def test_the_analyzer_reports_what_no_gradient_reaches(kind, images, labels):
 
 def test_batchnorm_without_running_statistics_is_not_piecewise_linear(images, labels):
     norm = nn.BatchNorm2d(5, track_running_stats=False)
-    model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Conv2d(5, 5, 3), norm, nn.ReLU(), nn.Flatten(), nn.Linear(80, 4))
+    model = nn.Sequential(
+        nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Conv2d(5, 5, 3), norm, nn.ReLU(), nn.Flatten(), nn.Linear(80, 4)
+    )
     model = model.double().eval()
     pruner = EnhancedFilterPruner(model, images, progress=False)
     assert pruner.curvature_path == "hvp"

@@ -7,7 +7,8 @@ from torch.nn import functional as F
 
 from EnhancedFilterPruner import EnhancedFilterPruner
 from taylor_pruning.errors import InputError
-from taylor_pruning.scoring.taylor import Directions, class_basis, closed_third_order, collect_directions
+from taylor_pruning.scoring.collecting import collect_directions
+from taylor_pruning.scoring.taylor import Directions, class_basis, closed_third_order
 from taylor_pruning.surgery.graph import ChannelGraph
 
 

@@ -1,7 +1,6 @@
 """Joint selection against exhaustive search, budgets, bounds, widths, and clear refusals."""
 
 import itertools
-import itertools
 import math
 
 import pytest
@@ -9,13 +8,22 @@ import torch
 import torchvision
 from torch.nn import functional as F
 
-from taylor_pruning.selection.baselines import BASELINES, baseline_scores
 from EnhancedFilterPruner import EnhancedFilterPruner
 from taylor_pruning.errors import InputError
-from taylor_pruning.selection.greedy import BUDGETS, Constraints, CostModel, Ledger, Selection, select_by_score, select_jointly
-from taylor_pruning.surgery.graph import ChannelGraph
+from taylor_pruning.scoring.collecting import collect_directions
 from taylor_pruning.scoring.flow import weigh
-from taylor_pruning.scoring.taylor import Directions, class_basis, collect_directions
+from taylor_pruning.scoring.taylor import Directions, class_basis
+from taylor_pruning.selection.baselines import BASELINES, baseline_scores
+from taylor_pruning.selection.greedy import (
+    BUDGETS,
+    Constraints,
+    CostModel,
+    Ledger,
+    Selection,
+    select_by_score,
+    select_jointly,
+)
+from taylor_pruning.surgery.graph import ChannelGraph
 
 
 @pytest.fixture

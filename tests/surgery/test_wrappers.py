@@ -86,7 +86,9 @@ def test_a_shared_part_stays_shared():
 
 def test_the_result_says_what_was_taken_off():
     data = [(IMAGES, torch.arange(4))]
-    pruning = EnhancedPruning(nn.DataParallel(network()), data, data, settings=PruningSettings(rounds=1), progress=False)
+    pruning = EnhancedPruning(
+        nn.DataParallel(network()), data, data, settings=PruningSettings(rounds=1), progress=False
+    )
     result = pruning.prune(30, 2)
     assert type(result.model) is Network
     assert result.as_dict()["notes"] == ["DataParallel was taken off: the pruned network is the plain module"]
@@ -134,7 +136,10 @@ REFUSED = {
     "a function": (lambda model: model.forward, "of type method; give an nn.Module"),
     "a state_dict": (lambda model: model.state_dict(), "of type OrderedDict"),
     "traced": (lambda model: torch.jit.trace(model, IMAGES), "traced by torch.jit; give the nn.Module"),
-    "a part traced": (with_part(lambda part: torch.jit.trace(part, torch.zeros(1, 6, 6, 6))), "module body is scripted or"),
+    "a part traced": (
+        with_part(lambda part: torch.jit.trace(part, torch.zeros(1, 6, 6, 6))),
+        "module body is scripted or",
+    ),
     "exported": (lambda model: torch.export.export(model, (IMAGES,)), "exported program; give the nn.Module"),
     "exported, as a module": (lambda model: torch.export.export(model, (IMAGES,)).module(), "comes from torch.export"),
     "prepared": (prepared, "is prepared for quantisation; prune the float network first"),

@@ -10,7 +10,8 @@ from torch import nn
 from toys import ListLoader, rich_run, states_equal, toy_data, toy_model, without_seconds
 
 from taylor_pruning.errors import InputError
-from taylor_pruning.experiment.data import TensorImages, make_loader
+from taylor_pruning.experiment.data import TensorImages
+from taylor_pruning.experiment.loaders import make_loader
 from taylor_pruning.training import cuda_graphs
 from taylor_pruning.training.evaluation import evaluate
 from taylor_pruning.training.fine_tuning import fine_tune

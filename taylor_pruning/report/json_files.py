@@ -6,7 +6,7 @@ import os
 
 import numpy as np
 
-from taylor_pruning.errors import atomic_path
+from taylor_pruning.files import atomic_path
 
 
 def plain(value):

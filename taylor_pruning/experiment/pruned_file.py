@@ -1,0 +1,161 @@
+"""The file of a pruned network: its small tensors and sizes, from which the network is built again.
+
+save_pruned("pruned_model.pt", smaller, name=built.name, num_classes=10, image_size=32)
+smaller = load_pruned("pruned_model.pt")
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from taylor_pruning.errors import InputError
+from taylor_pruning.experiment.models import check_name, network, parameters_on_meta
+from taylor_pruning.experiment.weights import PRUNED_FORMAT, first_names, read_tensors
+from taylor_pruning.files import atomic_file
+
+FORMAT_VERSION = 1
+
+
+def save_pruned(
+    path: str | Path,
+    model: nn.Module,
+    *,
+    name: str | None = None,
+    num_classes: int | None = None,
+    image_size: int | None = None,
+    extra: dict | None = None,
+):
+    """Save a network whose parameters, buffers and size attributes (out_channels, num_features, ...) were cut.
+
+    The file is a plain dict that `torch.load(path, weights_only=True)` reads: its "state_dict" holds the small tensors,
+    "attributes" every integer attribute of every module, "extra" the caller's JSON values. `name`, `num_classes` and
+    `image_size` are those of `build_model`; without `name`, `load_pruned` needs a factory.
+
+    Raises InputError if `name` comes without the two sizes or is not the network's, or if `extra` is not JSON.
+    """
+    if name is not None and (num_classes is None or image_size is None):
+        raise InputError("a model name needs num_classes and image_size beside it; pass all three or none")
+    try:
+        extra = json.loads(json.dumps(extra or {}))  # leaves plain values alone, as weights_only asks for
+    except TypeError as error:
+        raise InputError(f"extra must hold JSON values only: {error}") from error
+    copies = {}  # one copy of a tensor, however many names it has; a view would drag its whole storage into the file
+    tensors = {
+        key: copies.setdefault(id(tensor), tensor.detach().cpu().clone())
+        for key, (module, attribute) in _slots(model).items()
+        if (tensor := getattr(module, attribute)) is not None
+    }
+    persistent = model.state_dict().keys()
+    content = {
+        "format": PRUNED_FORMAT,
+        "format_version": FORMAT_VERSION,
+        "name": name,
+        "num_classes": num_classes,
+        "image_size": image_size,
+        "attributes": {key: _attributes(module) for key, module in model.named_modules(remove_duplicate=False)},
+        "state_dict": {key: tensor for key, tensor in tensors.items() if key in persistent},
+        "buffers": {key: tensor for key, tensor in tensors.items() if key not in persistent},
+        "extra": extra,
+    }
+    if name is not None:
+        _check_same_network(_skeleton(content, None, path), content, f"the model to save is not {name}")
+    with atomic_file(path) as file:
+        torch.save(content, file)
+
+
+def load_pruned(
+    path: str | Path, factory: Callable[[], nn.Module] | None = None, device: str | torch.device = "cpu"
+) -> nn.Module:
+    """Rebuild a network from `save_pruned`: same logits, dtypes and shared parameters, in eval mode, on `device`.
+
+    `factory` builds the network before pruning; it is needed where the file names no torchvision model. The weights
+    before pruning take no memory, unless the factory reads the values of its parameters.
+
+    Raises InputError for a file of another kind or a newer version, a missing factory, or another network's factory.
+    """
+    content = read_tensors(Path(path), device)
+    if not isinstance(content, dict) or content.get("format") != PRUNED_FORMAT:
+        raise InputError(f"{path} is not a pruned network; give a file that save_pruned wrote")
+    if content.get("format_version", 0) > FORMAT_VERSION:
+        raise InputError(
+            f"{path} has format version {content['format_version']}, newer than {FORMAT_VERSION}; update this toolkit"
+        )
+    if absent := {"name", "num_classes", "image_size", "attributes", "state_dict", "buffers"} - content.keys():
+        raise InputError(f"{path} is damaged: it lacks {', '.join(sorted(absent))}; save the network again")
+    model = _skeleton(content, factory, path)
+    _check_same_network(model, content, f"{path} is not a pruned form of the network that was built for it")
+    _restore(model, content)
+    return model.eval()
+
+
+def _skeleton(content: dict, factory: Callable[[], nn.Module] | None, path: str | Path) -> nn.Module:
+    """The network before pruning, its parameters on the meta device."""
+    if factory is None:
+        if content["name"] is None:
+            raise InputError(f"{path} names no torchvision model; pass load_pruned a factory that builds the network")
+        check_name(content["name"])
+        with parameters_on_meta():
+            return network(content["name"], content["num_classes"], content["image_size"])
+    try:
+        with parameters_on_meta():
+            return factory()
+    except RuntimeError:  # it reads its parameters or moves them: only real ones will do
+        return factory()
+
+
+def _slots(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Every place for a parameter or buffer: {dotted name: (module, attribute)}, absent ones (bias=None) included."""
+    return {
+        f"{prefix}.{key}" if prefix else key: (module, key)
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        for key in (*module._parameters, *module._buffers)
+    }
+
+
+def _attributes(module: nn.Module) -> dict[str, int | tuple | list]:
+    """The integers (and booleans, and sequences of integers) among a module's own public attributes."""
+
+    def plain(value):
+        return type(value) in (int, bool) or (type(value) in (tuple, list) and all(type(i) is int for i in value))
+
+    return {k: v for k, v in vars(module).items() if plain(v) and not k.startswith("_") and k != "training"}
+
+
+def _check_same_network(model: nn.Module, content: dict, complaint: str):
+    slots, tensors = _slots(model), content["state_dict"] | content["buffers"]
+    modules = dict(model.named_modules(remove_duplicate=False))
+    needed = [key for key, (module, attribute) in slots.items() if getattr(module, attribute) is not None]
+    attributes = {
+        f"{key}.{attribute}": key in modules and attribute in vars(modules[key])
+        for key, values in content["attributes"].items()
+        for attribute in values
+    }
+    wrong = {
+        "missing in the file": [key for key in needed if key not in tensors]
+        + [key for key in modules if key not in content["attributes"]],
+        "missing in the network": [key for key in tensors if key not in slots]
+        + [key for key, present in attributes.items() if not present],
+    }
+    if any(wrong.values()):
+        raise InputError(f"{complaint}: {first_names(wrong)}; give the name or factory that it was built with")
+
+
+def _restore(model: nn.Module, content: dict):
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for key, values in content["attributes"].items():
+        for attribute, value in values.items():
+            setattr(modules[key], attribute, value)
+    slots, shared = _slots(model), {}
+    for key, tensor in (content["state_dict"] | content["buffers"]).items():
+        module, attribute = slots[key]
+        if attribute in module._buffers:
+            setattr(module, attribute, tensor)
+            continue
+        old = getattr(module, attribute)
+        trainable = tensor.is_floating_point() and (old is None or old.requires_grad)
+        identity = (tensor.data_ptr(), tensor.shape) if tensor.numel() else key  # torch.save keeps shared storages
+        parameter = shared.setdefault(identity, nn.Parameter(tensor, requires_grad=trainable))
+        setattr(module, attribute, parameter)

@@ -1,0 +1,111 @@
+"""Weights from files as training scripts leave them: read without running code, named as the network names them."""
+
+import pickle
+import struct
+from collections import Counter
+from collections.abc import Collection
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from taylor_pruning.checks import nonfinite_tensor
+from taylor_pruning.errors import InputError
+
+# Where training scripts keep the weights in a checkpoint. Where there are several, the first counts: averages come last.
+STATE_KEYS = ("state_dict", "model_state_dict", "model", "net", "network", "ema_state_dict", "model_ema", "ema")
+PRUNED_FORMAT = "pruned-network"  # of the files of experiment.pruned_file
+
+# What torch.load(weights_only=True) raises on pickled code, damaged archives and files of another kind.
+UNREADABLE = (
+    *(pickle.UnpicklingError, struct.error, RuntimeError, AssertionError, EOFError),
+    *(LookupError, ValueError, AttributeError, TypeError),
+)
+
+
+def read_tensors(
+    path: Path,
+    device: str | torch.device = "cpu",
+    remedy: str = "save it again with torch.save(model.state_dict(), path)",
+):
+    """Content of a file of tensors and plain values. Pickled code is refused, never run.
+
+    Raises InputError, ending in `remedy`, if it cannot be read.
+    """
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except OSError as error:
+        raise InputError(f"cannot open {path}: {error.strerror}; check the path") from error
+    except UNREADABLE as error:
+        raise InputError(
+            f"{path} cannot be read as tensors: it is damaged, of another kind, or holds pickled code, which is "
+            f"refused; {remedy}"
+        ) from error
+
+
+def read_state(path: Path, expected: Collection[str]) -> dict[str, Tensor]:
+    """The state_dict in a file, its names those that the network expects as far as a common prefix goes."""
+    content = read_tensors(path)
+    if isinstance(content, dict) and content.get("format") == PRUNED_FORMAT:
+        raise InputError(f"{path} is a pruned network, not weights for a whole one; load it with load_pruned")
+    while key := next((k for k in STATE_KEYS if isinstance(content, dict) and isinstance(content.get(k), dict)), None):
+        content = content[key]
+    if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
+        raise InputError(f"{path} holds no state_dict; save it with torch.save(model.state_dict(), path)")
+    state = {key.replace("_orig_mod.", ""): value for key, value in content.items()}  # of torch.compile, at any depth
+    return _without_prefix(state, expected, path)
+
+
+def _without_prefix(state: dict[str, Tensor], expected: Collection[str], path: Path) -> dict[str, Tensor]:
+    """The tensors under the prefix that makes most names those of `expected`, by these names.
+
+    Other tensors in the file (a loss's buffers, metrics) are left out where there is such a prefix. Raises InputError if
+    two prefixes serve equally well, as those of a teacher and a student do.
+    """
+    found = Counter()
+    for key in state:
+        starts = [0, *(i + 1 for i, letter in enumerate(key) if letter == ".")]
+        found.update(key[:start] for start in starts if key[start:] in expected)
+    (prefix, count), (other, second) = (*found.most_common(2), ("", 0), ("", 0))[:2]
+    if not prefix:
+        return state
+    if count == second:
+        raise InputError(f"{path} holds two networks, {prefix}* and {other}*; save one of them alone")
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
+def copy_weights(model: nn.Module, state: dict[str, Tensor], source: str, head: str) -> bool:
+    """Copies `state` into `model`, except a layer `head` for another number of classes; True if that stayed new.
+
+    Raises InputError, naming the first tensors and `source`, if they do not fit or are not finite.
+    """
+    expected = model.state_dict()
+    new, old = expected[f"{head}.weight"], state.get(f"{head}.weight")
+    new_head = old is not None and old.shape[1:] == new.shape[1:] and len(old) != len(new)
+    if new_head:
+        for names in (expected, state):
+            names.pop(f"{head}.weight")
+            names.pop(f"{head}.bias", None)
+
+    missing = [key for key in expected if key not in state and not key.endswith("num_batches_tracked")]
+    wrong = {
+        "missing": missing,
+        "unexpected": [key for key in state if key not in expected],
+        "of another shape": [key for key in expected if key in state and state[key].shape != expected[key].shape],
+    }
+    if any(wrong.values()):
+        raise InputError(f"{source} is for another network: {first_names(wrong)}; check --model and --image-size")
+    if name := nonfinite_tensor(state):
+        raise InputError(f"{source} has NaN or infinite values in {name}; train it again or use other weights")
+    for key, value in state.items():
+        expected[key].copy_(value)
+    return new_head
+
+
+def first_names(groups: dict[str, list[str]]) -> str:
+    """What is wrong with which tensors: "2 missing (a, b); 5 unexpected (c, d, e, ...)"."""
+    return "; ".join(
+        f"{len(keys)} {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+        for kind, keys in groups.items()
+        if keys
+    )

@@ -1,0 +1,48 @@
+"""Exported networks give the same logits."""
+
+import sys
+
+import pytest
+import torch
+from pruned_networks import pruned_network
+from torch import nn
+
+from taylor_pruning.errors import InputError
+from taylor_pruning.experiment.export import export_model
+
+
+def test_pt2_gives_the_same_logits_at_any_batch(tmp_path):
+    model, _ = pruned_network("resnet18")
+    model.train()
+    export_model(model, torch.randn(1, 3, 32, 32), tmp_path / "pruned.pt2", "pt2")
+    assert model.training
+    exported = torch.export.load(tmp_path / "pruned.pt2").module()
+    with torch.no_grad():
+        for batch in (1, 5):
+            images = torch.randn(batch, 3, 32, 32)
+            torch.testing.assert_close(exported(images), model.eval()(images))
+    assert [path.name for path in tmp_path.iterdir()] == ["pruned.pt2"]
+
+
+def test_onnx_gives_the_same_logits_at_any_batch(tmp_path):
+    for package in ("onnx", "onnxscript"):
+        pytest.importorskip(package)
+    runtime = pytest.importorskip("onnxruntime")
+    model, _ = pruned_network("vgg11_bn")
+    export_model(model, torch.randn(2, 3, 32, 32), tmp_path / "pruned.onnx", "onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["pruned.onnx"]  # the weights are inside
+    session = runtime.InferenceSession(tmp_path / "pruned.onnx", providers=["CPUExecutionProvider"])
+    with torch.no_grad():
+        for batch in (1, 5):
+            images = torch.randn(batch, 3, 32, 32)
+            logits = torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+            torch.testing.assert_close(logits, model(images), atol=1e-4, rtol=1e-4)
+
+
+def test_export_errors_say_what_to_do(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="pt2 or onnx"):
+        export_model(nn.Flatten(), torch.zeros(2, 3, 4, 4), tmp_path / "model", "tflite")
+    monkeypatch.setitem(sys.modules, "onnxscript", None)  # the import fails
+    with pytest.raises(InputError, match="pip install onnx onnxscript"):
+        export_model(nn.Flatten(), torch.zeros(2, 3, 4, 4), tmp_path / "model.onnx", "onnx")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,117 @@
+"""Pruned networks through a file and back."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from pruned_networks import EveryKind, pruned_every_kind, pruned_network
+from torch import nn
+
+from taylor_pruning.errors import InputError
+from taylor_pruning.experiment.models import build_model
+from taylor_pruning.experiment.pruned_file import load_pruned, save_pruned
+
+
+def test_every_layer_kind_survives_the_file(tmp_path):
+    model, images = pruned_every_kind(), torch.randn(2, 3, 8, 8)
+    model.scale.requires_grad_(False)
+    save_pruned(tmp_path / "pruned.pt", model, extra={"plan": {"conv": [1]}})
+    loaded = load_pruned(tmp_path / "pruned.pt", factory=EveryKind)
+    assert torch.equal(loaded(images), model(images))
+    assert loaded.line.weight is loaded.tied.weight
+    assert torch.equal(loaded.mask, model.mask) and "mask" not in loaded.state_dict()
+    assert (loaded.conv.out_channels, loaded.depthwise.groups, loaded.layer_norm.normalized_shape) == (3, 3, (3,))
+    assert loaded.fc.weight.requires_grad  # the flags are the factory's
+    loaded(torch.randn(4, 3, 8, 8)).sum().backward()
+    assert torch.load(tmp_path / "pruned.pt", weights_only=True)["extra"] == {"plan": {"conv": [1]}}
+
+
+def test_a_new_process_gives_the_same_logits(tmp_path):
+    images, expected = torch.randn(2, 3, 32, 32), {}
+    for name in ("vgg11_bn", "resnet18", "mobilenet_v2"):
+        model, names = pruned_network(name)
+        save_pruned(tmp_path / name, model, **names)
+        with torch.no_grad():
+            expected[name] = model(images)
+    torch.save(images, tmp_path / "images.pt")
+    code = (
+        "import sys, torch\nfrom taylor_pruning.experiment.pruned_file import load_pruned\n"
+        "images = torch.load('images.pt')\n"
+        "with torch.no_grad():\n"
+        "    torch.save({name: load_pruned(name)(images) for name in sys.argv[1:]}, 'logits.pt')\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", code, *expected], cwd=tmp_path, env=environment, check=True)
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected)
+
+
+def test_the_dense_network_is_not_allocated(tmp_path):
+    devices = []
+
+    def factory():
+        model = EveryKind()
+        devices.extend({parameter.device.type for parameter in model.parameters()})
+        return model
+
+    save_pruned(tmp_path / "pruned.pt", pruned_every_kind())
+    load_pruned(tmp_path / "pruned.pt", factory)
+    assert devices == ["meta"]
+    assert not EveryKind().fc.weight.is_meta  # the hook is gone
+
+
+def test_a_factory_that_reads_its_weights(tmp_path):
+    def factory():
+        model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 2))
+        assert model[0].weight.norm().item() > 0  # has no answer on the meta device
+        return model
+
+    model, vectors = factory(), torch.randn(2, 6)
+    save_pruned(tmp_path / "pruned.pt", model)
+    assert torch.equal(load_pruned(tmp_path / "pruned.pt", factory)(vectors), model(vectors))
+
+
+def test_dtype_is_kept_and_views_do_not_drag_their_storage(tmp_path):
+    model = nn.Sequential(nn.Linear(512, 512, bias=False)).to(torch.float64)
+    model[0].weight, model[0].out_features = nn.Parameter(model[0].weight.detach()[:2]), 2
+    save_pruned(tmp_path / "pruned.pt", model)
+    assert (tmp_path / "pruned.pt").stat().st_size < 20_000
+    loaded = load_pruned(tmp_path / "pruned.pt", lambda: nn.Sequential(nn.Linear(512, 512, bias=False)))
+    assert loaded[0].weight.dtype == torch.float64
+
+
+def test_wrong_files_and_factories_are_named(tmp_path):
+    path = tmp_path / "pruned.pt"
+    model = pruned_every_kind()
+    save_pruned(path, model)
+    with pytest.raises(InputError, match="factory"):
+        load_pruned(path)
+    with pytest.raises(InputError, match="missing in the file"):
+        load_pruned(path, lambda: nn.Sequential(EveryKind()))
+    with pytest.raises(InputError, match="missing in the network"):
+        load_pruned(path, lambda: build_model("vgg11", 3, image_size=32).model)
+    with pytest.raises(InputError, match="pruned network, not weights"):
+        build_model("vgg11", 3, image_size=32, weights=path)
+    content = torch.load(path, weights_only=True)
+    torch.save(content | {"format_version": 2}, path)
+    with pytest.raises(InputError, match="newer"):
+        load_pruned(path, EveryKind)
+    del content["attributes"]
+    torch.save(content, path)
+    with pytest.raises(InputError, match="damaged: it lacks attributes"):
+        load_pruned(path, EveryKind)
+    torch.save(model.state_dict(), path)
+    with pytest.raises(InputError, match="not a pruned network"):
+        load_pruned(path, EveryKind)
+
+
+def test_what_could_not_be_loaded_is_not_saved(tmp_path):
+    path = tmp_path / "pruned.pt"
+    with pytest.raises(InputError, match="not resnet18"):
+        save_pruned(path, pruned_every_kind(), name="resnet18", num_classes=3, image_size=32)
+    with pytest.raises(InputError, match="image_size"):
+        save_pruned(path, pruned_every_kind(), name="resnet18", num_classes=3)
+    with pytest.raises(InputError, match="JSON"):
+        save_pruned(path, pruned_every_kind(), extra={"scores": torch.zeros(3)})
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,155 @@
+"""Weights from files as people have them."""
+
+import pickle
+
+import pytest
+import torch
+
+from taylor_pruning.errors import InputError
+from taylor_pruning.experiment.models import build_model
+from taylor_pruning.experiment.pruned_file import load_pruned
+
+
+class Trap:
+    """Pickles to a call: whoever unpickles it writes the file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return exec, (f"open({str(self.path)!r}, 'w').close()",)
+
+
+@pytest.mark.parametrize("wrapped", ["plain", "state_dict", "model"])
+def test_weights_from_a_file(tmp_path, wrapped):
+    dense = build_model("resnet18", 6, image_size=32).model
+    state = {f"module.{key}": value for key, value in dense.state_dict().items() if "num_batches" not in key}
+    torch.save(state if wrapped == "plain" else {wrapped: state, "epoch": 3}, tmp_path / "weights.pt")
+    built = build_model("resnet18", 6, image_size=32, weights=tmp_path / "weights.pt")
+    assert torch.equal(built.model.fc.weight, dense.fc.weight) and not built.new_head
+    built = build_model("resnet18", 9, image_size=32, weights=str(tmp_path / "weights.pt"))
+    assert built.new_head and built.model.fc.out_features == 9
+    assert torch.equal(built.model.conv1.weight, dense.conv1.weight)
+
+
+PREFIXES = [
+    "module.",
+    "_orig_mod.",
+    "model.",
+    "module._orig_mod.",
+    "_orig_mod.module.",
+    "model._orig_mod.",
+    "net.backbone.",
+]
+
+KEYS = ["state_dict", "model_state_dict", "model", "net", "ema_state_dict", "model_ema", "ema"]
+
+
+@pytest.fixture(scope="module")
+def squeezenet():
+    return build_model("squeezenet1_1", 5, image_size=32).model.state_dict()
+
+
+def load_squeezenet(content, path):
+    torch.save(content, path)
+    return build_model("squeezenet1_1", 5, image_size=32, weights=path).model.state_dict()
+
+
+def assert_same(state, expected):
+    assert all(torch.equal(state[key], value) for key, value in expected.items())
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_prefixes_that_wrappers_leave_are_taken_off(squeezenet, tmp_path, prefix):
+    state = {prefix + key: value for key, value in squeezenet.items()}
+    assert_same(load_squeezenet(state, tmp_path / "weights.pt"), squeezenet)
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_weights_are_found_in_the_checkpoints_of_training_scripts(squeezenet, tmp_path, key):
+    checkpoint = {"epoch": 3, "optimizer": {"state": {}}, key: squeezenet, "best": torch.tensor(55.0)}
+    assert_same(load_squeezenet(checkpoint, tmp_path / "weights.pt"), squeezenet)
+
+
+def test_the_trained_weights_come_before_their_averages(squeezenet, tmp_path):
+    averages = {key: value + 1 for key, value in squeezenet.items()}
+    assert_same(load_squeezenet({"model_ema": averages, "model": squeezenet}, tmp_path / "weights.pt"), squeezenet)
+
+
+def test_what_lightning_and_averaged_models_keep_besides_is_left_out(squeezenet, tmp_path):
+    state = {f"model.{key}": value for key, value in squeezenet.items()}
+    state |= {"loss.weight": torch.ones(5), "accuracy.total": torch.zeros(())}
+    assert_same(load_squeezenet({"state_dict": state}, tmp_path / "weights.pt"), squeezenet)
+    state = {f"module.{key}": value for key, value in squeezenet.items()} | {"n_averaged": torch.tensor(4)}
+    assert_same(load_squeezenet(state, tmp_path / "weights.pt"), squeezenet)
+
+
+def test_names_of_a_part_that_was_compiled(squeezenet, tmp_path):
+    state = {key.replace("features.", "features._orig_mod."): value for key, value in squeezenet.items()}
+    assert_same(load_squeezenet(state, tmp_path / "weights.pt"), squeezenet)
+
+
+def test_two_networks_in_one_file_are_refused(squeezenet, tmp_path):
+    state = {prefix + key: value for key, value in squeezenet.items() for prefix in ("student.", "teacher.")}
+    with pytest.raises(InputError, match=r"holds two networks, student\.\* and teacher\.\*; save one"):
+        load_squeezenet(state, tmp_path / "weights.pt")
+
+
+@pytest.mark.parametrize("content", [{"epoch": 3}, {"model": {}}, {"model": "resnet18"}, [1], {"ema": {"module": {}}}])
+def test_files_without_weights_are_refused(tmp_path, content):
+    with pytest.raises(InputError, match="holds no state_dict"):
+        load_squeezenet(content, tmp_path / "weights.pt")
+
+
+def test_old_names_of_densenet_files(tmp_path):
+    dense = build_model("densenet121", 5, image_size=32).model
+    old = {k.replace("norm1.", "norm.1.").replace("conv2.", "conv.2."): v for k, v in dense.state_dict().items()}
+    assert old.keys() != dense.state_dict().keys()
+    torch.save(old, tmp_path / "old.pt")
+    model = build_model("densenet121", 5, image_size=32, weights=tmp_path / "old.pt").model
+    layer = "features.denseblock1.denselayer2"
+    assert torch.equal(model.get_parameter(f"{layer}.conv2.weight"), old[f"{layer}.conv.2.weight"])
+
+
+def test_weights_that_do_not_fit_are_named(tmp_path):
+    torch.save(build_model("resnet18", 6, image_size=64, weights="none").model.state_dict(), tmp_path / "large.pt")
+    with pytest.raises(InputError, match=r"1 of another shape \(conv1.weight\)"):
+        build_model("resnet18", 6, image_size=32, weights=tmp_path / "large.pt")
+    with pytest.raises(InputError, match=r"missing \(features.0.weight.*unexpected \(conv1.weight"):
+        build_model("vgg11", 6, image_size=32, weights=tmp_path / "large.pt")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(tmp_path, value):
+    state = build_model("squeezenet1_1", 6, image_size=32).model.state_dict()
+    state["features.3.squeeze.bias"][1] = value
+    torch.save(state, tmp_path / "weights.pt")
+    with pytest.raises(InputError, match="NaN or infinite values in features.3.squeeze.bias"):
+        build_model("squeezenet1_1", 6, image_size=32, weights=tmp_path / "weights.pt")
+
+
+def test_pickled_code_is_refused_and_not_run(tmp_path):
+    mark, path = tmp_path / "mark", tmp_path / "trap.pt"
+    with open(path, "wb") as file:
+        pickle.dump(Trap(mark), file, protocol=2)
+    pickle.loads(path.read_bytes())
+    assert mark.exists()  # the trap works
+    mark.unlink()
+    torch.save({"state_dict": Trap(mark)}, tmp_path / "archive.pt")
+    for file in (path, tmp_path / "archive.pt"):
+        with pytest.raises(InputError, match="pickled code"):
+            build_model("resnet18", 10, image_size=32, weights=file)
+        with pytest.raises(InputError, match="pickled code"):
+            load_pruned(file)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"hello, world", b"\x80\x02}.", b"\x80\x02G\x00", b"PK\x03\x04 broken"])
+def test_files_of_another_kind_are_refused(tmp_path, content):
+    path = tmp_path / "weights.pt"
+    path.write_bytes(content)
+    for load in (load_pruned, lambda path: build_model("resnet18", 10, image_size=32, weights=path)):
+        with pytest.raises(InputError, match="weights.pt"):
+            load(path)
+        with pytest.raises(InputError, match="cannot open"):
+            load(tmp_path / "absent.pt")
