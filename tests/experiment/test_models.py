@@ -396,7 +396,7 @@ def test_a_new_process_gives_the_same_logits(tmp_path):
             expected[name] = model(images)
     torch.save(images, tmp_path / "images.pt")
     code = (
-        "import sys, torch\nfrom ExperimentModels import load_pruned\n"
+        "import sys, torch\nfrom taylor_pruning.experiment.models import load_pruned\n"
         "images = torch.load('images.pt')\n"
         "with torch.no_grad():\n"
         "    torch.save({name: load_pruned(name)(images) for name in sys.argv[1:]}, 'logits.pt')\n"
