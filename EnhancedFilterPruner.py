@@ -86,9 +86,9 @@ class EnhancedFilterPruner:
         self.settings = settings = dataclasses.replace(settings or PruningSettings(), **fields)
         self.taylor_order, self.use_gradient_flow = taylor_order, use_gradient_flow
         self.loss, self.progress = loss, progress
+        check_weights(model)  # before the graph verifies its cuts, which NaN weights would make impossible
         self.graph = graph or ChannelGraph(model, example_input, settings.exclude, settings.prune_linear)
         self.model = self.graph.model
-        check_weights(self.model)
         require_units(self.graph)
         self.curvature_path, self.curvature_reason = self._choose_curvature(settings.curvature)
         if loss is not cross_entropy and (settings.selection != "independent" or self.curvature_path == "exact"):
