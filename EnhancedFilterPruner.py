@@ -88,7 +88,6 @@ class EnhancedFilterPruner:
         self.settings = settings = dataclasses.replace(settings or PruningSettings(), **fields)
         self.taylor_order, self.use_gradient_flow = taylor_order, use_gradient_flow
         self.loss, self.progress = loss, progress
-        check_weights(model)  # before the graph verifies its cuts, which NaN weights would make impossible
         self.graph = graph or ChannelGraph(model, example_input, settings.exclude, settings.prune_linear)
         self.model = self.graph.model
         require_units(self.graph)
