@@ -41,7 +41,7 @@ def contract(call, operands, out, linear=False, source=False):
     layers = []
     for axis in kept:
         layer = axis.layer
-        if linear and all(call.is_constant(i) for i in axis.carriers):
+        if linear and not info.constant and all(call.is_constant(i) for i in axis.carriers):
             dims = varying(layer)
             vector = layer[tuple(slice(None) if d == dims[0] else 0 for d in range(layer.dim()))]
             ids.issue(call.node, vector, linear=True)

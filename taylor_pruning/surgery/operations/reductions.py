@@ -111,6 +111,22 @@ def layer_norm(call):
     return call.result(kept, f"is normalised over channels in {call.where}")
 
 
+@rule("_weight_norm", linear=True)
+def weight_norm(call):
+    """g v / |v|, the norm over all dimensions but one."""
+    v, g, dim = call.get("v", 0), call.get("g", 1), int(call.get("dim", 2, 0))
+    kept = []
+    for layer in v.layers:
+        if varying(layer) == [dim]:
+            kept.append(layer)
+        else:
+            call.protect(layer, "is normalised over channels in")
+    own = call.ids.vector(g, dim) if kept else None
+    if own is not None:
+        call.ids.unite(own, call.ids.vector(v, dim))
+    return call.result(kept)
+
+
 def per_channel(call, names, dim=1):
     """A normalisation with settings for each channel, tensors that follow it are named in order."""
     call.info.source = True
