@@ -55,8 +55,10 @@ class Analysis:
             batches = [d for d, size in enumerate(value.shape) if size == batch] or ([0] if node in in_order else [])
             for layer in value.layers:
                 dims = varying(layer)
-                if len(dims) != 1 or not batches or batches[0] == dims[0]:
+                real = node.meta.get("real")
+                if len(dims) != 1 or not batches or batches[0] == dims[0] or not real:
                     what = "have no axis of their own" if batches else "are not ordered by sample"
+                    what = what if real else "are no real numbers"
                     self.ids.protect(layer, f"the channels of {node.name} ({node.meta.get('module')}) {what}")
                     continue
                 along = layer[tuple(slice(None) if d == dims[0] else 0 for d in range(layer.dim()))]

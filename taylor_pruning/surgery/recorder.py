@@ -91,6 +91,7 @@ class Recorder(TorchFunctionMode):
     def bind(self, tensor, node):
         self.nodes[id(tensor)] = node, tensor
         node.meta.setdefault("shape", tuple(map(int, tensor.shape)))
+        node.meta["real"] = tensor.is_floating_point()
 
     def node_of(self, tensor):
         known = self.nodes.get(id(tensor))

@@ -65,6 +65,8 @@ def total(call):
     constant = any(call.is_constant(i) for i in range(len(values))) and len(values) > 1
     call.info.source = broadcast or constant or bool(numbers)
     call.keep_numbers()
+    if call.name in ("where", "masked_fill"):  # the condition makes nothing of zeros
+        call.info.mains = tuple(node for node, _ in call.operands if node.meta.get("real"))
     if call.name in ("addcmul", "addcdiv", "lerp"):
         call.info.nonlinear = call.name
     return finish(call, axes, reason)

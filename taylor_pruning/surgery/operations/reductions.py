@@ -154,8 +154,8 @@ def batch_norm(call):
     x = call.values()[0]
     per_channel(call, {"running_mean": 1, "running_var": 2, "weight": 3, "bias": 4})
     batch_statistics = call.get("running_mean", 1) is None
-    if batch_statistics:
-        call.info.nonlinear = call.name
+    if batch_statistics:  # it divides by those of the batch, in evaluation mode too
+        call.info.nonlinear = f"{call.name} without running statistics"
     return call.result(along_channels(call, x) if batch_statistics else x.layers)
 
 
