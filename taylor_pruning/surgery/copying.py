@@ -24,8 +24,8 @@ def copy_of(model, replaced=None):
         return copy.deepcopy(model, memo)
     except (RuntimeError, TypeError) as error:
         raise InputError(
-            f"{type(model).__name__} cannot be copied ({str(error).splitlines()[0]}); remove what cannot be copied "
-            "from its modules"
+            f"{type(model).__name__} cannot be copied ({str(error).splitlines()[0]}); make it hold no locks, "
+            "open files or generators"
         ) from error
 
 
