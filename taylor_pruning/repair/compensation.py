@@ -14,24 +14,22 @@ matched: the target becomes y + (s of the dense network) - (s of this network), 
 """
 
 import math
-import operator
 import time
-from collections import Counter
 from dataclasses import asdict, dataclass, field
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import fx
 from tqdm import tqdm
 
 from taylor_pruning.errors import InputError
 from taylor_pruning.repair.ridge import DualRidgeSolver, RidgeSolver, Rows
-from taylor_pruning.surgery.hooks import modules_with_changing_hooks
-from taylor_pruning.surgery.tracing import BATCH_NORMS, CONVS, ShapeInterpreter, trace, undisturbed
+from taylor_pruning.surgery.execution import Execution, evaluate, record
+from taylor_pruning.surgery.layers import layer_name
+from taylor_pruning.surgery.recorder import operation_name
 
-FITTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
-TRANSPARENT = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)  # in eval mode
+CONVS = ("conv1d", "conv2d", "conv3d")
+TRANSPARENT = ("dropout", "dropout1d", "dropout2d", "dropout3d", "contiguous")  # in eval mode
 RIDGES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)  # relative to the mean of the Gram matrix's diagonal
 LAST_RIDGE = 1.0  # tried where the first is of no use
 HELD_OUT = 0.2  # share of the images that chooses the ridge, drawn: their order may follow the classes
@@ -98,23 +96,15 @@ def compensate(dense, smaller, batches, kept=None, *, progress=True, activation_
     report = CompensationReport()
     if not batches:
         raise InputError("compensation: there are no calibration images; give at least one batch")
-    example = batches[0][0][:1].expand(2, *batches[0][0].shape[1:])
-    hooked = modules_with_changing_hooks(dense, example)
-    if "" in hooked:
-        raise InputError(
-            f"compensation: {type(dense).__name__} has a forward hook of its own that changes its input or output; "
-            "do this in its forward"
-        )
-    with undisturbed(dense, False, hooked), undisturbed(smaller, False, hooked):
-        plan = _Plan(dense, smaller, kept or {}, example, hooked)
-        report.left_alone.update(plan.left_alone)
-        walk = _Walk(plan, [images for images, _ in batches], activation_budget)
-        for layer in tqdm(plan.layers, desc="compensate", unit="layer", leave=False, disable=not progress):
-            reason = _fit_layer(layer, walk, seed, report)
-            if reason:
-                report.left_alone[layer.name] = reason
-        if report.layers:
-            walk.settle_batchnorms()
+    plan = _Plan(dense, smaller, kept or {}, batches[0][0][:1])
+    report.left_alone.update(plan.left_alone)
+    walk = _Walk(plan, [images for images, _ in batches], activation_budget)
+    for layer in tqdm(plan.layers, desc="compensate", unit="layer", leave=False, disable=not progress):
+        reason = _fit_layer(layer, walk, seed, report)
+        if reason:
+            report.left_alone[layer.name] = reason
+    if report.layers:
+        walk.settle_batchnorms()
     report.seconds = time.perf_counter() - start
     return report
 
@@ -141,137 +131,200 @@ def _settle(norm, count, total, squares):
 
 
 @dataclass
+class _Norm:
+    """The tensors of a BatchNorm with running statistics."""
+
+    running_mean: torch.Tensor
+    running_var: torch.Tensor
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+    eps: float
+
+
+@dataclass
 class _Layer:
     """A layer to fit: where it is in the graph and what follows it before its output meets a stream."""
 
     name: str
     position: int  # in the plan's order
-    module: nn.Module  # of the smaller network
+    weight: torch.Tensor  # of the smaller network
+    bias: torch.Tensor | None
+    geometry: dict | None  # stride, padding (before and behind), dilation along space, groups; None: fully connected
     kept: torch.Tensor  # [filters] indices of the dense layer's filters
-    batchnorm: nn.Module | None  # of the smaller network
+    batchnorm: _Norm | None  # of the smaller network
     stream: int | None  # position of the other operand of the sum
+
+    @property
+    def groups(self):
+        return self.geometry["groups"] if self.geometry else 1
 
     @property
     def scale(self):
         """[filters] factor between this layer's output and the sum."""
         norm = self.batchnorm
         if norm is None:
-            return self.module.weight.new_ones(len(self.kept))
+            return self.weight.new_ones(len(self.kept))
         scale = (norm.running_var + norm.eps).rsqrt()
         return scale if norm.weight is None else scale * norm.weight
 
     @property
     def has_intercept(self):
-        return self.module.bias is not None or self.batchnorm is not None
+        return self.bias is not None or self.batchnorm is not None
+
+    def __call__(self, x):
+        if self.geometry is None:
+            return F.linear(x, self.weight, self.bias)
+        x = F.pad(x, self.geometry["padding"])
+        conv = (F.conv1d, F.conv2d, F.conv3d)[self.weight.dim() - 3]
+        stride, dilation = self.geometry["stride"], self.geometry["dilation"]
+        return conv(x, self.weight, self.bias, stride=stride, dilation=dilation, groups=self.groups)
+
+
+def _geometry(node, weight):
+    """Stride, padding, dilation and groups of a conv, along every dimension of space."""
+
+    def value(name, position, default):
+        given = node.kwargs.get(name, node.args[position] if len(node.args) > position else default)
+        return given if isinstance(given, (str, fx.Node)) else given
+
+    space = weight.dim() - 2
+
+    def tuple_of(given):
+        return tuple(map(int, given)) if isinstance(given, (tuple, list)) else (int(given),) * space
+
+    dilation, padding = tuple_of(value("dilation", 5, 1)), value("padding", 4, 0)
+    if padding == "same":
+        extents = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+        sides = [(extent // 2, extent - extent // 2) for extent in extents]
+    else:
+        sides = [(p, p) for p in tuple_of(0 if padding == "valid" else padding)]
+    padding = [side for pair in reversed(sides) for side in pair]
+    return {"stride": tuple_of(value("stride", 3, 1)), "padding": padding, "dilation": dilation}
 
 
 class _Plan:
-    """Both traced networks in one common order of execution, and the layers to fit.
+    """The graphs of both networks in one common order of execution, and the layers to fit.
 
     The other operand of a sum that a layer is to match is computed before the layer.
     """
 
-    def __init__(self, dense, smaller, kept, example, hooked=()):
-        graphs = [trace(dense, hooked), trace(smaller, hooked)]
-        nodes = [list(graph.nodes) for graph in graphs]
+    def __init__(self, dense, smaller, kept, example):
+        self.networks = [Execution(model, record(model, example)) for model in (dense, smaller)]
+        nodes = [list(network.trace.graph.nodes) for network in self.networks]
         if [(n.op, n.name) for n in nodes[0]] != [(n.op, n.name) for n in nodes[1]]:
             raise InputError(
                 "compensation: the two networks do not run the same layers; give the network that was pruned"
             )
-        self.networks = [fx.GraphModule(m, g) for m, g in zip((dense, smaller), graphs, strict=True)]
-        self.modules = dict(smaller.named_modules(remove_duplicate=False))
-        self.uses = Counter(  # {id of a tensor: calls of modules that have it}
-            id(getattr(self._module(node), name, None)) for node in nodes[1] for name in ("weight", "running_mean")
-        )
-        self.left_alone, self.hooked = {}, set(hooked)
-        forward = ShapeInterpreter(dense, graphs[0])
-        forward.run(example.clone())
-        self.shapes = {node.name: shape for node, shape in forward.shapes.items()}  # of the dense network
-        found = self._candidates(nodes[1], dict(dense.named_modules(remove_duplicate=False)), kept)
+        self.tensors = [network.tensors() for network in self.networks]
+        self.left_alone = {}
+        found = self._candidates(nodes[1], kept)
         order = _sorted(nodes[1], {node: stream for node, _, _, stream in found if stream is not None})
         index = {node: i for i, node in enumerate(nodes[1])}
         position = {node: i for i, node in enumerate(order)}
         self.order = [[nodes[k][index[node]] for node in order] for k in (0, 1)]
         self.layers = [
-            _Layer(node.target, position[node], self.modules[node.target], indices, norm, position.get(stream))
+            self._layer(node, position[node], indices, norm, position.get(stream))
             for node, indices, norm, stream in found
         ]
         self.layers.sort(key=lambda layer: layer.position)
-        self.batchnorms = {
-            node.name: self._module(node)
-            for node in order
-            if self._settles(self._module(node)) and node.target not in self.hooked
-        }
+        self.batchnorms = {node.name: self._norm(node) for node in order if self._settles(node)}
         self.last_use = self._last_use(position)
 
-    def _module(self, node):
-        """The module of the smaller network that the node calls, or None."""
-        return self.modules.get(node.target) if node.op == "call_module" else None
+    def _layer(self, node, position, indices, norm, stream):
+        bias = _argument(node, "bias", 2)
+        weight = self._tensor(_argument(node, "weight", 1))
+        geometry = None
+        if operation_name(node) in CONVS:
+            channels = node.all_input_nodes[0].meta["shape"][1]
+            geometry = {**_geometry(node, weight), "groups": channels // weight.shape[1]}
+        name = layer_name(_argument(node, "weight", 1).target)
+        return _Layer(name, position, weight, self._tensor(bias), geometry, indices, norm, stream)
 
-    def _candidates(self, nodes, dense_modules, kept):
+    def _tensor(self, node, k=1):
+        """The parameter or buffer that a node reads; None if it is none."""
+        return self.tensors[k].get(node.target) if isinstance(node, fx.Node) and node.op == "get_attr" else None
+
+    def _candidates(self, nodes, kept):
         """[(node, kept filters, BatchNorm or None, other operand or None)] of the layers that are fitted."""
         claimed, found = set(), []
         for node in nodes:
-            module = self._module(node)
-            if not isinstance(module, (*CONVS, nn.Linear)):
+            name = operation_name(node)
+            if node.op in ("placeholder", "get_attr", "output") or not (name == "linear" or name.startswith("conv")):
                 continue
-            reason = "nothing reads it" if not node.users else self._unfit(module, self.uses[id(module.weight)])
-            if node.target in self.hooked:
-                reason = "its forward hooks change what it reads or gives"
+            weight = _argument(node, "weight", 1)
+            if name not in (*CONVS, "linear") and not name.startswith("conv_transpose"):
+                continue
+            reason = self._unfit(node, name, weight)
+            layer = layer_name(weight.target) if weight.op == "get_attr" else node.meta.get("module", node.name)
             if reason:
-                self.left_alone[node.target] = reason
+                self.left_alone[layer] = reason
                 continue
-            indices = _kept_filters(node.target, module, dense_modules[node.target], kept)
+            indices = _kept_filters(layer, self._tensor(weight), self._tensor(weight, 0), kept)
             found.append((node, indices, *self._behind(node, claimed)))
         return found
 
-    @staticmethod
-    def _unfit(module, calls):
-        if not isinstance(module, FITTED):
+    def _unfit(self, node, name, weight):
+        if self._tensor(weight) is None:
+            return "its weight is computed from other tensors"
+        if not node.users:
+            return "nothing reads it"
+        if name.startswith("conv_transpose"):
             return "a transposed conv"
-        if not isinstance(module, nn.Linear) and module.groups == module.in_channels > 1:
+        bias = _argument(node, "bias", 2)
+        if bias is not None and self._tensor(bias) is None:
+            return "its bias is computed from other tensors"
+        if name != "linear" and self._tensor(weight).shape[1] == 1 < node.all_input_nodes[0].meta["shape"][1]:
             return "depthwise: it mixes no channels"
-        return "its weights are used more than once" if calls > 1 else None
+        return "its weights are used more than once" if len(weight.users) > 1 else None
 
     def _behind(self, node, claimed):
         """What follows a layer: its BatchNorm, and the stream of the sum that it is to match; each may be None."""
         norm, last = None, node
         while len(last.users) == 1:
             (user,) = last.users
-            module = self._module(user)
-            if module is not None and user.target in self.hooked:
-                break
-            if last is node and self._folds(module):
-                norm = module
-            elif getattr(user.target, "__name__", None) != "stochastic_depth" and not isinstance(module, TRANSPARENT):
+            if last is node and self._folds(user):
+                norm = self._norm(user)
+            elif operation_name(user) not in TRANSPARENT or user.args[:1] != (last,):
                 break
             last = user
         return norm, self._stream(node, last, claimed)
 
-    def _stream(self, node, last, claimed):
+    @staticmethod
+    def _stream(node, last, claimed):
         """The other operand of the sum that `last`, which carries the layer's output, goes into; None if there is none,
-        it has another shape, it needs this layer, or another layer matches the sum already."""
+        it needs this layer, or another layer matches the sum already."""
         if len(last.users) != 1:
             return None
         (user,) = last.users
         others = [n for n in user.all_input_nodes if n is not last]
-        is_sum = user.target in SUMS and len(user.args) == 2 and len(others) == 1 and not user.kwargs
+        is_sum = operation_name(user) == "add" and len(user.args) == 2 and len(others) == 1 and not user.kwargs
         if not is_sum or user in claimed or node in _ancestors(others[0]):
             return None
-        if self.shapes[others[0].name] != self.shapes[node.name]:
+        if others[0].meta.get("shape") != last.meta["shape"]:
             return None
         claimed.add(user)
         return others[0]
 
-    def _folds(self, module):
-        """Whether the module is a BatchNorm of one layer alone, into whose running mean an intercept can go."""
-        if not isinstance(module, BATCH_NORMS) or module.running_mean is None:
+    def _folds(self, node):
+        """Whether it is a BatchNorm of one layer alone, into whose running mean an intercept can go."""
+        if operation_name(node) != "batch_norm" or node.op != "call_function":
             return False
-        return self.uses[id(module.running_mean)] == 1
+        mean = _argument(node, "running_mean", 1)
+        return self._tensor(mean) is not None and len(mean.users) == 1
 
-    def _settles(self, module):
+    def _settles(self, node):
         """Whether it is one whose scale, too, belongs to that layer alone."""
-        return self._folds(module) and module.affine and self.uses[id(module.weight)] == 1
+        if not self._folds(node):
+            return False
+        weight, bias = _argument(node, "weight", 3), _argument(node, "bias", 4)
+        return all(self._tensor(t) is not None and len(t.users) == 1 for t in (weight, bias))
+
+    def _norm(self, node):
+        tensors = [
+            self._tensor(_argument(node, name, i))
+            for i, name in enumerate(("running_mean", "running_var", "weight", "bias"), 1)
+        ]
+        return _Norm(*tensors, float(_argument(node, "eps", 7, 1e-5)))
 
     def _last_use(self, position):
         """[nodes] names of the values that nothing needs after the node."""
@@ -284,6 +337,10 @@ class _Plan:
         for name, i in last.items():
             dead[i].append(name)
         return dead
+
+
+def _argument(node, name, position, default=None):
+    return node.kwargs.get(name, node.args[position] if len(node.args) > position else default)
 
 
 def _ancestors(node):
@@ -313,9 +370,9 @@ def _sorted(nodes, before):
     return order
 
 
-def _kept_filters(name, module, dense_module, kept):
-    filters, now = len(dense_module.weight), len(module.weight)
-    indices = torch.as_tensor(kept.get(name, range(filters)), dtype=torch.long, device=module.weight.device)
+def _kept_filters(name, weight, dense_weight, kept):
+    filters, now = len(dense_weight), len(weight)
+    indices = torch.as_tensor(kept.get(name, range(filters)), dtype=torch.long, device=weight.device)
     if len(indices) != now or (now and not 0 <= int(indices.min()) <= int(indices.max()) < filters):
         raise InputError(
             f"compensation: {name} has {now} of {filters} filters, but `kept` names {len(indices)}; give the indices of "
@@ -338,16 +395,26 @@ class _Walk:
     def __init__(self, plan, images, budget):
         self.plan, self.images = plan, images
         self.budget = max(ACTIVATION_BUDGET, self._of_training()) if budget is None else budget
-        self.interpreters = [fx.Interpreter(network) for network in plan.networks]
         self.starts = (0, 0)
         self.states = [({}, {}) for _ in images]
         self.sums = {name: [None] * len(images) for name in plan.batchnorms}  # by batch
 
     def _of_training(self):
         """Bytes of all activations of the dense network on its largest batch."""
-        one = fx.Interpreter(self.plan.networks[0], garbage_collect_values=False)
-        one.run(self.images[0][:1].clone())
-        return _bytes(one.env) * max(map(len, self.images))
+        total = 0
+        storages = {}
+
+        def count(value):
+            fx.node.map_aggregate(
+                value, lambda t: storages.update({t.data_ptr(): t.nbytes}) if torch.is_tensor(t) else t
+            )
+            return value
+
+        network = self.plan.networks[0]
+        nodes = [n for n in network.trace.graph.nodes if n.op not in ("get_attr", "output")]
+        network.run((self.images[0][:1].clone(),), change=dict.fromkeys(nodes, count))
+        total = sum(storages.values())
+        return total * max(map(len, self.images))
 
     def to(self, layer):
         """For every batch: (dense state with the layer's output, smaller state just before the layer).
@@ -387,21 +454,31 @@ class _Walk:
 
     def _run(self, k, held, batch, start, end, copy):
         """The state at `end`. Held tensors that will be needed again are copied: operations in place would change them."""
-        interpreter, plan = self.interpreters[k], self.plan
+        plan, tensors = self.plan, self.plan.tensors[k]
+        model = plan.networks[k].model
         state = {name: fx.node.map_aggregate(value, _copy) if copy else value for name, value in held.items()}
-        interpreter.args_iter = iter([self.images[batch].clone()])
+
+        def value_of(source):
+            return (
+                tensors[source.target] if source.target in tensors and source.op == "get_attr" else state[source.name]
+            )
+
         for position in range(start, end):
             node = plan.order[k][position]
-            inputs = {source: state[source.name] for source in node.all_input_nodes}
-            interpreter.env = inputs
             if k == 1 and node.name in self.sums:
-                x = inputs[node.all_input_nodes[0]]
+                x = value_of(node.all_input_nodes[0])
                 x = x[: -(-ENOUGH_ROWS // math.prod(x.shape[2:]))].movedim(1, 0).flatten(1)
                 sums = (values.sum(1, dtype=torch.float64) for values in (x, x.square()))
                 self.sums[node.name][batch] = x.shape[1], *sums
-            state[node.name] = interpreter.run_node(node)
+            if node.op == "placeholder":
+                state[node.name] = self.images[batch].clone()
+            elif node.op == "get_attr":
+                if node.target not in tensors:
+                    state[node.name] = plan.networks[k].constant(node.target, tensors)
+            elif node.op != "output":
+                state[node.name] = evaluate(model, node, value_of)
             for name in plan.last_use[position]:
-                del state[name]
+                state.pop(name, None)
         return state
 
 
@@ -447,21 +524,21 @@ class _LayerData:
     """The rows of one layer, and its fit to them."""
 
     def __init__(self, layer, seed, images):
-        module = layer.module
+        weight = layer.weight
         self.layer, self.seen = layer, 0
-        self.groups = getattr(module, "groups", 1)
-        self.columns, self.outputs = module.weight[0].numel(), len(module.weight) // self.groups
+        self.groups = layer.groups
+        self.columns, self.outputs = weight[0].numel(), len(weight) // self.groups
         self.generator = torch.Generator().manual_seed(seed)
         self.is_held_out = torch.randperm(images, generator=self.generator) < int(HELD_OUT * images)
         if self.columns > LARGEST_MATRIX:
             self.solver, rows = DualRidgeSolver(layer.has_intercept), LARGEST_MATRIX
         else:
             shape = self.groups, self.columns, self.outputs
-            self.solver = RidgeSolver(*shape, layer.has_intercept, module.weight)
+            self.solver = RidgeSolver(*shape, layer.has_intercept, weight)
             rows = max(ROWS_PER_COLUMN * self.columns, min(ENOUGH_ROWS, GRAM_COST // self.columns**2))
         self.positions = max(1, round(rows / images))
         self.held_out, self.held_out_targets = [], []
-        self.weight = _as_columns(module, module.weight)
+        self.weight = _as_columns(self.groups, weight)
         self.scale = layer.scale
         # A channel that all but vanishes behind its BatchNorm cannot repair the sum.
         weak = self.scale.abs() <= WEAK * self.scale.abs().mean()
@@ -471,7 +548,7 @@ class _LayerData:
         """Add one batch: the layer's input and what `_target` takes; returns why the layer needs no fit, or None."""
         layer = self.layer
         if batch == 0:
-            now, target = _by_position(layer.module, layer.module(x)), self._target(..., *outputs)
+            now, target = _by_position(layer, layer(x)), self._target(..., *outputs)
             if (now - target).abs().max() <= AGREES * target.abs().max():
                 return "its outputs are the dense network's"
         held_out = self.is_held_out[self.seen : self.seen + len(x)]
@@ -496,7 +573,7 @@ class _LayerData:
         """What the layer should answer at the given images and positions: [..., filters]."""
         layer = self.layer
         output, dense_stream, stream = (
-            None if values is None else _by_position(layer.module, values)[at]
+            None if values is None else _by_position(layer, values)[at]
             for values in (dense_output, dense_stream, stream)
         )
         target = output[..., layer.kept]
@@ -504,19 +581,19 @@ class _LayerData:
 
     def _rows(self, x, images, outputs):
         """The given images' rows, some positions of each image drawn anew for every image, and the targets there."""
-        module, positions = self.layer.module, _by_position(self.layer.module, outputs[0]).shape[1]
+        layer, positions = self.layer, _by_position(self.layer, outputs[0]).shape[1]
         each = min(positions, self.positions)
         if each == positions:
             drawn = torch.arange(each).expand(len(images), -1)
         else:
             drawn = torch.rand(len(images), positions, generator=self.generator).topk(each).indices
         drawn = drawn.to(x.device)
-        patches = _patches(module, x[images], drawn)
+        patches = _patches(layer, x[images], drawn)
         target = self._target((images[:, None], drawn), *outputs)
         wanted = target.reshape(-1, self.groups, self.outputs).transpose(0, 1)
         present = patches @ self.weight
-        if module.bias is not None:
-            present = present + module.bias.view(self.groups, 1, -1)
+        if layer.bias is not None:
+            present = present + layer.bias.view(self.groups, 1, -1)
         return Rows(patches, wanted - present), wanted
 
     def solve(self):
@@ -566,51 +643,44 @@ class _LayerData:
         return chosen, *(math.sqrt(e / spread) if spread else math.inf for e in (before, best))
 
     def _change(self, change, bias):
-        module, norm = self.layer.module, self.layer.batchnorm
-        shape = module.weight.shape
+        layer, norm = self.layer, self.layer.batchnorm
+        shape = layer.weight.shape
         change = change.mT.reshape(shape[0], -1, shape[1]).mT.reshape(shape)
-        module.weight.add_(change.to(module.weight.dtype))
-        bias = bias.flatten().to(module.weight.dtype)
+        layer.weight.add_(change.to(layer.weight.dtype))
+        bias = bias.flatten().to(layer.weight.dtype)
         if norm is not None:
             norm.running_mean.sub_(bias)
-        elif module.bias is not None:
-            module.bias.add_(bias)
+        elif layer.bias is not None:
+            layer.bias.add_(bias)
 
 
-def _as_columns(module, weight):
+def _as_columns(groups, weight):
     """A layer's weight [filters, channels of a group, *kernel] as [groups, kernel positions x channels, filters of a group]."""
-    groups = getattr(module, "groups", 1)
     return weight.flatten(2).mT.reshape(groups, len(weight) // groups, -1).mT if weight.dim() > 2 else weight.T[None]
 
 
-def _by_position(module, output):
+def _by_position(layer, output):
     """A layer's output as [batch, positions, filters]."""
-    if isinstance(module, nn.Linear):
+    if layer.geometry is None:
         return output.reshape(len(output), -1, output.shape[-1])
     return output.flatten(2).mT
 
 
-def _patches(module, x, drawn):
+def _patches(layer, x, drawn):
     """What the layer sees at the drawn output positions [images, each]: [groups, images x each, columns]."""
-    if isinstance(module, nn.Linear):
+    if layer.geometry is None:
         x = x.reshape(len(x), -1, x.shape[-1])
         return x.gather(1, drawn[..., None].expand(-1, -1, x.shape[-1])).flatten(0, 1)[None]
-    padding = module._reversed_padding_repeated_twice
-    if any(padding):
-        x = F.pad(x, padding, mode="constant" if module.padding_mode == "zeros" else module.padding_mode)
+    x = F.pad(x, layer.geometry["padding"])
     space, device = x.shape[2:], x.device
-    geometry = zip(space, module.kernel_size, module.stride, module.dilation, strict=True)
+    geometry = [space, layer.weight.shape[2:], layer.geometry["stride"], layer.geometry["dilation"]]
     corner, offset = drawn.new_zeros(drawn.shape), drawn.new_zeros(1)
-    outputs = [(n - d * (k - 1) - 1) // s + 1 for n, k, s, d in zip(*_columns(space, module), strict=True)]
-    for axis, (length, kernel, stride, dilation) in enumerate(geometry):
+    outputs = [(n - d * (k - 1) - 1) // s + 1 for n, k, s, d in zip(*geometry, strict=True)]
+    for axis, (length, kernel, stride, dilation) in enumerate(zip(*geometry, strict=True)):
         index = drawn // math.prod(outputs[axis + 1 :]) % outputs[axis]
         corner = corner * length + index * stride
         offset = (offset[:, None] * length + torch.arange(kernel, device=device) * dilation).flatten()
     corner = corner + torch.arange(len(x), device=device)[:, None] * math.prod(space)
     rows = x.movedim(1, -1).reshape(-1, x.shape[1])[corner.flatten()[:, None] + offset]
-    channels = x.shape[1] // module.groups
-    return rows.unflatten(2, (module.groups, channels)).permute(2, 0, 1, 3).flatten(2)
-
-
-def _columns(space, module):
-    return space, module.kernel_size, module.stride, module.dilation
+    channels = x.shape[1] // layer.groups
+    return rows.unflatten(2, (layer.groups, channels)).permute(2, 0, 1, 3).flatten(2)

@@ -10,12 +10,10 @@ layer, the block of P takes the place of P_uu). `ChannelGraph.gated(..., estimat
 """
 
 from collections import Counter
-from contextlib import ExitStack
 
 import torch
 
 from taylor_pruning.modes import frozen
-from taylor_pruning.repair.compensation import FITTED
 
 RIDGE = 1e-2  # relative to the mean variance; the ratio of channels to rows comes on top
 
@@ -58,19 +56,19 @@ def channel_estimates(model, graph, batches):
     sums, calls = {}, Counter()
 
     def record(reader):
-        def hook(module, inputs):
-            rows = reader.to_rows(inputs[0]).movedim(0, 2).flatten(2)  # [groups, channels, images x positions]
+        def read(args):
+            rows = reader.to_rows(args[0]).movedim(0, 2).flatten(2)  # [groups, channels, images x positions]
             calls[reader.layer] += 1
             part = rows.shape[2], rows.double().sum(2), (rows @ rows.mT).double()
             held = sums.get(reader.layer, (0, 0.0, 0.0))
             sums[reader.layer] = tuple(a + b for a, b in zip(held, part, strict=True))
+            return args
 
-        return hook
+        return read
 
-    readers = {r.layer: r for r in graph.readers if isinstance(model.get_submodule(r.layer), FITTED)}
-    with frozen(model), torch.no_grad(), ExitStack() as hooks:
-        for name, reader in readers.items():
-            hooks.callback(model.get_submodule(name).register_forward_pre_hook(record(reader)).remove)
+    readers = {reader.layer: reader for reader in graph.readers}
+    reads = {node: record(reader) for reader in readers.values() for node in reader.nodes}
+    with frozen(model), torch.no_grad(), graph.executed(read=reads):
         for images, _ in batches:
             model(images)
     return {name: ChannelEstimate(readers[name], *s) for name, s in sums.items() if calls[name] == len(batches)}

@@ -1,4 +1,4 @@
-"""Copies a model, with other tensors in the place of some of its own."""
+"""Copies a model: with tensors of its own, with the model's, or with smaller ones."""
 
 import copy
 
@@ -13,19 +13,40 @@ def copy_of(model, replaced=None):
     A tensor that a forward left behind as a plain attribute (a kept activation, the weight that pruning masks, weight norm
     or spectral norm compute before every forward) is copied without its history.
 
-    Raises InputError if another tensor of the model cannot be copied.
+    Raises InputError if something in the model cannot be copied.
     """
-    replaced = dict(replaced or {})
+    memo = dict(replaced or {})
     for module in model.modules():
         for value in vars(module).values():
-            held = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
-            for tensor in held:
-                if torch.is_tensor(tensor) and tensor.grad_fn is not None:
-                    replaced.setdefault(id(tensor), tensor.detach().clone())
+            for tensor in _computed(value):
+                memo.setdefault(id(tensor), tensor.detach().clone())
     try:
-        return copy.deepcopy(model, replaced)
+        return copy.deepcopy(model, memo)
     except (RuntimeError, TypeError) as error:
         raise InputError(
-            f"{type(model).__name__} cannot be copied ({str(error).splitlines()[0]}); make it hold no tensors computed by "
-            "earlier forwards, locks, open files or generators"
+            f"{type(model).__name__} cannot be copied ({str(error).splitlines()[0]}); make it hold no locks, "
+            "open files or generators"
         ) from error
+
+
+def structure_of(model):
+    """A copy of the modules that shares every tensor with the model."""
+    tensors = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            tensors.update((id(t), t) for t in _tensors(value))
+    return copy_of(model, tensors)
+
+
+def _tensors(value, depth=0):
+    """All tensors in nested containers."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (dict, list, tuple, set)) and depth < 4:
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item, depth + 1)
+
+
+def _computed(value):
+    """Those that belong to a graph of autograd and have no deep copy."""
+    return (tensor for tensor in _tensors(value) if tensor.grad_fn is not None)

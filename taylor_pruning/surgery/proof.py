@@ -18,6 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from taylor_pruning.errors import InputError
 from taylor_pruning.surgery.copying import copy_of
+from taylor_pruning.surgery.execution import call
+from taylor_pruning.surgery.nested import map_tensors
 
 FORWARD_ERRORS = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError, ArithmeticError)
 TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-8}  # largest relative difference that counts as none
@@ -30,7 +32,7 @@ class CutProof:
 
     Args:
         model: the network. It is not changed.
-        example: [N, ...] tensor of the shape that the network is used at.
+        example: [N, ...] tensor of the shape that the network is used at, a tuple of several, or a dict of named ones.
         run_gated: run_gated(copy, units, x) gives the outputs of a copy of the model on x with the units' gates closed.
         cut: cut(copy, units) gives a new network without the units.
         modes: the values of `training` in which both are compared; (False, True) if the forward differs in training.
@@ -41,13 +43,13 @@ class CutProof:
     def __init__(
         self,
         model: nn.Module,
-        example: torch.Tensor,
+        example,
         run_gated: Callable,
         cut: Callable,
         modes: Sequence[bool] = (False,),
     ):
         self.model, self.example, self.run_gated, self.cut, self.modes = model, example, run_gated, cut, modes
-        tensor = next((p for p in model.parameters() if p.is_floating_point()), example)
+        tensor = next((p for p in model.parameters() if p.is_floating_point()), next(tensors_of(example)))
         self.dtype, self.device = tensor.dtype, tensor.device
 
     def failure(self, units: Sequence) -> str | None:
@@ -133,16 +135,17 @@ class CutProof:
                 x = self._inputs(dtype)
                 try:
                     with _MeanDraws():
-                        expected = list(tensors_of(self.run_gated(dense, units, x.clone())))
+                        expected = list(tensors_of(self.run_gated(dense, units, map_tensors(x, torch.Tensor.clone))))
                 except FORWARD_ERRORS as error:
                     mode = " in training mode" if training else ""
+                    shapes = ", ".join(str(tuple(t.shape[1:])) for t in tensors_of(x))
                     raise InputError(
-                        f"{type(self.model).__name__} cannot be run{mode} on random inputs of shape "
-                        f"{tuple(x.shape[1:])} ({_cause(error)}); pass verify=False if it needs others"
+                        f"{type(self.model).__name__} cannot be run{mode} on random inputs of shape {shapes} "
+                        f"({_cause(error)}); pass verify=False if it needs others"
                     ) from error
                 try:
                     with _MeanDraws():
-                        got = list(tensors_of(smaller(x)))
+                        got = list(tensors_of(call(smaller, x)))
                 except FORWARD_ERRORS as error:
                     return f"removing them makes the network fail ({_cause(error)})"
                 differences.append(difference(expected, got))
@@ -159,10 +162,18 @@ class CutProof:
 
     def _inputs(self, dtype):
         """Two random samples, three where batch statistics would leave nothing but signs of two."""
-        shape = (1 + len(self.modes), *self.example.shape[1:])
-        if not self.example.is_floating_point():
-            return self.example[:1].expand(shape).to(self.device)
-        return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=dtype).to(self.device)
+        generator = torch.Generator().manual_seed(0)
+        batch = len(next(tensors_of(self.example)))
+
+        def drawn(tensor):
+            shape = (
+                tensor.shape if tensor.dim() == 0 or len(tensor) != batch else (1 + len(self.modes), *tensor.shape[1:])
+            )
+            if not tensor.is_floating_point():
+                return tensor[:1].expand(shape).to(self.device) if tensor.dim() else tensor.to(self.device)
+            return torch.randn(shape, generator=generator, dtype=dtype).to(self.device)
+
+        return map_tensors(self.example, drawn)
 
 
 def in_doubt(difference: float) -> bool:

@@ -7,6 +7,7 @@ from torch import Tensor, fx, nn
 from torch.optim.swa_utils import AveragedModel
 
 from taylor_pruning.errors import InputError
+from taylor_pruning.surgery.nested import tensors_in
 
 WRAPPERS = (
     nn.DataParallel,
@@ -34,13 +35,13 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
 
 
 def check_example(example) -> None:
-    """Raises InputError if an example input is not one tensor [N, C, ...]."""
-    if not isinstance(example, Tensor):
+    """Raises InputError if an example input holds no tensors, or is one without a batch."""
+    if not tensors_in(example):
         raise InputError(
-            f"example_input is of type {type(example).__name__}; give one tensor of images: networks of several inputs "
-            "cannot be pruned yet"
+            f"example_input is of type {type(example).__name__}; give a tensor of images, a tuple of several inputs, or a "
+            "dict of named ones"
         )
-    if example.dim() < 2 or not len(example):
+    if isinstance(example, Tensor) and (example.dim() < 2 or not len(example)):
         raise InputError(f"example_input is {[*example.shape]}; give images [N, C, H, W] with their batch dimension")
 
 

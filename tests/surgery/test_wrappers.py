@@ -157,23 +157,27 @@ def test_networks_that_cannot_be_cut_are_refused_with_what_to_give_instead(kind)
         ChannelGraph(change(network()), IMAGES)
 
 
-COMPUTED = {
-    "weight_norm": weight_norm,
-    "spectral_norm": recomputed_spectral,
-    "prune": lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
-    "parametrised weight_norm": parametrizations.weight_norm,
-    "parametrised spectral_norm": parametrizations.spectral_norm,
+COMPUTED = {  # how a weight is computed: filters of the layer itself and of the one before it that may go
+    "weight_norm": (weight_norm, 8, 0),
+    "spectral_norm": (recomputed_spectral, 0, 0),
+    "prune": (lambda layer: prune.l1_unstructured(layer, "weight", 0.5), 8, 6),
+    "parametrised weight_norm": (parametrizations.weight_norm, 8, 0),
+    "parametrised spectral_norm": (parametrizations.spectral_norm, 0, 0),
 }
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", COMPUTED)
-def test_layers_whose_weight_is_computed_stay(kind):
-    model = with_weight(COMPUTED[kind])(network())
+def test_layers_whose_weight_is_computed(kind):
+    change, own, before = COMPUTED[kind]
+    model = with_weight(change)(network())
     model(IMAGES)  # leaves behind a weight with a history
     graph = ChannelGraph(model, IMAGES)
-    assert "the weight of body.0 is computed from other tensors" in graph.layers["body.0"].reason
-    assert not graph.layers["body.0"].removable.any()
+    assert int(graph.layers["body.0"].removable.sum()) == own and int(graph.layers["stem.0"].removable.sum()) == before
+    for name, number, filters in (("body.0", own, 8), ("stem.0", before, 6)):
+        assert (graph.layers[name].reason is None) == (number == filters)
+    if own:
+        assert graph.remove({"body.0": [0, 3]})(IMAGES).shape == (4, 4)
 
 
 @pytest.mark.parametrize("container", [lambda x: x, lambda x: [x], lambda x: {"x": x}, torch.Tensor.detach])
@@ -182,9 +186,15 @@ def test_a_network_that_keeps_an_activation_is_cut(container):
     assert graph.remove(graph.units[:2])(IMAGES).shape == (4, 4)
 
 
-@pytest.mark.parametrize("example", [(IMAGES, IMAGES), [IMAGES], {"x": IMAGES}, None, IMAGES.numpy()])
-def test_an_example_of_several_inputs_is_refused(example):
-    with pytest.raises(InputError, match="example_input is of type .*; give one tensor of images"):
+@pytest.mark.parametrize("example", [None, IMAGES.numpy(), [], {}])
+def test_an_example_without_tensors_is_refused(example):
+    with pytest.raises(InputError, match="example_input is of type .*; give a tensor of images"):
+        ChannelGraph(network(), example)
+
+
+@pytest.mark.parametrize("example", [(IMAGES, IMAGES), [IMAGES]])
+def test_an_example_that_does_not_fit_the_forward_is_refused(example):
+    with pytest.raises(InputError, match="cannot be run on an example.*a tuple of several inputs"):
         ChannelGraph(network(), example)
 
 

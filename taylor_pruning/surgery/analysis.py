@@ -1,0 +1,106 @@
+"""What channel ids say of the graphs of a network: its layers, and the places that need gates."""
+
+import torch
+
+from taylor_pruning.surgery.execution import Execution, inputs_of
+from taylor_pruning.surgery.ids import ChannelIds, varying
+from taylor_pruning.surgery.layers import Layers
+from taylor_pruning.surgery.nested import map_tensors
+from taylor_pruning.surgery.propagation import propagate
+
+
+class Analysis:
+    """One propagation of ids through the graphs of a network.
+
+    Args:
+        model: the network. traces: {training mode: Trace}; that of training only where it differs.
+        example: example_input of the network.
+        prefer_heads: see ChannelGraph.
+
+    Attributes:
+        ids: ChannelIds. layers: Layers.
+        places: {training mode: [(node, ids along the channels, their dimension, batch dimension)]} where gates are needed.
+        nonlinear: names of operations that are not piecewise linear.
+    """
+
+    def __init__(self, model, traces, example, prefer_heads):
+        self.model, self.traces, self.example = model, traces, example
+        self.ids, self.places = ChannelIds(), {}
+        parameters = {**dict(model.named_buffers()), **dict(model.named_parameters())}
+        for mode, trace in traces.items():
+            self.ids.issued, self.ids.depthwise = [], []
+            found = propagate(trace, self.ids, parameters, prefer_heads)
+            layers = Layers(self.ids, parameters, trace.batch)
+            if mode:
+                self.layers.add_training(layers)
+            else:
+                self.layers = layers
+                self.nonlinear = {info.nonlinear for info in found.infos.values() if info.nonlinear}
+            self.places[mode] = list(self._places(mode, found))
+        self.layers.protect_fixed_widths()
+
+    @property
+    def chose(self):
+        """Whether some view could follow its channels along more than one dimension."""
+        return self.ids.choices > 0
+
+    def _places(self, mode, found):
+        exposed, batch = found.exposed(), self.traces[mode].batch
+        needed = [n for n, i in found.infos.items() if i.value is not None and n in exposed and not i.constant]
+        merged = [node for node in needed if batch not in node.meta["shape"] and node.meta["shape"][:1]]
+        merged = [node for node in merged if node.meta["shape"][0] % batch == 0]
+        in_order = self._by_sample(mode, merged) if merged else ()
+        for node in needed:
+            value = found.infos[node].value
+            batches = [d for d, size in enumerate(value.shape) if size == batch] or ([0] if node in in_order else [])
+            for layer in value.layers:
+                dims = varying(layer)
+                real = node.meta.get("real")
+                if len(dims) != 1 or not batches or batches[0] == dims[0] or not real:
+                    what = "have no axis of their own" if batches else "are not ordered by sample"
+                    what = what if real else "are no real numbers"
+                    self.ids.protect(layer, f"the channels of {node.name} ({node.meta.get('module')}) {what}")
+                    continue
+                along = layer[tuple(slice(None) if d == dims[0] else 0 for d in range(layer.dim()))]
+                yield node, along, dims[0], batches[0]
+
+    @torch.no_grad()
+    def _by_sample(self, mode, nodes):
+        """Those of the nodes whose first dimension holds all rows of the first sample, then all of the second, and so on.
+
+        Two batches run that differ in their second sample.
+        """
+        seen = {node: [] for node in nodes}
+        like = next(self.model.parameters(), None)
+        generator = torch.Generator().manual_seed(0)
+
+        def drawn(tensor):
+            shape = (2, *tensor.shape[1:]) if tensor.dim() else tensor.shape
+            if not tensor.is_floating_point():
+                return tensor[:1].expand(shape)
+            return torch.randn(shape, generator=generator).to(tensor if like is None else like)
+
+        args, kwargs = map_tensors(inputs_of(self.example), drawn)
+        other = map_tensors(
+            (args, kwargs), lambda t: torch.cat([t[:1], t[1:] + 1]) if t.dim() and t.is_floating_point() else t
+        )
+        watch = {node: (lambda out, node=node: seen[node].append(out.clone()) or out) for node in nodes}
+        for inputs in ((args, kwargs), other):
+            Execution(self.model, self.traces[mode]).run(*inputs, change=watch)
+        halves = {node: [out.chunk(2) for out in outputs] for node, outputs in seen.items() if len(outputs) == 2}
+        return {
+            node
+            for node, ((a, b), (c, d)) in halves.items()
+            if len(a) == len(b) and torch.equal(a, c) and not torch.isclose(b, d).flatten(1).all(1).any()
+        }
+
+
+def steps(graph):
+    """What a graph does to reach its output, without its nodes' names."""
+    live = set()
+    for node in reversed(graph.nodes):
+        if node.op == "output" or node in live:
+            live.update(node.all_input_nodes)
+            live.add(node)
+    number = {node: i for i, node in enumerate(n for n in graph.nodes if n in live)}
+    return [(n.op, str(n.target), [number[source] for source in n.all_input_nodes]) for n in number]

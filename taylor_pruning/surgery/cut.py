@@ -1,0 +1,86 @@
+"""The cut: a copy of a network with smaller tensors, and attributes that agree with them."""
+
+from collections import defaultdict
+
+from torch import nn
+
+from taylor_pruning.errors import InputError
+from taylor_pruning.surgery.copying import copy_of
+
+
+def cut(model, tensors, widths, settings, stays):
+    """A copy of `model` without some units.
+
+    Args:
+        tensors: {(parameter or buffer name, dim): [length] unit index or -1}.
+        widths: {(module name, attribute, index or None): ([length] unit index or -1, factor)} of numbers that modules hold:
+            what is left of the units divided by `factor`.
+        settings: {module name: [channels] unit index or -1} of modules with one setting a channel.
+        stays: [units + 1] whether a unit stays; the last entry stands for index -1.
+
+    Raises InputError if a layer would lose its last filter.
+    """
+    shared = {id(units): units for units in tensors.values()}
+    indices = {key: stays[units].nonzero()[:, 0] for key, units in shared.items()}
+    kept = defaultdict(dict)
+    for (name, dim), units in tensors.items():
+        index = indices[id(units)]
+        if not len(index):
+            raise InputError(f"{name.rpartition('.')[0]} would lose its last channel; remove fewer filters")
+        if len(index) < len(units):
+            kept[name][dim] = index
+    replaced = {}  # id of a tensor of the model: what a deep copy has in its place
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name in kept:
+            replaced[id(tensor)] = _select(tensor, kept[name])
+    smaller = copy_of(model, replaced)
+    for (name, attribute, index), (units, factor) in widths.items():
+        _set(smaller.get_submodule(name), attribute, index, int(int(stays[units].sum()) / factor))
+    for name in {key.rpartition(".")[0] for key in kept}:
+        _refresh(smaller.get_submodule(name))
+    for name, units in settings.items():
+        if name in smaller_modules(smaller):
+            _refresh_settings(smaller.get_submodule(name), int(stays[units].sum()), len(units))
+    return smaller
+
+
+def smaller_modules(model):
+    return {name for name, _ in model.named_modules()}
+
+
+def _select(tensor, kept):
+    """A new parameter or buffer with the given indices of every dimension."""
+    data = tensor.detach()
+    for dim, index in sorted(kept.items(), key=lambda item: item[0]):  # rows first: they are copied fastest
+        data = data.index_select(dim, index.to(data.device))
+    return nn.Parameter(data, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else data
+
+
+def _set(module, attribute, index, value):
+    if index is None:
+        vars(module)[attribute] = value
+        return
+    items = list(vars(module)[attribute])
+    items[index] = value
+    vars(module)[attribute] = type(vars(module)[attribute])(items)
+
+
+def _refresh(module):
+    """Makes attributes that say the shape of a weight agree with it."""
+    weight = getattr(module, "weight", None)
+    if weight is None:
+        return
+    if weight.dim() == 2 and hasattr(module, "in_features") and hasattr(module, "out_features"):
+        module.out_features, module.in_features = weight.shape
+    elif weight.dim() > 2 and hasattr(module, "in_channels") and hasattr(module, "groups"):
+        rows, columns = weight.shape[:2]
+        if getattr(module, "transposed", False):
+            module.in_channels, module.out_channels = rows, columns * module.groups
+        else:
+            module.in_channels, module.out_channels = columns * module.groups, rows
+
+
+def _refresh_settings(module, channels, before):
+    for attribute in ("num_features", "num_channels", "num_parameters"):
+        if getattr(module, attribute, None) == before:
+            setattr(module, attribute, channels)

@@ -1,0 +1,197 @@
+"""Runs a recorded graph on data, with gates, and with estimates in the place of closed channels."""
+
+from collections import defaultdict
+
+import torch
+from torch import fx
+
+from taylor_pruning.errors import InputError
+from taylor_pruning.surgery.nested import Slot, map_tensors, tensors_in
+from taylor_pruning.surgery.operations import RULES
+from taylor_pruning.surgery.recorder import set_grad
+from taylor_pruning.surgery.tracing import Trace, trace
+
+BATCH = 41  # of the trace: a prime, so that no other dimension is taken for the batch
+
+
+def inputs_of(example):
+    """(args, kwargs) of the forward: a tensor or a list is its one argument, a tuple all of them, a dict named ones."""
+    if isinstance(example, dict):
+        return (), dict(example)
+    return (tuple(example) if type(example) is tuple else (example,)), {}
+
+
+def call(model, example):
+    """The output of the model on inputs in the form of `example_input`."""
+    args, kwargs = inputs_of(example)
+    return model(*args, **kwargs)
+
+
+def record(model, example, training=False):
+    """`Trace` of the model's forward on tensors of the example's shapes, in the type of the model's parameters.
+
+    Raises InputError if the network cannot be traced, copied or run on the example.
+    """
+    args, kwargs = inputs_of(example)
+    first = next(iter(tensors_in((args, kwargs))), None)
+    if first is None:
+        raise InputError("example_input holds no tensor; pass a tensor of the shape that the network is used at")
+    like = next((p for p in model.parameters() if p.is_floating_point()), first)
+
+    def batched(tensor):
+        if tensor.dim() and first.dim() and len(tensor) == len(first) > 0:
+            tensor = tensor[:1].expand(BATCH, *tensor.shape[1:])
+        return tensor.to(like) if tensor.is_floating_point() else tensor.to(like.device)
+
+    args, kwargs = map_tensors((args, kwargs), batched)
+    return trace(model, args, kwargs, RULES.keys(), training)
+
+
+class _Blend(torch.autograd.Function):
+    """x + closed * estimate, of which only the estimate is kept for the backward passes, and no copy made at closed = 0."""
+
+    @staticmethod
+    def forward(ctx, x, closed, estimate):
+        ctx.save_for_backward(estimate)
+        ctx.shape = closed.shape
+        return x + closed * estimate if closed.any() else x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (estimate,) = ctx.saved_tensors
+        return gradient, (gradient * estimate).sum_to_size(ctx.shape), None
+
+
+class Execution:
+    """Runs the graph with the parameters that the model holds now.
+
+    Args:
+        model: the module whose forward was recorded. trace: what was recorded.
+    """
+
+    def __init__(self, model, trace: Trace):
+        self.model, self.trace = model, trace
+        self.last = _last_uses(trace.graph)
+
+    def tensors(self):
+        named = {**dict(self.model.named_buffers(remove_duplicate=False))}
+        named.update(self.model.named_parameters(remove_duplicate=False))
+        return named
+
+    def flat(self, args, kwargs):
+        """The tensors of a call of the network, in the order of the graph's inputs.
+
+        Raises InputError if the call has another structure than the example.
+        """
+        wanted, given = [], []
+        structure = map_tensors((args, kwargs), lambda t: given.append(t) or Slot(len(given) - 1))
+        map_tensors(self.trace.inputs, lambda slot: wanted.append(slot), Slot)
+        if len(given) != len(wanted) or structure != self.trace.inputs:
+            raise InputError(
+                f"{type(self.model).__name__} is called with other arguments than its example_input; "
+                "give inputs of the same structure"
+            )
+        return given
+
+    def run(self, args, kwargs=None, change=None, read=None):
+        """The output of the network.
+
+        Args:
+            change: {node: function}, called with the node's result; its result takes the place.
+            read: {node: function} called with the list of the node's positional arguments; the result takes their place.
+        """
+        inputs = iter(self.flat(tuple(args), dict(kwargs or {})))
+        change, read, env, named = change or {}, read or {}, {}, self.tensors()
+        outer = torch.is_grad_enabled()
+        try:
+            for node in self.trace.graph.nodes:
+                if node.op == "placeholder":
+                    value = next(inputs)
+                elif node.op == "get_attr":
+                    value = named.get(node.target)
+                    value = self.constant(node.target, named) if value is None else value
+                elif node.op == "output":
+                    return self._output([env[source] for source in node.args[0]])
+                else:
+                    value = evaluate(self.model, node, env.__getitem__, read.get(node), outer)
+                if node in change:
+                    value = change[node](value)
+                env[node] = value
+                for dead in self.last[node]:
+                    del env[dead]
+        finally:
+            torch._C._set_grad_enabled(outer)
+
+    def _output(self, tensors):
+        return map_tensors(self.trace.output, lambda slot: tensors[slot.index], Slot)
+
+    def constant(self, name, named):
+        """A tensor of the trace that is neither parameter nor buffer, on the device of the `named` ones."""
+        tensor = self.trace.constants[name]
+        device = next((t.device for t in named.values()), tensor.device)
+        if tensor.device != device and tensor.device.type == "cpu" and tensor.dim():
+            tensor = self.trace.constants[name] = tensor.to(device)
+        return tensor
+
+
+def evaluate(model, node, value_of, read=None, grad=True):
+    """The result of one call of the graph; `value_of` gives the value of every node that it reads."""
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), value_of)
+    if read is not None:
+        args = read(args)
+    if node.op == "call_method":
+        return getattr(args[0], node.target)(*args[1:], **kwargs)
+    if node.op == "call_module":
+        return model.get_submodule(node.target)(*args, **kwargs)
+    if node.target is set_grad:
+        return set_grad(args[0] and grad)
+    return node.target(*args, **kwargs)
+
+
+def _last_uses(graph):
+    """{node: nodes whose values nothing needs after it}."""
+    last = {}
+    for node in graph.nodes:
+        last[node] = node
+        for source in node.all_input_nodes:
+            last[source] = node
+    dead = defaultdict(list)
+    for node, user in last.items():
+        if user.op != "output":
+            dead[user].append(node)
+    return dead
+
+
+def gate(factor, dim, batch_dim, units, output):
+    """`output` with the channels along `dim` multiplied by their gates.
+
+    Args:
+        factor: [units + 1] or [batch, units + 1] gates, the last is 1. units: [channels] index or -1.
+    """
+    factor = factor[..., units.to(factor.device)]
+    shape = [1] * output.dim()
+    shape[dim] = factor.shape[-1]
+    if factor.dim() > 1:
+        shape[batch_dim] = output.shape[batch_dim]
+        repeats = output.shape[batch_dim] // len(factor)
+        if repeats > 1 and len(factor) > 1:
+            factor = factor.repeat_interleave(repeats, 0)
+        elif len(factor) == 1:
+            shape[batch_dim] = 1
+        factor = factor if batch_dim < dim else factor.mT
+    return output * factor.reshape(shape).to(output.dtype)
+
+
+def blended(estimate, open_gates, position):
+    """A function for `Execution.run`'s `read`: closed channels of the reader's input become what others say of them."""
+    reader = estimate.reader
+
+    def function(args):
+        x = args[position]
+        closed = 1 - open_gates[..., reader.units.to(open_gates.device)]
+        space = x.dim() - 2
+        shape = (*(1,) * space, len(reader.units)) if reader.is_linear else (len(reader.units), *(1,) * space)
+        x = _Blend.apply(x, closed.reshape(-1, *shape).to(x.dtype), estimate(x.detach()))
+        return (*args[:position], x, *args[position + 1 :])
+
+    return function

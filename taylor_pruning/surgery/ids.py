@@ -1,0 +1,209 @@
+"""Channel ids: one for every index of a tensor dimension that may shrink, united where they must go together.
+
+A tensor is described by id layers. A layer is an integer tensor of the tensor's own shape that holds the id of every
+element along one axis (stride 0 along all others, so that it costs no memory); a conv weight has one layer for its filters
+and one for its input channels. After a cut an element exists if and only if all its ids do. Views, transpositions and
+concatenations act on a layer as they act on data.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+LONGEST = 100_000  # a longer dimension of a parameter is a flattened weight, which is left as it is
+
+
+@dataclass
+class Value:
+    """What is known of a tensor.
+
+    Attributes:
+        shape: its shape in the trace.
+        layers: id tensors of that shape, each with at least two different ids.
+        reason: why what it meets cannot be cut, where it has no ids.
+        tensor: its values, if they do not depend on the input, parameters or buffers.
+    """
+
+    shape: tuple
+    layers: tuple = ()
+    reason: str | None = None
+    tensor: torch.Tensor | None = None
+
+
+def varying(layer):
+    """Dimensions along which the ids of a normal layer vary."""
+    return [d for d in range(layer.dim()) if layer.shape[d] > 1 and layer.stride(d) != 0]
+
+
+def squash(*layers):
+    """Equally shaped layers reduced to one element along every dimension in which none of them varies."""
+    for d in range(layers[0].dim()):
+        if all(t.shape[d] == 1 or t.stride(d) == 0 for t in layers):
+            layers = [t.narrow(d, 0, min(1, t.shape[d])) for t in layers]
+    return layers
+
+
+def normal(layer):
+    """The layer with stride 0 along every dimension in which its ids do not vary."""
+    (small,) = squash(layer)
+    for d in varying(small):
+        first = small.narrow(d, 0, 1)
+        if bool((small == first).all()):
+            small = first
+    return small.expand(layer.shape)
+
+
+def spread(vector, dim, shape):
+    """The ids of `vector` along dimension `dim` of a layer of the given shape."""
+    return vector.view([-1 if d == dim % len(shape) else 1 for d in range(len(shape))]).expand(shape)
+
+
+class ChannelIds:
+    """Registry of ids: which are united, which may not be cut and why, along which tensors and numbers they run."""
+
+    def __init__(self):
+        self.count = 0
+        self.edges = []  # pairs of equally long id vectors
+        self.reasons = []  # (ids, reason)
+        self.tensors = {}  # (parameter or buffer name, dim): ids along that dimension
+        self.issued = []  # (node, ids, linear): filters of a conv or fully connected layer, where it is used
+        self.depthwise = []  # (node, ids of the outputs)
+        self.settings = {}  # module with one setting a channel: ids of its channels
+        self.widths = {}  # (module name, attribute, index): [(ids, factor)], the attribute is their number over factor
+        self.choices = 0  # views that could follow their channels along more than one dimension
+        self.fixed = {}  # (module name, attribute, index): why it must not change
+
+    def new(self, number):
+        self.count += number
+        return torch.arange(self.count - number, self.count)
+
+    def unite(self, a, b):
+        """Every id of `a` goes together with the one of `b` at the same place; both broadcast."""
+        a, b = squash(*torch.broadcast_tensors(a, b))
+        a, b = a.reshape(-1), b.reshape(-1)
+        different = a != b
+        if bool(different.any()):
+            self.edges.append((a[different], b[different]))
+
+    def protect(self, ids, reason):
+        """These ids can never be cut; of several reasons the first is told."""
+        if ids is not None and ids.numel():
+            self.reasons.append((squash(ids)[0].reshape(-1).unique(), reason))
+
+    def together(self, layer, dim):
+        """Unites equal positions of all slices along `dim`, so that they stay alike; the layer with their common ids."""
+        if dim not in varying(layer):
+            return layer
+        first = layer.narrow(dim, 0, 1)
+        self.unite(first, layer)
+        return first.expand(layer.shape)
+
+    def vector(self, value, dim):
+        """[size] ids along `dim`, None if there are none; ids that share an index are united."""
+        dim, result = dim % len(value.shape), None
+        for layer in value.layers:
+            if dim not in varying(layer):
+                continue
+            for other in varying(layer):
+                if other != dim:
+                    layer = self.together(layer, other)
+            ids = layer[tuple(slice(None) if d == dim else 0 for d in range(layer.dim()))]
+            if result is None:
+                result = ids
+            else:
+                self.unite(result, ids)
+        return result
+
+    def value(self, shape, layers=(), reason=None, tensor=None):
+        """A `Value`. A layer of one id alone is protected: its one channel cannot go."""
+        kept = []
+        for layer in layers:
+            layer = normal(layer)
+            if varying(layer):
+                kept.append(layer)
+            elif layer.numel():
+                reason = reason or "one channel alone"
+                self.protect(layer, reason)
+        return Value(tuple(shape), tuple(kept), reason, tensor)
+
+    def attach(self, value, ids, reason):
+        """The one-dimensional `value` (a bias, a running mean) runs along `ids`."""
+        if value is None or not isinstance(value, Value):
+            return
+        own = self.vector(value, 0) if value.shape else None
+        if own is not None and ids is not None and len(own) == len(ids):
+            self.unite(own, ids)
+        else:
+            for one in (own, ids):
+                if one is not None:
+                    self.protect(one, value.reason or reason)
+
+    def bind(self, number, ids, reason):
+        """After a cut `number` must be how many of `ids` are left; True if it will be, by what it was read from."""
+        widths = getattr(number, "widths", ())
+        counted = getattr(number, "ids", None)
+        factor = getattr(number, "factor", None)
+        if counted is not None:
+            if factor == 1 and len(counted) == len(ids) and not widths:
+                self.unite(counted, ids)
+                return True
+            self.protect(counted, reason)
+        elif len(widths) == 1 and factor is not None and factor > 0:
+            self._bind_width(widths[0], ids, factor, reason)
+            return True
+        elif len(widths) > 1:  # it follows if one of its parts follows, which the proof of a cut decides
+            return True
+        self.protect(ids, reason)
+        return False
+
+    def _bind_width(self, width, ids, factor, reason):
+        known = self.widths.setdefault(width, [])
+        known.append((ids, factor))
+        first, other = known[0]
+        if known[-1] is known[0]:
+            return
+        short, long = (first, ids) if len(first) <= len(ids) else (ids, first)
+        ratio = max(factor, other) / min(factor, other)
+        if ratio.denominator == 1 and len(long) == len(short) * ratio.numerator:
+            self.unite(short.expand(ratio.numerator, -1), long.view(ratio.numerator, -1))
+        else:
+            self.protect(first, reason)
+            self.protect(ids, reason)
+
+    def keep_number(self, number, reason):
+        """`number` enters a computation: neither the channels that it counts may go, nor may its attribute change."""
+        if getattr(number, "ids", None) is not None:
+            self.protect(number.ids, reason)
+        for width in getattr(number, "widths", ()):
+            self.fixed.setdefault(width, reason)
+
+    def issue(self, node, ids, linear):
+        """`ids` are filters of the layer that the node applies."""
+        self.issued.append((node, ids, linear))
+
+    def parameter(self, name, shape, reason):
+        """The ids of a parameter or buffer, along every dimension longer than 1."""
+        layers = []
+        for d, size in enumerate(shape):
+            if 1 < size <= LONGEST:
+                if (name, d) not in self.tensors:
+                    self.tensors[name, d] = self.new(size)
+                layers.append(spread(self.tensors[name, d], d, shape))
+        return Value(tuple(shape), tuple(layers), reason)
+
+    def roots(self):
+        """[count] for every id the smallest id of its class: every edge hooks the larger label on the smaller one."""
+        for width, reason in self.fixed.items():
+            for ids, _ in self.widths.get(width, ()):
+                self.protect(ids, reason)
+        label = torch.arange(self.count)
+        if not self.edges:
+            return label
+        a, b = (torch.cat(ends) for ends in zip(*self.edges, strict=True))
+        while not torch.equal(label[a], label[b]):
+            ends = torch.cat([label[a], label[b]])
+            low = torch.minimum(label[a], label[b]).repeat(2)
+            label = label.scatter_reduce(0, ends, low, "amin")
+            while not torch.equal(label, label[label]):
+                label = label[label]
+        return label

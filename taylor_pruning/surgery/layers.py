@@ -1,0 +1,104 @@
+"""Which conv and linear layers a graph applies: their names, filters, and where they are used."""
+
+import math
+from collections import defaultdict
+
+from taylor_pruning.surgery.recorder import operation_name
+
+
+def layer_name(parameter):
+    """The layer to which a weight belongs: its module, or itself where a forward uses a parameter of another name."""
+    path, _, last = parameter.rpartition(".")
+    if ".parametrizations." in f".{parameter}":
+        return parameter.partition("parametrizations.")[0].rstrip(".")
+    return path if last in ("weight", "weight_v", "weight_g", "weight_orig") else parameter
+
+
+class Layers:
+    """The layers that the propagation met, by name.
+
+    Attributes:
+        filters: {layer: ids of its filters}, in order of execution. linear: those that are fully connected.
+        settings: {module: ids of its channels} of norms and depthwise convs.
+        positions: {weight: output positions at which it is applied to one sample}.
+        readers: {layer: (nodes, groups, linear)} of those with a parameter for a weight.
+    """
+
+    def __init__(self, ids, parameters, batch):
+        self.batch = batch
+        self.ids, self.filters, self.linear, self.positions, self.readers = ids, {}, set(), defaultdict(int), {}
+        self.settings = dict(ids.settings)
+        for node, along, linear in ids.issued:
+            parameter = _parameter_of(_weight_of(node), parameters)
+            if parameter is None:
+                continue
+            name = layer_name(parameter.target)
+            if name in self.filters and len(self.filters[name]) != len(along):
+                name = parameter.target
+            self.filters.setdefault(name, along)
+            if linear:
+                self.linear.add(name)
+            self._use(node, name, parameter, linear)
+        for node, along in ids.depthwise:
+            weight = _weight_of(node)
+            if weight.op == "get_attr" and weight.target in parameters:
+                self.settings[layer_name(weight.target)] = along
+                transposed = "transpose" in str(node.target)
+                shape = (node.all_input_nodes[0] if transposed else node).meta["shape"]
+                self.positions[weight.target] += math.prod(shape[2:])
+
+    def add_training(self, other):
+        """Layers that only the forward in training mode uses: they follow what they read and lose nothing themselves."""
+        for name, along in other.filters.items():
+            if name not in self.filters:
+                self.filters[name] = along
+                self.ids.protect(along, "used in training alone")
+        self.linear |= other.linear
+        self.settings = other.settings | self.settings
+
+    def protect_fixed_widths(self):
+        """A module's number that a forward computes with must stay: so must the channels that it counts."""
+        for (module, attribute, _), reason in self.ids.fixed.items():
+            prefix = f"{module}." if module else ""
+            dims = {"in_channels": 1, "in_features": 1, "out_channels": 0, "out_features": 0}
+            along = self.ids.tensors.get((f"{prefix}weight", dims.get(attribute)))
+            if attribute in ("num_features", "num_channels"):
+                along = self.settings.get(module)
+            if along is not None:
+                self.ids.protect(along, reason)
+
+    def _use(self, node, name, parameter, linear):
+        transposed = "transpose" in str(node.target)
+        shape = node.all_input_nodes[0].meta["shape"] if transposed else node.meta["shape"]
+        filters = shape[1] if transposed else len(self.filters[name])
+        self.positions[parameter.target] += math.prod(shape) // self.batch // filters
+        plain = linear and "linear" in str(node.target) or not linear and not transposed
+        if _weight_of(node) is parameter and plain and parameter.target == (f"{name}.weight" if name else "weight"):
+            columns = parameter.meta["shape"][1]
+            inputs = node.all_input_nodes[0].meta["shape"]
+            groups = 1 if linear else inputs[1] // columns
+            self.readers.setdefault(name, ([], groups, linear))[0].append(node)
+
+
+def _weight_of(node):
+    """The node of the weight that a conv or linear operation applies, of a matrix product its constant operand."""
+    name = operation_name(node)
+    if name == "linear" or name.startswith("conv"):
+        return node.args[1] if len(node.args) > 1 else node.kwargs["weight"]
+    return next((n for n in node.all_input_nodes if _is_weight(n)), node.all_input_nodes[-1])
+
+
+def _is_weight(node):
+    return node.op == "get_attr" or bool(node.meta.get("weight"))
+
+
+def _parameter_of(node, parameters):
+    """The parameter nearest to a weight among those from which it is computed."""
+    seen, front = set(), [node]
+    while front:
+        for found in front:
+            if found.op == "get_attr" and found.target in parameters and len(found.meta["shape"]) > 1:
+                return found
+        seen.update(front)
+        front = [source for n in front for source in n.all_input_nodes if source not in seen]
+    return None

@@ -1,0 +1,113 @@
+"""Selecting elements by position."""
+
+import torch
+
+from taylor_pruning.surgery.ids import Value, varying
+from taylor_pruning.surgery.numbers import is_tracked
+from taylor_pruning.surgery.operations.registry import rule
+
+
+@rule("narrow select", linear=True)
+def narrow(call):
+    x, dim = call.values()[0], int(call.get("dim", 1)) % len(call.values()[0].shape)
+    index = [slice(None)] * len(x.shape)
+    if call.name == "select":
+        index[dim] = call.get("index", 2)
+    else:
+        start, length = call.get("start", 2), call.get("length", 3)
+        start = 0 if start == 0 else start
+        if not isinstance(start, int):
+            return call.unknown()
+        index[dim] = slice(start, start + length)
+    return indexed(call, x, tuple(index))
+
+
+@rule("pick getitem", linear=True)
+def item(call):
+    if not isinstance(call.args[0], Value):
+        return call.args[0][call.args[1]]
+    index = call.args[1]
+    return indexed(call, call.args[0], index if isinstance(index, tuple) else (index,))
+
+
+def indexed(call, x, index):
+    """Basic indexing. A bound by position keeps what comes before it; by a width, the width follows."""
+    if len(call.operands) > 1 or any(isinstance(i, (Value, list, torch.Tensor)) for i in index):
+        return _advanced(call, x, index)
+    used = sum(i is not None and i is not Ellipsis for i in index)
+    dim, plain_index = 0, []
+    for part in index:
+        if part is None or part is Ellipsis:
+            dim += len(x.shape) - used if part is Ellipsis else 0
+            plain_index.append(part)
+            continue
+        along = call.ids.vector(x, dim) if part != slice(None) else None
+        if along is not None:
+            for bound in (part.start, part.stop) if isinstance(part, slice) else (part, part + 1):
+                _bounded(call, along, bound)
+            if isinstance(part, slice) and part.step not in (None, 1):
+                call.protect(along, "is indexed by position in")
+        plain_index.append(_plain_slice(part))
+        dim += 1
+    return call.result([layer[tuple(plain_index)] for layer in x.layers])
+
+
+def _plain_slice(part):
+    if isinstance(part, slice):
+        return slice(*(None if b is None else int(b) for b in (part.start, part.stop, part.step)))
+    return int(part) if isinstance(part, int) and not isinstance(part, bool) else part
+
+
+def _bounded(call, along, bound):
+    """After a cut `bound` must be how many channels are left before it."""
+    if bound is None or bound == 0 and not is_tracked(bound):
+        return
+    reason = f"is indexed by position in {call.where}"
+    before = along[: int(bound)] if bound >= 0 else along[int(bound) :]
+    if not is_tracked(bound) or (bound.ids is None and not bound.widths):
+        call.ids.protect(before, reason)
+    elif bound.ids is None:
+        call.ids.bind(-bound if bound < 0 else bound, before, reason)
+    elif bound.factor is not None and len(bound.ids) == len(along) and 0 < bound.factor < 1:
+        call.ids.unite(bound.ids, along)
+        parts = bound.factor.denominator
+        if len(along) % parts:
+            call.ids.protect(along, reason)
+        else:
+            table = along.view(parts, -1)
+            call.ids.unite(table[:1], table)
+    else:
+        call.ids.bind(bound, before, reason)
+
+
+def _advanced(call, x, index):
+    """Indexing by a tensor: exact along dimensions without channels."""
+    dim, plain_index = 0, []
+    for part in index:
+        if part is Ellipsis or (isinstance(part, Value) and part.tensor is None and part.layers):
+            return call.unknown()
+        if part is None:
+            plain_index.append(None)
+            continue
+        if part != slice(None) and any(dim in varying(layer) for layer in x.layers):
+            return call.unknown(f"is indexed by position in {call.where}")
+        if isinstance(part, Value):
+            if part.tensor is not None and part.tensor.dtype == torch.bool:
+                return call.unknown()
+            plain_index.append(torch.zeros(part.shape, dtype=torch.long))
+        else:
+            plain_index.append(part if isinstance(part, slice) and part == slice(None) else _plain_slice(part))
+        dim += 1
+    layers = [layer[tuple(plain_index)] for layer in x.layers]
+    if any(tuple(layer.shape) != tuple(call.shape) for layer in layers):
+        return call.unknown()
+    return call.result(layers)
+
+
+@rule("index_select gather", linear=True)
+def index_select(call):
+    x, dim = call.values()[0], int(call.get("dim", 1)) % len(call.values()[0].shape)
+    if call.name == "gather" or any(dim in varying(layer) for layer in x.layers):
+        return call.unknown(f"is indexed by position in {call.where}")
+    layers = [layer.narrow(dim, 0, 1).expand(call.shape) for layer in x.layers]
+    return call.result(layers)

@@ -1,0 +1,154 @@
+"""Joining tensors along a dimension and splitting them."""
+
+import math
+
+import torch
+
+from taylor_pruning.surgery.ids import Value, varying
+from taylor_pruning.surgery.numbers import is_tracked
+from taylor_pruning.surgery.operations.elementwise import align
+from taylor_pruning.surgery.operations.registry import rule
+
+
+@rule("cat concat concatenate", linear=True)
+def cat(call):
+    dim = int(call.get("dim", 1, 0)) % len(call.shape)
+    return joined(call, call.values(), dim)
+
+
+@rule("stack", linear=True)
+def stack(call):
+    dim = int(call.get("dim", 1, 0)) % len(call.shape)
+    parts = []
+    for value in call.values():
+        shape = (*value.shape[:dim], 1, *value.shape[dim:])
+        parts.append(Value(shape, tuple(layer.unsqueeze(dim) for layer in value.layers), value.reason))
+    return joined(call, parts, dim)
+
+
+def joined(call, parts, dim):
+    """Ids along `dim` follow each other; along all other dimensions they are united."""
+    parts = [p for p in parts if math.prod(p.shape) or len(p.shape) == len(call.shape)]
+    ids, ends = call.ids, []
+    others = []
+    for part in parts:
+        ends.append([layer for layer in part.layers if dim in varying(layer)])
+        shape = tuple(1 if d == dim else s for d, s in enumerate(part.shape))
+        rest = tuple(layer.narrow(dim, 0, 1) for layer in part.layers if dim not in varying(layer))
+        others.append(Value(shape, rest, part.reason))
+    shape = tuple(1 if d == dim else s for d, s in enumerate(call.shape))
+    axes, reason = align(ids, others, shape, call.where)
+    call.info.source = any(len(a.carriers) < len(parts) for a in axes)
+    layers = [axis.layer.expand(call.shape) for axis in axes]
+    if any(ends):
+        pieces = []
+        for part, layers_along in zip(parts, ends, strict=True):
+            for extra in layers_along[1:]:
+                call.protect(extra, "is joined along two axes in")
+            if layers_along:
+                pieces.append(layers_along[0])
+                continue
+            fixed = ids.new(1)
+            ids.protect(fixed, part.reason or f"is joined with a fixed number of channels in {call.where}")
+            pieces.append(fixed.expand(part.shape))
+        sizes = [d for d in range(len(call.shape)) if d != dim and any(d in varying(p) for p in pieces)]
+        small = []
+        for piece in pieces:
+            for d in range(piece.dim()):
+                if d != dim and d not in sizes:
+                    piece = piece.narrow(d, 0, 1)
+            small.append(piece)
+        layers.append(torch.cat(small, dim).expand(call.shape))
+    return call.result(layers, reason)
+
+
+@rule("pad constant_pad_nd", linear=True)
+def pad(call):
+    """Space is padded as in pooling; channels of zeros are kept."""
+    x, sizes = call.values()[0], list(call.get("pad", 1))
+    value, mode = call.get("value", 3 if call.name == "pad" else 2), call.get("mode", 2, "constant")
+    rank, layers = len(x.shape), []
+    padded = {rank - 1 - i // 2 for i, size in enumerate(sizes) if size != 0}
+    for size in sizes:
+        call.ids.keep_number(size, f"their number is a padding in {call.where}")
+    for layer in x.layers:
+        along = [d for d in varying(layer) if d in padded]
+        small = layer
+        for d in range(rank):
+            if d not in varying(layer):
+                small = small.narrow(d, 0, 1)
+        if not along:
+            layers.append(small.expand(call.shape))
+        elif mode != "constant" and call.name == "pad":
+            call.protect(layer, "passes through")
+        else:
+            fixed = call.ids.new(1)
+            call.protect(fixed, "meets padding in")
+            own = []
+            for i, size in enumerate(sizes):
+                own.append(int(size) if rank - 1 - i // 2 in along else 0)
+            layers.append(torch.nn.functional.pad(small, own, value=int(fixed)).expand(call.shape))
+            call.info.source = bool(value)
+    call.info.source = call.info.source or bool(value)
+    return call.result(layers)
+
+
+@rule("split chunk tensor_split split_with_sizes", linear=True)
+def split(call):
+    x = call.values()[0]
+    dim = int(call.get("dim", 2, 0)) % len(x.shape)
+    sizes = [int(shape[dim]) for shape in call.node.meta["shapes"]]
+    parts = [[layer.narrow(dim, sum(sizes[:i]), n) for layer in x.layers] for i, n in enumerate(sizes)]
+    along = call.ids.vector(x, dim)
+    if along is not None:
+        _settle_split(call, along.split(sizes))
+    shapes = call.node.meta["shapes"]
+    return tuple(call.ids.value(shape, part, x.reason) for shape, part in zip(shapes, parts, strict=True))
+
+
+def _settle_split(call, parts):
+    given = call.get("split_size_or_sections", 1, call.kwargs.get("split_size", call.kwargs.get("chunks")))
+    given = call.kwargs.get("split_sizes", call.kwargs.get("indices_or_sections", given))
+    reason = f"is split into parts of fixed size in {call.where}"
+    ids, equal = call.ids, len({len(p) for p in parts}) == 1
+    if isinstance(given, (tuple, list)):
+        if call.name == "tensor_split":
+            given = [None] * len(parts)
+        for part, size in zip(parts, given, strict=True):
+            if is_tracked(size) and size.ids is not None and not size.whole and equal:
+                _equal(ids, parts)
+            elif size is None or not ids.bind(size, part, reason):
+                ids.protect(part, reason)
+    elif not equal:
+        for part in parts:
+            ids.protect(part, reason)
+    else:
+        _equal(ids, parts)
+        if call.name in ("chunk", "tensor_split"):
+            ids.keep_number(given, reason)
+        elif is_tracked(given) and given.ids is not None and not given.whole:
+            if given.factor is None or len(given.ids) != sum(map(len, parts)):
+                ids.keep_number(given, reason)
+                ids.protect(parts[0], reason)
+            else:
+                ids.unite(given.ids, torch.cat(list(parts)))
+        else:
+            ids.bind(given, parts[0], reason)
+
+
+def _equal(ids, parts):
+    for part in parts[1:]:
+        ids.unite(parts[0], part)
+
+
+@rule("unbind", linear=True)
+def unbind(call):
+    x = call.values()[0]
+    dim = int(call.get("dim", 1, 0)) % len(x.shape)
+    for layer in x.layers:
+        if dim in varying(layer):
+            call.protect(layer, "is taken apart in")
+    shapes = call.node.meta["shapes"]
+    return tuple(
+        call.ids.value(shape, [layer.select(dim, i) for layer in x.layers], x.reason) for i, shape in enumerate(shapes)
+    )

@@ -1,0 +1,102 @@
+"""Convolutions and fully connected layers, functional, with any weight."""
+
+from taylor_pruning.surgery.ids import spread, varying
+from taylor_pruning.surgery.operations.products import contract
+from taylor_pruning.surgery.operations.registry import rule
+
+
+@rule("conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d", linear=True)
+def conv(call):
+    transposed = "transpose" in call.name
+    x, weight, bias = call.get("input", 0), call.get("weight", 1), call.get("bias", 2)
+    groups = call.get("groups", 6, 1)
+    ids, info, rank = call.ids, call.info, int(call.name[-2])
+    channel_dim = len(x.shape) - rank - 1
+    inputs = ids.vector(x, channel_dim)
+    for layer in weight.layers:
+        if set(varying(layer)) - {0, 1}:
+            ids.protect(layer, f"positions of the kernel of {call.where}")
+    for layer in x.layers:
+        if varying(layer) != [channel_dim]:
+            call.protect(layer, "is convolved over channels in")
+    by_row, by_column = ids.vector(weight, 0), ids.vector(weight, 1)
+    constant = call.infos[call.node.all_input_nodes[0]].constant
+    info.source = True
+    depthwise = int(groups) == x.shape[channel_dim] > 1
+    if depthwise and inputs is not None:
+        outputs = _depthwise(call, inputs, by_row, weight, groups, transposed)
+    else:
+        outputs = _mixing(call, x, inputs, (by_row, by_column), weight, int(groups), transposed)
+    if bias is not None:
+        ids.attach(bias, outputs, bias.reason or f"meets a tensor of fixed size in {call.where}")
+    info.source = info.source or bias is not None
+    call.info.constant = call.info.constant and constant
+    layers = [] if outputs is None else [spread(outputs, channel_dim, call.shape)]
+    return call.result(layers, None if outputs is not None else weight.reason)
+
+
+def _depthwise(call, inputs, by_row, weight, groups, transposed):
+    """Filter i belongs to input channel i // multiplier."""
+    ids = call.ids
+    multiplier = weight.shape[1] if transposed else weight.shape[0] // len(inputs)
+    outputs = inputs.repeat_interleave(multiplier)
+    rows = inputs if transposed else outputs
+    call.info.source = False
+    if by_row is None or len(by_row) != len(rows):
+        ids.protect(inputs, weight.reason or f"meets a weight of fixed size in {call.where}")
+    else:
+        ids.unite(by_row, rows)
+    ids.bind(groups, inputs, f"the number of groups is fixed in {call.where}")
+    ids.depthwise.append((call.node, outputs))
+    return outputs
+
+
+def _mixing(call, x, inputs, weights, weight, groups, transposed):
+    ids, info = call.ids, call.info
+    by_row, by_column = weights
+    own, outputs = (by_row, by_column) if transposed else (by_column, by_row)
+    info.reads = True
+    if groups > 1:
+        if transposed:
+            for one in (inputs, own, outputs):
+                ids.protect(one, f"{call.where} is transposed and grouped")
+            outputs = ids.new(call.shape[len(x.shape) - int(call.name[-2]) - 1])
+            ids.protect(outputs, f"{call.where} is transposed and grouped")
+            ids.issue(call.node, outputs, linear=False)
+            return outputs
+        if inputs is not None:  # every group must keep as many input channels as the others
+            table = inputs.view(groups, -1)
+            ids.unite(table[:1], table)
+            inputs = table[0]
+        if outputs is not None:
+            table = outputs.view(groups, -1)
+            ids.unite(table[:1], table)
+    if inputs is not None and own is not None:
+        ids.unite(inputs, own)
+    else:
+        for one, other in ((inputs, weight), (own, x)):
+            if one is not None:
+                ids.protect(one, other.reason or f"meets a fixed number of channels in {call.where}")
+    if outputs is None:
+        fixed = ids.new(call.shape[len(x.shape) - int(call.name[-2]) - 1])
+        ids.protect(fixed, weight.reason if weight.reason and not weight.layers else "one filter alone")
+        ids.issue(call.node, fixed, linear=False)
+    else:
+        ids.issue(call.node, outputs, linear=False)
+    return outputs
+
+
+@rule("linear addmm bilinear", linear=True)
+def linear(call):
+    if call.name != "linear":
+        return call.unknown()
+    x, weight, bias = call.get("input", 0), call.get("weight", 1), call.get("bias", 2)
+    batch = [f"b{i}" for i in range(len(x.shape) - 1)]
+    operands = [(x, [*batch, "in"]), (weight, ["out", "in"][-len(weight.shape) :])]
+    out = [*batch, "out"] if len(weight.shape) > 1 else batch
+    result = contract(call, operands, out, linear=True)
+    if bias is not None:
+        call.info.source = True
+        ids = call.ids.vector(result, -1) if len(weight.shape) > 1 else None
+        call.ids.attach(bias, ids, f"meets a tensor of fixed size in {call.where}")
+    return result

@@ -1,0 +1,144 @@
+"""Contractions: matrix products, einsum, attention."""
+
+from taylor_pruning.surgery.ids import Value, varying
+from taylor_pruning.surgery.operations.elementwise import align, settle_product
+from taylor_pruning.surgery.operations.registry import rule
+
+
+def contract(call, operands, out, linear=False, source=False):
+    """sum over all labels that are not in `out` of the product of the operands.
+
+    Args:
+        operands: [(value, labels)], one label for each dimension.
+        out: labels of the result.
+        linear: new ids that come from a constant operand are filters of a fully connected layer.
+    """
+    ids, info = call.ids, call.info
+    labels = list(dict.fromkeys(label for _, own in operands for label in own))
+    sizes = dict.fromkeys(labels, 1)
+    for value, own in operands:
+        for label, size in zip(own, value.shape, strict=True):
+            sizes[label] = max(sizes[label], size)
+    shape = tuple(sizes[label] for label in labels)
+    aligned = [_spread(value, own, labels) for value, own in operands]
+    axes, reason = align(ids, aligned, shape, call.where)
+    kept, summed = [], {labels.index(label) for label in labels if label not in out}
+    for axis in axes:
+        along = set(varying(axis.layer))
+        if not along & summed:
+            kept.append(axis)
+        elif along <= summed and not all(call.is_constant(i) for i in axis.carriers if i < len(call.operands)):
+            info.reads = True
+        else:
+            call.protect(axis.layer, "is summed over a part of its axis in")
+    settle_product(call, kept)
+    if info.reads:
+        info.mains = None if info.source else info.mains
+    if source:
+        info.source = True
+    if not any(call.is_constant(i) for i in range(len(call.operands))):
+        info.nonlinear = call.name
+    layers = []
+    for axis in kept:
+        layer = axis.layer
+        if linear and not info.constant and all(call.is_constant(i) for i in axis.carriers):
+            dims = varying(layer)
+            vector = layer[tuple(slice(None) if d == dims[0] else 0 for d in range(layer.dim()))]
+            ids.issue(call.node, vector, linear=True)
+        for d in summed:
+            layer = layer.narrow(d, 0, 1)
+        order = [labels.index(label) for label in out]
+        layer = layer.permute(*order, *sorted(summed))
+        layers.append(layer.reshape(layer.shape[: len(out)]) if summed else layer)
+    return call.result([layer.expand(call.shape) for layer in layers], reason)
+
+
+def _spread(value, own, labels):
+    """The value with one dimension for each of `labels`."""
+    missing = [label for label in labels if label not in own]
+    order = [[*own, *missing].index(label) for label in labels]
+
+    def moved(layer):
+        return layer[(..., *(None,) * len(missing))].permute(*order)
+
+    shape = [value.shape[own.index(label)] if label in own else 1 for label in labels]
+    return Value(tuple(shape), tuple(moved(layer) for layer in value.layers), value.reason)
+
+
+@rule("matmul rmatmul bmm mm mv dot baddbmm", linear=True)
+def matmul(call):
+    if call.name == "baddbmm":
+        return call.unknown()
+    values = call.values()
+    if len(values) < 2:
+        return call.unknown()
+    a, b = values[:2]
+    if call.name == "rmatmul":
+        a, b = b, a
+    rank = max(len(a.shape), len(b.shape)) - 2
+    batch = [f"b{i}" for i in range(rank)]
+
+    def labels(value, ends):
+        ends = ends if len(value.shape) > 1 else [label for label in ends if label == "k"]
+        return [*batch[rank - (len(value.shape) - len(ends)) :], *ends]
+
+    first, second = labels(a, ["n", "k"]), labels(b, ["k", "m"])
+    out = [*batch, *(["n"] if len(a.shape) > 1 else []), *(["m"] if len(b.shape) > 1 else [])]
+    constant_weight = any(call.is_constant(i) for i in range(2))
+    return contract(call, [(a, first), (b, second)], out, linear=constant_weight)
+
+
+@rule("einsum", linear=True)
+def einsum(call):
+    equation = call.args[0]
+    values = call.values()
+    if not isinstance(equation, str) or "." in equation:
+        return call.unknown()
+    left, _, right = equation.replace(" ", "").partition("->")
+    own = [list(term) for term in left.split(",")]
+    if not right and "->" not in equation:
+        every = "".join(left.split(","))
+        right = "".join(sorted(c for c in set(every) if every.count(c) == 1))
+    if any(len(set(term)) < len(term) for term in own) or len(own) != len(values):
+        return call.unknown()
+    operands = list(zip(values, own, strict=True))
+    return contract(call, operands, list(right), linear=any(call.is_constant(i) for i in range(len(values))))
+
+
+@rule("scaled_dot_product_attention")
+def attention(call):
+    """softmax(q k^T scale) v: heads and the dimension of the values are channels, so is that of q and k if `scale` is given."""
+    ids = call.ids
+    q, k, v = (call.get(name, i) for i, name in enumerate(("query", "key", "value")))
+    mask, scale = call.get("attn_mask", 3), call.kwargs.get("scale")
+    rank = len(q.shape) - 2
+    if len(k.shape) - 2 != rank or len(v.shape) - 2 != rank or call.kwargs.get("enable_gqa"):
+        return call.unknown()
+    if scale is None:
+        for value in (q, k):
+            inner = [layer for layer in value.layers if rank + 1 in varying(layer)]
+            for layer in inner:
+                call.protect(layer, "their number scales")
+    batch = [f"b{i}" for i in range(rank)]
+    labels = [*batch, "l", "d", "s", "e"]
+    parts = [(q, [*batch, "l", "d"]), (k, [*batch, "s", "d"]), (v, [*batch, "s", "e"])]
+    sizes = [max(value.shape[own.index(label)] for value, own in parts if label in own) for label in labels]
+    values = [_spread(value, own, labels) for value, own in parts]
+    if isinstance(mask, Value) and len(mask.shape) >= 2:
+        own = [*batch[rank - (len(mask.shape) - 2) :], "l", "s"]
+        values.append(_spread(mask, own, labels))
+    axes, reason = align(ids, values, tuple(sizes), call.where)
+    call.info.reads = True
+    call.info.mains = (call.operands[2][0],)
+    call.info.nonlinear = call.name
+    layers, d = [], labels.index("d")
+    for axis in axes:
+        along = set(varying(axis.layer))
+        if along <= {d}:
+            continue
+        if along & {d, labels.index("s"), labels.index("l")} or 2 not in axis.carriers:
+            call.protect(axis.layer, "is no axis of the values in")
+            continue
+        layer = axis.layer.select(labels.index("s"), 0).select(d, 0)
+        layers.append(layer.expand(call.shape))
+    return call.result(layers, reason)

@@ -1,0 +1,89 @@
+"""Pooling, resizing and shuffling of space and channels."""
+
+import torch
+
+from taylor_pruning.surgery.ids import varying
+from taylor_pruning.surgery.operations.registry import rule
+
+_DIMENSIONS = "1d 2d 3d".split()
+POOLS = " ".join(
+    f"{kind}{d}"
+    for kind in ("max_pool", "avg_pool", "adaptive_max_pool", "adaptive_avg_pool", "lp_pool")
+    for d in _DIMENSIONS
+)
+
+
+@rule(POOLS + " interpolate upsample grid_sample adaptive_max_pool2d_with_indices max_pool2d_with_indices"
+      " max_unpool2d fractional_max_pool2d", linear=True)  # fmt: skip
+def spatial(call):
+    """Pooling and resizing of space: the same channels at another size."""
+    x = call.values()[0]
+    digit = [int(c) for c in call.name if c.isdigit()]
+    rank = len(x.shape)
+    first = rank - digit[0] if digit else 2
+    call.keep_numbers()
+    kept = []
+    for layer in x.layers:
+        if any(d >= first for d in varying(layer)):
+            call.protect(layer, "passes through")
+        else:
+            kept.append(layer)
+    if "shapes" in call.node.meta:
+        return tuple(_resized(call, kept, shape, first) for shape in call.node.meta["shapes"])
+    return _resized(call, kept, call.shape, first)
+
+
+def _resized(call, layers, shape, first):
+    result = []
+    for layer in layers:
+        for d in range(first, layer.dim()):
+            layer = layer.narrow(d, 0, 1)
+        result.append(layer.expand(shape))
+    return call.result(result, shape=shape)
+
+
+@rule("channel_shuffle native_channel_shuffle", linear=True)
+def channel_shuffle(call):
+    x, groups = call.values()[0], int(call.get("groups", 1))
+    layers = []
+    for layer in x.layers:
+        grouped = layer.unflatten(1, (groups, -1))
+        layers.append(call.ids.together(grouped, 1).transpose(1, 2).flatten(1, 2))
+    return call.result(layers)
+
+
+@rule("pixel_shuffle", linear=True)
+def pixel_shuffle(call):
+    x, factor = call.values()[0], int(call.get("upscale_factor", 1))
+    layers = []
+    for layer in x.layers:
+        grouped = layer.unflatten(-3, (-1, factor * factor))
+        grouped = call.ids.together(grouped, grouped.dim() - 3)
+        layers.append(torch.nn.functional.pixel_shuffle(grouped.flatten(-4, -3), factor))
+    return call.result(layers)
+
+
+@rule("pixel_unshuffle", linear=True)
+def pixel_unshuffle(call):
+    factor = int(call.get("downscale_factor", 1))
+    return call.result([torch.nn.functional.pixel_unshuffle(layer, factor) for layer in call.values()[0].layers])
+
+
+@rule("unfold im2col", linear=True)
+def unfold(call):
+    """F.unfold [N, C, ...] -> [N, C * k, L]: every channel becomes k; Tensor.unfold appends windows of one dimension."""
+    x = call.values()[0]
+    if isinstance(call.node.target, str):
+        dim, layers = int(call.get("dimension", 1)) % len(x.shape), []
+        for layer in x.layers:
+            if dim in varying(layer):
+                return call.unknown()
+            layers.append(layer.narrow(dim, 0, 1)[..., None].expand(call.shape))
+        return call.result(layers)
+    layers = []
+    for layer in x.layers:
+        if set(varying(layer)) - {0, 1}:
+            return call.unknown()
+        small = layer.flatten(2)[:, :, :1].repeat_interleave(call.shape[1] // x.shape[1], 1)
+        layers.append(small.expand(call.shape))
+    return call.result(layers)

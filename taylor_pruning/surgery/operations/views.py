@@ -1,0 +1,233 @@
+"""Views: splitting and merging dimensions, repeating and moving elements."""
+
+import torch
+
+from taylor_pruning.surgery.ids import spread, varying
+from taylor_pruning.surgery.numbers import is_tracked, number
+from taylor_pruning.surgery.operations.registry import rule
+from taylor_pruning.surgery.recorder import operation_name
+
+
+@rule(
+    "permute transpose swapaxes swapdims movedim moveaxis squeeze unsqueeze T mT t H adjoint narrow_copy", linear=True
+)
+def moves(call):
+    """Acts on ids as on data."""
+    x = call.values()[0]
+    if call.name in ("T", "mT", "H"):
+        return call.result([getattr(layer, call.name) for layer in x.layers])
+    arguments = [int(a) if is_tracked(a) else a for a in call.args[1:]]
+    function = getattr(torch.Tensor, call.name)
+    return call.result([function(layer, *arguments, **call.kwargs) for layer in x.layers])
+
+
+@rule("flip fliplr flipud", linear=True)
+def flips(call):
+    """Flips of space act on data alone; channels that are flipped must go in pairs."""
+    x = call.values()[0]
+    dims = call.rest(1) if call.name == "flip" else [1 if call.name == "fliplr" else 0]
+    dims = call.kwargs.get("dims", dims)
+    return call.result(
+        [layer.flip([int(d) for d in ([dims] if isinstance(dims, int) else dims)]) for layer in x.layers]
+    )
+
+
+@rule("roll", linear=True)
+def roll(call):
+    x, dims = call.values()[0], call.get("dims", 2)
+    dims = (dims,) if isinstance(dims, int) else dims
+    kept = []
+    for layer in x.layers:
+        if not dims or set(varying(layer)) & {int(d) % len(x.shape) for d in dims}:
+            call.protect(layer, "is moved by positions in")
+        else:
+            kept.append(layer)
+    return call.result(kept)
+
+
+@rule("view reshape unflatten _reshape_alias", linear=True)
+def view(call):
+    x = call.values()[0]
+    if call.name == "unflatten":
+        dim, sizes = int(call.get("dim", 1)) % len(x.shape), list(call.get("sizes", 2))
+        sizes = [*x.shape[:dim], *sizes, *x.shape[dim + 1 :]]
+        free = {d for d in range(len(sizes)) if not dim <= d < len(sizes) - len(x.shape) + dim + 1}
+    else:
+        sizes, free = call.rest(1), set()
+        if "shape" in call.kwargs or "size" in call.kwargs:
+            sizes = list(call.kwargs.get("shape", call.kwargs.get("size")))
+        if sizes and isinstance(sizes[0], torch.dtype):
+            return call.unknown()
+    return viewed(call, x, sizes, free)
+
+
+@rule("reshape_as view_as", linear=True)
+def view_as(call):
+    x, other = call.values()[:2]
+    return viewed(call, x, sizes_of(call.ids, other), set())
+
+
+@rule("flatten ravel", linear=True)
+def flatten(call):
+    x = call.values()[0]
+    return call.result([layer.reshape(call.shape) for layer in x.layers])
+
+
+def sizes_of(ids, value):
+    """The shape of a tensor, with a Number of ids wherever channels run."""
+    sizes = []
+    for d, size in enumerate(value.shape):
+        if any(d in varying(layer) for layer in value.layers):
+            sizes.append(number(int(size), ids=_counted(ids, value, d)))
+        else:
+            sizes.append(int(size))
+    return sizes
+
+
+def _counted(ids, value, dim):
+    layers = [layer for layer in value.layers if dim in varying(layer)]
+    if len(layers) == 1 and varying(layers[0]) == [dim]:
+        return ids.vector(value, dim)
+    return torch.cat([layer.unique() for layer in layers])
+
+
+def viewed(call, x, sizes, free):
+    """A view to `sizes`: dimensions of a fixed size must keep it, one dimension follows the channels.
+
+    Args:
+        free: dimensions whose size follows in any case.
+    """
+    ids, shape, layers = call.ids, call.shape, []
+    followed = set()
+    for layer in x.layers:
+        before = varying(layer)
+        new = layer.reshape(shape)
+        new = ids.value(shape, (new,)).layers
+        if not new:
+            continue
+        (new,) = new
+        dims = varying(new)
+        open_dims = [d for d in dims if d in free or _is_open(sizes[d])]
+        if len(open_dims) > 1:
+            chosen = _choose(call, sizes, open_dims)
+            for d in open_dims:  # a size computed from these very channels stays what it is if the chosen one follows
+                counted = getattr(sizes[d], "ids", None)
+                if chosen and d not in chosen and counted is not None and bool(torch.isin(counted, layer).all()):
+                    followed.add(d)
+            open_dims = chosen
+        for d in dims:
+            if d not in open_dims:
+                new = ids.together(new, d)
+        for d in open_dims:
+            _follow(call, layer, before, new, d, sizes[d], d in free)
+            followed.add(d)
+        if not varying(new):
+            call.protect(layer, "is viewed at a fixed size in")
+        layers.append(new)
+    for d, size in enumerate(sizes):
+        if is_tracked(size) and size.ids is not None and d not in followed:
+            ids.protect(size.ids, f"their number is a size in {call.where}")
+    return call.result(layers)
+
+
+def _is_open(size):
+    return is_tracked(size) and (size.ids is not None or bool(size.widths)) or size == -1
+
+
+def _choose(call, sizes, dims):
+    """Of several dimensions that could shrink, the one that does."""
+    call.ids.choices += 1
+    named = [d for d in dims if is_tracked(sizes[d])]
+    if len(named) < len(dims):  # -1 and a computed one: no number in the code says which
+        rest = [d for d in dims if d not in named]
+        if any(sizes[d].ids is not None for d in named):
+            return []
+        return named[:1] if call.prefer_heads or _is_mixed(call.node, rest[0]) else rest
+    heads = call.prefer_heads or _is_mixed(call.node, dims[-1])
+    return [dims[0] if heads else dims[-1]]
+
+
+MIXING = set("mean var std var_mean std_mean norm softmax layer_norm amax amin".split())
+
+
+def _is_mixed(node, dim, depth=3):
+    """Whether the dimension is reduced or normalised right behind the node: then it cannot shrink."""
+    for user in node.users:
+        name = operation_name(user)
+        if name in MIXING:
+            dims = user.kwargs.get("dim", user.args[1] if len(user.args) > 1 else None)
+            rank = len(node.meta["shape"])
+            dims = range(rank) if dims is None else [dims] if isinstance(dims, int) else dims
+            if name == "layer_norm" or any(isinstance(d, int) and d % rank == dim for d in dims):
+                return True
+        elif depth and user.meta.get("shape") == node.meta["shape"] and _is_mixed(user, dim, depth - 1):
+            return True
+    return False
+
+
+def _follow(call, layer, before, new, dim, size, free):
+    """`size` is that of a dimension of the view `new` of `layer` along which channels run."""
+    ids, reason = call.ids, f"meets another number of channels in {call.where}"
+    if free or not is_tracked(size):
+        return
+    along = new[tuple(slice(None) if d == dim else 0 for d in range(new.dim()))]
+    if size.ids is None:
+        ids.bind(size, along, reason)
+        return
+    if size.whole and not size.widths and len(size.ids) == len(along):
+        ids.unite(size.ids, along)
+        return
+    vector = (
+        layer[tuple(slice(None) if d == before[0] else 0 for d in range(layer.dim()))] if len(before) == 1 else None
+    )
+    if size.factor is not None and vector is not None and len(vector) == len(size.ids):
+        ids.unite(vector, size.ids)
+    elif not bool(torch.isin(size.ids, layer).all()):
+        ids.protect(layer, reason)
+        ids.protect(size.ids, reason)
+
+
+@rule("expand expand_as broadcast_to", linear=True)
+def expand(call):
+    x = call.values()[0]
+    sizes = sizes_of(call.ids, call.values()[1]) if call.name == "expand_as" else call.rest(1)
+    sizes = list(call.kwargs.get("size", sizes))
+    layers = [layer[(None,) * (len(call.shape) - layer.dim())].expand(call.shape) for layer in x.layers]
+    shift = len(call.shape) - len(x.shape)
+    for d, size in enumerate(sizes):
+        if not is_tracked(size) or (size.ids is None and not size.widths):
+            continue
+        if d >= shift and x.shape[d - shift] > 1 or call.shape[d] == 1:
+            for layer in layers:
+                if d in varying(layer):
+                    _follow(call, layer, varying(layer), layer, d, size, False)
+        elif size.whole and size.ids is not None and len(size.ids) == call.shape[d]:
+            layers.append(spread(size.ids, d, call.shape))
+            call.info.source = True
+        else:
+            call.ids.keep_number(size, f"is repeated over channels in {call.where}")
+    return call.result(layers)
+
+
+@rule("repeat tile", linear=True)
+def repeat(call):
+    x, times = call.values()[0], call.rest(1)
+    layers = [layer.repeat(*map(int, times)) if layer.numel() else layer for layer in x.layers]
+    shift = len(call.shape) - len(x.shape)
+    for d, n in enumerate(times):
+        if is_tracked(n) and n.ids is not None:
+            if n.whole and len(n.ids) == call.shape[d] and (d < shift or x.shape[d - shift] == 1):
+                layers.append(spread(n.ids, d, call.shape))
+                call.info.source = True
+            else:
+                call.ids.keep_number(n, f"is repeated over channels in {call.where}")
+    return call.result(layers)
+
+
+@rule("repeat_interleave", linear=True)
+def repeat_interleave(call):
+    x, times, dim = call.values()[0], call.get("repeats", 1), call.get("dim", 2)
+    if not isinstance(times, int) or dim is None:
+        return call.unknown()
+    call.keep_numbers()
+    return call.result([layer.repeat_interleave(int(times), int(dim)) for layer in x.layers])

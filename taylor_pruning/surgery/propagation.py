@@ -1,0 +1,167 @@
+"""Runs the recorded graph on channel ids instead of data."""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from taylor_pruning.surgery.ids import Value
+from taylor_pruning.surgery.numbers import is_tracked, number
+from taylor_pruning.surgery.operations import RULES, Call, Info
+from taylor_pruning.surgery.operations.registry import PIECEWISE_LINEAR
+from taylor_pruning.surgery.operations.views import sizes_of
+from taylor_pruning.surgery.recorder import operation_name
+
+FACTORIES = set(
+    "zeros ones full empty rand randn arange linspace eye new_zeros new_ones new_full new_empty new_tensor tensor randint "
+    "normal scalar_tensor as_tensor new randperm full_like tril_indices".split()
+)
+
+LIKE = set("to type_as expand_as view_as reshape_as broadcast_to".split())
+
+
+@dataclass
+class Propagation:
+    """What the ids say of a graph.
+
+    Attributes:
+        infos: {node: Info} in order of execution.
+        numbers: {node: Number, shape or other value without tensors}.
+    """
+
+    infos: dict = field(default_factory=dict)
+    env: dict = field(default_factory=dict)
+
+    def exposed(self):
+        """The nodes from which some path leads to a reader without passing another source: gates must be there."""
+        exposed = set()
+        for node in reversed(self.infos):
+            for user in node.users:
+                info = self.infos[user]
+                through = not info.source and (info.mains is None or node in info.mains) and user in exposed
+                if info.reads or through:
+                    exposed.add(node)
+        return exposed
+
+
+def propagate(trace, ids, parameters, prefer_heads=False):
+    """Run the graph of `trace` on ids.
+
+    Args:
+        ids: the ChannelIds to fill.
+        parameters: {name: parameter or buffer}.
+    """
+    result = Propagation()
+    for node in trace.graph.nodes:
+        info = result.infos[node] = Info()
+        if node.op == "placeholder":
+            result.env[node] = Value(node.meta["shape"], (), "input of the network")
+        elif node.op == "get_attr":
+            info.constant = True
+            result.env[node] = _constant(trace, ids, parameters, node)
+        elif node.op == "output":
+            info.reads = True
+            for source in node.all_input_nodes:
+                for layer in result.env[source].layers:
+                    ids.protect(layer, "output of the network")
+        else:
+            result.env[node] = _call(node, info, result, ids, prefer_heads)
+            value = result.env[node]
+            if info.source and isinstance(value, Value):
+                info.value = value
+            elif not isinstance(value, Value):
+                info.source = info.source or not _has_values(value)
+    return result
+
+
+def _constant(trace, ids, parameters, node):
+    if node.target in parameters:
+        return ids.parameter(node.target, tuple(parameters[node.target].shape), f"meets the tensor {node.target}")
+    tensor = trace.constants[node.target]
+    return Value(tuple(tensor.shape), (), "meets a tensor that is neither parameter nor buffer", tensor)
+
+
+def _has_values(value):
+    found = []
+    fx.node.map_aggregate(value, lambda v: found.append(v) if isinstance(v, Value) else v)
+    return bool(found)
+
+
+def _call(node, info, result, ids, prefer_heads):
+    env = result.env
+    operands = []
+
+    def fetch(source):
+        value = env[source]
+        if isinstance(value, Value):
+            operands.append((source, value))
+        return value
+
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), fetch)
+    name = operation_name(node)
+    inputs = [source for source in node.all_input_nodes if source in result.infos and _is_tensor(env[source])]
+    if name in LIKE:  # of the others only the shape or the type matters
+        inputs = inputs[:1]
+    info.constant = bool(inputs) and all(result.infos[i].constant for i in inputs) and name not in FACTORIES
+    node.meta["weight"] = info.constant
+    if name in ("set_grad",):
+        return None
+    if name in ("getattr", "shape") and isinstance(args[0], Value):
+        return tuple(sizes_of(ids, args[0]))
+    if name == "numel":
+        return number(math.prod(args[0].shape), ids=_all_ids(args[0]), factor=None)
+    call = Call(node, name, args, kwargs, ids, info, result.infos, prefer_heads, operands)
+    if not operands:
+        return _without_tensors(call)
+    if name in FACTORIES:
+        return _factory(call)
+    rule = RULES.get(name)
+    if rule is None or not ("shape" in node.meta or "shapes" in node.meta):
+        if name == "pick" and rule is None or name == "setitem":
+            return call.unknown()
+        if rule is None:
+            info.nonlinear = name
+            return call.unknown()
+    if name == "pick":
+        return rule(call)
+    if name not in PIECEWISE_LINEAR and not info.constant:
+        info.nonlinear = name
+    return rule(call)
+
+
+def _is_tensor(value):
+    return isinstance(value, Value) or (isinstance(value, tuple) and _has_values(value))
+
+
+def _all_ids(value):
+    found = [layer.unique() for layer in value.layers]
+    return torch.cat(found) if found else None
+
+
+def _without_tensors(call):
+    """Arithmetic on sizes, an item of a tuple, or a new tensor."""
+    if "shape" not in call.node.meta:
+        if call.name == "pick" or call.node.op == "call_function" and "shapes" not in call.node.meta:
+            return call.node.target(*call.args, **call.kwargs)
+        return call.fill(f"passes through {call.where}")
+    if call.name == "pick":
+        return call.args[0][call.args[1]]
+    return _factory(call)
+
+
+def _factory(call):
+    """A new tensor: where its size is a number of channels, it has those channels; they are never closed."""
+    call.info.source = call.name not in ("zeros", "new_zeros")
+    call.info.mains = ()
+    call.info.constant = call.info.source
+    shape, layers = call.shape, []
+    start = 1 if call.operands and call.node.op == "call_method" else 0
+    sizes = call.rest(start) or list(call.kwargs.get("size", ()))
+    for d, size in enumerate(sizes[: len(shape)]):
+        if is_tracked(size) and (size.ids is not None or size.widths):
+            if size.ids is not None and size.whole and len(size.ids) == shape[d]:
+                layers.append(size.ids.view([-1 if i == d else 1 for i in range(len(shape))]).expand(shape))
+            else:
+                call.ids.keep_number(size, f"their number is the size of a new tensor in {call.where}")
+    return call.ids.value(shape, layers, f"meets the new tensor {call.where}")

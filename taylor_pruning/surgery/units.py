@@ -1,0 +1,82 @@
+"""What a channel graph is made of: units, layers, places of gates, readers, costs."""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import fx
+
+
+class Unit(NamedTuple):
+    """The smallest set of filters that must be removed together."""
+
+    index: int
+    filters: tuple  # ((layer name, filter index), ...)
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """One conv or prunable linear layer: how many filters, to which unit each belongs, why some may not go."""
+
+    filters: int
+    unit_of: torch.Tensor  # [filters] unit index, -1 where protected
+    reason: str | None  # why filters are protected, None if all may be removed
+
+    @property
+    def removable(self):
+        return self.unit_of >= 0
+
+
+@dataclass(frozen=True)
+class GateSite:
+    """A place where gates multiply activations: the result of one operation of the graph."""
+
+    module: str  # in whose forward the operation runs
+    call: int  # how many sites of that module come before
+    dim: int  # channel dimension of that result
+    units: torch.Tensor  # [channels] unit index, -1 for channels without a gate
+    node: fx.Node = field(default=None, repr=False, compare=False)
+    batch_dim: int = 0
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A conv or linear layer that reads channels of units."""
+
+    layer: str
+    groups: int
+    units: torch.Tensor  # [input channels or features] unit index, -1 for what always stays
+    positions: int  # consecutive features of a linear layer's input that are one flattened channel
+    is_linear: bool
+    nodes: tuple = field(default=(), repr=False, compare=False)  # where the graph applies it
+
+    def to_rows(self, x):
+        """The layer's input x [B, channels, ...] or [B, ..., features] as [B, groups, channels of a group, positions]."""
+        if self.is_linear:
+            x = x.reshape(len(x), -1, x.shape[-1]).mT
+        return x.reshape(len(x), self.groups, len(self.units) // self.groups // self.positions, -1)
+
+    def from_rows(self, rows, shape):
+        """Inverse of `to_rows` for an input of that shape."""
+        if self.is_linear:
+            rows = rows.reshape(len(rows), len(self.units), -1).mT
+        return rows.reshape(shape)
+
+
+@dataclass(frozen=True)
+class CostTerm:
+    """A tensor's share of the costs: `parameters` and `macs` for every element of the product of its dimensions."""
+
+    parameters: int
+    macs: int
+    sizes: tuple  # full length of every dimension that can shrink
+    dims: tuple  # for each of them: [length] unit index or -1
+
+
+def group(items, labels):
+    """{label: tuple of the items that bear it}, in ascending order of the labels [len(items)]."""
+    values, counts = labels.unique(return_counts=True)
+    ordered = [items[i] for i in labels.argsort(stable=True).tolist()]
+    ends = counts.cumsum(0)
+    bounds = zip(values.tolist(), (ends - counts).tolist(), ends.tolist(), strict=True)
+    return {value: tuple(ordered[start:end]) for value, start, end in bounds}
