@@ -19,6 +19,7 @@ are in scoring.taylor, the choice under a budget in selection.greedy.
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable, Iterable
 
 import torch
@@ -30,10 +31,19 @@ from taylor_pruning.errors import InputError, one_of
 from taylor_pruning.experiment.settings import TAYLOR_ORDERS, PruningSettings
 from taylor_pruning.first_batch import device_of
 from taylor_pruning.scoring.collecting import collect_directions
-from taylor_pruning.scoring.estimates import channel_estimates
+from taylor_pruning.scoring.estimates import by_fold, channel_estimates, input_moments
 from taylor_pruning.scoring.flow import relative_flow, weigh
+from taylor_pruning.scoring.layer_costs import removal_costs
 from taylor_pruning.scoring.probes import cross_entropy, probe_derivatives
-from taylor_pruning.selection.greedy import Ledger, Selection, require_units, select_by_score, select_jointly
+from taylor_pruning.scoring.taylor import Directions
+from taylor_pruning.selection.greedy import (
+    Ledger,
+    Selection,
+    require_units,
+    select_behind_repair,
+    select_by_score,
+    select_jointly,
+)
 from taylor_pruning.surgery.graph import ChannelGraph
 
 __all__ = ["ChannelGraph", "EnhancedFilterPruner"]
@@ -86,6 +96,7 @@ class EnhancedFilterPruner:
         self.settings = settings = dataclasses.replace(settings or PruningSettings(), **fields)
         self.taylor_order, self.use_gradient_flow = taylor_order, use_gradient_flow
         self.loss, self.progress = loss, progress
+        check_weights(model)
         self.graph = graph or ChannelGraph(model, example_input, settings.exclude, settings.prune_linear)
         self.model = self.graph.model
         require_units(self.graph)
@@ -129,18 +140,9 @@ class EnhancedFilterPruner:
             raise InputError("scores behind compensation need the cross-entropy; rank without compensation batches")
         batches, compensation, settings = self._read(batches), self._read(compensation or ()), self.settings
         self.repairs, self.directions, self.probed = bool(compensation), None, None
+        self.compensation = compensation
         if self.loss is cross_entropy:
-            self.directions = collect_directions(
-                self.model,
-                self.graph,
-                batches,
-                settings.class_probes,
-                progress=self.progress,
-                want_flow=self.use_gradient_flow,
-                estimates=channel_estimates(self.model, self.graph, compensation) if self.repairs else None,
-                reference=(reference or self.model) if self.repairs else None,
-                seed=settings.seed,
-            )
+            self.directions = self._collected(batches, reference or self.model)
         if self._needs_probes(self.taylor_order):
             self.probed = probe_derivatives(
                 self.model,
@@ -153,6 +155,18 @@ class EnhancedFilterPruner:
                 progress=self.progress,
             )
         return self
+
+    def _collected(self, batches, reference):
+        """Directions of the removals alone or, behind compensation, with estimates that were fitted on other images."""
+        fixed = {"progress": self.progress, "want_flow": self.use_gradient_flow, "seed": self.settings.seed}
+        probes = self.settings.class_probes
+        if not self.repairs or not batches:
+            return collect_directions(self.model, self.graph, batches, probes, **fixed)
+        self.moments, parts = input_moments(self.model, self.graph, self.compensation), []
+        for fold, images in by_fold(batches):
+            fixed["estimates"] = channel_estimates(self.moments, without=fold)
+            parts.append(collect_directions(self.model, self.graph, images, probes, reference=reference, **fixed))
+        return Directions.join(parts)
 
     def _read(self, batches):
         device = device_of(self.model)
@@ -175,7 +189,9 @@ class EnhancedFilterPruner:
     def with_order(self, taylor_order: int, use_gradient_flow: bool = False) -> "EnhancedFilterPruner":
         """A pruner of another order that shares what this one has collected. Raises InputError if that does not suffice."""
         if not self.provides(taylor_order, use_gradient_flow):
-            raise InputError(f"order {taylor_order} needs more than was collected; rank with taylor_order={taylor_order}")
+            raise InputError(
+                f"order {taylor_order} needs more than was collected; rank with taylor_order={taylor_order}"
+            )
         other = copy.copy(self)
         other.taylor_order, other.use_gradient_flow = taylor_order, use_gradient_flow
         return other
@@ -284,8 +300,10 @@ class EnhancedFilterPruner:
         """The filters to remove.
 
         A joint selection goes by the signed loss change given the units chosen already; others, and order 1, go by
-        `criterion`. `predicted_loss_change` (nats) is what the directions predict for the whole plan, None for order 1: of
-        the cross-entropy with the labels or, after `rank` with compensation, of the divergence from the reference.
+        `criterion`. After `rank` with compensation a joint selection, of any order, goes by the closed form of
+        scoring.layer_costs, which starts from `levels`. `predicted_loss_change` (nats) is what is predicted for the whole
+        plan: of the cross-entropy with the labels (None for order 1) or, after `rank` with compensation, of the divergence
+        from the reference.
 
         Args:
             percentage: of the budget in the settings (default: of the filters that may be removed), in (0, 100),
@@ -304,9 +322,15 @@ class EnhancedFilterPruner:
         """Like `get_pruning_plan`; returns the indices of the chosen units."""
         order = self.taylor_order
         self._check_ranked(order)
-        selection = Selection(self.graph, percentage, self.settings.constraints, ledger)
-        mode = self.settings.selection
-        if order > 1 and (mode == "joint" or (mode == "auto" and not self.repairs)):
+        constraints, joint = self.settings.constraints, self.settings.selection != "independent"
+        if self.repairs and joint and self.settings.layer_bound is None:
+            constraints = dataclasses.replace(constraints, layer_bound=math.inf)  # these costs compare between layers
+        selection = Selection(self.graph, percentage, constraints, ledger)
+        if self.repairs and joint:
+            chosen, predicted = self._select_behind_repair(selection)
+            self.predicted_loss_change, self.layer_bound_held = predicted, selection.bound_held
+            return chosen
+        if order > 1 and joint:
             directions, correction = self._directions(order), self._correction(order)
             chosen = select_jointly(selection, directions, order, correction, self.flow_weights())
         else:
@@ -314,6 +338,25 @@ class EnhancedFilterPruner:
         self.predicted_loss_change = self._predicted(chosen) if order > 1 and self.directions else None
         self.layer_bound_held = selection.bound_held
         return chosen
+
+    def _select_behind_repair(self, selection):
+        levels, weights = self.levels(), self.flow_weights()
+        levels = levels if weights is None else weigh(levels, weights)
+        costs = removal_costs(self.model, self.graph, self.moments, self.compensation, levels)
+        return select_behind_repair(selection, costs), costs.total
+
+    def levels(self, order: int | None = None) -> Tensor:
+        """What removing each unit alone costs behind compensation, from which the closed form grows.
+
+        Order 2: h / 2. Order 3: the saturating estimate from h and t (scoring.taylor.closed_third_order), which stays
+        small for units whose quadratic is large. Order 1: half the mean squared first-order term, which is h / 2 in
+        expectation where labels are drawn from the network's own predictions, and noisier on few images.
+
+        Returns:
+            [units] nats, never negative.
+        """
+        order = order or self.taylor_order
+        return self._squared_first_order() / 2 if order == 1 else self.scores(order)
 
     def _predicted(self, chosen):
         """Mean loss change (nats) of removing the chosen units together, to first order in the network."""
