@@ -96,7 +96,6 @@ class EnhancedFilterPruner:
         self.settings = settings = dataclasses.replace(settings or PruningSettings(), **fields)
         self.taylor_order, self.use_gradient_flow = taylor_order, use_gradient_flow
         self.loss, self.progress = loss, progress
-        check_weights(model)
         self.graph = graph or ChannelGraph(model, example_input, settings.exclude, settings.prune_linear)
         self.model = self.graph.model
         require_units(self.graph)

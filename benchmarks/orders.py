@@ -34,7 +34,8 @@ from cifar_resnets import cifar_resnet
 from measuring import started
 
 from EnhancedPruning import EnhancedPruning, PruningSettings
-from taylor_pruning.experiment.data import TensorImages, make_loader
+from taylor_pruning.experiment.data import TensorImages
+from taylor_pruning.experiment.loaders import make_loader
 from taylor_pruning.experiment.models import build_model
 from taylor_pruning.experiment.results import all_filters, remaining
 from taylor_pruning.repair.compensation import compensate
