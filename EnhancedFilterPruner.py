@@ -19,6 +19,7 @@ are in scoring.taylor, the choice under a budget in selection.greedy.
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable, Iterable
 
 import torch
@@ -31,11 +32,19 @@ from taylor_pruning.experiment.settings import TAYLOR_ORDERS, PruningSettings
 from taylor_pruning.first_batch import device_of
 from taylor_pruning.scoring.collected import Collected
 from taylor_pruning.scoring.collecting import collect_directions
-from taylor_pruning.scoring.estimates import channel_estimates
+from taylor_pruning.scoring.estimates import by_fold, channel_estimates, input_moments
 from taylor_pruning.scoring.flow import relative_flow, weigh
+from taylor_pruning.scoring.layer_costs import removal_costs
 from taylor_pruning.scoring.probes import cross_entropy, probe_derivatives
 from taylor_pruning.scoring.taylor import Directions
-from taylor_pruning.selection.greedy import Ledger, Selection, require_units, select_by_score, select_jointly
+from taylor_pruning.selection.greedy import (
+    Ledger,
+    Selection,
+    require_units,
+    select_behind_repair,
+    select_by_score,
+    select_jointly,
+)
 from taylor_pruning.surgery.graph import ChannelGraph
 
 __all__ = ["ChannelGraph", "EnhancedFilterPruner"]
@@ -95,6 +104,7 @@ class EnhancedFilterPruner:
         if loss is not cross_entropy and (settings.selection != "independent" or self.curvature_path == "exact"):
             raise InputError("a loss other than cross-entropy needs selection='independent' and curvature='hvp'")
         self.collected = self.predicted_loss_change = self.layer_bound_held = None
+        self.compensation = self.moments = None
 
     # -- collecting --------------------------------------------------------------------------------------------------
 
@@ -123,18 +133,10 @@ class EnhancedFilterPruner:
         batches, compensation, settings = self._read(batches), self._read(compensation or ()), self.settings
         directions = probed = None
         repairs, by_probes = bool(compensation), self.curvature_path == "hvp" and not compensation
+        if repairs:
+            self.compensation, self.moments = compensation, input_moments(self.model, self.graph, compensation)
         if self.loss is cross_entropy:
-            directions = collect_directions(
-                self.model,
-                self.graph,
-                batches,
-                settings.class_probes,
-                progress=self.progress,
-                want_flow=self.use_gradient_flow,
-                estimates=channel_estimates(self.model, self.graph, compensation) if repairs else None,
-                reference=(reference or self.model) if repairs else None,
-                seed=settings.seed,
-            )
+            directions = self._directions_of(batches, (reference or self.model) if repairs else None)
         if directions is None or (by_probes and self.taylor_order > 1):
             probed = probe_derivatives(
                 self.model,
@@ -148,6 +150,18 @@ class EnhancedFilterPruner:
             )
         self.collected = Collected(directions, probed, repairs, by_probes)
         return self
+
+    def _directions_of(self, batches, reference):
+        """Directions of the removals alone or, behind compensation, with estimates that were fitted on other images."""
+        fixed = {"progress": self.progress, "want_flow": self.use_gradient_flow, "seed": self.settings.seed}
+        probes = self.settings.class_probes
+        if reference is None or not batches:
+            return collect_directions(self.model, self.graph, batches, probes, **fixed)
+        parts = []
+        for fold, images in by_fold(batches):
+            fixed["estimates"] = channel_estimates(self.moments, without=fold)
+            parts.append(collect_directions(self.model, self.graph, images, probes, reference=reference, **fixed))
+        return Directions.join(parts)
 
     def _read(self, batches):
         device = device_of(self.model)
@@ -248,8 +262,10 @@ class EnhancedFilterPruner:
         """The filters to remove.
 
         A joint selection goes by the signed loss change given the units chosen already; others, and order 1, go by
-        `criterion`. `predicted_loss_change` (nats) is what the directions predict for the whole plan, None for order 1: of
-        the cross-entropy with the labels or, after `rank` with compensation, of the divergence from the reference.
+        `criterion`. After `rank` with compensation a joint selection, of any order, goes by the closed form of
+        scoring.layer_costs, which starts from `levels`. `predicted_loss_change` (nats) is what is predicted for the whole
+        plan: of the cross-entropy with the labels (None for order 1) or, after `rank` with compensation, of the divergence
+        from the reference.
 
         Args:
             percentage: of the budget in the settings (default: of the filters that may be removed), in (0, 100),
@@ -266,17 +282,43 @@ class EnhancedFilterPruner:
 
     def select(self, percentage: float, ledger: Ledger | None = None) -> list[int]:
         """Like `get_pruning_plan`; returns the indices of the chosen units."""
-        order, mode = self.taylor_order, self.settings.selection
-        collected = self._collected(order)
-        selection = Selection(self.graph, percentage, self.settings.constraints, ledger)
-        if order > 1 and (mode == "joint" or (mode == "auto" and not collected.behind_repair)):
-            directions, correction = collected.of_order(order), collected.correction(order)
-            chosen = select_jointly(selection, directions, order, correction, self.flow_weights())
+        order, constraints = self.taylor_order, self.settings.constraints
+        collected, joint = self._collected(order), self.settings.selection != "independent"
+        behind_repair = joint and collected.behind_repair
+        if behind_repair and self.settings.layer_bound is None:
+            constraints = dataclasses.replace(constraints, layer_bound=math.inf)  # these costs compare between layers
+        selection = Selection(self.graph, percentage, constraints, ledger)
+        if behind_repair:
+            costs = self._removal_costs()
+            chosen = select_behind_repair(selection, costs)
+            self.predicted_loss_change = costs.total
         else:
-            chosen = select_by_score(selection, self.criterion()[0])
-        self.predicted_loss_change = collected.predicted_loss_change(chosen, order)
+            if joint and order > 1:
+                directions, correction = collected.of_order(order), collected.correction(order)
+                chosen = select_jointly(selection, directions, order, correction, self.flow_weights())
+            else:
+                chosen = select_by_score(selection, self.criterion()[0])
+            self.predicted_loss_change = collected.predicted_loss_change(chosen, order)
         self.layer_bound_held = selection.bound_held
         return chosen
+
+    def _removal_costs(self):
+        levels, weights = self.levels(), self.flow_weights()
+        levels = levels if weights is None else weigh(levels, weights)
+        return removal_costs(self.model, self.graph, self.moments, self.compensation, levels)
+
+    def levels(self, order: int | None = None) -> Tensor:
+        """What removing each unit alone costs behind compensation, from which the closed form grows.
+
+        Order 2: h / 2. Order 3: the saturating estimate from h and t (scoring.taylor.closed_third_order), which stays
+        small for units whose quadratic is large. Order 1: half the mean squared first-order term, which is h / 2 in
+        expectation where labels are drawn from the network's own predictions, and noisier on few images.
+
+        Returns:
+            [units] nats, never negative.
+        """
+        order = order or self.taylor_order
+        return self._collected(1).squared_first_order() / 2 if order == 1 else self.scores(order)
 
 
 def choose_curvature(graph: ChannelGraph, curvature: str, loss: Callable = cross_entropy) -> tuple[str, str]:

@@ -146,7 +146,7 @@ class EnhancedPruning:
         """Evaluates the dense network, prunes it in rounds and evaluates it again.
 
         Args:
-            pruning_percentage: in (0, 100), of the budget in the settings.
+            pruning_percentage: in (0, 100), of the budget in the settings; a target in the settings takes its place.
             taylor_order: 1, 2 or 3.
             use_gradient_flow: weigh scores by gradient flow and report it.
             oracle_samples: filters whose true loss change is measured, see `oracle`.
@@ -159,6 +159,8 @@ class EnhancedPruning:
         Raises:
             InputError: an argument, the data or the checkpoint is wrong, see the message.
         """
+        if self.settings.target:
+            pruning_percentage = self.settings.target.percentage(self.graph)
         check_reachable(self.graph, pruning_percentage, self.settings.constraints)
         one_of("taylor_order", taylor_order, TAYLOR_ORDERS)
         method = {"taylor_order": taylor_order, "use_gradient_flow": use_gradient_flow}

@@ -39,7 +39,7 @@ from taylor_pruning.repair.compensation import compensate
 from taylor_pruning.report.json_files import write_json
 from taylor_pruning.scoring.oracle import spearman, true_loss_changes
 from taylor_pruning.selection.baselines import BASELINES
-from taylor_pruning.selection.greedy import Constraints, Selection, select_by_score
+from taylor_pruning.selection.greedy import BUDGETS, Constraints, Selection, select_by_score
 from taylor_pruning.training.fine_tuning import Recipe, evaluate, fine_tune
 
 OURS = [f"order {order}" for order in (1, 2, 3)]
@@ -75,6 +75,7 @@ def parse_arguments():
     parser.add_argument("--lr", type=float, nargs="+", default=[0.01],
                         help="the best on held-out images is taken for each criterion and percentage")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=PruningSettings.rounds)
+    parser.add_argument("--budget", choices=BUDGETS, default="filters", help="what the percentages count, for all criteria")
     parser.add_argument("--layer-bound", type=float, default=Constraints.layer_bound)
     parser.add_argument("--true-changes", type=int, default=60, help="filters whose true loss change is measured")
     parser.add_argument("--criteria", nargs="+", help="substrings of the criteria to run (default: all)")
@@ -150,7 +151,8 @@ def networks(criterion, pruning, data, arguments, seed, batches):
         name = criterion.removesuffix(suffix) if suffix else criterion
         if name in OURS and name + suffix == criterion:
             settings = PruningSettings(
-                **{"rounds": arguments.rounds, "seed": seed, "layer_bound": arguments.layer_bound, **VARIANTS[suffix]}
+                **{"rounds": arguments.rounds, "seed": seed, "layer_bound": arguments.layer_bound,
+                   "budget": arguments.budget, **VARIANTS[suffix]}
             )
             ours = EnhancedPruning(pruning.model, pruning.train_loader, pruning.val_loader, calibration=batches,
                                    compensation=pruning.compensation, settings=settings, progress=False)  # fmt: skip
@@ -164,9 +166,10 @@ def networks(criterion, pruning, data, arguments, seed, batches):
                 compensate(pruning.model, result.model, pruning.compensation, kept, progress=False)
         return {p: result.model for p, result in results.items()}
     scores = peer_scores(criterion, pruning.model, pruning.graph, batches)
+    own_widths = Constraints(arguments.budget, layer_bound=math.inf)
     return {
         p: pruning.graph.remove(
-            [pruning.graph.units[u] for u in select_by_score(Selection(pruning.graph, p, Constraints()), scores)]
+            [pruning.graph.units[u] for u in select_by_score(Selection(pruning.graph, p, own_widths), scores)]
         )
         for p in arguments.percentages
     }
@@ -259,7 +262,8 @@ def run(arguments):
         batches = calibration_batches(data, arguments.calibration_samples, 100, seed=seed)
         more = calibration_batches(data, arguments.compensation_samples, 100, seed=seed)
         pruning = EnhancedPruning(dense, val, val, calibration=batches, compensation=more,
-                                  settings=PruningSettings(compensate=False, seed=seed), progress=False)  # fmt: skip
+                                  settings=PruningSettings(compensate=False, seed=seed,
+                                                           budget=arguments.budget), progress=False)  # fmt: skip
         pruning.graph.model.eval()
         if arguments.true_changes and seed not in [single["seed"] for single in results["single"]]:
             estimates = single_estimates(pruning, batches, arguments, seed)

@@ -27,7 +27,7 @@ from measuring import Start, in_turn, print_ratios
 from EnhancedPruning import PruningSettings
 from taylor_pruning.experiment.models import build_model, head_name
 from taylor_pruning.scoring.collecting import collect_directions
-from taylor_pruning.scoring.estimates import channel_estimates
+from taylor_pruning.scoring.estimates import channel_estimates, input_moments
 from taylor_pruning.scoring.taylor import Directions, class_basis
 from taylor_pruning.selection.greedy import Constraints, Selection, select_jointly
 from taylor_pruning.surgery.graph import ChannelGraph
@@ -77,7 +77,7 @@ def run_part(arguments):
             F.cross_entropy(model(x), y).backward()
         print(json.dumps(start.since()))
         return
-    estimates = channel_estimates(model, graph, batches) if arguments.repairs else None
+    estimates = channel_estimates(input_moments(model, graph, batches)) if arguments.repairs else None
     directions = collect_directions(model, graph, batches, arguments.class_probes, progress=False, estimates=estimates)
     measured = start.since()
     kept = directions.coordinates.nbytes

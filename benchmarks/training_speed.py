@@ -28,12 +28,12 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from EnhancedPruning import profile
 from taylor_pruning.experiment.data import IMAGENET_MEAN, IMAGENET_STD, TensorImages
 from taylor_pruning.experiment.loaders import make_loader
 from taylor_pruning.experiment.models import build_model
 from taylor_pruning.surgery.graph import ChannelGraph
 from taylor_pruning.training.fine_tuning import Accuracy, Recipe, fine_tune
+from taylor_pruning.training.profile import profile
 from taylor_pruning.training.recipe import AMP_DTYPES
 
 SIZE, CLASSES, PADDING = 32, 10, 4

@@ -3,8 +3,10 @@
 import dataclasses
 from dataclasses import dataclass
 
+from taylor_pruning.errors import InputError
 from taylor_pruning.options import check, option
 from taylor_pruning.selection.greedy import Constraints
+from taylor_pruning.selection.targets import Target, parse_target
 
 TAYLOR_ORDERS = (1, 2, 3)
 SELECTIONS = ("auto", "joint", "independent")
@@ -17,13 +19,16 @@ class PruningSettings(Constraints):
 
     Attributes:
         rounds: number of score-and-prune rounds on the way to the percentage.
-        selection: "joint": greedy, given the filters already chosen (selection.greedy); "independent": by single scores;
-            "auto": independent with `compensate`, else joint.
+        selection: "joint" or "auto": greedy, given the filters already chosen (selection.greedy); "independent": by single
+            scores.
         curvature: "exact": second and third derivatives from class directions (along residual streams the Gauss-Newton
             part); "hvp": from random probes (scoring.probes); "auto": exact where the network is piecewise linear.
         class_probes: class directions of every sample; at most classes - 1 are used.
         hessian_probes: random probes of every sample where the curvature is "hvp".
-        budget, layer_bound, min_filters, round_to: see selection.greedy.Constraints.
+        budget, layer_bound, min_filters, round_to: see selection.greedy.Constraints. A `layer_bound` of None is no bound
+            for a joint selection with `compensate`, whose costs compare between layers.
+        target_macs, target_params: what must be left of the network, as "50%" or "150M" (selection.targets). One of them
+            takes the place of the budget and of the pruning percentage.
         exclude: patterns (`fnmatch`) of layers whose filters are never removed.
         prune_linear: also remove outputs of hidden fully connected layers.
         compensate: least squares on the calibration images after every round (repair.compensation), each time from the
@@ -46,9 +51,8 @@ class PruningSettings(Constraints):
     )
     selection: str = option(
         "auto",
-        "joint: greedy, given the filters already chosen; independent: by single scores; auto: independent with "
-        "--compensate, else joint",
-        "joint, with --no-compensate, is ahead when many filters go at once.",
+        "joint: greedy, given the filters already chosen; independent: by single scores; auto: joint",
+        "joint is ahead when many filters go at once.",
         choices=SELECTIONS,
     )
     curvature: str = option(
@@ -100,6 +104,18 @@ class PruningSettings(Constraints):
         "It made no difference behind compensation.",
         command_line=False,
     )
+    target_macs: str | None = option(
+        None,
+        "multiply-accumulates that must be left, as 50% or 150M, in place of a percentage",
+        "When the network must fit a budget.",
+        metavar="LEFT",
+    )
+    target_params: str | None = option(
+        None,
+        "parameters that must be left, as 50% or 3M, in place of a percentage",
+        "When the file must fit a budget.",
+        metavar="LEFT",
+    )
     seed: int = option(
         0,
         "seed of initial weights, calibration images and order of batches",
@@ -110,6 +126,17 @@ class PruningSettings(Constraints):
         if not isinstance(self.exclude, str):
             object.__setattr__(self, "exclude", tuple(self.exclude))
         check(self)
+        if self.target:
+            object.__setattr__(self, "budget", self.target.kind)
+
+    @property
+    def target(self) -> Target | None:
+        """What must be left of the network, where that is given."""
+        given = {"macs": self.target_macs, "params": self.target_params}
+        targets = [parse_target(kind, text) for kind, text in given.items() if text is not None]
+        if len(targets) > 1:
+            raise InputError("give one target, target_macs or target_params, not both")
+        return targets[0] if targets else None
 
     @property
     def constraints(self) -> Constraints:

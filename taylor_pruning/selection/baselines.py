@@ -37,12 +37,31 @@ def magnitude(graph, directions=None, seed=0):
     return total / torch.tensor([len(unit.filters) for unit in graph.units])
 
 
+def lamp(graph, directions=None, seed=0):
+    """Squared norm of the filter's weights over the sum of those of its layer that are as large or larger.
+
+    LAMP (Lee et al. 2021, arXiv:2010.07611, eq. 4), which compares weights of different layers, with filters in the place
+    of weights. A unit of several filters has their mean.
+    """
+    parameters = dict(graph.model.named_parameters())
+    total = torch.zeros(len(graph.units), dtype=torch.float64)
+    for name, info in graph.layers.items():
+        weight = parameters[f"{name}.weight"].detach().double().cpu()
+        if isinstance(graph.model.get_submodule(name), _ConvTransposeNd):
+            weight = weight.transpose(0, 1)  # [in, out, ...]
+        squares, order = weight.flatten(1).square().sum(1).sort(descending=True)
+        scores = torch.empty_like(squares)
+        scores[order] = squares / squares.cumsum(0).clamp_min(torch.finfo(squares.dtype).tiny)
+        total.index_add_(0, info.unit_of[info.removable], scores[info.removable])
+    return total / torch.tensor([len(unit.filters) for unit in graph.units])
+
+
 def random(graph, directions=None, seed=0):
     """Uniform random scores."""
     return torch.rand(len(graph.units), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-BASELINES = {f.__name__: f for f in (molchanov2017, molchanov2019, magnitude, random)}
+BASELINES = {f.__name__: f for f in (molchanov2017, molchanov2019, magnitude, lamp, random)}
 
 
 def baseline_scores(name, graph, directions, seed=0):

@@ -37,10 +37,10 @@ class Constraints:
     layer_bound: float | None = option(
         None,
         "no layer loses more than this multiple of the target share of its filters, inf: no bound",
-        "A budget in filters needs it, or cheap filters of few layers all go. A larger bound sets the widths freer.",
+        "A budget in filters without --compensate needs it, or cheap filters of few layers all go.",
         low=1,
         infinite=True,
-        default_text="1.03 for a budget in filters, else inf",
+        default_text="1.03 for a budget in filters without --compensate, else inf",
     )
     min_filters: int = option(
         1,
@@ -80,7 +80,9 @@ class CostModel:
                 row[d] = len(sizes)
                 sizes.append(size)
                 counts.append(torch.bincount(unit_of[unit_of >= 0], minlength=units).float())
-        self.alive, self.counts = torch.tensor(sizes, dtype=torch.float64), torch.stack(counts)
+        self.alive = torch.tensor(sizes, dtype=torch.float64)
+        # Units that shrink the same dimensions by equally much save equally much: one column stands for all of them.
+        self.counts, self.kind = torch.stack(counts).unique(dim=1, return_inverse=True)
 
     def total(self):
         return (self.scale * self.alive[self.rows].prod(1)).sum().item()
@@ -93,10 +95,10 @@ class CostModel:
             0, self.rows.flatten(), (self.scale[:, None] * others).flatten()
         )
         slopes[0] = 0
-        return slopes.float() @ self.counts[:, units]
+        return (slopes.float() @ self.counts)[self.kind[units]]
 
     def remove(self, unit):
-        self.alive -= self.counts[:, unit]
+        self.alive -= self.counts[:, self.kind[unit]]
 
 
 def require_units(graph):
@@ -273,6 +275,26 @@ def select_by_score(selection, scores):
                 break
             selection.take(unit)
     selection.round_widths(scores)
+    return selection.chosen
+
+
+def select_behind_repair(selection, costs):
+    """Chooses the unit of lowest marginal cost per unit of budget, one after the other, until the selection is done.
+
+    After every choice only what it changes is computed anew: the costs in the layers that read the unit, and the savings.
+
+    Args:
+        costs: scoring.layer_costs.RemovalCosts of the selection's graph; the chosen units are removed from it.
+
+    Returns:
+        the chosen unit indices.
+    """
+    while not selection.done():
+        selection.close_if_unreachable()
+        unit = int((costs.marginal / selection.savings()).masked_fill(~selection.open, torch.inf).argmin())
+        if selection.take(unit):
+            costs.remove(unit)
+    selection.round_widths(costs.marginal)
     return selection.chosen
 
 

@@ -11,7 +11,7 @@ from EnhancedFilterPruner import EnhancedFilterPruner
 from taylor_pruning.errors import InputError
 from taylor_pruning.repair.compensation import compensate
 from taylor_pruning.scoring.collecting import collect_directions
-from taylor_pruning.scoring.estimates import channel_estimates
+from taylor_pruning.scoring.estimates import by_fold, channel_estimates, input_moments
 from taylor_pruning.scoring.oracle import spearman
 from taylor_pruning.surgery.graph import ChannelGraph
 
@@ -31,9 +31,11 @@ def settled(*layers):
 
 
 def test_estimates_are_least_squares_on_the_other_channels(plain_network, images, labels, monkeypatch):
-    monkeypatch.setattr("taylor_pruning.scoring.estimates.RIDGE", -5 / (12 * 16) + 1e-12)  # no ridge for layer 4: 5 channels, 192 rows
+    monkeypatch.setattr(
+        "taylor_pruning.scoring.estimates.RIDGE", -5 / (12 * 16) + 1e-12
+    )  # no ridge for layer 4: 5 channels, 192 rows
     graph = ChannelGraph(plain_network, images)
-    estimate = channel_estimates(plain_network, graph, [(images[:5], labels), (images[5:], labels)])["4"]
+    estimate = channel_estimates(input_moments(plain_network, graph, [(images[:5], labels), (images[5:], labels)]))["4"]
     x = readers_inputs(plain_network, "4", images)
     rows = x.movedim(1, -1).reshape(-1, 5)
     for u in range(5):
@@ -57,7 +59,7 @@ def test_a_closed_channel_is_replaced_by_its_estimate(layers, images, labels):
     model = settled(*layers)
     graph = ChannelGraph(model, images)
     name = str(len(layers) - 1)
-    estimates = channel_estimates(model, graph, [(images, labels)])
+    estimates = channel_estimates(input_moments(model, graph, [(images, labels)]))
     x = readers_inputs(model, name, images)
     (reader,) = (r for r in graph.readers if r.layer == name)
     gone = reader.units == 1
@@ -79,7 +81,7 @@ def test_estimates_in_networks_of_all_kinds(kind):
     """They are finite, do nothing while gates are open, and are all that is added where gates close."""
     model, x = net(kind), noise()
     graph = ChannelGraph(model, x)
-    estimates = channel_estimates(model, graph, [(x, None)])
+    estimates = channel_estimates(input_moments(model, graph, [(x, None)]))
     assert "classifier" in estimates
     gates = torch.ones(len(graph.units), dtype=x.dtype)
     with torch.no_grad():
@@ -99,7 +101,7 @@ def test_estimates_in_networks_of_all_kinds(kind):
 
 def test_directions_are_derivatives_of_the_replacement(relu_network, images, labels):
     graph = ChannelGraph(relu_network, images)
-    estimates = channel_estimates(relu_network, graph, [(images, labels)])
+    estimates = channel_estimates(input_moments(relu_network, graph, [(images, labels)]))
     directions = collect_directions(relu_network, graph, [(images, labels)], 12, progress=False, estimates=estimates)
     step = 1e-6
     for unit in range(len(graph.units)):
@@ -178,17 +180,21 @@ def test_scores_follow_the_true_change_after_compensation(trained):
 
 def test_own_targets_give_the_whole_second_derivative_of_a_smooth_network(silu_network, images, labels):
     graph = ChannelGraph(silu_network, images)
-    estimates = channel_estimates(silu_network, graph, [(images, labels)])
+    moments = input_moments(silu_network, graph, [(images, labels)])
+    folds = [(part, channel_estimates(moments, without=fold)) for fold, part in by_fold([(images, labels)])]
     pruner = EnhancedFilterPruner(silu_network, images, 2, graph=graph, progress=False)
     scores = pruner.rank([(images, labels)], [(images, labels)]).scores()
-    with torch.no_grad():
-        targets = silu_network(images).softmax(1)
     for unit in range(len(graph.units)):
 
         def loss(gate, unit=unit):
             gates = torch.ones(len(graph.units), dtype=torch.float64).index_put((torch.tensor(unit),), gate)
-            with graph.gated(gates, estimates=estimates):
-                return F.cross_entropy(silu_network(images), targets)
+            total = 0.0
+            for [(part, _)], estimates in folds:
+                with torch.no_grad():
+                    targets = silu_network(part).softmax(1)
+                with graph.gated(gates, estimates=estimates):
+                    total = total + F.cross_entropy(silu_network(part), targets, reduction="sum")
+            return total / len(images)
 
         second = torch.autograd.functional.hessian(loss, torch.tensor(1.0, dtype=torch.float64))
         assert scores[unit] == pytest.approx(second.item() / 2, rel=1e-8)

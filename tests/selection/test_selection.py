@@ -12,6 +12,7 @@ from EnhancedFilterPruner import EnhancedFilterPruner
 from taylor_pruning.errors import InputError
 from taylor_pruning.scoring.collecting import collect_directions
 from taylor_pruning.scoring.flow import weigh
+from taylor_pruning.scoring.layer_costs import removal_costs
 from taylor_pruning.scoring.taylor import Directions, class_basis
 from taylor_pruning.selection.baselines import BASELINES, baseline_scores
 from taylor_pruning.selection.greedy import (
@@ -82,7 +83,9 @@ def test_joint_selection_is_as_good_as_scoring_all_units_after_every_choice(resn
     coordinates = 0.3 * kinds[:, kind] + 0.05 * torch.randn(30, units, 4, generator=generator, dtype=torch.float64)
     logits = torch.randn(30, 5, generator=generator, dtype=torch.float64)
     labels = torch.randint(5, (30,), generator=generator)
-    directions = Directions(coordinates, class_basis(logits, labels, 4)[0], logits, labels, 0.0, own_targets=own_targets)
+    directions = Directions(
+        coordinates, class_basis(logits, labels, 4)[0], logits, labels, 0.0, own_targets=own_targets
+    )
     joint = select_jointly(Selection(graph, 5, Constraints()), directions, 2)
 
     selection, shift = Selection(graph, 5, Constraints()), torch.zeros(30, 4, dtype=torch.float64)
@@ -160,7 +163,8 @@ def test_widths_are_free_by_default_where_the_budget_is_not_in_filters(resnet):
     _, graph = resnet
     scores = torch.tensor([float(unit.filters[0][0].startswith("layer1")) for unit in graph.units], dtype=torch.float64)
     plans = {
-        budget: graph.plan_of(select_by_score(Selection(graph, 30, Constraints(budget=budget)), scores)) for budget in BUDGETS
+        budget: graph.plan_of(select_by_score(Selection(graph, 30, Constraints(budget=budget)), scores))
+        for budget in BUDGETS
     }
     bound = {name: math.ceil(1.03 * 0.3 * int(info.removable.sum())) for name, info in graph.layers.items()}
     free = {budget: any(len(gone) > bound[name] for name, gone in plan.items()) for budget, plan in plans.items()}
@@ -265,3 +269,54 @@ def test_molchanov_2017_is_the_normalised_mean_of_absolute_means(plain_network, 
 def test_magnitude_is_the_norm_over_the_layers_mean(plain_network, graph):
     norms = plain_network[4].weight.detach().flatten(1).norm(dim=1)
     torch.testing.assert_close(baseline_scores("magnitude", graph, None)[5:], norms / norms.mean())
+
+
+def test_lamp_is_the_share_of_the_filters_that_are_as_large_or_larger(plain_network, graph):
+    squares = plain_network[4].weight.detach().flatten(1).square().sum(1)
+    wanted = torch.stack([s / squares[squares >= s].sum() for s in squares])
+    torch.testing.assert_close(baseline_scores("lamp", graph, None)[5:], wanted)
+
+
+def test_the_automatic_bound_is_off_behind_compensation(plain_network, images, batches):
+    """One layer is worth nothing: without compensation it may lose its share alone, behind it as many as are asked for."""
+    with torch.no_grad():
+        plain_network[8].weight[:, 8:] = 0  # channels 2 to 5 of the second conv, four features each
+    pruner = EnhancedFilterPruner(plain_network, images, 2, selection="independent", progress=False).rank(batches)
+    assert len(pruner.get_pruning_plan(36)["4"]) <= math.ceil(1.03 * 0.36 * 6)
+    pruner = EnhancedFilterPruner(plain_network, images, 2, progress=False).rank(batches, batches)
+    assert len(pruner.get_pruning_plan(36)["4"]) == 4
+    bounded = EnhancedFilterPruner(plain_network, images, 2, layer_bound=1.03, progress=False)
+    assert len(bounded.rank(batches, batches).get_pruning_plan(36)["4"]) <= math.ceil(1.03 * 0.36 * 6)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_selection_behind_repair_is_greedy_on_costs_per_saving(relu_network, images, batches, order):
+    """Every choice is the cheapest per saving of all for which there is room, at the costs that the ones before leave."""
+    pruner = EnhancedFilterPruner(relu_network, images, order, budget="macs", progress=False)
+    pruner.rank(batches, batches)
+    chosen = pruner.select(40)
+    costs = removal_costs(relu_network, pruner.graph, pruner.moments, batches, pruner.levels(order))
+    model, total = CostModel(pruner.graph, "macs"), 0.0
+    assert torch.allclose(costs.marginal, pruner.levels(order).double())
+    selection = Selection(pruner.graph, 40, Constraints("macs", None))
+    for _ in chosen:
+        ratio = (costs.marginal / model.savings().clamp_min(1e-9)).masked_fill(~selection.open, math.inf)
+        full = [u for u, c in enumerate(selection.layer_counts) if any(selection.room[n] < k for n, k in c.items())]
+        ratio[full] = math.inf
+        unit = int(ratio.argmin())
+        total += costs.marginal[unit].item()
+        selection.take(unit)
+        costs.remove(unit)
+        model.remove(unit)
+    assert sorted(selection.chosen) == chosen
+    assert pruner.predicted_loss_change == pytest.approx(total)
+
+
+def test_what_units_save_is_what_removing_them_saves(resnet):
+    """Units of one kind share a column of counts; the savings are those of every unit by itself."""
+    _, graph = resnet
+    for unit in (0, 70, len(graph.units) - 1):
+        model = CostModel(graph, "params")
+        saved, before = model.savings()[unit].item(), model.total()
+        model.remove(unit)
+        assert before - model.total() == pytest.approx(saved, rel=0.02)

@@ -1,0 +1,217 @@
+"""The closed form of a removal's cost against really refitting by least squares, in float64."""
+
+import pytest
+import torch
+from conftest import randomise
+from torch import nn
+
+from EnhancedFilterPruner import EnhancedFilterPruner
+from taylor_pruning.scoring import estimates, layer_costs
+from taylor_pruning.scoring.estimates import FOLDS, by_fold, channel_estimates, fold_of, input_moments
+from taylor_pruning.scoring.layer_costs import RemovalCosts, fisher_of_outputs, removal_costs
+from taylor_pruning.surgery.graph import ChannelGraph
+
+
+class Twice(nn.Module):
+    """The second conv reads every channel of the first one twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 6, 3), nn.Conv2d(12, 5, 3), nn.Linear(5, 4)
+
+    def forward(self, x):
+        x = self.a(x).relu()
+        x = self.b(torch.cat([x, x.square().clamp(max=2)], 1))
+        return self.c(nn.functional.leaky_relu(x).mean((2, 3)))
+
+
+class Stream(nn.Module):
+    """Two blocks and the classifier read one residual stream."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 6, 3, padding=1), nn.Linear(6, 4)
+        self.a1, self.a2 = nn.Conv2d(6, 7, 3, padding=1), nn.Conv2d(7, 6, 3, padding=1)
+        self.b1, self.b2 = nn.Conv2d(6, 5, 1), nn.Conv2d(5, 6, 1)
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        x = x + self.a2(self.a1(x).relu())
+        x = (x + self.b2(self.b1(x).relu())).relu()
+        return self.head(x.mean((2, 3)))
+
+
+def pooled(*layers, width):
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 4))
+
+
+NETWORKS = {
+    "plain": lambda: pooled(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 5, 3), nn.ReLU(), width=5),
+    "grouped": lambda: pooled(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3, groups=2), nn.ReLU(), width=6),
+    "depthwise": lambda: pooled(
+        nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3, groups=6), nn.ReLU6(), nn.Conv2d(6, 5, 1), width=5
+    ),
+    "flattened": lambda: nn.Sequential(nn.Conv2d(3, 6, 5), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 16, 4)),
+    "stream": Stream,
+    "twice": Twice,
+}
+
+
+@pytest.fixture(params=NETWORKS)
+def network(request):
+    torch.manual_seed(0)
+    return randomise(NETWORKS[request.param]())
+
+
+@pytest.fixture
+def many():
+    """Images enough that no layer has more channels than rows."""
+    return torch.randn(60, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture
+def no_ridge(monkeypatch):
+    """P is the inverse of the covariance itself: nothing is added to it."""
+
+    def precision(self, without=None):
+        rows = self.rows.sum()
+        mean = (self.total.sum(0) / rows)[:, :, None]
+        return torch.linalg.inv(self.products.sum(0) / rows - mean @ mean.mT), mean
+
+    monkeypatch.setattr(estimates.InputMoments, "precision", precision)
+
+
+def inputs_of(model, layer, images):
+    seen = []
+    handle = model.get_submodule(layer).register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        model(images)
+    handle.remove()
+    return seen[0]
+
+
+def least_squares_cost(model, graph, images, chosen):
+    """1/2 tr(Q R) summed over readers, with R the covariance of what lstsq on the other channels leaves of the chosen."""
+    fisher, cost = fisher_of_outputs(model, graph, graph.readers, [(images, None)]), 0.0
+    for reader in graph.readers:
+        module, x = model.get_submodule(reader.layer), reader.to_rows(inputs_of(model, reader.layer, images))
+        outputs = len(module.weight) // reader.groups
+        units = reader.units[:: reader.positions].view(reader.groups, -1)
+        for group in range(reader.groups):
+            gone = torch.isin(units[group], torch.tensor(chosen))
+            rows = x[:, group].movedim(1, 2).flatten(0, 1)
+            others = torch.cat([rows[:, ~gone], torch.ones(len(rows), 1, dtype=rows.dtype)], 1)
+            left = rows[:, gone] - others @ torch.linalg.lstsq(others, rows[:, gone]).solution
+            w = module.weight[group * outputs :][:outputs].detach().reshape(outputs, len(gone), -1)[:, gone]
+            g = fisher[reader.layer][group * outputs :][:outputs, group * outputs :][:, :outputs]
+            for offset in w.unbind(2):
+                cost += ((left @ offset.T @ g) * (left @ offset.T)).sum() / len(left) / 2
+    return float(cost)
+
+
+@pytest.mark.usefixtures("no_ridge")
+def test_costs_of_growing_sets_are_those_of_least_squares(network, many, monkeypatch):
+    monkeypatch.setattr(layer_costs, "BLOCK", 2)  # so that matrices are brought up to date on the way
+    graph = ChannelGraph(network, many)
+    costs = removal_costs(network, graph, input_moments(network, graph, [(many, None)]), [(many, None)])
+    chosen, total = [], 0.0
+    for unit in (2, 0, 3, 4):
+        total += costs.marginal[unit].item()
+        costs.remove(unit)
+        chosen.append(unit)
+        assert total == pytest.approx(least_squares_cost(network, graph, many, chosen), rel=1e-8)
+    for unit in set(range(len(graph.units))) - set(chosen):
+        wanted = least_squares_cost(network, graph, many, [*chosen, unit])
+        assert total + costs.marginal[unit].item() == pytest.approx(wanted, rel=1e-8)
+
+
+@pytest.mark.usefixtures("no_ridge")
+def test_the_cost_on_a_linear_reader_is_the_second_order_loss_of_the_refitted_layer(many):
+    """Weights and bias are really fitted anew; the loss is 1/2 of the outputs' change in their Fisher metric."""
+    torch.manual_seed(0)
+    model = randomise(pooled(nn.Conv2d(3, 9, 3), nn.ReLU(), width=9))
+    graph = ChannelGraph(model, many)
+    costs = removal_costs(model, graph, input_moments(model, graph, [(many, None)]), [(many, None)])
+    chosen, total = [1, 5, 6, 8], 0.0
+    for unit in chosen:
+        total += costs.marginal[unit].item()
+        costs.remove(unit)
+    x, fisher = inputs_of(model, "4", many), fisher_of_outputs(model, graph, graph.readers, [(many, None)])["4"]
+    stay = torch.cat([x[:, [u for u in range(9) if u not in chosen]], torch.ones(len(x), 1, dtype=x.dtype)], 1)
+    with torch.no_grad():
+        dense = model[4](x)
+    change = stay @ torch.linalg.lstsq(stay, dense).solution - dense
+    assert total == pytest.approx(((change @ fisher) * change).sum().item() / len(x) / 2, rel=1e-6)
+
+
+def test_fisher_is_that_of_the_predictions(many):
+    """Copies of one image with many random signs: J^T (diag p - p p^T) J, summed over positions."""
+    torch.manual_seed(0)
+    model = randomise(NETWORKS["plain"]())
+    graph, image = ChannelGraph(model, many), many[:1]
+    (reader,) = (r for r in graph.readers if r.layer == "2")
+    found = fisher_of_outputs(model, graph, [reader], [(image.expand(4000, -1, -1, -1), None)])["2"]
+    with torch.no_grad():
+        x = model[2](model[1](model[0](image)))
+    jacobian = torch.autograd.functional.jacobian(lambda y: model[3:](y)[0], x)[:, 0].flatten(
+        2
+    )  # [classes, outputs, positions]
+    p = model(image).detach().softmax(1)[0]
+    exact = torch.einsum("kop,kl,lqp->oq", jacobian, p.diag() - p.outer(p), jacobian)
+    assert (found - exact).norm() < 0.1 * exact.norm()
+
+
+def test_levels_are_the_first_costs_and_the_closed_form_says_how_they_grow(many):
+    torch.manual_seed(0)
+    model = randomise(NETWORKS["stream"]())
+    graph, batches = ChannelGraph(model, many), [(many, None)]
+    moments, levels = input_moments(model, graph, batches), torch.rand(100)[: len(ChannelGraph(model, many).units)]
+    plain, scaled = (removal_costs(model, graph, moments, batches, given) for given in (None, levels))
+    factor = levels / plain.marginal
+    assert torch.allclose(scaled.marginal, levels.double())
+    for costs in (plain, scaled):
+        costs.remove(0)
+    rest = torch.arange(1, len(levels))
+    assert torch.allclose(scaled.marginal[rest], (factor * plain.marginal)[rest])
+    assert not torch.allclose(scaled.marginal[rest], levels.double()[rest])
+
+
+def test_a_unit_that_no_layer_reads_keeps_its_level():
+    costs = RemovalCosts([], torch.tensor([0.5, 0.25]))
+    costs.remove(0)
+    assert costs.marginal.tolist() == [0.5, 0.25]
+
+
+def test_an_image_has_one_fold_in_every_batch(many):
+    whole = fold_of(many)
+    assert torch.equal(whole, torch.cat([fold_of(part) for part in many.split(7)]))
+    assert torch.equal(fold_of(many.float()), torch.cat([fold_of(part) for part in many.float().split(11)]))
+    for images in (many, many.float(), many.float().double(), (many * 8).round() / 8):
+        assert fold_of(images).bincount(minlength=FOLDS).min() >= 5  # of 60 images
+    labels = torch.arange(len(many))
+    seen = [y for _, part in by_fold([(many[:50], labels[:50]), (many[50:], labels[50:])]) for _, y in part]
+    assert torch.cat(seen).sort().values.equal(labels) and max(map(len, seen)) <= 50
+
+
+def test_estimates_are_of_the_other_folds(many):
+    torch.manual_seed(0)
+    model = randomise(NETWORKS["plain"]())
+    graph = ChannelGraph(model, many)
+    fold = int(fold_of(many[:1]))
+    others = many[fold_of(many) != fold]
+    one = channel_estimates(input_moments(model, graph, [(many, None)]), without=fold)["2"]
+    other = channel_estimates(input_moments(model, graph, [(others, None)]))["2"]
+    assert torch.allclose(one.matrix, other.matrix) and torch.allclose(one.offset, other.offset)
+    assert channel_estimates(input_moments(model, graph, [(many[:1], None)]), without=fold) == {}
+
+
+def test_a_layer_with_few_rows_a_channel_does_not_look_free():
+    """One row an image and more channels than images: on the images that fitted the estimates everything is explained."""
+    torch.manual_seed(0)
+    model = randomise(pooled(nn.Conv2d(3, 40, 3), nn.ReLU(), width=40))
+    images = torch.randn(430, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
+    few, fresh = [(images[:30], torch.zeros(30).long())], [(images[30:], torch.zeros(400).long())]
+    pruner = EnhancedFilterPruner(model, images, 2, progress=False)
+    cross_fitted = pruner.rank(few, few).scores().sum()
+    true = pruner.rank(fresh, few).scores().sum()  # none of these images fitted
+    assert 0.6 < cross_fitted / true < 1.6
