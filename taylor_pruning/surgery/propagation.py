@@ -27,7 +27,7 @@ class Propagation:
 
     Attributes:
         infos: {node: Info} in order of execution.
-        numbers: {node: Number, shape or other value without tensors}.
+        env: {node: Value, tuple of values, Number or shape}.
     """
 
     infos: dict = field(default_factory=dict)
@@ -51,6 +51,7 @@ def propagate(trace, ids, parameters, prefer_heads=False):
     Args:
         ids: the ChannelIds to fill.
         parameters: {name: parameter or buffer}.
+        prefer_heads: where a view splits channels into heads, whole heads are units.
     """
     result = Propagation()
     for node in trace.graph.nodes:
