@@ -66,7 +66,7 @@ def _source(name, a, b=None):
     tracked = [o for o in (a, b) if isinstance(o, _Tracked)]
     if len(tracked) == 2:
         counted = [o for o in tracked if o.ids is not None]
-        if len(counted) == 1 and not (o := tracked[tracked[0] is counted[0]]).ids and o.node is None:
+        if len(counted) == 1 and all(o.node is None for o in tracked):
             tracked = counted
         elif not counted and name == "floordiv" and a.widths and b.widths:
             tracked = [a]

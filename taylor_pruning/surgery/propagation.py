@@ -27,7 +27,7 @@ class Propagation:
 
     Attributes:
         infos: {node: Info} in order of execution.
-        numbers: {node: Number, shape or other value without tensors}.
+        env: {node: Value, tuple of values, Number or shape}.
     """
 
     infos: dict = field(default_factory=dict)
@@ -51,6 +51,7 @@ def propagate(trace, ids, parameters, prefer_heads=False):
     Args:
         ids: the ChannelIds to fill.
         parameters: {name: parameter or buffer}.
+        prefer_heads: where a view splits channels into heads, whole heads are units.
     """
     result = Propagation()
     for node in trace.graph.nodes:
@@ -105,7 +106,7 @@ def _call(node, info, result, ids, prefer_heads):
         inputs = inputs[:1]
     info.constant = bool(inputs) and all(result.infos[i].constant for i in inputs) and name not in FACTORIES
     node.meta["weight"] = info.constant
-    if name in ("set_grad",):
+    if name == "set_grad":
         return None
     if name in ("getattr", "shape") and isinstance(args[0], Value):
         return tuple(sizes_of(ids, args[0]))
@@ -116,18 +117,10 @@ def _call(node, info, result, ids, prefer_heads):
         return _without_tensors(call)
     if name in FACTORIES:
         return _factory(call)
-    rule = RULES.get(name)
-    if rule is None or not ("shape" in node.meta or "shapes" in node.meta):
-        if name == "pick" and rule is None or name == "setitem":
-            return call.unknown()
-        if rule is None:
-            info.nonlinear = name
-            return call.unknown()
-    if name == "pick":
-        return rule(call)
     if name not in PIECEWISE_LINEAR and not info.constant:
         info.nonlinear = name
-    return rule(call)
+    rule = RULES.get(name)
+    return call.unknown() if rule is None else rule(call)
 
 
 def _is_tensor(value):

@@ -17,6 +17,7 @@ from taylor_pruning.surgery.copying import copy_of, structure_of
 from taylor_pruning.surgery.nested import Slot, map_tensors, tensors_in
 from taylor_pruning.surgery.numbers import wrap_widths
 from taylor_pruning.surgery.recorder import TRACE_ERRORS, Recorder, Untraceable, watched
+
 VALUES_BATCH = 5  # where the forward runs on values
 
 

@@ -658,7 +658,7 @@ def removable(graph, *names):
         (Norms, ["convs.0", "convs.1", "convs.2", "convs.3", "convs.4", "convs.5"], [8, 8, 8, 8, 8, 8]),
         (Shared, ["a.0", "b.0"], [8, 8]),
         (FunctionalConv, ["a.0", "b.0"], [8, 8]),
-        (Parametrized, ["a.0", "normed", "b.0"], [0, 0, 8]),
+        (Parametrized, ["a.0", "normed", "b.0"], [0, 8, 8]),
         (Nested, ["nest.0.0.0", "nest.1.0.0.0"], [8, 8]),
         (Wrapped, ["a.0", "b.0"], [0, 8]),
     ],

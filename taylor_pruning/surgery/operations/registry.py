@@ -47,7 +47,14 @@ class Info:
 
 @dataclass
 class Call:
-    """One operation of the graph, with values in the place of tensors and `Number`s in the place of sizes."""
+    """One operation of the graph, with values in the place of tensors and `Number`s in the place of sizes.
+
+    Attributes:
+        infos: {node: Info} of all nodes so far.
+        prefer_heads: where a view splits channels into heads, whole heads are units.
+        operands: [(node, value)] of the tensors among the arguments, in order.
+        why: the first reason for which something was protected here.
+    """
 
     node: fx.Node
     name: str
@@ -55,10 +62,10 @@ class Call:
     kwargs: dict
     ids: ChannelIds
     info: Info
-    infos: dict  # of all nodes so far
+    infos: dict
     prefer_heads: bool = False
-    operands: list = field(default_factory=list)  # (node, value) of the tensors among the arguments, in order
-    why: str | None = None  # the first reason for which something was protected here
+    operands: list = field(default_factory=list)
+    why: str | None = None
 
     @property
     def shape(self):
@@ -67,6 +74,10 @@ class Call:
     @property
     def where(self):
         module = self.node.meta.get("module")
+        if self.node.op == "call_module":
+            return f"{self.node.target}, whose forward no graph can repeat"
+        if self.name == "pick":
+            return module or "the network"
         return f"{self.name} ({module})" if module else self.name
 
     def get(self, name, position, default=None):
@@ -104,7 +115,8 @@ class Call:
         fx.node.map_aggregate((self.args, self.kwargs), visit)
 
     def result(self, layers=(), reason=None, shape=None):
-        inherited = None if layers else self.reason_of(self.values())
+        values = self.values()
+        inherited = self.reason_of(values) if not layers or len(values) == 1 else None
         return self.ids.value(self.shape if shape is None else shape, layers, reason or self.why or inherited)
 
     @staticmethod
