@@ -32,7 +32,7 @@ sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
 from cifar_resnets import cifar_resnet
 from measuring import started
-from taylor_pruning.report.experiment import write_json
+from taylor_pruning.report.json_files import write_json
 
 from EnhancedPruning import EnhancedPruning, PruningSettings
 from taylor_pruning.experiment.data import TensorImages
