@@ -23,7 +23,7 @@ from taylor_pruning.modes import frozen
 RIDGE = 1e-2  # relative to the mean variance; the ratio of channels to rows comes on top
 FOLDS = 4
 PRIME = 2**31 - 1
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a floating point number
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a pixel
 
 
 class ChannelEstimate:

@@ -16,24 +16,29 @@ NOISE = 1e-3  # relative to the logits: smaller derivatives drown in float32's r
 REMEDY = "take no_grad, detach and rounding out of the forward, or exclude these layers"
 
 
+FLAT = {"round", "floor", "ceil", "trunc", "fix", "sign", "sgn", "heaviside"}  # their derivative is zero everywhere
+
+
 class _StoppedGradients(TorchFunctionMode):
-    """While open, notes whether an operation makes of a tensor with a gradient a float tensor without one."""
+    """While open, notes whether an operation makes of a tensor with a gradient one without, or is flat."""
 
     found = False
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         constant = function.__name__.startswith("new_") or function.__name__.endswith("_like")  # of the shape alone
-        if isinstance(result, Tensor) and result.is_floating_point() and not (result.requires_grad or constant):
+        if isinstance(result, Tensor) and not (result.requires_grad or constant):
             self.found |= any(isinstance(argument, Tensor) and argument.requires_grad for argument in args)
+        self.found |= function.__name__.strip("_") in FLAT
         return result
 
 
 def check_gradients(graph: ChannelGraph, images: Tensor, labels: Tensor) -> None:
     """Raises InputError naming the layers along whose gates the gradient is not the derivative of the logits.
 
-    A layer without any gradient is tried by closing its gates. Where the forward stops a gradient somewhere, derivatives
-    are measured as well, by central differences of a step of STEP along all gates of a layer.
+    This is looked at where the forward stops a gradient somewhere: layers without any gradient are tried by closing their
+    gates, for others derivatives are measured by central differences of a step of STEP along all gates of a layer. (A zero
+    gradient behind ReLUs that are zero is the derivative.)
 
     Args:
         images, labels: a batch, of which the first IMAGES are looked at. The model is frozen (`modes.frozen`).
@@ -69,12 +74,14 @@ def check_gradients(graph: ChannelGraph, images: Tensor, labels: Tensor) -> None
         error = (gradient[:, units].sum(1) - measured).norm()
         return bool(error > TOLERANCE * measured.norm() and error > NOISE * (weights @ logits.flatten()).norm())
 
+    if not stopped.found:
+        return
     if names := [name for name, units in layers.items() if cut_off(units)]:
         raise InputError(
             f"no gradient reaches the filters of {', '.join(names)} although the logits depend on them, so that their "
             f"scores would mean nothing; {REMEDY}"
         )
-    if stopped.found and (names := [name for name, units in layers.items() if differs(units)]):
+    if names := [name for name, units in layers.items() if differs(units)]:
         raise InputError(
             f"the gradient at the filters of {', '.join(names)} is not the derivative of the logits, so that their scores "
             f"would mean nothing; {REMEDY}"

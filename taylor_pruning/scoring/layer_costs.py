@@ -41,20 +41,22 @@ def fisher_of_outputs(model, graph, readers, batches):
             found[reader.layer] = found.get(reader.layer, 0) + (gradient @ gradient.mT).double()
 
         def change(output):
-            if output.requires_grad:
-                output.register_hook(of_gradient)
-            return output
+            leaf = not output.requires_grad  # nothing before this layer has a gradient
+            output = output.detach().requires_grad_() if leaf else output
+            output.register_hook(of_gradient)
+            return output.clone() if leaf else output  # a leaf must not be changed in place
 
         return change
 
     changes = {node: collect(reader) for reader in readers for node in reader.nodes}
     with frozen(model), torch.enable_grad(), graph.executed(change=changes):
         for number, (images, _) in enumerate(batches):
-            logits = model(images.detach().clone().requires_grad_())
+            logits = model(images)
             p = logits.detach().softmax(1)
             signs = 2 * torch.randint(2, p.shape, generator=torch.Generator().manual_seed(number)) - 1
             rooted = p.sqrt() * signs.to(p)
-            (logits * (rooted - p * rooted.sum(1, keepdim=True))).sum().backward()
+            if logits.requires_grad:
+                (logits * (rooted - p * rooted.sum(1, keepdim=True))).sum().backward()
             images_seen += len(images)
     return {name: gram / images_seen for name, gram in found.items()}
 
