@@ -45,8 +45,9 @@ def check_gradients(graph: ChannelGraph, images: Tensor, labels: Tensor) -> None
     """
     images, labels = images[:IMAGES], labels[:IMAGES]
     gates = open_gates(graph, images)
-    with _StoppedGradients() as stopped:
-        logits = gated_logits(graph, images, labels, gates, "the first batch")
+    with torch.enable_grad(), graph.gated(gates), _StoppedGradients() as stopped:
+        graph.model(images)
+    logits = gated_logits(graph, images, labels, gates, "the first batch")
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(WEIGHTINGS, logits.numel(), generator=generator).to(logits)
     try:
