@@ -29,18 +29,16 @@ class PairedRuns:
 
     def _training_bytes(self):
         """Bytes of all activations of the dense network on its largest batch."""
-        storages = {}
+        held = {}  # the tensors stay alive: a freed one would leave its address to the next
 
-        def count(value):
-            fx.node.map_aggregate(
-                value, lambda t: storages.update({t.data_ptr(): t.nbytes}) if torch.is_tensor(t) else t
-            )
+        def hold(value):
+            fx.node.map_aggregate(value, lambda t: held.setdefault(t.data_ptr(), t) if torch.is_tensor(t) else t)
             return value
 
         network = self.plan.networks[0]
         nodes = [n for n in network.trace.graph.nodes if n.op not in ("get_attr", "output")]
-        network.run((self.images[0][:1].clone(),), change=dict.fromkeys(nodes, count))
-        return sum(storages.values()) * max(map(len, self.images))
+        network.run((self.images[0][:1].clone(),), change=dict.fromkeys(nodes, hold))
+        return sum(tensor.nbytes for tensor in held.values()) * max(map(len, self.images))
 
     def to(self, layer):
         """For every batch: (dense state with the layer's output, smaller state just before the layer).
