@@ -8,7 +8,7 @@ from taylor_pruning.repair.batchnorm import BatchNorm
 from taylor_pruning.repair.fitted_layer import FittedLayer, argument, conv_geometry
 from taylor_pruning.surgery.execution import Execution, record
 from taylor_pruning.surgery.layers import layer_name
-from taylor_pruning.surgery.recorder import operation_name
+from taylor_pruning.surgery.recorded_calls import operation_name
 
 CONVS = ("conv1d", "conv2d", "conv3d")
 TRANSPARENT = ("dropout", "dropout1d", "dropout2d", "dropout3d", "contiguous")  # in eval mode
