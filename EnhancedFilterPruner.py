@@ -32,6 +32,7 @@ from taylor_pruning.experiment.settings import TAYLOR_ORDERS, PruningSettings
 from taylor_pruning.first_batch import device_of
 from taylor_pruning.scoring.collected import Collected
 from taylor_pruning.scoring.collecting import collect_directions
+from taylor_pruning.scoring.curvature import choose_curvature, curvature_report
 from taylor_pruning.scoring.estimates import by_fold, channel_estimates, input_moments
 from taylor_pruning.scoring.flow import relative_flow, weigh
 from taylor_pruning.scoring.layer_costs import removal_costs
@@ -48,11 +49,6 @@ from taylor_pruning.selection.greedy import (
 from taylor_pruning.surgery.graph import ChannelGraph
 
 __all__ = ["ChannelGraph", "EnhancedFilterPruner"]
-
-REPAIRED = (
-    "behind compensation the loss is the divergence from the network's own predictions, whose second derivative along one "
-    "gate the class directions give in any network"
-)
 
 
 class EnhancedFilterPruner:
@@ -238,23 +234,14 @@ class EnhancedFilterPruner:
         return GradientFlowReport.from_flow(self.graph, self.directions.flow.cpu())
 
     def curvature_report(self) -> dict:
-        """How the second and third derivatives of the scores were computed.
+        """How the second and third derivatives of the scores were computed, see scoring.curvature.curvature_report.
 
-        Returns:
-            {"path": "exact", "hvp" or None at order 1, "reason": text, "sampled": share of the curvature for which random
-            directions stand (scoring.taylor.class_basis), "h_error": mean standard error of probed second derivatives}.
+        At order 1 of the cross-entropy path, sampled and h_error are None.
         """
         if self.taylor_order == 1 and self.loss is cross_entropy:
             return {"path": None, "reason": "order 1 uses no second derivative", "sampled": None, "h_error": None}
-        collected, path, reason = self._collected(self.taylor_order), self.curvature_path, self.curvature_reason
-        if collected.behind_repair:
-            path, reason = "exact", REPAIRED
-        return {
-            "path": path,
-            "reason": reason,
-            "sampled": collected.directions.sampled_curvature if collected.directions else None,
-            "h_error": collected.probed.h_error.mean().item() if path == "hvp" else None,
-        }
+        collected = self._collected(self.taylor_order)
+        return curvature_report(collected, self.curvature_path, self.curvature_reason)
 
     # -- selection ---------------------------------------------------------------------------------------------------
 
@@ -308,27 +295,9 @@ class EnhancedFilterPruner:
         return removal_costs(self.model, self.graph, self.moments, self.compensation, levels)
 
     def levels(self, order: int | None = None) -> Tensor:
-        """What removing each unit alone costs behind compensation, from which the closed form grows.
-
-        Order 2: h / 2. Order 3: the saturating estimate from h and t (scoring.taylor.closed_third_order), which stays
-        small for units whose quadratic is large. Order 1: half the mean squared first-order term, which is h / 2 in
-        expectation where labels are drawn from the network's own predictions, and noisier on few images.
-
-        Returns:
-            [units] nats, never negative.
-        """
+        """[units] what removing each unit alone costs behind compensation, see scoring.collected.Collected.levels."""
         order = order or self.taylor_order
-        return self._collected(1).squared_first_order() / 2 if order == 1 else self.scores(order)
-
-
-def choose_curvature(graph: ChannelGraph, curvature: str, loss: Callable = cross_entropy) -> tuple[str, str]:
-    """How second and third derivatives are computed, "exact" or "hvp", and why (see PruningSettings)."""
-    smooth = ", ".join(graph.smooth_operations)
-    if curvature != "auto":
-        return curvature, "as asked"
-    if loss is not cross_entropy:
-        return "hvp", "the loss is not cross-entropy"
-    return ("hvp", f"the network has {smooth}") if smooth else ("exact", "the network is piecewise linear")
+        return self._collected(order).levels(order)
 
 
 class Rankings:

@@ -308,6 +308,5 @@ class EnhancedPruning:
         return result
 
     def _flow_report(self, model):
-        return (
-            GradientFlowAnalyzer(model, self.example, self.rankings.graph_of(model)).analyze(self.calibration).as_dict()
-        )
+        analyzer = GradientFlowAnalyzer(model, self.example, self.rankings.graph_of(model))
+        return analyzer.analyze(self.calibration).as_dict()

@@ -72,6 +72,18 @@ class Collected:
             raise InputError("order 1 selects by per-sample terms, which need the cross-entropy; use order 2")
         return self.directions.moments(order=1)[0].double().square().mean(0).cpu()
 
+    def levels(self, order: int) -> Tensor:
+        """What removing each unit alone costs behind compensation, from which the closed form grows.
+
+        Order 2: h / 2. Order 3: the saturating estimate from h and t (scoring.taylor.closed_third_order), which stays
+        small for units whose quadratic is large. Order 1: half the mean squared first-order term, which is h / 2 in
+        expectation where labels are drawn from the network's own predictions, and noisier on few images.
+
+        Returns:
+            [units] nats, never negative.
+        """
+        return self.squared_first_order() / 2 if order == 1 else self.scores(order)
+
     def predicted_loss_change(self, chosen: list[int], order: int) -> float | None:
         """Loss change (nats) of removing the units together, to first order in the network; None for order 1.
 

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 
 from taylor_pruning.errors import InputError, one_of
-from taylor_pruning.selection.greedy import CostModel
+from taylor_pruning.selection.costs import CostModel
 
 KINDS = ("params", "macs")
 FACTORS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9}

@@ -8,7 +8,7 @@ from torch import fx
 from taylor_pruning.errors import InputError
 from taylor_pruning.surgery.nested import Slot, map_tensors, tensors_in
 from taylor_pruning.surgery.operations import RULES
-from taylor_pruning.surgery.recorder import set_grad
+from taylor_pruning.surgery.recorded_calls import set_grad
 from taylor_pruning.surgery.tracing import Trace, trace
 
 BATCH = 41  # of the trace: a prime, so that no other dimension is taken for the batch

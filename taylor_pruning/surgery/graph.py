@@ -1,8 +1,6 @@
 """Units of filters that must go together, gates that switch them off, and the cut that really removes them."""
 
 import copy
-import fnmatch
-import math
 from collections import OrderedDict, defaultdict
 from contextlib import contextmanager
 
@@ -14,8 +12,9 @@ from taylor_pruning.surgery.analysis import Analysis, steps
 from taylor_pruning.surgery.cut import cut
 from taylor_pruning.surgery.execution import Execution, blended, call, gate, record
 from taylor_pruning.surgery.nested import tensors_in
+from taylor_pruning.surgery.plans import exclude_filters, plan_of, units_of
 from taylor_pruning.surgery.proof import CutProof
-from taylor_pruning.surgery.units import CostTerm, GateSite, LayerInfo, Reader, Unit, group
+from taylor_pruning.surgery.units import LayerInfo, Unit, cost_terms, gate_sites, group, readers_of
 from taylor_pruning.surgery.wrappers import check_example, unwrapped
 
 
@@ -70,7 +69,7 @@ class ChannelGraph:
         for name in layers.linear:
             if not prune_linear:
                 analysis.ids.protect(layers.filters[name], "fully connected (see prune_linear)")
-        self._exclude(analysis.ids, layers, exclude)
+        exclude_filters(analysis.ids, layers, exclude)
         self._build(analysis, prune_linear)
         return analysis
 
@@ -87,8 +86,8 @@ class ChannelGraph:
         self.positions = layers.positions
         self.smooth_operations = tuple(sorted(analysis.nonlinear))
         self._build_units(ids, layers, prune_linear)
-        self.gate_sites = {mode: self._sites(of_mode) for mode, of_mode in analysis.places.items()}
-        self.readers = tuple(self._readers(layers))
+        self.gate_sites = {mode: gate_sites(of_mode, self._unit_of_id) for mode, of_mode in analysis.places.items()}
+        self.readers = tuple(readers_of(layers, self.tensors))
 
     @property
     def sites(self):
@@ -122,16 +121,6 @@ class ChannelGraph:
         return CutProof(
             self.model, self._example, run_gated, lambda model, units: self.on(model)._cut(units), [*self.executions]
         )
-
-    @staticmethod
-    def _exclude(ids, layers, patterns):
-        outputs = layers.settings | layers.filters
-        for pattern in patterns:
-            names = fnmatch.filter(outputs, pattern)
-            if not names:
-                raise InputError(f"--exclude {pattern} matches no layer; layers are: {', '.join(layers.filters)}")
-            for name in names:
-                ids.protect(outputs[name], f"excluded by {pattern}")
 
     def _build_units(self, ids, layers, prune_linear):
         roots = ids.roots()
@@ -168,38 +157,9 @@ class ChannelGraph:
             protected = classes[name][units < 0].tolist()
             self.layers[name] = LayerInfo(len(units), units, reason_of[protected[0]] if protected else None)
 
-    def _sites(self, places):
-        calls, sites = defaultdict(int), []
-        for node, along, dim, batch_dim in places:
-            units = self._unit_of_id[along]
-            if (units >= 0).any():
-                module = node.meta.get("module", "")
-                sites.append(GateSite(module, calls[module], dim, units, node, batch_dim))
-                calls[module] += 1
-        return tuple(sites)
-
-    def _readers(self, layers):
-        for layer, (nodes, groups, linear) in layers.readers.items():
-            units = self.tensors.get((f"{layer}.weight" if layer else "weight", 1))
-            if units is None or (units < 0).all():
-                continue
-            runs = units.unique_consecutive(return_counts=True)[1].tolist()
-            yield Reader(layer, groups, units.repeat(groups), math.gcd(*runs) if linear else 1, linear, tuple(nodes))
-
     def cost_terms(self):
         """Every parameter as a `CostTerm`; a layer's multiply-accumulates are counted at its weight."""
-        dims = defaultdict(list)
-        for (name, _), units in self.tensors.items():
-            dims[name].append(units)
-        terms = []
-        for name, parameter in self.model.named_parameters():
-            if name not in dims:
-                continue
-            sizes = tuple(len(units) for units in dims[name])
-            constant = parameter.numel() // max(1, torch.Size(sizes).numel())
-            macs = constant * self.positions.get(name, 0)
-            terms.append(CostTerm(constant, macs, sizes, tuple(dims[name])))
-        return terms
+        return cost_terms(self.model, self.tensors, self.positions)
 
     @contextmanager
     def gated(self, gates, on_gate=None, estimates=None):
@@ -261,38 +221,11 @@ class ChannelGraph:
 
         Raises InputError if the plan names an unknown layer, a protected filter, or a part of a unit.
         """
-        if not isinstance(plan, dict):
-            units = set(plan)
-            if foreign := units.difference(self.units):
-                raise InputError(f"{foreign.pop()} is no unit of this graph; take units from graph.units")
-            return sorted(unit.index for unit in units)
-        plan = {name: {int(index) for index in indices} for name, indices in plan.items()}
-        chosen = set()
-        for name, indices in plan.items():
-            if name not in self.layers:
-                raise InputError(f"the plan names {name}, which is not a prunable layer")
-            unit_of = self.layers[name].unit_of.tolist()
-            for index in indices:
-                if not 0 <= index < len(unit_of) or unit_of[index] < 0:
-                    reason = self.layers[name].reason or "no such filter"
-                    raise InputError(f"filter {index} of {name} cannot be removed ({reason})")
-                chosen.add(unit_of[index])
-        for index in chosen:
-            for name, filter_index in self.units[index].filters:
-                if name in self.layers and filter_index not in plan.get(name, ()):
-                    raise InputError(
-                        f"filter {filter_index} of {name} must go together with {self.units[index].filters[0]}; "
-                        "add it to the plan"
-                    )
-        return sorted(chosen)
+        return units_of(plan, self.units, self.layers)
 
     def plan_of(self, units):
         """The plan {layer name: sorted filter indices} that removes the units of the given indices."""
-        plan = {name: [] for name in self.layers}
-        for index in units:
-            for name, filter_index in self.units[index].filters:
-                plan[name].append(filter_index)
-        return {name: sorted(indices) for name, indices in plan.items() if indices}
+        return plan_of(units, self.units, self.layers)
 
     def remove(self, plan, verify=True):
         """A copy of the model without the plan's filters: smaller tensors, same class, same forward.

@@ -3,7 +3,7 @@
 import math
 from collections import defaultdict
 
-from taylor_pruning.surgery.recorder import operation_name
+from taylor_pruning.surgery.recorded_calls import operation_name
 
 
 def layer_name(parameter):

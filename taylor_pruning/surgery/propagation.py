@@ -11,7 +11,7 @@ from taylor_pruning.surgery.numbers import is_tracked, number
 from taylor_pruning.surgery.operations import RULES, Call, Info
 from taylor_pruning.surgery.operations.registry import PIECEWISE_LINEAR
 from taylor_pruning.surgery.operations.views import sizes_of
-from taylor_pruning.surgery.recorder import operation_name
+from taylor_pruning.surgery.recorded_calls import operation_name
 
 FACTORIES = set(
     "zeros ones full empty rand randn arange linspace eye new_zeros new_ones new_full new_empty new_tensor tensor randint "

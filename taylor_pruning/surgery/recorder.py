@@ -1,6 +1,5 @@
 """The mode that sees every call of torch while a forward runs, and records it."""
 
-import operator
 from contextlib import contextmanager
 
 import torch
@@ -10,6 +9,8 @@ from torch.overrides import TorchFunctionMode
 
 from taylor_pruning.surgery.nested import map_tensors, tensors_in
 from taylor_pruning.surgery.numbers import is_tracked, number
+from taylor_pruning.surgery.recorded_calls import bare, called_function, pick, set_grad
+from taylor_pruning.surgery.tensor_nodes import TensorNodes, Untraceable
 
 FREE = set(  # questions about a tensor whose answer is no part of the graph
     """dim ndim ndimension dtype layout requires_grad is_leaf is_floating_point is_complex is_contiguous is_cuda is_cpu
@@ -34,91 +35,18 @@ WRAPPERS = ("has_torch_function", "has_torch_function_unary", "has_torch_functio
 TRACE_ERRORS = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError, NotImplementedError)
 
 
-class Untraceable(RuntimeError):
-    """The forward does something that a graph cannot repeat on other data."""
-
-
-def operation_name(node):
-    """The name of an operation, the same for a function, a method, an operator and what works in place."""
-    if node.op == "call_module":
-        return "call_module"
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-    return bare(name)
-
-
-def bare(name):
-    name = name.strip("_") if name.startswith("__") else name if name.startswith("_") else name.rstrip("_")
-    return name[1:] if name in ("iadd", "isub", "imul", "itruediv", "ipow") else name
-
-
 class Recorder(TorchFunctionMode):
     """Runs calls of torch on stand-ins for tensors and records them."""
 
     def __init__(self, names, rules, device, on_values):
         super().__init__()
-        self.graph, self.rules, self.device, self.on_values = fx.Graph(), rules, device, on_values
-        self.batch = None
+        self.nodes = TensorNodes(names, on_values)
+        self.graph, self.path = self.nodes.graph, self.nodes.path
+        self.rules, self.device, self.on_values = rules, device, on_values
         self.hooks = 0  # forward hooks that run now
         self.looked = False  # one of them has looked at values
-        self.names = names  # id of a parameter or buffer: its name
-        self.nodes = {}  # id of a tensor: (node, tensor), which keeps the tensor alive
-        self.stand_ins = {}  # id of a real tensor: (its stand-in, tensor)
-        self.constants, self.path, self.opaque = {}, [""], ()
+        self.opaque = ()  # names of modules that run as one operation each
         self.failed = None  # name of the innermost module in which an error arose
-
-    # -- tensors -----------------------------------------------------------------------------------------------------
-
-    def stand_in(self, tensor):
-        if self.on_values or tensor.device.type == "meta":
-            return tensor
-        if id(tensor) not in self.stand_ins:
-            made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-            made.requires_grad_(tensor.requires_grad)
-            self.stand_ins[id(tensor)] = made, tensor
-            if id(tensor) in self.names:
-                self.names[id(made)] = self.names[id(tensor)]
-        return self.stand_ins[id(tensor)][0]
-
-    def place(self, tensor):
-        node = self.graph.placeholder(f"input_{len(self.nodes)}")
-        self.bind(tensor, node)
-
-    def measure(self, tensor):
-        """The first input, whose first dimension is the batch."""
-        shape = self.graph.call_function(getattr, (self.node_of(tensor), "shape"))
-        self.batch_node = self.graph.call_function(pick, (shape, 0))
-
-    def bind(self, tensor, node):
-        self.nodes[id(tensor)] = node, tensor
-        node.meta.setdefault("shape", tuple(map(int, tensor.shape)))
-        node.meta["real"] = tensor.is_floating_point()
-
-    def node_of(self, tensor):
-        known = self.nodes.get(id(tensor))
-        if known is not None:
-            return known[0]
-        name = self.names.get(id(tensor))
-        if name is None and (tensor.device.type == "meta" or tensor.grad_fn is not None):
-            raise Untraceable("a tensor comes from code that torch functions do not see")
-        if name is None:
-            name = f"constant {len(self.constants)}"
-            self.constants[name] = tensor.detach()
-        node = self.graph.create_node("get_attr", name)
-        node.meta["module"] = self.path[-1]
-        self.bind(tensor, node)
-        return node
-
-    def is_constant(self, tensor):
-        """Its values are known and do not depend on the input, parameters or buffers."""
-        if self.on_values:
-            known = self.nodes.get(id(tensor))
-            return known is not None and bool(known[0].meta.get("constant"))
-        return tensor.device.type != "meta" and id(tensor) not in self.names
-
-    def is_batch(self, tensor, dim):
-        return tensor.ndim > 0 and dim in (0, -tensor.ndim) and tensor.shape[0] == self.batch
-
-    # -- calls -------------------------------------------------------------------------------------------------------
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -138,9 +66,9 @@ class Recorder(TorchFunctionMode):
             self.graph.call_function(set_grad, tuple(args))
             return func(*args, **kwargs)
         tensors = tensors_in((args, kwargs))
-        if name == "unbind" and self.is_batch(tensors[0], (args[1:] or tuple(kwargs.values()) or (0,))[0]):
+        if name == "unbind" and self.nodes.is_batch(tensors[0], (args[1:] or tuple(kwargs.values()) or (0,))[0]):
             raise Untraceable("the forward runs over the samples of a batch one by one")
-        if name in VALUES and not all(self.is_constant(t) for t in tensors):
+        if name in VALUES and not all(self.nodes.is_constant(t) for t in tensors):
             if self.hooks and self.on_values:
                 self.looked = True
                 return func(*args, **kwargs)
@@ -166,7 +94,7 @@ class Recorder(TorchFunctionMode):
 
         def sized(index, size):
             nonlocal node
-            node = node or self.graph.call_function(getattr, (self.node_of(args[0]), "shape"))
+            node = node or self.graph.call_function(getattr, (self.nodes.node_of(args[0]), "shape"))
             return number(int(size), self.graph.call_function(pick, (node, index)))
 
         if name in ("shape", "size") and isinstance(value, torch.Size):
@@ -176,21 +104,22 @@ class Recorder(TorchFunctionMode):
         if name in ("size", "__len__"):
             dim = (args[1:] or tuple(kwargs.values()) or (0,))[0] if name == "size" else 0
             return sized(int(dim) % args[0].ndim, value)
-        return number(int(value), self.graph.call_method("numel", (self.node_of(args[0]),)))
+        return number(int(value), self.graph.call_method("numel", (self.nodes.node_of(args[0]),)))
 
     def record(self, func, name, args, kwargs, tensors):
-        on_constants = bool(tensors) and all(self.is_constant(t) for t in tensors)
+        """Runs a call and adds it to the graph; returns its result."""
+        on_constants = bool(tensors) and all(self.nodes.is_constant(t) for t in tensors)
         if "device" in kwargs and kwargs["device"] is None:
             kwargs = {k: v for k, v in kwargs.items() if k != "device"}
-        arguments, options = self.as_nodes((args, kwargs), bare(name) in SIZED)
+        arguments, options = self.nodes.as_nodes((args, kwargs), bare(name) in SIZED)
         if on_constants or self.on_values:
             result = func(*args, **kwargs)
         else:
-            result = self.run(func, bare(name), *map_tensors((args, kwargs), self.stand_in), tensors)
+            result = self.run(func, bare(name), *map_tensors((args, kwargs), self.nodes.stand_in), tensors)
         made = tensors_in(result)
         if not made and not isinstance(result, (type(None), torch.Tensor)):
             return result
-        target = _function(func, name)
+        target = called_function(func, name)
         if isinstance(target, str):
             node = self.graph.call_method(target, arguments, options)
         else:
@@ -198,22 +127,10 @@ class Recorder(TorchFunctionMode):
         node.meta["module"] = self.path[-1]
         node.meta["constant"] = on_constants or not tensors
         if isinstance(result, torch.Tensor):
-            self.bind(result, node)
+            self.nodes.bind(result, node)
         elif made:
-            self.unpack(result, node)
+            self.nodes.unpack(result, node)
         return result
-
-    def unpack(self, result, node):
-        node.meta["shapes"] = map_tensors(result, lambda t: tuple(map(int, t.shape)))
-        for i, item in enumerate(result):
-            if not tensors_in(item):
-                continue
-            part = self.graph.call_function(pick, (node, i))
-            part.meta.update(module=self.path[-1], constant=node.meta["constant"])
-            if isinstance(item, torch.Tensor):
-                self.bind(item, part)
-            else:
-                self.unpack(item, part)
 
     def run(self, func, name, args, kwargs, tensors):
         """The call on stand-ins; where the shape is plain, without running it."""
@@ -237,26 +154,6 @@ class Recorder(TorchFunctionMode):
         if name in ("cuda", "cpu"):
             return x
         return func(*args, **kwargs)
-
-    def as_nodes(self, value, sized=False):
-        """Arguments of a call with nodes in the place of tensors and sizes.
-
-        Args:
-            sized: the arguments are sizes; a multiple of the batch, which `len(x)` gives as a plain number, is taken for one.
-        """
-
-        def convert(item):
-            if isinstance(item, torch.Tensor):
-                return self.node_of(item)
-            if is_tracked(item) and item.node is not None:
-                return item.node
-            if sized and type(item) is int and self.batch and item and item % self.batch == 0:
-                if item == self.batch:
-                    return self.batch_node
-                return self.graph.call_function(operator.mul, (self.batch_node, item // self.batch))
-            return item
-
-        return fx.node.map_aggregate(value, convert)
 
     # -- modules -----------------------------------------------------------------------------------------------------
 
@@ -299,14 +196,14 @@ class Recorder(TorchFunctionMode):
         name = target if isinstance(target, str) else target.__name__
         if not self.on_values:
             raise Untraceable(f"{name} runs as a whole")
-        node = record(target, *self.as_nodes((args, kwargs)))
+        node = record(target, *self.nodes.as_nodes((args, kwargs)))
         node.meta.update(module=self.path[-1], constant=False)
         with torch._C.DisableTorchFunction():
             result = function(*args, **kwargs)
         if isinstance(result, torch.Tensor):
-            self.bind(result, node)
+            self.nodes.bind(result, node)
         elif isinstance(result, (tuple, list)):
-            self.unpack(result, node)
+            self.nodes.unpack(result, node)
         else:
             raise Untraceable(f"{name} returns {type(result).__name__}")
         return result
@@ -327,37 +224,6 @@ def watched(hook, recorder):
         return result
 
     return called
-
-
-def pick(value, index):
-    return value[index]
-
-
-def set_grad(enabled):
-    """A `torch.no_grad` of the forward, repeated when the graph runs."""
-    torch._C._set_grad_enabled(enabled)
-
-
-def _function(func, name):
-    """What fx calls: a function, or the name of a method."""
-    if name == "__getitem__":
-        return pick
-    kind = type(func).__name__
-    if kind == "method-wrapper":
-        return Property(name)
-    if kind in ("method_descriptor", "wrapper_descriptor") or getattr(func, "__module__", None) == "torch._tensor":
-        return name
-    return func
-
-
-class Property:
-    """`x.T` and its kind as a function."""
-
-    def __init__(self, name):
-        self.__name__ = name
-
-    def __call__(self, tensor):
-        return getattr(tensor, self.__name__)
 
 
 @contextmanager

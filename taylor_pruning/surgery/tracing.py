@@ -16,7 +16,8 @@ from taylor_pruning.errors import InputError
 from taylor_pruning.surgery.copying import copy_of, structure_of
 from taylor_pruning.surgery.nested import Slot, map_tensors, tensors_in
 from taylor_pruning.surgery.numbers import wrap_widths
-from taylor_pruning.surgery.recorder import TRACE_ERRORS, Recorder, Untraceable, watched
+from taylor_pruning.surgery.recorder import TRACE_ERRORS, Recorder, watched
+from taylor_pruning.surgery.tensor_nodes import Untraceable
 
 VALUES_BATCH = 5  # where the forward runs on values
 
@@ -101,7 +102,7 @@ def _has_effect(node):
 def _recorder(model, rules, args, kwargs, on_values):
     example = next(iter(tensors_in((args, kwargs))), None)
     recorder = Recorder({}, rules, example.device, on_values)
-    recorder.batch = len(example) if example.dim() else None
+    recorder.nodes.batch = len(example) if example.dim() else None
     return recorder
 
 
@@ -113,23 +114,23 @@ def _record(recorder, model, args, kwargs, training):
             hooks.update((key, watched(hook, recorder)) for key, hook in list(hooks.items()))
     wrap_widths(copied)
     for named in (copied.named_buffers, copied.named_parameters):
-        recorder.names.update((id(tensor), name) for name, tensor in named())
+        recorder.nodes.names.update((id(tensor), name) for name, tensor in named())
     slots = []
 
     def place(tensor):
         made = tensor.detach().clone() if recorder.on_values else torch.empty_like(tensor, device="meta")
         slots.append(made)
-        recorder.place(made)
+        recorder.nodes.add_input(made)
         return made
 
     inputs = map_tensors((args, kwargs), place)
-    recorder.measure(slots[0])
+    recorder.nodes.read_batch_from(slots[0])
     with recorder.modules(copied), torch.random.fork_rng(devices=[]), torch.enable_grad(), recorder:
         output = copied(*inputs[0], **inputs[1])
     found = []
 
     def slot(tensor):
-        found.append(recorder.node_of(tensor))
+        found.append(recorder.nodes.node_of(tensor))
         return Slot(len(found) - 1)
 
     structure = map_tensors(output, slot)
@@ -138,8 +139,8 @@ def _record(recorder, model, args, kwargs, training):
     counter = iter(range(len(slots)))
     return Trace(
         recorder.graph,
-        recorder.constants,
+        recorder.nodes.constants,
         map_tensors((args, kwargs), lambda t: Slot(next(counter))),
         structure,
-        recorder.batch,
+        recorder.nodes.batch,
     )

@@ -1,5 +1,7 @@
 """What a channel graph is made of: units, layers, places of gates, readers, costs."""
 
+import math
+from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -80,3 +82,50 @@ def group(items, labels):
     ends = counts.cumsum(0)
     bounds = zip(values.tolist(), (ends - counts).tolist(), ends.tolist(), strict=True)
     return {value: tuple(ordered[start:end]) for value, start, end in bounds}
+
+
+def gate_sites(places, unit_of_id):
+    """The places of one mode at which some channel belongs to a unit, as a tuple of `GateSite`.
+
+    Args:
+        places: [(node, ids along the channels, their dimension, batch dimension)], see surgery.analysis.Analysis.
+        unit_of_id: [ids] unit index or -1.
+    """
+    calls, sites = defaultdict(int), []
+    for node, along, dim, batch_dim in places:
+        units = unit_of_id[along]
+        if (units >= 0).any():
+            module = node.meta.get("module", "")
+            sites.append(GateSite(module, calls[module], dim, units, node, batch_dim))
+            calls[module] += 1
+    return tuple(sites)
+
+
+def readers_of(layers, tensors):
+    """Yields the `Reader`s of surgery.layers.Layers; `tensors` as in ChannelGraph."""
+    for layer, (nodes, groups, linear) in layers.readers.items():
+        units = tensors.get((f"{layer}.weight" if layer else "weight", 1))
+        if units is None or (units < 0).all():
+            continue
+        runs = units.unique_consecutive(return_counts=True)[1].tolist()
+        yield Reader(layer, groups, units.repeat(groups), math.gcd(*runs) if linear else 1, linear, tuple(nodes))
+
+
+def cost_terms(model, tensors, positions):
+    """Every parameter of the model as a `CostTerm`; a layer's multiply-accumulates are counted at its weight.
+
+    Args:
+        tensors: as in ChannelGraph. positions: {weight: output positions at which it is applied to one sample}.
+    """
+    dims = defaultdict(list)
+    for (name, _), units in tensors.items():
+        dims[name].append(units)
+    terms = []
+    for name, parameter in model.named_parameters():
+        if name not in dims:
+            continue
+        sizes = tuple(len(units) for units in dims[name])
+        constant = parameter.numel() // max(1, torch.Size(sizes).numel())
+        macs = constant * positions.get(name, 0)
+        terms.append(CostTerm(constant, macs, sizes, tuple(dims[name])))
+    return terms

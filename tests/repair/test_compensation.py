@@ -5,8 +5,10 @@ import torch
 from torch import nn
 
 from taylor_pruning.errors import InputError
-from taylor_pruning.repair import compensation as FilterCompensation
+from taylor_pruning.repair import paired_runs, regression
+from taylor_pruning.repair.batchnorm import update_statistics
 from taylor_pruning.repair.compensation import compensate
+from taylor_pruning.repair.plan import RepairPlan
 from taylor_pruning.surgery.graph import ChannelGraph
 
 
@@ -48,7 +50,7 @@ NETWORKS = {
 }
 
 
-def settle(model):
+def randomised(model):
     """Activations of order 1 behind every layer, and BatchNorms that are not the identity."""
     for module in model.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
@@ -64,7 +66,7 @@ def settle(model):
 @pytest.fixture(params=["stride and dilation", "grouped", "residual with downsampling"])
 def network(request):
     torch.manual_seed(0)
-    return settle(NETWORKS[request.param]())
+    return randomised(NETWORKS[request.param]())
 
 
 def images(number=50, size=9, dtype=torch.float32):
@@ -128,7 +130,7 @@ DEPENDENT = {  # network: {cut layer: (removed filters, filters that they are mu
 @pytest.mark.parametrize("name", DEPENDENT)
 def test_linearly_dependent_channels_come_back(name):
     torch.manual_seed(0)
-    model = settle(NETWORKS[name]())
+    model = randomised(NETWORKS[name]())
     plan = {}
     for layer, (gone, sources) in DEPENDENT[name].items():
         make_dependent(model.get_submodule(layer), gone, sources)
@@ -138,14 +140,14 @@ def test_linearly_dependent_channels_come_back(name):
 
 def test_linear_layer_after_flatten_comes_back():
     torch.manual_seed(0)
-    model = settle(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(3), nn.Flatten(), nn.Linear(32, 5)))
+    model = randomised(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(3), nn.Flatten(), nn.Linear(32, 5)))
     make_dependent(model[0], (1, 6), (0, 3))
     assert_comes_back(model, {"0": [1, 6]})
 
 
 def test_channels_of_the_residual_stream_come_back():
     torch.manual_seed(0)
-    model = settle(Residual())
+    model = randomised(Residual())
     model.bn2.weight.data[[1, 6]] = model.bn2.weight[[0, 3]] * torch.tensor([2.0, 0.5])
     for tensor in (model.bn2.running_mean, model.bn2.running_var):
         tensor[[1, 6]] = tensor[[0, 3]]
@@ -184,9 +186,9 @@ def unfolded(module, x):
 )
 def test_weights_are_the_ridge_solution(second, monkeypatch):
     """Against `lstsq` on stacked rows [patches; sqrt(ridge)], group by group, with the intercept through centring."""
-    monkeypatch.setattr(FilterCompensation, "RIDGES", (1e-2,))
+    monkeypatch.setattr(regression, "RIDGES", (1e-2,))
     torch.manual_seed(0)
-    model = settle(plain(**second)).double()
+    model = randomised(plain(**second)).double()
     smaller, kept = cut(model, {"0": [1, 5]})
     before = copy.deepcopy(smaller)
     batches = images(30, dtype=torch.float64)
@@ -211,12 +213,12 @@ def test_weights_are_the_ridge_solution(second, monkeypatch):
 
 def test_a_large_ridge_where_smaller_ones_are_of_no_use(monkeypatch):
     """A fit of 405 columns to 80 rows follows them alone, unless the ridge holds it back."""
-    monkeypatch.setattr(FilterCompensation, "RIDGES", (1e-12,))
+    monkeypatch.setattr(regression, "RIDGES", (1e-12,))
     torch.manual_seed(0)
-    model = settle(NETWORKS["plain"]()).double()
+    model = randomised(NETWORKS["plain"]()).double()
     smaller, kept = cut(model, {"2": [0]})
     (fit,) = compensate(model, smaller, images(100, dtype=torch.float64), kept, progress=False).layers
-    assert fit.ridge == FilterCompensation.LAST_RIDGE and fit.error_after < fit.error_before
+    assert fit.ridge == regression.LAST_RIDGE and fit.error_after < fit.error_before
 
 
 def zero_of(norm):
@@ -227,7 +229,7 @@ def zero_of(norm):
 def test_training_starts_at_the_compensated_network():
     """In training mode, which normalises by the batch, the network gives what it gives in evaluation."""
     torch.manual_seed(0)
-    model = settle(Residual()).double()
+    model = randomised(Residual()).double()
     smaller, kept = cut(model, random_plan(model))
     batches = images(100, dtype=torch.float64)
     compensate(model, smaller, batches, kept, progress=False)
@@ -240,7 +242,7 @@ def test_training_starts_at_the_compensated_network():
 def test_batchnorms_hold_the_statistics_of_their_present_inputs(budget):
     """Also behind layers that were not fitted, and where the networks run again."""
     torch.manual_seed(0)
-    model = settle(Residual()).double()
+    model = randomised(Residual()).double()
     smaller, kept = cut(model, random_plan(model))
     batches = images(100, dtype=torch.float64)
     compensate(model, smaller, batches, kept, progress=False, activation_budget=budget)
@@ -257,10 +259,10 @@ def test_batchnorms_hold_the_statistics_of_their_present_inputs(budget):
 def test_the_budget_is_what_training_on_the_largest_batch_holds():
     """Image, conv, ReLU, conv, BatchNorm, ReLU and linear layer; flatten is a view."""
     model = NETWORKS["plain"]()
-    plan = FilterCompensation._Plan(model, model, {}, images(2)[0][0])
-    walk = FilterCompensation._Walk(plan, [x for x, _ in images(50)], None)
+    plan = RepairPlan(model, model, {}, images(2)[0][0])
+    runs = paired_runs.PairedRuns(plan, [x for x, _ in images(50)], None)
     floats = 81 * (3 + 2 * 8 + 3 * 6) + 5
-    assert walk._of_training() == 4 * 30 * floats and walk.budget == FilterCompensation.ACTIVATION_BUDGET
+    assert runs._training_bytes() == 4 * 30 * floats and runs.budget == paired_runs.ACTIVATION_BUDGET
 
 
 @pytest.mark.parametrize("shared", ["running_mean", "weight"])
@@ -268,7 +270,7 @@ def test_a_batchnorm_that_shares_tensors_is_left_as_it_is(shared):
     """One scale or one mean cannot fit the inputs of two layers."""
     torch.manual_seed(0)
     layers = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Conv2d(6, 6, 3), nn.BatchNorm2d(6), nn.Conv2d(6, 4, 3)
-    model = settle(nn.Sequential(*layers))
+    model = randomised(nn.Sequential(*layers))
     setattr(model[3], shared, getattr(model[1], shared))
     smaller = copy.deepcopy(model)
     with torch.no_grad():
@@ -278,12 +280,12 @@ def test_a_batchnorm_that_shares_tensors_is_left_as_it_is(shared):
         torch.testing.assert_close(smaller[i].running_var, model[i].running_var, rtol=0, atol=0)
 
 
-def test_settling_a_batchnorm_changes_no_output():
+def test_new_batchnorm_statistics_change_no_output():
     torch.manual_seed(0)
-    norm, x = settle(nn.BatchNorm2d(4)).double().eval(), torch.randn(8, 4, 5, 5, dtype=torch.float64)
+    norm, x = randomised(nn.BatchNorm2d(4)).double().eval(), torch.randn(8, 4, 5, 5, dtype=torch.float64)
     before, rows = norm(x), x.movedim(1, 0).flatten(1)
     with torch.no_grad():
-        FilterCompensation._settle(norm, rows.shape[1], rows.sum(1), rows.square().sum(1))
+        update_statistics(norm, rows.shape[1], rows.sum(1), rows.square().sum(1))
     torch.testing.assert_close(norm(x), before)
     torch.testing.assert_close(norm.running_mean, rows.mean(1))
 
@@ -291,14 +293,14 @@ def test_settling_a_batchnorm_changes_no_output():
 def test_sum_is_matched(monkeypatch):
     """conv4's fit aims at dense sum - present stream, and does better there than the fit of its branch alone."""
     torch.manual_seed(0)
-    model = settle(Residual())
+    model = randomised(Residual())
     smaller, kept = cut(model, random_plan(model))
     batches = images(100)
     branch = copy.deepcopy(smaller)
     report = compensate(model, smaller, batches, kept, progress=False)
     assert {fit.name: fit.matches for fit in report.layers}["conv4"] == "sum"
-    behind = FilterCompensation._Plan._behind
-    monkeypatch.setattr(FilterCompensation._Plan, "_behind", lambda *a: (behind(*a)[0], None))
+    behind = RepairPlan._behind
+    monkeypatch.setattr(RepairPlan, "_behind", lambda *a: (behind(*a)[0], None))
     compensate(model, branch, batches, kept, progress=False)
     sums = [[], [], []]
     for network, found in zip((model, smaller, branch), sums, strict=True):
@@ -321,7 +323,7 @@ def test_repairs_and_says_so(network):
 
 def test_rounds_continue_from_original_indices():
     torch.manual_seed(0)
-    model = settle(NETWORKS["plain"]())
+    model = randomised(NETWORKS["plain"]())
     batches = images(100)
     once, kept_once = cut(model, {"0": [1, 4, 6], "2": [0, 5]})
     compensate(model, once, batches, kept_once, progress=False)
@@ -351,20 +353,20 @@ def test_budget_and_row_sampling_change_nothing_or_little(network, monkeypatch):
 def test_held_out_images_do_not_follow_the_order_of_the_classes(period):
     """Calibration images come with the classes taking turns; all of them must choose the ridge."""
     torch.manual_seed(0)
-    model = settle(NETWORKS["plain"]())
+    model = randomised(NETWORKS["plain"]())
     smaller, kept = cut(model, {"0": [1]})
-    (layer, *_) = FilterCompensation._Plan(model, smaller, kept, images(2)[0][0]).layers
-    held_out = FilterCompensation._LayerData(layer, 0, 200).is_held_out
+    (layer, *_) = RepairPlan(model, smaller, kept, images(2)[0][0]).layers
+    held_out = regression.LayerRegression(layer, 0, 200).is_held_out
     assert held_out.sum() == 40
     assert set((held_out.nonzero().flatten() % period).tolist()) == set(range(period))
 
 
 def test_dual_form_is_the_same_solution(monkeypatch):
     torch.manual_seed(0)
-    model = settle(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(392, 5))).double()
+    model = randomised(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(392, 5))).double()
     batches, weights = images(50, dtype=torch.float64), []
     for largest in (392, 391):
-        monkeypatch.setattr(FilterCompensation, "LARGEST_MATRIX", largest * 6 // 8)  # 294 columns are left
+        monkeypatch.setattr(regression, "LARGEST_MATRIX", largest * 6 // 8)  # 294 columns are left
         smaller, kept = cut(model, {"0": [1, 5]})
         report = compensate(model, smaller, batches, kept, progress=False)
         weights.append(smaller[3].weight)
@@ -423,7 +425,7 @@ def test_conv1d_and_conv3d():
 
 def test_networks_come_back_as_they_were_given():
     torch.manual_seed(0)
-    model = settle(Residual())
+    model = randomised(Residual())
     smaller, kept = cut(model, random_plan(model))
     model.train()
     smaller.train()
@@ -440,7 +442,7 @@ def test_networks_come_back_as_they_were_given():
 
 def test_errors():
     torch.manual_seed(0)
-    model = settle(Residual())
+    model = randomised(Residual())
     smaller, kept = cut(model, random_plan(model))
     with pytest.raises(InputError, match="no calibration images"):
         compensate(model, smaller, [], kept, progress=False)

@@ -15,10 +15,10 @@ from taylor_pruning.scoring.flow import weigh
 from taylor_pruning.scoring.layer_costs import removal_costs
 from taylor_pruning.scoring.taylor import Directions, class_basis
 from taylor_pruning.selection.baselines import BASELINES, baseline_scores
+from taylor_pruning.selection.costs import CostModel
 from taylor_pruning.selection.greedy import (
     BUDGETS,
     Constraints,
-    CostModel,
     Ledger,
     Selection,
     select_by_score,

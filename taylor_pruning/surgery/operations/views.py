@@ -5,7 +5,7 @@ import torch
 from taylor_pruning.surgery.ids import spread, varying
 from taylor_pruning.surgery.numbers import is_tracked, number
 from taylor_pruning.surgery.operations.registry import rule
-from taylor_pruning.surgery.recorder import operation_name
+from taylor_pruning.surgery.recorded_calls import operation_name
 
 
 @rule(

@@ -1,0 +1,119 @@
+"""Runs the dense and the pruned network side by side, from layer to layer, within a budget of memory."""
+
+import math
+
+import torch
+from torch import fx
+
+from taylor_pruning.repair.batchnorm import update_statistics
+from taylor_pruning.surgery.execution import evaluate
+
+STATISTICS_ROWS = 16384  # inputs a channel that a batch gives to the statistics of a BatchNorm
+ACTIVATION_BUDGET = 2**28  # bytes that may be held in any case
+
+
+class PairedRuns:
+    """Runs both networks over all batches, layer after layer, from activations held since the last layer.
+
+    A network's state is {node name: value}. States are held where all batches together fit the budget; else the networks
+    run again from the last layer at which they did. On the way the inputs of BatchNorms are summed up (of a batch, images
+    enough for 16,384 positions); what counts is the last run on every batch, when all layers before have been fitted.
+    """
+
+    def __init__(self, plan, images, budget):
+        self.plan, self.images = plan, images
+        self.budget = max(ACTIVATION_BUDGET, self._training_bytes()) if budget is None else budget
+        self.starts = (0, 0)
+        self.states = [({}, {}) for _ in images]
+        self.sums = {name: [None] * len(images) for name in plan.batchnorms}  # by batch
+
+    def _training_bytes(self):
+        """Bytes of all activations of the dense network on its largest batch."""
+        held = {}  # the tensors stay alive: a freed one would leave its address to the next
+
+        def hold(value):
+            fx.node.map_aggregate(value, lambda t: held.setdefault(t.data_ptr(), t) if torch.is_tensor(t) else t)
+            return value
+
+        network = self.plan.networks[0]
+        nodes = [n for n in network.trace.graph.nodes if n.op not in ("get_attr", "output")]
+        network.run((self.images[0][:1].clone(),), change=dict.fromkeys(nodes, hold))
+        return sum(tensor.nbytes for tensor in held.values()) * max(map(len, self.images))
+
+    def to(self, layer):
+        """For every batch: (dense state with the layer's output, smaller state just before the layer).
+
+        The dense state is held where the next layer starts, behind a pooling that may lie between.
+        """
+        ends, ahead = (layer.position + 1, layer.position), self._next(layer)
+        starts, hold = self.starts, None
+        for batch, images in enumerate(self.images):
+            held = self.states[batch]
+            states = [self._run(k, held[k], batch, starts[k], ends[k], copy=not hold) for k in (0, 1)]
+            yield batch, *states
+            if hold is not False:
+                states[0] = self._run(0, states[0], batch, ends[0], ahead, copy=False)
+            if hold is None:
+                total = sum(len(x) for x in self.images)
+                hold = sum(map(_bytes, states)) * total / max(1, len(images)) <= self.budget
+            if hold:
+                self.states[batch] = states
+                del held
+        if hold:
+            self.starts = ahead, ends[1]
+
+    def _next(self, layer):
+        """Position of the next layer to fit, or just behind the last one."""
+        return min((n.position for n in self.plan.layers if n.position > layer.position), default=layer.position + 1)
+
+    def value(self, state, k, position):
+        return state[self.plan.order[k][position].name]
+
+    def update_batchnorms(self):
+        """Runs on to the end, and gives every BatchNorm of one layer alone the statistics of its present inputs."""
+        for batch, (_, held) in enumerate(self.states):
+            self._run(1, held, batch, self.starts[1], len(self.plan.order[1]), copy=False)
+        for name, sums in self.sums.items():
+            update_statistics(self.plan.batchnorms[name], *(sum(parts) for parts in zip(*sums, strict=True)))
+
+    def _run(self, k, held, batch, start, end, copy):
+        """The state at `end`. Held tensors that will be needed again are copied: operations in place would change them."""
+        plan, tensors = self.plan, self.plan.tensors[k]
+        model = plan.networks[k].model
+        state = {name: fx.node.map_aggregate(value, _copy) if copy else value for name, value in held.items()}
+
+        def value_of(source):
+            return (
+                tensors[source.target] if source.target in tensors and source.op == "get_attr" else state[source.name]
+            )
+
+        for position in range(start, end):
+            node = plan.order[k][position]
+            if k == 1 and node.name in self.sums:
+                x = value_of(node.all_input_nodes[0])
+                x = x[: -(-STATISTICS_ROWS // math.prod(x.shape[2:]))].movedim(1, 0).flatten(1)
+                sums = (values.sum(1, dtype=torch.float64) for values in (x, x.square()))
+                self.sums[node.name][batch] = x.shape[1], *sums
+            if node.op == "placeholder":
+                state[node.name] = self.images[batch].clone()
+            elif node.op == "get_attr":
+                if node.target not in tensors:
+                    state[node.name] = plan.networks[k].constant(node.target, tensors)
+            elif node.op != "output":
+                state[node.name] = evaluate(model, node, value_of)
+            for name in plan.last_use[position]:
+                state.pop(name, None)
+        return state
+
+
+def _copy(value):
+    return value.clone() if torch.is_tensor(value) else value
+
+
+def _bytes(state):
+    storages = {}
+    for value in state.values():
+        fx.node.map_aggregate(
+            value, lambda t: storages.update({t.data_ptr(): t.nbytes}) if torch.is_tensor(t) else None
+        )
+    return sum(storages.values())

@@ -1,0 +1,189 @@
+"""Which layers are fitted, what follows each, and one order of execution for both networks."""
+
+import torch
+from torch import fx
+
+from taylor_pruning.errors import InputError
+from taylor_pruning.repair.batchnorm import BatchNorm
+from taylor_pruning.repair.fitted_layer import FittedLayer, argument, conv_geometry
+from taylor_pruning.surgery.execution import Execution, record
+from taylor_pruning.surgery.layers import layer_name
+from taylor_pruning.surgery.recorded_calls import operation_name
+
+CONVS = ("conv1d", "conv2d", "conv3d")
+TRANSPARENT = ("dropout", "dropout1d", "dropout2d", "dropout3d", "contiguous")  # in eval mode
+
+
+class RepairPlan:
+    """The graphs of both networks in one common order of execution, and the layers to fit.
+
+    The other operand of a sum that a layer is to match is computed before the layer.
+    """
+
+    def __init__(self, dense, smaller, kept, example):
+        self.networks = [Execution(model, record(model, example)) for model in (dense, smaller)]
+        nodes = [list(network.trace.graph.nodes) for network in self.networks]
+        if [(n.op, n.name) for n in nodes[0]] != [(n.op, n.name) for n in nodes[1]]:
+            raise InputError(
+                "compensation: the two networks do not run the same layers; give the network that was pruned"
+            )
+        self.tensors = [network.tensors() for network in self.networks]
+        self.left_alone = {}
+        found = self._candidates(nodes[1], kept)
+        order = _execution_order(nodes[1], {node: stream for node, _, _, stream in found if stream is not None})
+        index = {node: i for i, node in enumerate(nodes[1])}
+        position = {node: i for i, node in enumerate(order)}
+        self.order = [[nodes[k][index[node]] for node in order] for k in (0, 1)]
+        self.layers = [
+            self._layer(node, position[node], indices, norm, position.get(stream))
+            for node, indices, norm, stream in found
+        ]
+        self.layers.sort(key=lambda layer: layer.position)
+        self.batchnorms = {node.name: self._norm(node) for node in order if self._is_updated(node)}
+        self.last_use = self._last_use(position)
+
+    def _layer(self, node, position, indices, norm, stream):
+        bias = argument(node, "bias", 2)
+        weight = self._tensor(argument(node, "weight", 1))
+        geometry = None
+        if operation_name(node) in CONVS:
+            channels = node.all_input_nodes[0].meta["shape"][1]
+            geometry = {**conv_geometry(node, weight), "groups": channels // weight.shape[1]}
+        name = layer_name(argument(node, "weight", 1).target)
+        return FittedLayer(name, position, weight, self._tensor(bias), geometry, indices, norm, stream)
+
+    def _tensor(self, node, k=1):
+        """The parameter or buffer that a node reads; None if it is none."""
+        return self.tensors[k].get(node.target) if isinstance(node, fx.Node) and node.op == "get_attr" else None
+
+    def _candidates(self, nodes, kept):
+        """[(node, kept filters, BatchNorm or None, other operand or None)] of the layers that are fitted."""
+        claimed, found = set(), []
+        for node in nodes:
+            name = operation_name(node)
+            if node.op in ("placeholder", "get_attr", "output") or not (name == "linear" or name.startswith("conv")):
+                continue
+            weight = argument(node, "weight", 1)
+            if name not in (*CONVS, "linear") and not name.startswith("conv_transpose"):
+                continue
+            reason = self._unfit(node, name, weight)
+            layer = layer_name(weight.target) if weight.op == "get_attr" else node.meta.get("module", node.name)
+            if reason:
+                self.left_alone[layer] = reason
+                continue
+            indices = _kept_filters(layer, self._tensor(weight), self._tensor(weight, 0), kept)
+            found.append((node, indices, *self._behind(node, claimed)))
+        return found
+
+    def _unfit(self, node, name, weight):
+        if self._tensor(weight) is None:
+            return "its weight is computed from other tensors"
+        if not node.users:
+            return "nothing reads it"
+        if name.startswith("conv_transpose"):
+            return "a transposed conv"
+        bias = argument(node, "bias", 2)
+        if bias is not None and self._tensor(bias) is None:
+            return "its bias is computed from other tensors"
+        if name != "linear" and self._tensor(weight).shape[1] == 1 < node.all_input_nodes[0].meta["shape"][1]:
+            return "depthwise: it mixes no channels"
+        return "its weights are used more than once" if len(weight.users) > 1 else None
+
+    def _behind(self, node, claimed):
+        """What follows a layer: its BatchNorm, and the stream of the sum that it is to match; each may be None."""
+        norm, last = None, node
+        while len(last.users) == 1:
+            (user,) = last.users
+            if last is node and self._folds(user):
+                norm = self._norm(user)
+            elif operation_name(user) not in TRANSPARENT or user.args[:1] != (last,):
+                break
+            last = user
+        return norm, self._stream(node, last, claimed)
+
+    @staticmethod
+    def _stream(node, last, claimed):
+        """The other operand of the sum that `last`, which carries the layer's output, goes into; None if there is none,
+        it needs this layer, or another layer matches the sum already."""
+        if len(last.users) != 1:
+            return None
+        (user,) = last.users
+        others = [n for n in user.all_input_nodes if n is not last]
+        is_sum = operation_name(user) == "add" and len(user.args) == 2 and len(others) == 1 and not user.kwargs
+        if not is_sum or user in claimed or node in _ancestors(others[0]):
+            return None
+        if others[0].meta.get("shape") != last.meta["shape"]:
+            return None
+        claimed.add(user)
+        return others[0]
+
+    def _folds(self, node):
+        """Whether it is a BatchNorm of one layer alone, into whose running mean an intercept can go."""
+        if operation_name(node) != "batch_norm" or node.op != "call_function":
+            return False
+        mean = argument(node, "running_mean", 1)
+        return self._tensor(mean) is not None and len(mean.users) == 1
+
+    def _is_updated(self, node):
+        """Whether it is one whose scale, too, belongs to that layer alone."""
+        if not self._folds(node):
+            return False
+        weight, bias = argument(node, "weight", 3), argument(node, "bias", 4)
+        return all(self._tensor(t) is not None and len(t.users) == 1 for t in (weight, bias))
+
+    def _norm(self, node):
+        tensors = [
+            self._tensor(argument(node, name, i))
+            for i, name in enumerate(("running_mean", "running_var", "weight", "bias"), 1)
+        ]
+        return BatchNorm(*tensors, float(argument(node, "eps", 7, 1e-5)))
+
+    def _last_use(self, position):
+        """[nodes] names of the values that nothing needs after the node."""
+        last = {}
+        for i, node in enumerate(self.order[1]):
+            last[node.name] = i
+            for source in node.all_input_nodes:
+                last[source.name] = i
+        dead = [[] for _ in position]
+        for name, i in last.items():
+            dead[i].append(name)
+        return dead
+
+
+def _ancestors(node):
+    seen, stack = set(), [node]
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            stack += node.all_input_nodes
+    return seen
+
+
+def _execution_order(nodes, before):
+    """The nodes in an order in which also `before[node]` precedes `node`; otherwise as given."""
+    order, seen = [], set()
+    for start in nodes:
+        stack = [(start, False)]
+        while stack:
+            node, ready = stack.pop()
+            if ready:
+                order.append(node)
+            elif node not in seen:
+                seen.add(node)
+                sources = node.all_input_nodes + ([before[node]] if node in before else [])
+                stack.append((node, True))
+                stack += [(source, False) for source in reversed(sources)]
+    return order
+
+
+def _kept_filters(name, weight, dense_weight, kept):
+    filters, now = len(dense_weight), len(weight)
+    indices = torch.as_tensor(kept.get(name, range(filters)), dtype=torch.long, device=weight.device)
+    if len(indices) != now or (now and not 0 <= int(indices.min()) <= int(indices.max()) < filters):
+        raise InputError(
+            f"compensation: {name} has {now} of {filters} filters, but `kept` names {len(indices)}; give the indices of "
+            "the filters that it kept"
+        )
+    return indices

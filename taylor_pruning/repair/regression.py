@@ -1,0 +1,168 @@
+"""The ridge regression of one layer on calibration images."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from taylor_pruning.errors import InputError
+from taylor_pruning.repair.fitted_layer import as_columns, by_position, patches_at
+from taylor_pruning.repair.ridge import DualRidgeSolver, RidgeSolver, Rows
+
+RIDGES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)  # relative to the mean of the Gram matrix's diagonal
+LAST_RIDGE = 1.0  # tried where the first is of no use
+HELD_OUT = 0.2  # share of the images that chooses the ridge, drawn: their order may follow the classes
+AGREES = 1e-6  # largest relative deviation from the target that counts as none
+ROWS_PER_COLUMN = 2
+ENOUGH_ROWS = 16384  # of a layer's fit
+GRAM_COST = 2**34  # multiply-adds of a Gram matrix, up to which a layer gets that many
+WEAK = 1e-2  # relative to the mean scale of the channels
+TRIAL_OUTPUTS = 64  # of each group, on which ridges are compared
+LARGEST_MATRIX = 6144  # columns; above, the dual problem is solved on at most as many rows
+
+
+@dataclass(frozen=True)
+class LayerFit:
+    """How one layer was refitted. Errors are of the held-out images, relative to the spread of the dense outputs."""
+
+    name: str
+    error_before: float
+    error_after: float
+    ridge: float | None  # None: no ridge was better than the weights it had
+    rows: int  # output positions used, over all images
+    columns: int  # input channels of a group x kernel positions
+    matches: str  # "layer" or "sum"
+
+
+class LayerRegression:
+    """The rows of one layer, and its fit to them."""
+
+    def __init__(self, layer, seed, images):
+        weight = layer.weight
+        self.layer, self.seen = layer, 0
+        self.groups = layer.groups
+        self.columns, self.outputs = weight[0].numel(), len(weight) // self.groups
+        self.generator = torch.Generator().manual_seed(seed)
+        self.is_held_out = torch.randperm(images, generator=self.generator) < int(HELD_OUT * images)
+        if self.columns > LARGEST_MATRIX:
+            self.solver, rows = DualRidgeSolver(layer.has_intercept), LARGEST_MATRIX
+        else:
+            shape = self.groups, self.columns, self.outputs
+            self.solver = RidgeSolver(*shape, layer.has_intercept, weight)
+            rows = max(ROWS_PER_COLUMN * self.columns, min(ENOUGH_ROWS, GRAM_COST // self.columns**2))
+        self.positions = max(1, round(rows / images))
+        self.held_out, self.held_out_targets = [], []
+        self.weight = as_columns(self.groups, weight)
+        self.scale = layer.scale
+        # A channel that all but vanishes behind its BatchNorm cannot repair the sum.
+        weak = self.scale.abs() <= WEAK * self.scale.abs().mean()
+        self.divisor = torch.where(weak, torch.inf, self.scale)
+
+    def add(self, batch, x, *outputs):
+        """Add one batch: the layer's input and what `_target` takes; returns why the layer needs no fit, or None."""
+        layer = self.layer
+        if batch == 0:
+            now, target = by_position(layer, layer(x)), self._target(..., *outputs)
+            if (now - target).abs().max() <= AGREES * target.abs().max():
+                return "its outputs are the dense network's"
+        held_out = self.is_held_out[self.seen : self.seen + len(x)]
+        self.seen += len(x)
+        for chosen in (~held_out, held_out):
+            images = chosen.nonzero().flatten().to(x.device)
+            if not len(images):
+                continue
+            rows, wanted = self._rows(x, images, outputs)
+            if not torch.isfinite(rows.r).all():
+                raise InputError(
+                    f"compensation: NaN or Inf in {layer.name} on batch {batch}; check the images and both networks' weights"
+                )
+            if chosen is held_out:
+                self.held_out.append(rows)
+                self.held_out_targets.append(wanted)
+            else:
+                self.solver.add(rows)
+        return None
+
+    def _target(self, at, dense_output, dense_stream, stream):
+        """What the layer should answer at the given images and positions: [..., filters]."""
+        layer = self.layer
+        output, dense_stream, stream = (
+            None if values is None else by_position(layer, values)[at]
+            for values in (dense_output, dense_stream, stream)
+        )
+        target = output[..., layer.kept]
+        return target if stream is None else target + (dense_stream[..., layer.kept] - stream) / self.divisor
+
+    def _rows(self, x, images, outputs):
+        """The given images' rows, some positions of each image drawn anew for every image, and the targets there."""
+        layer, positions = self.layer, by_position(self.layer, outputs[0]).shape[1]
+        each = min(positions, self.positions)
+        if each == positions:
+            drawn = torch.arange(each).expand(len(images), -1)
+        else:
+            drawn = torch.rand(len(images), positions, generator=self.generator).topk(each).indices
+        drawn = drawn.to(x.device)
+        patches = patches_at(layer, x[images], drawn)
+        target = self._target((images[:, None], drawn), *outputs)
+        wanted = target.reshape(-1, self.groups, self.outputs).transpose(0, 1)
+        present = patches @ self.weight
+        if layer.bias is not None:
+            present = present + layer.bias.view(self.groups, 1, -1)
+        return Rows(patches, wanted - present), wanted
+
+    def solve(self):
+        """Choose the ridge on the held-out images, solve with all, change the layer."""
+        layer, solver = self.layer, self.solver
+        ridge, before, after = LAST_RIDGE, math.nan, math.nan
+        if self.held_out and solver.rows:
+            ridge, before, after = self._choose_ridge()
+        for rows in self.held_out:
+            solver.add(rows)
+        if ridge is not None and solver.factorise(ridge):
+            self._change(*solver.solve())
+        matches = "layer" if layer.stream is None else "sum"
+        return LayerFit(layer.name, before, after, ridge, solver.rows, self.columns, matches)
+
+    def _choose_ridge(self):
+        """(ridge, relative held-out error before, after): from the first ridge down until the error rises."""
+        some = (
+            torch.linspace(0, self.outputs - 1, min(self.outputs, TRIAL_OUTPUTS)).round().long().to(self.weight.device)
+        )
+        importance = self.scale.double().square().view(self.groups, 1, -1)[..., some]
+        targets = torch.cat(self.held_out_targets, 1)[..., some].double()
+        spread = (importance * (targets - targets.mean(1, keepdim=True)).square()).sum().item()
+
+        def error(left):
+            return sum((importance * rest.double().square()).sum().item() for rest in left)
+
+        def error_with(ridge):
+            if not self.solver.factorise(ridge):
+                return math.inf
+            solution = self.solver.solve(some)
+            return error(rows.left(*solution, some) for rows in self.held_out)
+
+        def best_of(ridges):
+            best, chosen = before, None
+            for ridge in ridges:
+                after = error_with(ridge)
+                if after >= best:
+                    break
+                best, chosen = after, ridge
+            return best, chosen
+
+        before = error(rows.r[..., some] for rows in self.held_out)
+        best, chosen = best_of(RIDGES)
+        if chosen is None:
+            best, chosen = best_of([LAST_RIDGE])
+        return chosen, *(math.sqrt(e / spread) if spread else math.inf for e in (before, best))
+
+    def _change(self, change, bias):
+        layer, norm = self.layer, self.layer.batchnorm
+        shape = layer.weight.shape
+        change = change.mT.reshape(shape[0], -1, shape[1]).mT.reshape(shape)
+        layer.weight.add_(change.to(layer.weight.dtype))
+        bias = bias.flatten().to(layer.weight.dtype)
+        if norm is not None:
+            norm.running_mean.sub_(bias)
+        elif layer.bias is not None:
+            layer.bias.add_(bias)

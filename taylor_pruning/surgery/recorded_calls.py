@@ -1,0 +1,49 @@
+"""The names of recorded operations, and the functions that a recorded graph calls."""
+
+import torch
+
+
+def operation_name(node):
+    """The name of an operation, the same for a function, a method, an operator and what works in place."""
+    if node.op == "call_module":
+        return "call_module"
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+    return bare(name)
+
+
+def bare(name):
+    """A name without the underscores and the prefix of what works in place."""
+    name = name.strip("_") if name.startswith("__") else name if name.startswith("_") else name.rstrip("_")
+    return name[1:] if name in ("iadd", "isub", "imul", "itruediv", "ipow") else name
+
+
+def pick(value, index):
+    """Indexing as a function."""
+    return value[index]
+
+
+def set_grad(enabled):
+    """A `torch.no_grad` of the forward, repeated when the graph runs."""
+    torch._C._set_grad_enabled(enabled)
+
+
+def called_function(func, name):
+    """What fx calls: a function, or the name of a method."""
+    if name == "__getitem__":
+        return pick
+    kind = type(func).__name__
+    if kind == "method-wrapper":
+        return Property(name)
+    if kind in ("method_descriptor", "wrapper_descriptor") or getattr(func, "__module__", None) == "torch._tensor":
+        return name
+    return func
+
+
+class Property:
+    """`x.T` and its kind as a function."""
+
+    def __init__(self, name):
+        self.__name__ = name
+
+    def __call__(self, tensor):
+        return getattr(tensor, self.__name__)

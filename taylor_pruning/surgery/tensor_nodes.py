@@ -1,0 +1,125 @@
+"""The graph that a recording builds, and the node of every tensor in it."""
+
+import operator
+
+import torch
+from torch import fx
+
+from taylor_pruning.surgery.nested import map_tensors, tensors_in
+from taylor_pruning.surgery.numbers import is_tracked
+from taylor_pruning.surgery.recorded_calls import pick
+
+
+class Untraceable(RuntimeError):
+    """The forward does something that a graph cannot repeat on other data."""
+
+
+class TensorNodes:
+    """The graph of one recording, with the node of every tensor that it has seen.
+
+    Args:
+        names: {id of a parameter or buffer: its name}.
+        on_values: the forward runs on values; else on stand-ins without any.
+
+    Attributes:
+        graph: fx.Graph of what has been recorded.
+        batch: size of the batch.
+        nodes: {id of a tensor: (node, tensor)}, which keeps the tensor alive.
+        stand_ins: {id of a real tensor: (its stand-in, tensor)}.
+        constants: {name: tensor} that are neither inputs nor parameters nor buffers.
+        path: names of the modules that run now, the innermost last.
+    """
+
+    def __init__(self, names, on_values):
+        self.graph, self.names, self.on_values, self.batch = fx.Graph(), names, on_values, None
+        self.nodes, self.stand_ins, self.constants, self.path = {}, {}, {}, [""]
+
+    def stand_in(self, tensor):
+        """A tensor of the same shape and strides without values; the tensor itself where the forward runs on values."""
+        if self.on_values or tensor.device.type == "meta":
+            return tensor
+        if id(tensor) not in self.stand_ins:
+            made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+            made.requires_grad_(tensor.requires_grad)
+            self.stand_ins[id(tensor)] = made, tensor
+            if id(tensor) in self.names:
+                self.names[id(made)] = self.names[id(tensor)]
+        return self.stand_ins[id(tensor)][0]
+
+    def add_input(self, tensor):
+        node = self.graph.placeholder(f"input_{len(self.nodes)}")
+        self.bind(tensor, node)
+
+    def read_batch_from(self, tensor):
+        """Records the size of the batch as the first dimension of this input."""
+        shape = self.graph.call_function(getattr, (self.node_of(tensor), "shape"))
+        self.batch_node = self.graph.call_function(pick, (shape, 0))
+
+    def bind(self, tensor, node):
+        """Makes the node that of the tensor."""
+        self.nodes[id(tensor)] = node, tensor
+        node.meta.setdefault("shape", tuple(map(int, tensor.shape)))
+        node.meta["real"] = tensor.is_floating_point()
+
+    def node_of(self, tensor):
+        """The tensor's node; one that reads it where it is a parameter, a buffer or a constant.
+
+        Raises Untraceable if it was computed, but by no recorded call.
+        """
+        known = self.nodes.get(id(tensor))
+        if known is not None:
+            return known[0]
+        name = self.names.get(id(tensor))
+        if name is None and (tensor.device.type == "meta" or tensor.grad_fn is not None):
+            raise Untraceable("a tensor comes from code that torch functions do not see")
+        if name is None:
+            name = f"constant {len(self.constants)}"
+            self.constants[name] = tensor.detach()
+        node = self.graph.create_node("get_attr", name)
+        node.meta["module"] = self.path[-1]
+        self.bind(tensor, node)
+        return node
+
+    def is_constant(self, tensor):
+        """Whether its values are known and do not depend on the input, parameters or buffers."""
+        if self.on_values:
+            known = self.nodes.get(id(tensor))
+            return known is not None and bool(known[0].meta.get("constant"))
+        return tensor.device.type != "meta" and id(tensor) not in self.names
+
+    def is_batch(self, tensor, dim):
+        """Whether the dimension is that of the samples."""
+        return tensor.ndim > 0 and dim in (0, -tensor.ndim) and tensor.shape[0] == self.batch
+
+    def unpack(self, result, node):
+        """Gives every tensor of a result of several, nested or not, a node of its own."""
+        node.meta["shapes"] = map_tensors(result, lambda t: tuple(map(int, t.shape)))
+        for i, item in enumerate(result):
+            if not tensors_in(item):
+                continue
+            part = self.graph.call_function(pick, (node, i))
+            part.meta.update(module=self.path[-1], constant=node.meta["constant"])
+            if isinstance(item, torch.Tensor):
+                self.bind(item, part)
+            else:
+                self.unpack(item, part)
+
+    def as_nodes(self, value, sized=False):
+        """Arguments of a call with nodes in the place of tensors and sizes.
+
+        Args:
+            sized: the arguments are sizes; a multiple of the batch, which `len(x)` gives as a plain number, is taken for one.
+        """
+
+        def convert(item):
+            if isinstance(item, torch.Tensor):
+                return self.node_of(item)
+            if is_tracked(item) and item.node is not None:
+                return item.node
+            if sized and type(item) is int and self.batch and item and item % self.batch == 0:
+                if item == self.batch:
+                    return self.batch_node
+                return self.graph.call_function(operator.mul, (self.batch_node, item // self.batch))
+            return item
+
+        return fx.node.map_aggregate(value, convert)
