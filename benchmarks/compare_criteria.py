@@ -7,7 +7,7 @@ For every criterion: top-1 and loss after real removal without fine-tuning and, 
 fine-tuning of one recipe, its learning rate chosen from --lr in the first seed; correlation and relative error of
 single-filter estimates with the true loss change; seconds and peak memory of scoring as ratios to one forward+backward
 pass over the same images. Mean and standard deviation over calibration seeds. Torch-Pruning's criteria run where
-torch-pruning is installed (benchmarks/requirements.txt). An interrupted run goes on with the criterion at which it was.
+torch-pruning is installed (benchmarks/requirements.txt). An interrupted run repeats no finished criterion.
 """
 
 import argparse
@@ -139,7 +139,7 @@ def load(arguments):
 
 
 def balanced(data, images, seed):
-    """A validation loader of some images of every class, in turn."""
+    """A validation loader with equally many images of every class, the classes interleaved."""
     by_class = [torch.nonzero(torch.as_tensor(data.val.targets) == c).flatten() for c in range(data.num_classes)]
     order = torch.stack([index[: images // data.num_classes] for index in by_class], 1).flatten()
     return list(zip(data.val.take(order).split(250), torch.as_tensor(data.val.targets)[order].split(250), strict=True))
@@ -198,7 +198,7 @@ def single_estimates(pruning, batches, arguments, seed):
 
 
 def fresh(pruning):
-    """Rankings that hold none yet."""
+    """Rankings without any cached result."""
     return Rankings(pruning.graph, pruning.calibration, pruning.compensation, pruning.settings, progress=False)
 
 
@@ -223,7 +223,7 @@ def tuned(model, data, arguments, seed, rates):
     """(network, learning rate) after fine-tuning with the one of the rates that is best on held-out training images."""
     count = arguments.fine_tune_images + HELD_OUT
     ((images, labels),) = calibration_batches(data, count, count, seed=seed)
-    held_out = [(images[-HELD_OUT:], labels[-HELD_OUT:])]  # none of those that compensation has seen, which come first
+    held_out = [(images[-HELD_OUT:], labels[-HELD_OUT:])]  # compensation has seen the first images
     rest = torch.utils.data.TensorDataset(images[:-HELD_OUT], labels[:-HELD_OUT])
     train = make_loader(rest, 64, shuffle=True, seed=seed)
     fixed = {"epochs": arguments.fine_tune_epochs, "amp": arguments.amp, "channels_last": bool(arguments.amp)}

@@ -1,4 +1,4 @@
-"""Seconds and peak memory of parts of a program, in a process each or one by one; results that a run takes up again."""
+"""Seconds and peak memory of parts of a program, in a process each or one by one; results from which a run continues."""
 
 import ctypes
 import gc
@@ -21,7 +21,7 @@ def peak_bytes(device=None):
 
 
 class Start:
-    """Clocks and peak memory at the start of a part. CPU seconds bear other programs on the machine better than wall time."""
+    """Clocks and peak memory at the start of a part. Other programs disturb CPU seconds less than wall time."""
 
     def __init__(self, device=None):
         self.device = device

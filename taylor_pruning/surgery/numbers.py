@@ -29,7 +29,7 @@ class _Tracked:
 
     @property
     def whole(self):
-        """It is the plain number of its ids, or the plain value of its attribute."""
+        """Whether it equals the number of its ids, or the value of its attribute."""
         return self.factor == 1
 
 

@@ -74,7 +74,7 @@ class CostTerm:
 
 
 def group(items, labels):
-    """{label: tuple of the items that bear it}, in ascending order of the labels [len(items)]."""
+    """{label: tuple of the items that have it}, in ascending order of the labels [len(items)]."""
     values, counts = labels.unique(return_counts=True)
     ordered = [items[i] for i in labels.argsort(stable=True).tolist()]
     ends = counts.cumsum(0)

@@ -2,7 +2,7 @@
 
 By default one network of every kind of block runs, on small images. The full list of networks:
 
-    pytest tests/test_surgery_zoo.py -m zoo
+    pytest tests/surgery/test_surgery_zoo.py -m zoo
 """
 
 import pytest
