@@ -56,7 +56,9 @@ HELD_OUT = 500  # training images that choose the learning rate and the epoch
 
 def add_network_arguments(parser):
     """What `load` and `balanced` need, the draws and their seeds, and the precision of training."""
-    parser.add_argument("--model", default="vgg11_bn", help="resnet20, 32, 44, 56, 110 of cifar_resnets.py, or torchvision's")
+    parser.add_argument(
+        "--model", default="vgg11_bn", help="resnet20, 32, 44, 56, 110 of cifar_resnets.py, or torchvision's"
+    )
     parser.add_argument("--weights", help="weights file")
     parser.add_argument("--data-path", help="ImageFolder root (default: the embedded data)")
     parser.add_argument("--calibration-samples", type=int, default=600)
@@ -75,7 +77,9 @@ def parse_arguments():
     parser.add_argument("--lr", type=float, nargs="+", default=[0.01],
                         help="the best on held-out images is taken for each criterion and percentage")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=PruningSettings.rounds)
-    parser.add_argument("--budget", choices=BUDGETS, default="filters", help="what the percentages count, for all criteria")
+    parser.add_argument(
+        "--budget", choices=BUDGETS, default="filters", help="what the percentages count, for all criteria"
+    )
     parser.add_argument("--layer-bound", type=float, default=Constraints.layer_bound)
     parser.add_argument("--true-changes", type=int, default=60, help="filters whose true loss change is measured")
     parser.add_argument("--criteria", nargs="+", help="substrings of the criteria to run (default: all)")
@@ -151,8 +155,13 @@ def networks(criterion, pruning, data, arguments, seed, batches):
         name = criterion.removesuffix(suffix) if suffix else criterion
         if name in OURS and name + suffix == criterion:
             settings = PruningSettings(
-                **{"rounds": arguments.rounds, "seed": seed, "layer_bound": arguments.layer_bound,
-                   "budget": arguments.budget, **VARIANTS[suffix]}
+                **{
+                    "rounds": arguments.rounds,
+                    "seed": seed,
+                    "layer_bound": arguments.layer_bound,
+                    "budget": arguments.budget,
+                    **VARIANTS[suffix],
+                }
             )
             ours = EnhancedPruning(pruning.model, pruning.train_loader, pruning.val_loader, calibration=batches,
                                    compensation=pruning.compensation, settings=settings, progress=False)  # fmt: skip
@@ -252,7 +261,9 @@ def run(arguments):
     everything += [name + suffix for suffix in ("", ", compensated") for name in BASELINES]
     if importlib.util.find_spec("torch_pruning"):
         everything += list(PEERS)
-    criteria = [c for c in everything if not names or any(c == n or (n.endswith("*") and c.startswith(n[:-1])) for n in names)]
+    criteria = [
+        c for c in everything if not names or any(c == n or (n.endswith("*") and c.startswith(n[:-1])) for n in names)
+    ]
     results = started(arguments, ("seeds", "criteria", "output"), {"rows": [], "single": []})
     results |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
     accuracy = evaluate(dense, val, progress=False)
@@ -273,7 +284,13 @@ def run(arguments):
             start, rows = time.perf_counter(), []
             for percentage, model in networks(criterion, pruning, data, arguments, seed, batches).items():
                 after = evaluate(model, val, progress=False)
-                row = {"criterion": criterion, "percentage": percentage, "seed": seed, "top1": after.top1, "loss": after.loss}
+                row = {
+                    "criterion": criterion,
+                    "percentage": percentage,
+                    "seed": seed,
+                    "top1": after.top1,
+                    "loss": after.loss,
+                }
                 if arguments.fine_tune_epochs:
                     model, row["lr"] = tuned(model, data, arguments, seed, rates_to_try(results, criterion, percentage))
                     row["tuned_top1"] = evaluate(model, val, progress=False).top1
@@ -300,7 +317,9 @@ def tables(results):
         print(f"\n| top-1 {title} | " + " | ".join(f"{p:g} %" for p in percentages) + " |")
         print("|---" * (1 + len(percentages)) + "|")
         for criterion in dict.fromkeys(row["criterion"] for row in rows):
-            cells = [[r[key] for r in rows if r["criterion"] == criterion and r["percentage"] == p] for p in percentages]
+            cells = [
+                [r[key] for r in rows if r["criterion"] == criterion and r["percentage"] == p] for p in percentages
+            ]
             print(f"| {criterion} | " + " | ".join(spread(c) for c in cells) + " |")
     singles = results["single"]
     if singles:

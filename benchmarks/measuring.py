@@ -75,7 +75,9 @@ def print_ratios(results, part, reference):
         ours, theirs = [m[unit] for m in results[part]], [m[unit] for m in results[reference]]
         ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
         median = statistics.median(ours) / statistics.median(theirs)
-        print(f"{unit}: {part} / {reference} = {median:.2f} ({min(ratios):.2f} to {max(ratios):.2f}, n = {len(ratios)})")
+        print(
+            f"{unit}: {part} / {reference} = {median:.2f} ({min(ratios):.2f} to {max(ratios):.2f}, n = {len(ratios)})"
+        )
 
 
 def started(arguments, may_differ, empty):

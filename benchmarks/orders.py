@@ -32,7 +32,6 @@ sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
 from cifar_resnets import cifar_resnet
 from measuring import started
-from taylor_pruning.report.json_files import write_json
 
 from EnhancedPruning import EnhancedPruning, PruningSettings
 from taylor_pruning.experiment.data import TensorImages
@@ -40,6 +39,7 @@ from taylor_pruning.experiment.loaders import make_loader
 from taylor_pruning.experiment.models import build_model
 from taylor_pruning.experiment.results import all_filters, remaining
 from taylor_pruning.repair.compensation import compensate
+from taylor_pruning.report.json_files import write_json
 from taylor_pruning.training.fine_tuning import Recipe, evaluate, fine_tune
 from taylor_pruning.training.profile import profile
 
