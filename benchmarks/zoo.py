@@ -7,8 +7,9 @@
 Every network has random weights, norms and biases, float64, and the smallest image that it runs on. 30 % of its units, drawn at
 random, are closed by gates and, in a copy, removed. "exact": both outputs agree to 1e-6; "protected": nothing may
 be removed, with the reason; "refused": an error says why; "wrong": neither. Seconds are CPU seconds of graph and cut, one
-thread, proof included; memory is the peak above the model. `--peer` prunes the same share of channels by Torch-Pruning 1.6.1, configured as its
-documentation says (heads and unwrapped parameters given, the classifier ignored), and says whether the result runs.
+thread, proof included; memory is the peak above the model. `--peer` prunes the same share of channels by Torch-Pruning
+1.6.1, configured as its documentation says (heads and unwrapped parameters given, the classifier ignored), and says
+whether the result runs.
 """
 
 import argparse

@@ -46,7 +46,8 @@ class PruningSettings(Constraints):
     rounds: int = option(
         5,
         "score-and-prune rounds",
-        "Every round scores the smaller network again. One round is the fastest; five follow the loss more closely when much is removed.",
+        "Every round scores the smaller network again. One round is the fastest; five follow the loss more closely when "
+        "much is removed.",
         low=1,
     )
     selection: str = option(

@@ -156,7 +156,7 @@ def _kept(cells, layers):
 
 
 def _plot_fine_tuning(sweep, paths):
-    """Top-1 over the epochs, a panel a percentage; epoch 0 is the network as it goes into fine-tuning."""
+    """Top-1 over the epochs, a panel a percentage; epoch 0 is the network before fine-tuning."""
     groups = {key: [cell for cell in cells if cell["fine_tuning"]] for key, cells in cells_by_method(sweep).items()}
     percentages = sorted({percentage for (percentage, _), cells in groups.items() if cells})
     columns = 2 if len(percentages) in (2, 4) else min(3, len(percentages))

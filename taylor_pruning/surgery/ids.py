@@ -122,7 +122,7 @@ class ChannelIds:
             if varying(layer):
                 kept.append(layer)
             elif layer.numel():
-                reason = reason or "one channel alone"
+                reason = reason or "has only one channel"
                 self.protect(layer, reason)
         return Value(tuple(shape), tuple(kept), reason, tensor)
 

@@ -52,7 +52,7 @@ class Layers:
         for name, along in other.filters.items():
             if name not in self.filters:
                 self.filters[name] = along
-                self.ids.protect(along, "used in training alone")
+                self.ids.protect(along, "used in training only")
         self.linear |= other.linear
         self.settings = other.settings | self.settings
 

@@ -58,7 +58,7 @@ def number(value, node=None, ids=None, widths=(), factor=Fraction(1)):
 
 
 def _source(name, a, b=None):
-    """(the operand from which a result is counted, factor of the result); (None, None) if it is neither alone.
+    """(the operand from which a result is counted, factor of the result); (None, None) if it depends on both.
 
     A size by a width (C // self.groups), and a width divided by a width, are counted from the first: the second is taken for
     a setting that stays.

@@ -69,7 +69,7 @@ class CutProof:
         if math.isnan(found):
             raise InputError(
                 f"{type(self.model).__name__} gives no finite number on random inputs, so that its cuts cannot be "
-                "verified; pass verify=False to go without"
+                "verified; pass verify=False to leave the verification out"
             )
         if found <= TOLERANCES[dtype]:
             return None

@@ -16,7 +16,7 @@ class Unit(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """One conv or prunable linear layer: how many filters, to which unit each belongs, why some may not go."""
+    """One conv or prunable linear layer: how many filters, to which unit each belongs, why some may not be removed."""
 
     filters: int
     unit_of: torch.Tensor  # [filters] unit index, -1 where protected

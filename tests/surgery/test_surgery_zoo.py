@@ -76,7 +76,7 @@ def test_one_of_every_kind(name):
 def test_auxiliary_heads_take_nothing_away(name):
     size = REPRESENTATIVES[name]
     graph = ChannelGraph(build(name, aux_logits=True), torch.zeros(1, 3, 299, 299, dtype=torch.double))
-    assert "used in training alone" in {info.reason for info in graph.layers.values()}
+    assert "used in training only" in {info.reason for info in graph.layers.values()}
     assert check(name, size, aux_logits=False).units == graph.units
 
 

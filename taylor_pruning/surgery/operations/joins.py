@@ -147,7 +147,7 @@ def unbind(call):
     dim = int(call.get("dim", 1, 0)) % len(x.shape)
     for layer in x.layers:
         if dim in varying(layer):
-            call.protect(layer, "is taken apart in")
+            call.protect(layer, "is unbound in")
     shapes = call.node.meta["shapes"]
     return tuple(
         call.ids.value(shape, [layer.select(dim, i) for layer in x.layers], x.reason) for i, shape in enumerate(shapes)
