@@ -16,8 +16,8 @@ a at its gates (after the last affine operation, before the activation function)
 
     F[n, u] = sqrt( sum over gated channels c of u and positions x of (d loss_n / d a[n, c, x])^2 )
 
-All figures derive from F [N, units], which `collect_flow` or the ranking of a network collects. Nothing that ranks or selects
-reads them; the weights that a ranking may take from F are in scoring.flow.
+All figures derive from F [N, units], which `collect_flow` or the ranking of a network collects. Scores and
+selection do not use them; scoring.flow derives optional weights of scores from F.
 """
 
 import math
@@ -42,7 +42,7 @@ from taylor_pruning.surgery.graph import ChannelGraph
 
 NEAR_ZERO = 1e-2  # of the layer's mean: a unit below it hardly trains
 DEAD = 1e-6  # of the layer's mean: a unit below it does not train at all
-DEAD_SAMPLES = 32  # a ReLU that is shut on fewer images may be so by chance, so that no finding calls its filter dead
+DEAD_SAMPLES = 32  # on fewer images a ReLU may be inactive by chance, so that no filter is reported as dead
 TREND = 1e3  # fitted change of the layer norm over the whole depth from which the gradient vanishes or explodes
 OUTLYING = TREND**0.5  # times off the network's median: a layer that a trend's finding names
 BOTTLENECK = 0.02  # of the network's median step: a step towards the input that loses this much is a bottleneck
@@ -132,8 +132,8 @@ class GradientFlowReport:
         findings: at most ten lines, () for a healthy network:
             no gradient: the layer's norm is 0.
             dead filters: mean flow at most DEAD x the layer's mean, on DEAD_SAMPLES images or more.
-            vanishing, exploding: the fit says a change by TREND or more over the depth; named are the layers whose
-                passing norm lies OUTLYING times below (above) the network's median.
+            vanishing, exploding: the fitted change over the depth is TREND or more; the finding names the layers whose
+                passing norm is OUTLYING times below (above) the network's median.
             bottlenecks: steps towards the input whose ratio of passing norms is below BOTTLENECK x the median step.
 
     The passing norm of layer l is min(max_{k <= l} norm_k, max_{k >= l} norm_k). It is the norm itself in a chain; in a
@@ -236,7 +236,7 @@ def _layer_flows(graph, flow):
 
 
 def _chain(layers):
-    """The layers that a trend runs over: measured ones, units that several layers share only once."""
+    """The layers to which a trend is fitted: measured ones; of layers with the same units only the first."""
     return [layer for layer in layers if layer.norm is not None and layer.same_as is None]
 
 
@@ -278,7 +278,7 @@ def _split_bottlenecks(passing):
 
 
 def _shrinkage(passing):
-    """Least-squares factor per layer of the passing norm on the way to the input, None with too few layers."""
+    """Least-squares factor per layer of the passing norm towards the input, None with too few layers."""
     if len(passing) < TREND_LAYERS:
         return None
     return math.exp(-linear_regression(range(len(passing)), [math.log(norm) for _, norm in passing]).slope)

@@ -78,7 +78,7 @@ class Sweep:
             write_json(folder / "dense.json", stage)
 
     def cell(self, method: str, percentage: float) -> None:
-        """Prunes, fine-tunes and writes one cell, unless it is finished. A failure is recorded; other cells go on."""
+        """Prunes, fine-tunes and writes one cell, unless it is finished. A failure is recorded; the other cells run."""
         if (_read(self.file(method, percentage)) or {}).get("status") == "done":
             return
         try:

@@ -7,7 +7,7 @@ For every criterion: top-1 and loss after real removal without fine-tuning and, 
 fine-tuning of one recipe, its learning rate chosen from --lr in the first seed; correlation and relative error of
 single-filter estimates with the true loss change; seconds and peak memory of scoring as ratios to one forward+backward
 pass over the same images. Mean and standard deviation over calibration seeds. Torch-Pruning's criteria run where
-torch-pruning is installed (benchmarks/requirements.txt). An interrupted run goes on with the criterion at which it was.
+torch-pruning is installed (benchmarks/requirements.txt). An interrupted run repeats no finished criterion.
 """
 
 import argparse
@@ -56,7 +56,9 @@ HELD_OUT = 500  # training images that choose the learning rate and the epoch
 
 def add_network_arguments(parser):
     """What `load` and `balanced` need, the draws and their seeds, and the precision of training."""
-    parser.add_argument("--model", default="vgg11_bn", help="resnet20, 32, 44, 56, 110 of cifar_resnets.py, or torchvision's")
+    parser.add_argument(
+        "--model", default="vgg11_bn", help="resnet20, 32, 44, 56, 110 of cifar_resnets.py, or torchvision's"
+    )
     parser.add_argument("--weights", help="weights file")
     parser.add_argument("--data-path", help="ImageFolder root (default: the embedded data)")
     parser.add_argument("--calibration-samples", type=int, default=600)
@@ -75,7 +77,9 @@ def parse_arguments():
     parser.add_argument("--lr", type=float, nargs="+", default=[0.01],
                         help="the best on held-out images is taken for each criterion and percentage")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=PruningSettings.rounds)
-    parser.add_argument("--budget", choices=BUDGETS, default="filters", help="what the percentages count, for all criteria")
+    parser.add_argument(
+        "--budget", choices=BUDGETS, default="filters", help="what the percentages count, for all criteria"
+    )
     parser.add_argument("--layer-bound", type=float, default=Constraints.layer_bound)
     parser.add_argument("--true-changes", type=int, default=60, help="filters whose true loss change is measured")
     parser.add_argument("--criteria", nargs="+", help="substrings of the criteria to run (default: all)")
@@ -139,7 +143,7 @@ def load(arguments):
 
 
 def balanced(data, images, seed):
-    """A validation loader of some images of every class, in turn."""
+    """A validation loader with equally many images of every class, the classes interleaved."""
     by_class = [torch.nonzero(torch.as_tensor(data.val.targets) == c).flatten() for c in range(data.num_classes)]
     order = torch.stack([index[: images // data.num_classes] for index in by_class], 1).flatten()
     return list(zip(data.val.take(order).split(250), torch.as_tensor(data.val.targets)[order].split(250), strict=True))
@@ -151,8 +155,13 @@ def networks(criterion, pruning, data, arguments, seed, batches):
         name = criterion.removesuffix(suffix) if suffix else criterion
         if name in OURS and name + suffix == criterion:
             settings = PruningSettings(
-                **{"rounds": arguments.rounds, "seed": seed, "layer_bound": arguments.layer_bound,
-                   "budget": arguments.budget, **VARIANTS[suffix]}
+                **{
+                    "rounds": arguments.rounds,
+                    "seed": seed,
+                    "layer_bound": arguments.layer_bound,
+                    "budget": arguments.budget,
+                    **VARIANTS[suffix],
+                }
             )
             ours = EnhancedPruning(pruning.model, pruning.train_loader, pruning.val_loader, calibration=batches,
                                    compensation=pruning.compensation, settings=settings, progress=False)  # fmt: skip
@@ -198,7 +207,7 @@ def single_estimates(pruning, batches, arguments, seed):
 
 
 def fresh(pruning):
-    """Rankings that hold none yet."""
+    """Rankings without any cached result."""
     return Rankings(pruning.graph, pruning.calibration, pruning.compensation, pruning.settings, progress=False)
 
 
@@ -223,7 +232,7 @@ def tuned(model, data, arguments, seed, rates):
     """(network, learning rate) after fine-tuning with the one of the rates that is best on held-out training images."""
     count = arguments.fine_tune_images + HELD_OUT
     ((images, labels),) = calibration_batches(data, count, count, seed=seed)
-    held_out = [(images[-HELD_OUT:], labels[-HELD_OUT:])]  # none of those that compensation has seen, which come first
+    held_out = [(images[-HELD_OUT:], labels[-HELD_OUT:])]  # compensation has seen the first images
     rest = torch.utils.data.TensorDataset(images[:-HELD_OUT], labels[:-HELD_OUT])
     train = make_loader(rest, 64, shuffle=True, seed=seed)
     fixed = {"epochs": arguments.fine_tune_epochs, "amp": arguments.amp, "channels_last": bool(arguments.amp)}
@@ -252,7 +261,9 @@ def run(arguments):
     everything += [name + suffix for suffix in ("", ", compensated") for name in BASELINES]
     if importlib.util.find_spec("torch_pruning"):
         everything += list(PEERS)
-    criteria = [c for c in everything if not names or any(c == n or (n.endswith("*") and c.startswith(n[:-1])) for n in names)]
+    criteria = [
+        c for c in everything if not names or any(c == n or (n.endswith("*") and c.startswith(n[:-1])) for n in names)
+    ]
     results = started(arguments, ("seeds", "criteria", "output"), {"rows": [], "single": []})
     results |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
     accuracy = evaluate(dense, val, progress=False)
@@ -273,7 +284,13 @@ def run(arguments):
             start, rows = time.perf_counter(), []
             for percentage, model in networks(criterion, pruning, data, arguments, seed, batches).items():
                 after = evaluate(model, val, progress=False)
-                row = {"criterion": criterion, "percentage": percentage, "seed": seed, "top1": after.top1, "loss": after.loss}
+                row = {
+                    "criterion": criterion,
+                    "percentage": percentage,
+                    "seed": seed,
+                    "top1": after.top1,
+                    "loss": after.loss,
+                }
                 if arguments.fine_tune_epochs:
                     model, row["lr"] = tuned(model, data, arguments, seed, rates_to_try(results, criterion, percentage))
                     row["tuned_top1"] = evaluate(model, val, progress=False).top1
@@ -300,7 +317,9 @@ def tables(results):
         print(f"\n| top-1 {title} | " + " | ".join(f"{p:g} %" for p in percentages) + " |")
         print("|---" * (1 + len(percentages)) + "|")
         for criterion in dict.fromkeys(row["criterion"] for row in rows):
-            cells = [[r[key] for r in rows if r["criterion"] == criterion and r["percentage"] == p] for p in percentages]
+            cells = [
+                [r[key] for r in rows if r["criterion"] == criterion and r["percentage"] == p] for p in percentages
+            ]
             print(f"| {criterion} | " + " | ".join(spread(c) for c in cells) + " |")
     singles = results["single"]
     if singles:

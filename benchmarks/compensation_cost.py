@@ -3,9 +3,9 @@
     python benchmarks/compensation_cost.py --images 1000 --percentage 50 --repeats 3
 
 VGG-16 with BatchNorm at 32x32 on noise images. Training is one epoch of SGD with momentum at `--batch-size`, compensation
-repairs the network after the given percentage of each layer's filters went at random, from batches of the same size. Each
-part runs in a process of its own, in turn; memory is the growth of the process's peak resident size (ru_maxrss) beyond
-model, images and libraries. One line a repeat, then the ratios of the medians: at most 1 is the aim.
+repairs the network after the given percentage of each layer's filters was removed at random, from batches of the same
+size. Each part runs in a process of its own, in turn; memory is the growth of the process's peak resident size (ru_maxrss)
+beyond model, images and libraries. One line a repeat, then the ratios of the medians: at most 1 is the aim.
 """
 
 import argparse

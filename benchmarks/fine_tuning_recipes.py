@@ -7,7 +7,7 @@ For every seed (calibration draw, order of batches, dropout) the dense network i
 settings, and each recipe trains a copy for `--steps` optimiser steps. "progressive" spends half of them between the
 rounds of a pruning of its own. Printed: mean and standard deviation over seeds of top-1 and loss of the last weights on
 the test images (no epoch is chosen on them), the difference to "plain" in the same seed, and seconds of training, one
-evaluation included. Every finished cell is in `--output`: the same command, with more seeds too, goes on from there.
+evaluation included. Every finished cell is in `--output`: the same command, also with more seeds, continues from there.
 """
 
 import argparse
@@ -72,7 +72,7 @@ class Steps:
 
 
 class Seed:
-    """One dense network, its calibration draw and order of batches; prunes when it is first asked."""
+    """One dense network, its calibration draw and order of batches; prunes at the first request."""
 
     def __init__(self, arguments, data, dense, val, seed):
         self.arguments, self.data, self.dense, self.val, self.seed = arguments, data, dense, val, seed

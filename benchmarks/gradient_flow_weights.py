@@ -127,7 +127,9 @@ def one(name, compensate, seed, model, data, val, arguments):
     batches = calibration_batches(data, arguments.calibration_samples, 100, seed=seed)
     more = calibration_batches(data, arguments.compensation_samples, 100, seed=seed)
     settings = PruningSettings(compensate=bool(compensate), rounds=arguments.rounds, seed=seed)
-    pruning = EnhancedPruning(model, val, val, calibration=batches, compensation=more, settings=settings, progress=False)
+    pruning = EnhancedPruning(
+        model, val, val, calibration=batches, compensation=more, settings=settings, progress=False
+    )
     with patch.object(EnhancedFilterPruner, "flow_weights", weights_from(name, batches)):
         for percentage in arguments.percentages:
             pruned = pruning.prune(percentage, 2).model
@@ -140,7 +142,9 @@ def one(name, compensate, seed, model, data, val, arguments):
 
 def table(rows):
     percentages = sorted({row["percentage"] for row in rows})
-    print("\n| weights | compensated | " + " | ".join(f"{p:g} %, before / after fine-tuning" for p in percentages) + " |")
+    print(
+        "\n| weights | compensated | " + " | ".join(f"{p:g} %, before / after fine-tuning" for p in percentages) + " |"
+    )
     print("|---" * (2 + len(percentages)) + "|")
     for compensated, name in dict.fromkeys((row["compensated"], row["weights"]) for row in rows):
         cells = []
@@ -163,7 +167,10 @@ def main():
                     continue
                 new = list(one(name, compensate, seed, model, data, val, arguments))
                 rows += new
-                print(*(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for r in new for k, v in r.items()), flush=True)
+                print(
+                    *(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for r in new for k, v in r.items()),
+                    flush=True,
+                )
                 write_json(arguments.output, results)
     table(rows)
 

@@ -2,8 +2,8 @@
 
     python benchmarks/latency.py --model resnet50 --image-size 224 --batch-size 8
 
-Filters go by L2 magnitude with the default layer bound, from random weights: shapes alone matter here. The networks run in
-turn, `--repeats` times each; printed are medians over those of the dense network and the interquartile range.
+Filters are removed by L2 magnitude with the default layer bound, from random weights: only shapes matter here. The networks
+alternate, `--repeats` times each. Printed: the ratio of each median to the dense network's, and the interquartile range.
 """
 
 import argparse

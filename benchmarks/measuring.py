@@ -1,4 +1,4 @@
-"""Seconds and peak memory of parts of a program, in a process each or one by one; results that a run takes up again."""
+"""Seconds and peak memory of parts of a program, in a process each or one by one; results from which a run continues."""
 
 import ctypes
 import gc
@@ -21,7 +21,7 @@ def peak_bytes(device=None):
 
 
 class Start:
-    """Clocks and peak memory at the start of a part. CPU seconds bear other programs on the machine better than wall time."""
+    """Clocks and peak memory at the start of a part. Other programs disturb CPU seconds less than wall time."""
 
     def __init__(self, device=None):
         self.device = device
@@ -75,7 +75,9 @@ def print_ratios(results, part, reference):
         ours, theirs = [m[unit] for m in results[part]], [m[unit] for m in results[reference]]
         ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
         median = statistics.median(ours) / statistics.median(theirs)
-        print(f"{unit}: {part} / {reference} = {median:.2f} ({min(ratios):.2f} to {max(ratios):.2f}, n = {len(ratios)})")
+        print(
+            f"{unit}: {part} / {reference} = {median:.2f} ({min(ratios):.2f} to {max(ratios):.2f}, n = {len(ratios)})"
+        )
 
 
 def started(arguments, may_differ, empty):

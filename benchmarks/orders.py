@@ -1,4 +1,4 @@
-"""Accuracy at equal multiply-accumulates against the number of images that score, for every Taylor order and baselines.
+"""Accuracy at equal multiply-accumulates against the number of calibration images, for every Taylor order and baselines.
 
     python benchmarks/orders.py --data DIR --device cuda --workers 6 --minutes 7 --output orders.json
     python benchmarks/orders.py --output orders.json --minutes 0            # tables and plot of what there is
@@ -7,7 +7,7 @@ DIR holds cifar10-jpeg.tar.xz, imagenette.tar, imagenet-one-a-class.tar, resnet3
 mobilenet_v2_imagenet.pth. Every network is pruned to shares of its multiply-accumulates in five rounds, compensated after
 each, with widths left free; labels are needed by order 1 and by fine-tuning alone. Images that score are the first of
 those that compensate. Baselines choose their own widths under the same budget, in one shot, and are compensated alike.
-Cells run in order of importance, one a worker; an interrupted run goes on where it was.
+Cells run in order of importance, one a worker; an interrupted run continues with the unfinished cells.
 """
 
 import argparse
@@ -32,7 +32,6 @@ sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
 from cifar_resnets import cifar_resnet
 from measuring import started
-from taylor_pruning.report.json_files import write_json
 
 from EnhancedPruning import EnhancedPruning, PruningSettings
 from taylor_pruning.experiment.data import TensorImages
@@ -40,11 +39,12 @@ from taylor_pruning.experiment.loaders import make_loader
 from taylor_pruning.experiment.models import build_model
 from taylor_pruning.experiment.results import all_filters, remaining
 from taylor_pruning.repair.compensation import compensate
+from taylor_pruning.report.json_files import write_json
 from taylor_pruning.training.fine_tuning import Recipe, evaluate, fine_tune
 from taylor_pruning.training.profile import profile
 
 ORDERS = [f"order {order}" for order in (1, 2, 3)]
-HELD_OUT = 500  # training images, none of those that compensate, that choose the epoch of fine-tuning
+HELD_OUT = 500  # training images that choose the epoch of fine-tuning; compensation does not use them
 VGG_EPOCHS, VGG_LR = 12, 0.1
 
 
@@ -95,7 +95,7 @@ def parse_arguments():
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--workers", type=int, default=1, help="processes that share the device")
     parser.add_argument("--minutes", type=float, default=60, help="no cell starts that would probably end later")
-    parser.add_argument("--output", default="orders.json", help="the plot lies beside it")
+    parser.add_argument("--output", default="orders.json", help="the plot is written beside it")
     return parser.parse_args()
 
 
@@ -114,7 +114,7 @@ def in_turn(folder, each):
     """[(path, its class)] of `each` images a class, the classes in turn."""
     classes = sorted(path for path in folder.iterdir() if path.is_dir())
     files = [sorted(path.iterdir())[:each] for path in classes]
-    return [(file, file.parent.name) for turn in zip(*files, strict=True) for file in turn]
+    return [(file, file.parent.name) for group in zip(*files, strict=True) for file in group]
 
 
 def prepare(arguments):

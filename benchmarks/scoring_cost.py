@@ -67,7 +67,9 @@ def run_part(arguments):
     device, size = torch.device(arguments.device), arguments.batch_size
     images = torch.randn(arguments.images, 3, arguments.image_size, arguments.image_size)
     labels = torch.randint(arguments.classes, (arguments.images,)).to(device)
-    model = network(arguments.model, arguments.classes, arguments.image_size, images[:size], arguments.entropy).to(device)
+    model = network(arguments.model, arguments.classes, arguments.image_size, images[:size], arguments.entropy).to(
+        device
+    )
     images = images.to(device)
     warm_up(model, images, labels, size)
     batches = list(zip(images.split(size), labels.split(size), strict=True))

@@ -1,4 +1,4 @@
-"""Two processes rank one network together, on one GPU too: the scores are those of one process, the time less than its.
+"""Two processes rank one network, also on one GPU: the scores equal those of one process, and the time is shorter.
 
     torchrun --standalone --nproc-per-node 2 benchmarks/sharded_ranking.py --device cuda
 

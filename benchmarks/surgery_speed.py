@@ -4,8 +4,8 @@
     python benchmarks/surgery_speed.py --runs 9
 
 Both sides remove the same filters. `ChannelGraph.remove` gives a new network; Torch-Pruning cuts in place, so that it
-works on a copy, whose time is a line of its own. Runs alternate, the garbage collector rests while the clock runs (as in
-`timeit`); printed are the median and the quartiles over n runs.
+works on a copy, whose time is a line of its own. Runs alternate, the garbage collector is off while the clock runs (as in
+`timeit`). Printed: the median and the quartiles over n runs.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def ours(model, example, plan):
     return 0.0, built - start, time.perf_counter() - built, smaller
 
 
-def torch_pruning_way(model, example, roots):
+def theirs_in_place(model, example, roots):
     """The same by the dependency graph; `roots`: {layer name: filters}, one layer of every coupled group."""
     start = time.perf_counter()
     model = copy.deepcopy(model)
@@ -74,23 +74,23 @@ def main():
     example = torch.randn(1, 3, 224, 224)
     plan, roots = same_removal(model, example)
 
-    times = {ours: [], torch_pruning_way: []}
+    times = {ours: [], theirs_in_place: []}
     shapes = {}
     for run in range(arguments.runs + 1):  # the first one warms up
-        for way, removal in ((ours, plan), (torch_pruning_way, roots)):
+        for tool, removal in ((ours, plan), (theirs_in_place, roots)):
             gc.collect()
             gc.disable()
-            copying, build, cut, smaller = way(model, example, removal)
+            copying, build, cut, smaller = tool(model, example, removal)
             gc.enable()
-            shapes[way] = {name: tuple(p.shape) for name, p in smaller.named_parameters()}
+            shapes[tool] = {name: tuple(p.shape) for name, p in smaller.named_parameters()}
             if run:
-                times[way].append((build, cut, build + cut, copying + build + cut))
-    if shapes[ours] != shapes[torch_pruning_way]:
+                times[tool].append((build, cut, build + cut, copying + build + cut))
+    if shapes[ours] != shapes[theirs_in_place]:
         raise SystemExit("the two networks differ in shape: the times cannot be compared")
 
     print(f"{arguments.model}, n = {arguments.runs} runs, {arguments.threads} thread(s), torch {torch.__version__}")
     for part, label in enumerate(("build", "cut", "both", "both and a copy")):
-        mine, theirs = ([t[part] for t in times[way]] for way in (ours, torch_pruning_way))
+        mine, theirs = ([t[part] for t in times[tool]] for tool in (ours, theirs_in_place))
         ratio = statistics.median(mine) / statistics.median(theirs)
         print(f"{label:15} ours {spread(mine)}   Torch-Pruning {spread(theirs)}   ratio {ratio:.2f}")
 

@@ -8,7 +8,7 @@ trains in the same precision and memory layout with fused SGD and the same cosin
 nothing. Both train vgg16_bn in its form for 32 pixels, on noise, in turn, `--repeats` times. A repeat is a training of
 `--epochs` epochs, of which the first (memory, algorithms, CUDA graphs) is not counted but shown. Printed: medians of images
 a second (wall clock), the ratio of each repeat's medians (median and range), and on a CPU the ratio of CPU seconds, which
-bears other programs on the machine. On CUDA also `fine_tune` without CUDA graphs. The last lines compare epochs of the
+other programs disturb less. On CUDA also `fine_tune` without CUDA graphs. The last lines compare epochs of the
 two networks.
 """
 

@@ -4,11 +4,12 @@
     python benchmarks/zoo.py --kind cnn --markdown docs/networks.md
     python benchmarks/zoo.py resnet50 seresnet18 --peer
 
-Every network has random weights, norms and biases drawn anew, float64, the smallest image that it runs on. Of its units 30 %
-are closed, and removed, at random. "exact": both outputs agree to 1e-6; "protected": nothing may be removed, with the
-reason; "refused": an error says why; "wrong": neither. Seconds are CPU seconds of graph and cut, one thread, proof included;
-memory is the peak above the model. `--peer` prunes the same share of channels by Torch-Pruning 1.6.1, configured as its
-documentation says (heads and unwrapped parameters given, the classifier ignored), and says whether the result runs.
+Every network has random weights, norms and biases, float64, and the smallest image that it runs on. 30 % of its units, drawn at
+random, are closed by gates and, in a copy, removed. "exact": both outputs agree to 1e-6; "protected": nothing may
+be removed, with the reason; "refused": an error says why; "wrong": neither. Seconds are CPU seconds of graph and cut, one
+thread, proof included; memory is the peak above the model. `--peer` prunes the same share of channels by Torch-Pruning
+1.6.1, configured as its documentation says (heads and unwrapped parameters given, the classifier ignored), and says
+whether the result runs.
 """
 
 import argparse
@@ -76,7 +77,7 @@ def build(name):
 
 
 def resident(peak=False):
-    """MB of the process at its peak since the last call with `peak`, which starts anew (Linux alone)."""
+    """MB of the process at its peak since the last call with `peak`, which resets the peak (Linux only)."""
     if peak:
         Path("/proc/self/clear_refs").write_text("5")
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
@@ -97,7 +98,7 @@ def random_units(graph):
 
 
 def check(name, options):
-    """One row: verdict, share of filters that may go, seconds, MB above the model, main reason for the rest."""
+    """One row: verdict, share of removable filters, seconds, MB above the model, main reason for the rest."""
     model, x = build(name)
     gc.collect()
     before = resident(peak=True)
@@ -128,7 +129,7 @@ def check(name, options):
 
 
 def peer(name):
-    """What Torch-Pruning makes of the same share: "runs", or the error. Its documentation's settings."""
+    """Torch-Pruning on the same share, by its documentation's settings: "runs", or the error."""
     import torch_pruning
 
     model, x = build(name)
@@ -158,7 +159,7 @@ def main():
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     options = {"prune_linear": arguments.prune_linear, "prune_heads": arguments.prune_heads}
-    header = ["network", "result", "filters that may go, %", "s", "MB", "why not the rest"]
+    header = ["network", "result", "removable filters, %", "s", "MB", "main reason for the rest"]
     header += ["Torch-Pruning"] * arguments.peer
     rows = []
     for name in arguments.names or KINDS[arguments.kind].split():

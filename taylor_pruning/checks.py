@@ -78,7 +78,7 @@ def _class_numbers(labels, images, where):
 def check_batch(images: Tensor, labels: Tensor, logits, where: str) -> None:
     """Raises InputError if the logits of a batch are not [B, classes], pixels are not finite, or labels are out of range.
 
-    Cross-entropy would make NaN of such a batch, or end the process by an assertion on the GPU.
+    Cross-entropy would give NaN for such a batch, or abort the process by an assertion on the GPU.
     """
     check_logits(logits, len(images), where)
     check_ranges(*torch.stack([*images.aminmax(), *labels.aminmax()]).tolist(), logits.shape[1], where)
@@ -87,29 +87,29 @@ def check_batch(images: Tensor, labels: Tensor, logits, where: str) -> None:
 def check_ranges(
     low_pixel: float, high_pixel: float, low_label: int, high_label: int, classes: int, where: str
 ) -> None:
-    """Raises InputError if the smallest and largest pixel are not finite, or a label is none of so many classes."""
-    if not -torch.inf < low_pixel <= high_pixel < torch.inf:  # not so of NaN either
+    """Raises InputError if the smallest and largest pixel are not finite, or a label is outside 0 to `classes` - 1."""
+    if not -torch.inf < low_pixel <= high_pixel < torch.inf:  # false for NaN too
         raise InputError(f"{where} holds NaN or Inf pixels; look for broken images or a zero in the normalisation")
     if low_label < 0 or high_label >= classes:
         label = int(low_label if low_label < 0 else high_label)
         raise InputError(
             f"{where} holds label {label}, but the model has {classes} outputs (labels 0 to {classes - 1}); "
-            + ("leave images without a class out" if label < 0 else "give the model as many as the data has classes")
+            + ("leave out images without a class" if label < 0 else "give the model as many as the data has classes")
         )
 
 
 def check_logits(logits, images: int, where: str) -> None:
-    """Raises InputError if a network's outputs for a batch of so many images are not logits [images, classes]."""
+    """Raises InputError if a network's outputs for a batch of `images` images are not logits [images, classes]."""
     if not isinstance(logits, Tensor):
         raise InputError(
-            f"the network gives {describe(logits)} for {where}; it must give logits [batch, classes] alone: put it into "
+            f"the network gives {describe(logits)} for {where}; it must give logits [batch, classes] alone: wrap it in "
             "a module whose forward returns them"
         )
     shape = [*logits.shape]
     if shape == [images] or shape == [images, 1]:
         raise InputError(
             f"the network gives {shape} for {where}, one number an image; it must give one logit a class: with two classes, "
-            "put it into a module that makes of its output z [batch, 1] torch.cat([torch.zeros_like(z), z], 1)"
+            "wrap it in a module that returns torch.cat([torch.zeros_like(z), z], 1) for its output z [batch, 1]"
         )
     if logits.dim() > 2 and shape[0] == images and logits[0].numel() == shape[1]:
         raise InputError(

@@ -1,4 +1,4 @@
-"""The error for what a user can mend."""
+"""The error for wrong input, which the user can correct."""
 
 
 class InputError(ValueError):

@@ -1,4 +1,4 @@
-"""Finds out on the first batch of every loader whether a network and its data fit, before anything is computed.
+"""Checks on the first batch of every loader whether the network can run on it, before anything is computed.
 
 loader = Batches(train_loader, "the training loader", device)
 check_inputs(model, [loader])
@@ -17,7 +17,7 @@ from taylor_pruning.errors import InputError
 from taylor_pruning.modes import frozen
 
 IMAGES = 8  # of a first batch that the network is run on
-# What a forward raises on inputs that do not fit it.
+# Errors of a forward on unsuitable inputs.
 FORWARD_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError)
 
 
@@ -25,7 +25,7 @@ class Batches:
     """A loader whose batches are images [B, ...] and class numbers int64 [B] on `device`, see `checks.read_batch`.
 
     Args:
-        loader: iterable of (images, labels) that can be run through again and again.
+        loader: iterable of (images, labels) that can be read more than once.
         name: what error messages call it, for instance "the training loader".
 
     Raises:
@@ -34,7 +34,7 @@ class Batches:
 
     def __init__(self, loader: Iterable, name: str, device: torch.device):
         if isinstance(loader, Iterator) or not isinstance(loader, Iterable):
-            kind = "can be run through only once" if isinstance(loader, Iterator) else "is not iterable"
+            kind = "can be read only once" if isinstance(loader, Iterator) else "is not iterable"
             raise InputError(f"{name} {kind}; give a DataLoader or a list of batches (images, labels)")
         self.loader, self.name, self.device = loader, name, device
 
@@ -47,7 +47,7 @@ class Batches:
 
     @property
     def dataset(self):
-        """The loader's data set; no attribute where it has none of known length."""
+        """The loader's data set. Raises AttributeError if it has none of known length."""
         dataset = self.loader.dataset
         if not hasattr(dataset, "__len__"):
             raise AttributeError(f"the data set of {self.name} has no length")
@@ -55,12 +55,12 @@ class Batches:
 
     @property
     def spread(self):
-        """The loader's way to pick out evenly spread images; no attribute where it has none."""
+        """The loader's method that picks evenly spread images. Raises AttributeError if it has none."""
         spread, where = self.loader.spread, f"a batch of {self.name}"
         return lambda samples: [read_batch(batch, where, self.device) for batch in spread(samples)]
 
     def set_epoch(self, epoch: int) -> None:
-        """Passes the epoch on to a loader that knows of epochs."""
+        """Calls the loader's `set_epoch`, if it has one."""
         if hasattr(self.loader, "set_epoch"):
             self.loader.set_epoch(epoch)
 
@@ -79,10 +79,10 @@ def device_of(model: nn.Module) -> torch.device:
     if not devices:
         raise InputError("the network has no parameters; give one with convolutions")
     if len(devices) > 1:
-        raise InputError(f"the network lies on {', '.join(sorted(map(str, devices)))}; move it to one device")
+        raise InputError(f"the network is on {', '.join(sorted(map(str, devices)))}; move it to one device")
     (device,) = devices
     if device.type == "mps":
-        raise InputError("mps computes no float64 sums, which scores are made of; move the network to the cpu")
+        raise InputError("mps cannot compute in float64, which scores need; move the network to the cpu")
     return device
 
 
@@ -91,7 +91,7 @@ def check_inputs(model: nn.Module, loaders: Iterable[Batches]) -> None:
 
     Raises:
         InputError: weights are not finite, the network cannot run on the images, it gives no finite logits
-            [batch, classes] or probabilities in their place, or labels are none of its classes.
+            [batch, classes] or probabilities in their place, or labels are outside its classes.
     """
     if torch.is_inference_mode_enabled():
         raise InputError("scores need gradients; call this outside of torch.inference_mode()")

@@ -21,13 +21,13 @@ from taylor_pruning.errors import InputError
 
 @dataclass(frozen=True)
 class Option:
-    """What a field says besides its name, type and default.
+    """Properties of an option besides its name, type and default.
 
     help: what it sets, for `--help`. when: when it helps, in whole sentences, for docs/options.md.
     low, high: range of a number, ends included unless `open_low` or `open_high` is set.
     infinite: whether infinity is a value. choices: the allowed values. default_text: what a default of None stands for.
     flag: name on the command line, if it is not the field's. metavar: placeholder of its value there.
-    common: one of the few that `--help` shows first. command_line: False for an option of the Python surface alone.
+    common: one of the few that `--help` shows first. command_line: False for an option that only Python has.
     """
 
     help: str

@@ -73,7 +73,7 @@ def test_pixels_and_labels_are_checked():
     check_batch(IMAGES, LABELS, torch.zeros(4, 2), "a batch")
     with pytest.raises(InputError, match="holds label 2, but the model has 2 outputs.*give the model as many"):
         check_batch(IMAGES, LABELS + 1, torch.zeros(4, 2), "a batch")
-    with pytest.raises(InputError, match="holds label -100.*leave images without a class out"):
+    with pytest.raises(InputError, match="holds label -100.*leave out images without a class"):
         check_batch(IMAGES, torch.tensor([0, -100, 1, 1]), torch.zeros(4, 2), "a batch")
     with pytest.raises(InputError, match="NaN or Inf pixels"):
         check_batch(IMAGES / 0, LABELS, torch.zeros(4, 2), "a batch")

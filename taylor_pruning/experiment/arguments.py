@@ -36,7 +36,7 @@ def shown_options(task: type) -> list[tuple[str, dataclasses.Field]]:
 
 
 def new_parser(task: type[ExperimentTask] | type[SweepTask], description: str) -> argparse.ArgumentParser:
-    """The parser of a runner: the options that most runs need first, the others in groups behind them."""
+    """The parser of a runner: the options that most runs need first, then the others in groups."""
     parser = argparse.ArgumentParser(
         usage="%(prog)s [options]",
         description=description,
@@ -86,7 +86,7 @@ def value_text(field: dataclasses.Field) -> str:
 
 
 def default_text(field: dataclasses.Field) -> str:
-    """The default as `--help` and docs/options.md show it; "" where it goes without saying."""
+    """The default as `--help` and docs/options.md show it; "" where there is none to show."""
     about, default = field.metadata["option"], field.default
     if about.default_text:
         return about.default_text
@@ -146,7 +146,7 @@ def parse(task: type[ExperimentTask] | type[SweepTask], description: str, argv: 
 def _options_of_run(folder: Path, task: type) -> dict:
     """{destination: value} of the options in the folder's config.json; {} where there is no such file."""
     config = folder / "config.json"
-    if not config.exists():  # run.open_folder says so
+    if not config.exists():  # run.open_folder reports it
         return {}
     try:
         there = json.loads(config.read_text(encoding="utf-8"))["arguments"]

@@ -1,4 +1,4 @@
-"""The state between two rounds of pruning, on disk: whose it is, what was removed so far, and with which records."""
+"""The state between two pruning rounds on disk: the run that it belongs to, what was removed so far, and the records."""
 
 import dataclasses
 import hashlib
@@ -19,7 +19,7 @@ from taylor_pruning.surgery.graph import ChannelGraph
 
 @dataclass
 class RoundsState:
-    """The network between two rounds, and how it came there.
+    """The network between two rounds, and the records of the rounds so far.
 
     Attributes:
         model: the network after the last round, repaired and trained as the settings say.
@@ -39,12 +39,12 @@ class RoundsState:
 
 
 class RoundsCheckpoint:
-    """A file that holds a `RoundsState`, written after every round and read only where the same rounds would come about.
+    """A file that holds a `RoundsState`, written after every round and read only by a run with the same settings.
 
     Args:
         path: the file.
         graph: of the dense network.
-        images: {what for: list of batches (images, labels)}.
+        images: {purpose: list of batches (images, labels)}.
         settings: {name: plain value} of all else that the rounds depend on.
     """
 
@@ -79,7 +79,7 @@ class RoundsCheckpoint:
         if names:
             changes = ", ".join(f"{n} was {then.get(n)}, is {self.identity.get(n)}" for n in sorted(names))
             raise InputError(
-                f"{self.path} is of another pruning: {changes}; give the same settings, or start anew without resuming"
+                f"{self.path} is of another pruning: {changes}; give the same settings, or start again without resuming"
             )
         model = self.graph.remove(removed(self.graph, content["kept"]))
         model.load_state_dict(content["model"])
@@ -87,7 +87,7 @@ class RoundsCheckpoint:
 
     def _read(self):
         problem = InputError(
-            f"{self.path} is not a checkpoint of pruning rounds; remove it, or start anew without resuming"
+            f"{self.path} is not a checkpoint of pruning rounds; remove it, or start again without resuming"
         )
         if not zipfile.is_zipfile(self.path):
             raise problem

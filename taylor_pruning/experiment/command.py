@@ -27,7 +27,7 @@ class Task(Checked):
     use_gradient_flow: bool = option(
         False,
         "weigh scores by gradient flow and report it",
-        "To see where gradients vanish. The weights themselves have not raised accuracy beyond the spread.",
+        "To see where gradients vanish. The weights did not raise accuracy by more than the spread.",
     )
 
 
@@ -52,7 +52,8 @@ class ExperimentTask(Task):
     oracle_samples: int = option(
         0,
         "measure the true loss change of N filters and plot it against the scores",
-        "To see whether the scores can be trusted on a network of your own. Each filter costs one pass over the calibration images.",
+        "To see whether the scores can be trusted on a network of your own. "
+        "Each filter costs one pass over the calibration images.",
         low=0,
         metavar="N",
     )
@@ -71,7 +72,7 @@ class SweepTask(Task):
     pruning_percentages: tuple[float, ...] = option(
         (10.0, 30.0, 50.0, 70.0),
         "per cent of the budget to remove",
-        "Give fewer to save time: every percentage is pruned and fine-tuned by itself.",
+        "Give fewer to save time: every percentage is pruned and fine-tuned separately.",
         **PERCENTAGE,
         metavar="P",
         common=True,
@@ -79,7 +80,7 @@ class SweepTask(Task):
     taylor_orders: tuple[int, ...] = option(
         (1, 2, 3),
         "orders of the Taylor scores",
-        "Give fewer to save time: every order is pruned and fine-tuned by itself.",
+        "Give fewer to save time: every order is pruned and fine-tuned separately.",
         choices=TAYLOR_ORDERS,
         common=True,
     )
@@ -149,14 +150,14 @@ class DataSettings(Checked):
     compensation_samples: int | None = option(
         None,
         "training images that the repair is fitted to",
-        "More than for the scores where layers have more channels than a few hundred images can determine.",
+        "Give more where layers have more channels than a few hundred images can determine.",
         low=1,
         default_text="as --calibration-samples",
     )
     train_epochs: int | None = option(
         None,
         "epochs that train the dense network or its new head where there are no weights",
-        "More for data that are harder than the embedded.",
+        "Give more for data that are harder than the embedded images.",
         low=0,
         default_text="12 from scratch, 3 for a head",
     )

@@ -77,7 +77,7 @@ class FolderImages(ImageFolder):
         super().__init__(str(root), loader=read_image, is_valid_file=self._is_visible_image, allow_empty=True)
 
     def _is_visible_image(self, path: str) -> bool:
-        """Not so: what editors, notebooks and file managers leave in hidden files and folders (._0.png, .ipynb_checkpoints)."""
+        """False for what editors, notebooks and file managers leave in hidden files and folders, as .ipynb_checkpoints."""
         return has_file_allowed_extension(path, IMG_EXTENSIONS) and f"{os.sep}." not in path.removeprefix(
             str(self.root)
         )
@@ -119,7 +119,7 @@ def _drop_corrupt(dataset: FolderImages) -> list[Path]:
 
 @dataclass(frozen=True)
 class _Preset:
-    """The numbers behind a torchvision classification preset and the transforms made from them."""
+    """The numbers of a torchvision classification preset and the transforms made from them."""
 
     crop: int = 224
     resize: int = 256

@@ -89,10 +89,10 @@ class BatchLoader:
             return
         shifts, flips = self._draws()
         order = torch.from_numpy(np.concatenate(batches)).to(self.device)
-        together = max(1, FLOATS_AT_ONCE // (data.images[0].numel() * len(batches[0])))
+        at_once = max(1, FLOATS_AT_ONCE // (data.images[0].numel() * len(batches[0])))
         first = 0
-        for start in range(0, len(batches), together):
-            sizes = [len(batch) for batch in batches[start : start + together]]
+        for start in range(0, len(batches), at_once):
+            sizes = [len(batch) for batch in batches[start : start + at_once]]
             index = order[first : first + sum(sizes)]
             first += sum(sizes)
             images = data.take(
@@ -118,7 +118,7 @@ class BatchLoader:
 
 
 class WorkerLoader:
-    """A DataLoader behind the surface of BatchLoader: batches on `device`, `set_epoch`, errors of workers as raised."""
+    """A DataLoader with the interface of BatchLoader: batches on `device`, `set_epoch`, errors of workers as raised."""
 
     def __init__(self, dataset: Dataset, plan: EpochBatches, device: torch.device, workers: int):
         self.dataset, self.plan, self.device = dataset, plan, device
@@ -143,7 +143,7 @@ class WorkerLoader:
             yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
 
     def spread(self, samples: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """As that of BatchLoader."""
+        """See BatchLoader.spread."""
         rows, plan = self.plan.spread(samples)
         return list(WorkerLoader(Subset(self.dataset, rows), plan, self.device, self._loader.num_workers))
 
@@ -205,8 +205,8 @@ def calibration_batches(
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Class-balanced training images under the evaluation transform, as [(images, labels)] on `device`.
 
-    The classes take turns, each giving its images in random order without repetition; a class that has no more is
-    passed over, and `samples` above the size of the set means all of it. The sequence of images depends on `seed`
+    The classes alternate; within a class, images come in random order without repetition. A class without further
+    images is skipped, and `samples` above the size of the set means all of it. The sequence of images depends on `seed`
     alone, `batch_size` only cuts it. Raises InputError when samples or batch_size is below 1.
     """
     if samples < 1 or batch_size < 1:
@@ -225,6 +225,6 @@ def _balanced_order(labels: np.ndarray, seed: int) -> np.ndarray:
     class_rank = rng.permutation(labels.max() + 1)[labels[shuffled]]
     by_class = np.argsort(class_rank, kind="stable")
     _, starts, counts = np.unique(class_rank[by_class], return_index=True, return_counts=True)
-    turn = np.empty(len(labels), np.int64)
-    turn[by_class] = np.arange(len(labels)) - np.repeat(starts, counts)
-    return shuffled[np.lexsort((class_rank, turn))]
+    place = np.empty(len(labels), np.int64)
+    place[by_class] = np.arange(len(labels)) - np.repeat(starts, counts)
+    return shuffled[np.lexsort((class_rank, place))]

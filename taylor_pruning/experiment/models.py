@@ -36,7 +36,7 @@ class BuiltModel:
     """A network that maps images [B, 3, image_size, image_size] to logits [B, num_classes], in eval mode.
 
     `weights` says where its weights come from ("none", "VGG16_Weights.IMAGENET1K_V1" or a file), `new_head` whether the
-    classifier was drawn anew although the rest was loaded.
+    classifier was initialised at random although the rest was loaded.
     """
 
     model: nn.Module
@@ -84,7 +84,8 @@ def build_model(
     weights: "auto" (torchvision's default weights from 64 pixels on, none below), "default", "none", or a file that
     holds a state_dict, plain or under one of weights.STATE_KEYS; a prefix that all names share ("module.", "_orig_mod.",
     Lightning's "model.") is taken off. Weights for another number of classes keep everything but the classifier, which
-    is drawn anew; with `imagenet_labels` the labels are ImageNet's own 1000, and a classifier of 1000 classes is kept.
+    is initialised at random; with `imagenet_labels` the labels are ImageNet's own 1000, and a classifier of 1000
+    classes is kept.
 
     Below 64 pixels the small form is built: ResNets (and ResNeXt, wide ResNet) and DenseNets begin with a 3x3
     convolution of stride 1 and no max-pooling (He et al. 2016, section 4.2; Huang et al. 2017), VGG ends in one linear
@@ -142,7 +143,7 @@ def network(name: str, num_classes: int, image_size: int, *, transform_input: bo
 def _small_vgg(name: str, num_classes: int) -> nn.Module:
     layers = VGG_LAYERS.get(name) or VGG_LAYERS[name.removesuffix("_bn")]
     features = make_layers(layers, batch_norm=name.endswith("_bn"))
-    with parameters_on_meta():  # the 120 million weights of the classifier that is about to go are never allocated
+    with parameters_on_meta():  # the 120 million weights of the classifier that will be replaced are never allocated
         model = models.VGG(features)
     model.avgpool = nn.AdaptiveAvgPool2d(1)
     model.classifier = nn.Linear(layers[-2], num_classes)
@@ -156,7 +157,7 @@ def _shrink_stem(model: nn.Module):
         model.features.conv0, model.features.pool0 = _small_conv(model.features.conv0), nn.Identity()
     else:
         stem = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
-        if stem.stride == (2, 2):  # stride 4 and more are patches, which the layers behind count on
+        if stem.stride == (2, 2):  # stride 4 and more are patches, which the following layers rely on
             stem.stride = (1, 1)
 
 

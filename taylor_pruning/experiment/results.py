@@ -22,13 +22,13 @@ class PruningResult:
             round, percentage, filters_removed;
             layer_bound_held: False where the percentage could not be reached within the layer bound;
             loss: what the next two are changes of, on the calibration images: "divergence" from the dense network's
-                predictions behind compensation, else the "cross-entropy" with the labels;
+                predictions with compensation, else the "cross-entropy" with the labels;
             predicted_loss_change (nats, None for order 1), measured_loss_change (nats);
             label_loss_change: measured change of the cross-entropy with the labels;
             after_selection, after_compensation, after_training: {"top1", "loss"} on some of the validation images;
             compensation: what it did to every layer (repair.compensation.CompensationReport), or None.
         layers: {name: {"filters", "kept", "reason"}}.
-        plan: {name: removed filters, in the dense network's numbering}.
+        plan: {name: indices of the removed filters in the dense network}.
         scores: {name: [filters] score by which the first round selected, None where a filter is protected}.
         criterion: what the scores are, with their unit.
         curvature: how the scores' derivatives were computed: {"path", "reason", "sampled", "h_error"}.

@@ -32,7 +32,7 @@ def run_guarded(command: Command, run) -> int:
     Exit codes: 2 bad input, 1 training diverged or the disk failed, 130 interrupted.
     """
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # no name or sign that the terminal's encoding lacks may end a run
+        if isinstance(stream, io.TextIOWrapper):  # a character that the terminal cannot encode must not end a run
             stream.reconfigure(errors="backslashreplace")
     folder = Path(command.run.resume or command.run.output_dir or default_folder(command))
     try:
@@ -70,7 +70,7 @@ def how_to_continue(folder):
 
 
 def default_folder(command):
-    """runs/ and a name that is free."""
+    """A folder in runs/ that does not exist yet."""
     base = Path("runs") / f"{Path(sys.argv[0]).stem}-{command.data.model}"
     candidates = (base if n == 1 else base.with_name(f"{base.name}-{n}") for n in range(1, 10**6))
     return next(path for path in candidates if not path.exists())
@@ -92,7 +92,7 @@ def open_folder(folder, command):
     config = folder / "config.json"
     if command.run.resume and not config.exists():
         raise InputError(
-            f"{folder} has no config.json; --resume takes the folder of an interrupted run, without it a run starts anew"
+            f"{folder} has no config.json; --resume takes the folder of an interrupted run; leave it out to start a new run"
         )
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a") as lock:

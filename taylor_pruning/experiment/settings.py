@@ -18,7 +18,7 @@ class PruningSettings(Constraints):
     """How filters are chosen and how the network is repaired.
 
     Attributes:
-        rounds: number of score-and-prune rounds on the way to the percentage.
+        rounds: number of score-and-prune rounds in which the percentage is reached.
         selection: "joint" or "auto": greedy, given the filters already chosen (selection.greedy); "independent": by single
             scores.
         curvature: "exact": second and third derivatives from class directions (along residual streams the Gauss-Newton
@@ -46,13 +46,14 @@ class PruningSettings(Constraints):
     rounds: int = option(
         5,
         "score-and-prune rounds",
-        "Scores are taken anew in every round. One round is the fastest; five follow the loss when much is removed.",
+        "Every round scores the smaller network again. One round is the fastest; five follow the loss more closely when "
+        "much is removed.",
         low=1,
     )
     selection: str = option(
         "auto",
         "joint: greedy, given the filters already chosen; independent: by single scores; auto: joint",
-        "joint is ahead when many filters go at once.",
+        "joint is better when many filters are removed at once.",
         choices=SELECTIONS,
     )
     curvature: str = option(
@@ -88,8 +89,8 @@ class PruningSettings(Constraints):
     )
     compensate: bool = option(
         True,
-        "repair the layers behind by least squares after every round",
-        "Leave it on; without it compare criteria as published.",
+        "repair the following layers by least squares after every round",
+        "Leave it on; turn it off to compare criteria as published.",
     )
     fine_tune_between: int = option(
         0,
@@ -101,7 +102,7 @@ class PruningSettings(Constraints):
     reestimate_batchnorm: bool = option(
         False,
         "new BatchNorm statistics before fine-tuning",
-        "It made no difference behind compensation.",
+        "It made no difference with compensation.",
         command_line=False,
     )
     target_macs: str | None = option(

@@ -118,7 +118,7 @@ def prepare(command, folder, device, percentages=()):
 
 
 def warn_of_chance(dense, data):
-    """Says so where the dense network, of this stage, answers no better than the most frequent label would."""
+    """Warns where the dense network (its stage in `dense`) is no better than always answering the most frequent label."""
     chance = max(Counter(map(int, data.val.targets)).values()) / len(data.val)
     if is_main() and dense["top1"] / 100 <= chance + 2 * math.sqrt(chance * (1 - chance) / len(data.val)):
         print(
@@ -131,7 +131,7 @@ def warn_of_chance(dense, data):
 def choose_device(name):
     """The torch device that `--device` names. Raises InputError if it is not there, or cannot compute in float64."""
     if name == "mps":
-        raise InputError("mps computes no float64 sums, which scores are made of; pass --device cpu or auto")
+        raise InputError("mps cannot compute in float64, which scores need; pass --device cpu or auto")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
@@ -230,10 +230,10 @@ def _only_head_trains(built):
 
 
 def _cache_file(experiment, recipe, batch_size):
-    """Where the dense network that these settings lead to is kept, None if this user has no place for a cache."""
+    """The cached file of the dense network of these settings, None if the user has no writable cache folder."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
     folder = root / "enhanced-taylor-pruning"
-    if not root.is_absolute():  # there is no home
+    if not root.is_absolute():  # there is no home folder
         return None
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from taylor_pruning.checks import nonfinite_tensor
 from taylor_pruning.errors import InputError
 
-# Where training scripts keep the weights in a checkpoint. Where there are several, the first counts: averages come last.
+# Where training scripts keep the weights in a checkpoint. The first one found is taken: averages come last.
 STATE_KEYS = ("state_dict", "model_state_dict", "model", "net", "network", "ema_state_dict", "model_ema", "ema")
 PRUNED_FORMAT = "pruned-network"  # of the files of experiment.pruned_file
 
@@ -44,7 +44,7 @@ def read_tensors(
 
 
 def read_state(path: Path, expected: Collection[str]) -> dict[str, Tensor]:
-    """The state_dict in a file, its names those that the network expects as far as a common prefix goes."""
+    """The state_dict in a file, without a prefix of its names that the `expected` ones do not have."""
     content = read_tensors(path)
     if isinstance(content, dict) and content.get("format") == PRUNED_FORMAT:
         raise InputError(f"{path} is a pruned network, not weights for a whole one; load it with load_pruned")
@@ -57,7 +57,7 @@ def read_state(path: Path, expected: Collection[str]) -> dict[str, Tensor]:
 
 
 def _without_prefix(state: dict[str, Tensor], expected: Collection[str], path: Path) -> dict[str, Tensor]:
-    """The tensors under the prefix that makes most names those of `expected`, by these names.
+    """The tensors under the prefix whose removal gives most names in `expected`, by the names without it.
 
     Other tensors in the file (a loss's buffers, metrics) are left out where there is such a prefix. Raises InputError if
     two prefixes serve equally well, as those of a teacher and a student do.

@@ -111,8 +111,8 @@ def _plot_accuracy(results, path):
 def _trajectory(axes, results, key, places, at_rounds, at_epochs, colour, label):
     """One quantity along the run: a large marker a stage, small ones for rounds, training between them, and epochs.
 
-    Where every round ends compensated, the line goes through the compensated networks, and a broken one through what
-    each round's cut left of the network before it. The pruned stage, which has no repair at all, is a marker of its own.
+    Where every round ends with compensation, the solid line connects the compensated networks and the dashed line the
+    networks right after each round's cut. The pruned stage, which has no repair at all, is a separate marker.
     """
     stages = {stage["stage"]: stage.get(key) for stage in results["stages"]}
     points = {places[stage]: value for stage, value in stages.items()}

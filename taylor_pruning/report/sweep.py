@@ -80,7 +80,7 @@ def sweep_table(sweep: dict) -> str:
 
 
 def _chance(sweep):
-    """What the finite number of test images leaves open, in words."""
+    """The standard error from the finite number of test images, in words."""
     top1, images = numbers([sweep["dense"].get("top1"), sweep["dense"].get("images")])
     error = 100 * math.sqrt(top1 / 100 * (1 - top1 / 100) / images) if images else math.nan
     return (

@@ -44,7 +44,7 @@ class Estimate:
 def stage_at(cell: dict, when: str) -> dict:
     """The cell's stage before or after fine-tuning, or the "dense" one; an empty dictionary where there is none.
 
-    Before fine-tuning is the network as it goes into it: compensated where it was compensated.
+    Before fine-tuning: the network that fine-tuning starts from, the compensated one if there is one.
     """
     names = {"dense": ("dense",), "before": ("pruned", "compensated", "trained"), "after": ("fine-tuned",)}[when]
     return ([{}] + [stage for stage in cell["stages"] if stage["stage"] in names])[-1]

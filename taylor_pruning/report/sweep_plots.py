@@ -63,7 +63,7 @@ def _percentage_axis(axes, sweep):
 
 def _plot_accuracy(sweep, paths):
     moments = ["before", "after"] if final_moment(sweep) == "after" else ["before"]
-    # side by side, or the error bars of methods that lie together hide each other
+    # side by side, or the error bars of methods with close values hide each other
     percentages = percentages_of(sweep)
     several = any(len(cells) > 1 for cells in cells_by_method(sweep).values())
     dodge = 0.007 * ((percentages[-1] - percentages[0]) or 10) if several else 0.0
@@ -98,7 +98,7 @@ def _plot_cost(sweep, paths):
 
 
 def _plot_size(sweep, paths):
-    """Size reduction, and beneath it what it exceeds the removed percentage by, as the lines lie close together."""
+    """Size reduction, and below it its excess over the removed percentage, because the lines are close to each other."""
     when = final_moment(sweep)
     percentages = percentages_of(sweep)
 
@@ -156,7 +156,7 @@ def _kept(cells, layers):
 
 
 def _plot_fine_tuning(sweep, paths):
-    """Top-1 over the epochs, a panel a percentage; epoch 0 is the network as it goes into fine-tuning."""
+    """Top-1 over the epochs, a panel a percentage; epoch 0 is the network before fine-tuning."""
     groups = {key: [cell for cell in cells if cell["fine_tuning"]] for key, cells in cells_by_method(sweep).items()}
     percentages = sorted({percentage for (percentage, _), cells in groups.items() if cells})
     columns = 2 if len(percentages) in (2, 4) else min(3, len(percentages))

@@ -16,9 +16,9 @@ class Collected:
     Attributes:
         directions: of the cross-entropy (scoring.taylor); None for another loss.
         probed: derivatives from random probes (scoring.probes), or None.
-        behind_repair: directions are of what compensation cannot repair, and orders 2 and 3 of the divergence from the
-            network's own predictions; probes are not needed then.
-        by_probes: second and third derivatives are those of the probes, of all that the directions do not see.
+        behind_repair: directions describe what compensation cannot repair, and orders 2 and 3 estimate the divergence from
+            the network's own predictions; probes are not needed then.
+        by_probes: second and third derivatives are those of the probes, which include the curvature of the network.
     """
 
     directions: Directions | None
@@ -38,7 +38,7 @@ class Collected:
         return self.directions is None or (self.by_probes and order > 1)
 
     def of_order(self, order: int) -> Directions:
-        """The directions with the loss that the order is of."""
+        """The directions, with the loss that this order estimates."""
         return replace(self.directions, own_targets=self.behind_repair and order > 1)
 
     def scores(self, order: int) -> Tensor:
@@ -87,7 +87,7 @@ class Collected:
     def predicted_loss_change(self, chosen: list[int], order: int) -> float | None:
         """Loss change (nats) of removing the units together, to first order in the network; None for order 1.
 
-        The loss is the cross-entropy with the labels, or behind repair the divergence from the reference's predictions.
+        The loss is the cross-entropy with the labels, or with repair the divergence from the reference's predictions.
         """
         if order == 1 or self.directions is None:
             return None

@@ -41,7 +41,7 @@ def collect_directions(
         batches: sequence of (images [B, ...], labels [B]) on the model's device.
         probes: R, directions a sample.
         want_flow: also collect the gradient flow (one more backward pass).
-        estimates: see ChannelGraph.gated: directions of removing the units and of what repairs the layers behind them.
+        estimates: see ChannelGraph.gated; directions are then of removing a unit and repairing the layers that read it.
         reference: network whose probabilities `Directions.reference` takes, or None.
         seed: of the random directions (`class_basis`).
 
@@ -66,7 +66,7 @@ def collect_directions(
 
 def _of_all_processes(parts):
     """The parts [(batch number, Directions)] of all processes by batch number, on the CPU where there are several."""
-    if world_size() > 1:  # a tensor that travels keeps its device, which is another one in every process
+    if world_size() > 1:  # a tensor that is sent keeps its device, which is another one in every process
         parts = [(number, part.to("cpu")) for number, part in parts]
     parts = [part for share in gather_objects(parts) for part in share]
     return [part for _, part in sorted(parts, key=lambda part: part[0])]

@@ -1,7 +1,7 @@
 """Every channel estimated from the other channels of its layer: the part of it that compensation can repair.
 
-Behind removed channels the layers that read them are refitted (repair.compensation). What a removal then costs is not the
-channel x_u but what least squares on the channels beside it, over calibration images and positions, leaves of it:
+The layers that read removed channels are refitted (repair.compensation). A removal then costs not the channel x_u but its
+residual after least squares on the other channels, over calibration images and positions:
 
     x_u - e_u = [P (x - mean)]_u / P_uu,        P = (C + ridge mean(diag C) I)^-1,   C = Cov(x)
 
@@ -9,7 +9,7 @@ channel x_u but what least squares on the channels beside it, over calibration i
 layer, the block of P takes the place of P_uu). `ChannelGraph.gated(..., estimates=...)` puts e_u where a gate closes.
 
 Estimates are cross-fitted: images fall into `FOLDS` folds by their pixels, and an image is scored with estimates that were
-fitted on the other folds. A layer with few rows a channel (a classifier behind pooling has one row an image) explains
+fitted on the other folds. A layer with few rows a channel (a classifier after pooling has one row an image) explains
 almost everything on the images that fitted it, and would be emptied.
 """
 
@@ -20,7 +20,7 @@ import torch
 
 from taylor_pruning.modes import frozen
 
-RIDGE = 1e-2  # relative to the mean variance; the ratio of channels to rows comes on top
+RIDGE = 1e-2  # relative to the mean variance; the ratio of channels to rows is added
 FOLDS = 4
 PRIME = 2**31 - 1
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a pixel
@@ -38,7 +38,7 @@ class ChannelEstimate:
         left = precision / precision.diagonal(dim1=1, dim2=2)[:, :, None]
         for group, units in enumerate(reader.units[:: reader.positions].view(len(left), -1)):
             for unit, count in Counter(units.tolist()).items():
-                if unit >= 0 and count > 1:  # channels of one unit go together: neither can stand for the other
+                if unit >= 0 and count > 1:  # channels of one unit are removed together
                     block = (units == unit).nonzero()[:, 0].to(left.device)
                     left[group, block] = torch.linalg.solve(precision[group, block][:, block], precision[group, block])
         identity = torch.eye(left.shape[1]).to(left)

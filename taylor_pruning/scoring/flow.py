@@ -88,7 +88,7 @@ def relative_flow(graph: ChannelGraph, flow: Tensor) -> Tensor:
 
 
 def weigh(scores: Tensor, weights: Tensor) -> Tensor:
-    """Scores (signed loss changes, small ones go first) under weights: s w where s > 0, s / w where s <= 0.
+    """Scores (signed loss changes, small ones are removed first) under weights: s w where s > 0, s / w where s <= 0.
 
     Monotone in both: a weight above 1 raises every score, i.e. makes the removal less likely whatever the sign;
     the sign itself, and with it whether removal helps the loss, stays. NaN (protected) stays NaN.

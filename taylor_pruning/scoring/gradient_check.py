@@ -11,7 +11,7 @@ from taylor_pruning.surgery.graph import ChannelGraph
 IMAGES = 4  # of the first batch that are looked at
 WEIGHTINGS = 4  # random linear functions of the logits whose derivatives are compared
 STEP = 1e-2  # by which gates are moved to measure a derivative
-TOLERANCE = 0.2  # relative difference to the gradient, well above what kinks within the step make of it
+TOLERANCE = 0.2  # relative difference to the gradient, well above the effect of kinks within the step
 NOISE = 1e-3  # relative to the logits: smaller derivatives drown in float32's rounding at this step
 REMEDY = "take no_grad, detach and rounding out of the forward, or exclude these layers"
 
@@ -20,7 +20,7 @@ FLAT = {"round", "floor", "ceil", "trunc", "fix", "sign", "sgn", "heaviside"}  #
 
 
 class _StoppedGradients(TorchFunctionMode):
-    """While open, notes whether an operation makes of a tensor with a gradient one without, or is flat."""
+    """While open, records whether an operation turns a tensor with a gradient into one without, or is flat."""
 
     found = False
 
@@ -36,9 +36,9 @@ class _StoppedGradients(TorchFunctionMode):
 def check_gradients(graph: ChannelGraph, images: Tensor, labels: Tensor) -> None:
     """Raises InputError naming the layers along whose gates the gradient is not the derivative of the logits.
 
-    This is looked at where the forward stops a gradient somewhere: layers without any gradient are tried by closing their
-    gates, for others derivatives are measured by central differences of a step of STEP along all gates of a layer. (A zero
-    gradient behind ReLUs that are zero is the derivative.)
+    Nothing is checked unless the forward stops a gradient somewhere. Then closing the gates of a layer without any gradient
+    shows whether the logits depend on it, and the gradient of every other layer is compared with central differences of a
+    step of STEP along all its gates. (A zero gradient at units whose ReLUs are all zero is the derivative.)
 
     Args:
         images, labels: a batch, of which the first IMAGES are looked at. The model is frozen (`modes.frozen`).

@@ -1,4 +1,4 @@
-"""What removing a set of units costs behind compensation, to second order, in closed form and as units go.
+"""Cost of removing a set of units when the layers that read them are repaired, to second order, in closed form.
 
 A reader (a layer that reads the channels of units) has channels x and outputs W x. Its outputs' Fisher matrix is
 
@@ -15,9 +15,9 @@ b = -(P_TT)^-1 P_T., the cost is 1/2 tr(Q_TT (P_TT)^-1), then
 
     Q <- Q + b^T Q_T. + Q_.T b + b^T Q_TT b,     P <- P + P_.T b,     rows and columns T vanish.
 
-What the repair loads onto a channel that stays is in its Q from then on, so that a layer whose channels each look free
-is not emptied. A unit costs the sum over its readers. The residuals of different positions count as uncorrelated, and
-ranks of single units by these costs are coarse; a level for every unit (`RemovalCosts`) sets them right at the start.
+The Q of a remaining channel then includes the load that the repair puts on it, so that a layer whose channels are each
+cheap is not emptied. A unit costs the sum over its readers. The residuals of different positions count as uncorrelated, and
+ranks of single units by these costs are coarse; a level for every unit (`RemovalCosts`) corrects them at the start.
 """
 
 import torch
@@ -73,7 +73,7 @@ def output_costs(reader, weight, fisher):
 
 
 class ReaderCosts:
-    """P and Q of one reader while units go; all groups of a grouped conv hold the same units.
+    """P and Q of one reader, updated as units are removed; all groups of a grouped conv hold the same units.
 
     Args:
         units: [channels of a group] unit index, -1 for what always stays.
@@ -98,7 +98,7 @@ class ReaderCosts:
             self.kinds.append((torch.tensor(some), at, *blocks))
 
     def costs(self):
-        """Yields (units [n], cost [n] of removing each one next); units that have gone have no meaningful cost."""
+        """Yields (units [n], cost [n] of removing each one next); the cost of a removed unit has no meaning."""
         for units, _, p, q in self.kinds:
             if p.shape[-1] == 1:
                 yield units, (q / p.clamp_min(torch.finfo(p.dtype).tiny)).sum((0, 2, 3)) / 2
@@ -106,7 +106,7 @@ class ReaderCosts:
                 yield units, torch.linalg.solve(p, q).diagonal(dim1=2, dim2=3).sum((0, 2)) / 2
 
     def remove(self, unit):
-        """Removes the unit and lets the channels that stay stand for it."""
+        """Removes the unit; the remaining channels replace it by least squares."""
         at = self.places[unit]
         p, q = self._rows(at)
         b = -torch.linalg.solve(p[..., at], p)
@@ -136,7 +136,7 @@ class ReaderCosts:
 
 
 class RemovalCosts:
-    """[units] `marginal`: what removing each unit next would cost (nats), kept up to date while units go; `total` so far.
+    """[units] `marginal`: cost (nats) of removing each unit next, updated by every removal; `total` so far.
 
     Args:
         readers: ReaderCosts of all layers.

@@ -8,7 +8,7 @@ gamma = d loss / dg in R^U, its Hessian H and third derivative tensor T, and a p
 
 Every sample of the batch has its own probe. The second order uses Rademacher probes, which have the smallest variance;
 the third needs a skewed law: sqrt(2) with probability 1/3, -1/sqrt(2) with 2/3, whose third moment is 1/sqrt(2).
-Double and triple backward passes go through the gates alone.
+Double and triple backward passes run through the gates alone.
 """
 
 import math

@@ -162,7 +162,7 @@ class Directions:
         """phi, h, t [N, U'] of the units (a slice or index, default all) at the logits z - Q shift.
 
         Args:
-            shift: [N, R] coordinates of what the units removed so far took from the logits.
+            shift: [N, R] coordinates of the change of the logits by the units removed so far, with sign reversed.
             order: h and t are None where the order does not need them.
         """
         c = self.coordinates if units is None else self.coordinates[:, units]

@@ -1,4 +1,4 @@
-"""Published criteria to compare with: one score a unit, one shot, low scores go first."""
+"""Published criteria to compare with: one score a unit, one shot, low scores are removed first."""
 
 import torch
 from torch.nn.modules.conv import _ConvTransposeNd

@@ -1,4 +1,4 @@
-"""What channel ids say of the graphs of a network: its layers, and the places that need gates."""
+"""Derives from channel ids the layers of a network and the places that need gates."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Channel ids: one for every index of a tensor dimension that may shrink, united where they must go together.
+"""Channel ids: one for every index of a tensor dimension that may shrink, united where they must be removed together.
 
 A tensor is described by id layers. A layer is an integer tensor of the tensor's own shape that holds the id of every
 element along one axis (stride 0 along all others, so that it costs no memory); a conv weight has one layer for its filters
@@ -20,7 +20,7 @@ class Value:
     Attributes:
         shape: its shape in the trace.
         layers: id tensors of that shape, each with at least two different ids.
-        reason: why what it meets cannot be cut, where it has no ids.
+        reason: where it has no ids, why channels that meet it cannot be cut.
         tensor: its values, if they do not depend on the input, parameters or buffers.
     """
 
@@ -78,7 +78,7 @@ class ChannelIds:
         return torch.arange(self.count - number, self.count)
 
     def unite(self, a, b):
-        """Every id of `a` goes together with the one of `b` at the same place; both broadcast."""
+        """Unites every id of `a` with the id of `b` at the same position; both broadcast."""
         a, b = squash(*torch.broadcast_tensors(a, b))
         a, b = a.reshape(-1), b.reshape(-1)
         different = a != b
@@ -86,7 +86,7 @@ class ChannelIds:
             self.edges.append((a[different], b[different]))
 
     def protect(self, ids, reason):
-        """These ids can never be cut; of several reasons the first is told."""
+        """These ids can never be cut; the first of several reasons is reported."""
         if ids is not None and ids.numel():
             self.reasons.append((squash(ids)[0].reshape(-1).unique(), reason))
 
@@ -115,14 +115,14 @@ class ChannelIds:
         return result
 
     def value(self, shape, layers=(), reason=None, tensor=None):
-        """A `Value`. A layer of one id alone is protected: its one channel cannot go."""
+        """A `Value`. A layer of one id alone is protected: its one channel cannot be removed."""
         kept = []
         for layer in layers:
             layer = normal(layer)
             if varying(layer):
                 kept.append(layer)
             elif layer.numel():
-                reason = reason or "one channel alone"
+                reason = reason or "has only one channel"
                 self.protect(layer, reason)
         return Value(tuple(shape), tuple(kept), reason, tensor)
 
@@ -139,7 +139,7 @@ class ChannelIds:
                     self.protect(one, value.reason or reason)
 
     def bind(self, number, ids, reason):
-        """After a cut `number` must be how many of `ids` are left; True if it will be, by what it was read from."""
+        """After a cut `number` must be how many of `ids` are left; True if its source guarantees that."""
         widths = getattr(number, "widths", ())
         counted = getattr(number, "ids", None)
         factor = getattr(number, "factor", None)
@@ -171,7 +171,7 @@ class ChannelIds:
             self.protect(ids, reason)
 
     def keep_number(self, number, reason):
-        """`number` enters a computation: neither the channels that it counts may go, nor may its attribute change."""
+        """`number` enters a computation: the channels that it counts must stay, and its attribute must not change."""
         if getattr(number, "ids", None) is not None:
             self.protect(number.ids, reason)
         for width in getattr(number, "widths", ()):

@@ -48,16 +48,16 @@ class Layers:
                 self.positions[weight.target] += math.prod(shape[2:])
 
     def add_training(self, other):
-        """Layers that only the forward in training mode uses: they follow what they read and lose nothing themselves."""
+        """Layers that only the forward in training mode uses: their inputs may shrink, their filters all stay."""
         for name, along in other.filters.items():
             if name not in self.filters:
                 self.filters[name] = along
-                self.ids.protect(along, "used in training alone")
+                self.ids.protect(along, "used in training only")
         self.linear |= other.linear
         self.settings = other.settings | self.settings
 
     def protect_fixed_widths(self):
-        """A module's number that a forward computes with must stay: so must the channels that it counts."""
+        """Protects the channels counted by a module's number that a forward computes with, which must not change."""
         for (module, attribute, _), reason in self.ids.fixed.items():
             prefix = f"{module}." if module else ""
             dims = {"in_channels": 1, "in_features": 1, "out_channels": 0, "out_features": 0}

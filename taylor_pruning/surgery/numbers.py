@@ -29,7 +29,7 @@ class _Tracked:
 
     @property
     def whole(self):
-        """It is the plain number of its ids, or the plain value of its attribute."""
+        """Whether it equals the number of its ids, or the value of its attribute."""
         return self.factor == 1
 
 
@@ -58,7 +58,7 @@ def number(value, node=None, ids=None, widths=(), factor=Fraction(1)):
 
 
 def _source(name, a, b=None):
-    """(the operand from which a result is counted, factor of the result); (None, None) if it is neither alone.
+    """(the operand from which a result is counted, factor of the result); (None, None) if it depends on both.
 
     A size by a width (C // self.groups), and a width divided by a width, are counted from the first: the second is taken for
     a setting that stays.

@@ -1,6 +1,6 @@
 """Proves a cut: the cut network must give the outputs of the network whose gates are closed.
 
-Both run on random inputs, in copies whose norms, biases and other trivially initialised parameters are drawn anew: with
+Both run on random inputs, in copies whose norms, biases and other trivially initialised parameters are drawn at random: with
 their initial zeros and ones a wrong bias or scale would not show. Where a trial cut differs or raises, the units at fault
 are found by bisection. Nothing here knows how channels are found, gated or cut.
 """
@@ -69,14 +69,14 @@ class CutProof:
         if math.isnan(found):
             raise InputError(
                 f"{type(self.model).__name__} gives no finite number on random inputs, so that its cuts cannot be "
-                "verified; pass verify=False to go without"
+                "verified; pass verify=False to leave the verification out"
             )
         if found <= TOLERANCES[dtype]:
             return None
         return f"removing them gives other outputs than closing their gates (relative difference {found:.1g})"
 
     def faults(self, units: Sequence, share: float = 1.0) -> dict:
-        """{unit: reason} of units whose removal is wrong; the others are right together.
+        """{unit: reason} of units whose removal is wrong; all others can be removed at once.
 
         Units with filters in the same layers are judged as one class.
 
@@ -86,7 +86,7 @@ class CutProof:
         trials, faults = self._classes(units, share), {}
 
         def admit(classes, accepted):
-            """The accepted classes with those of `classes` that can be removed beside them."""
+            """The accepted classes with those of `classes` that can be removed with them."""
             trial = [unit for name in accepted + classes for unit in trials[name][1]]
             reason = self.failure(trial) if trial else None
             if reason is None:
@@ -122,7 +122,7 @@ class CutProof:
         return trials
 
     def _compare(self, units, dtype):
-        """Largest relative difference of the outputs, nan if it cannot be told; or why the cut network fails."""
+        """Largest relative difference of the outputs, nan if there is none; or why the cut network fails."""
         differences = []
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)

@@ -1,8 +1,8 @@
 """Records one forward of a network as a graph of functional operations.
 
 The forward runs on tensors without values (device "meta") under a `TorchFunctionMode`, which sees every call of torch: a
-subclass of Conv2d is then a `conv2d`, a BatchNorm that activates is a `batch_norm` and a `relu`, a hook that computes is
-what it computes. Control flow on shapes simply runs; sizes are `Number`s, so that the graph holds for every batch size.
+subclass of Conv2d is then a `conv2d`, a BatchNorm that activates is a `batch_norm` and a `relu`, a hook is the
+operations that it runs. Control flow on shapes simply runs; sizes are `Number`s, so that the graph holds for every batch size.
 """
 
 import traceback

@@ -18,7 +18,7 @@ class Unit(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """One conv or prunable linear layer: how many filters, to which unit each belongs, why some may not go."""
+    """One conv or prunable linear layer: how many filters, to which unit each belongs, why some may not be removed."""
 
     filters: int
     unit_of: torch.Tensor  # [filters] unit index, -1 where protected
@@ -76,7 +76,7 @@ class CostTerm:
 
 
 def group(items, labels):
-    """{label: tuple of the items that bear it}, in ascending order of the labels [len(items)]."""
+    """{label: tuple of the items that have it}, in ascending order of the labels [len(items)]."""
     values, counts = labels.unique(return_counts=True)
     ordered = [items[i] for i in labels.argsort(stable=True).tolist()]
     ends = counts.cumsum(0)

@@ -1,4 +1,4 @@
-"""The network under its wrappers, and a refusal of networks whose layers are no modules that can be cut."""
+"""Takes wrappers off a network, and refuses networks whose layers cannot be cut."""
 
 import copy
 

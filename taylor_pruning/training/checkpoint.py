@@ -1,4 +1,4 @@
-"""The file that a training goes on from: written whole, refused where it belongs to another training."""
+"""The checkpoint of a training: written whole, refused by another training."""
 
 import pickle
 import random
@@ -43,7 +43,9 @@ def read_checkpoint(path: Path, identity: dict, tensors: dict[str, Tensor]) -> d
     identity: {name: value} that the state's "identity" must have. tensors: the network's, whose shapes must be those of
     the state's "model".
     """
-    problem = InputError(f"{path} is not a fine-tuning checkpoint; give the right path, or start anew without resuming")
+    problem = InputError(
+        f"{path} is not a fine-tuning checkpoint; give the right path, or start again without resuming"
+    )
     if not zipfile.is_zipfile(path):
         raise problem
     try:
@@ -63,6 +65,6 @@ def read_checkpoint(path: Path, identity: dict, tensors: dict[str, Tensor]) -> d
     if differing:
         raise InputError(
             f"{path} is of another fine-tuning: {', '.join(differing)}; "
-            "give the same settings, or start anew without resuming"
+            "give the same settings, or start again without resuming"
         )
     return state

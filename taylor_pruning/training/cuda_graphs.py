@@ -21,7 +21,7 @@ MEMORY_SHARE = 0.25  # of the free memory, above which a pass is not recorded: i
 
 
 class GraphedPass:
-    """`run(images, labels, where) -> facts`, which adds to the gradients of `model`; replayed where that is the same.
+    """`run(images, labels, where) -> facts`, which adds to the gradients of `model`; replayed where that gives the same.
 
     A batch shape begins with eager passes, which train as all others do. Its graph is recorded unless the last of them
     waited for the device, changed a plain attribute of a module, drew random numbers on the host (all of which a replay

@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 4 run_single_experiment.py --model vgg16 ...
 
-Without torchrun every helper is the one-process answer, so callers need no second code path.
+Without torchrun every function gives the answer of one process, so that callers need no second code path.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""A training under way: its epochs, the best weights so far, and the checkpoint that it goes on from."""
+"""A training in progress: its epochs, the best weights so far, and its checkpoint."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -17,7 +17,7 @@ from taylor_pruning.training.recipe import Recipe
 from taylor_pruning.training.steps import OptimiserSteps
 
 # Training counts as diverged above this multiple of the validation loss before training (of 1 nat where that is less):
-# 100 nats and more mean that the right class has probability e^-100, which a network only reaches on its way to Inf.
+# 100 nats and more mean that the right class has probability e^-100, which a network only reaches when it diverges.
 DIVERGED_AT = 100
 
 
@@ -55,7 +55,7 @@ class History:
 
 
 class Training:
-    """A training under way: its steps, its history, the best weights so far, and its checkpoint."""
+    """A training in progress: its steps, its history, the best weights so far, and its checkpoint."""
 
     def __init__(
         self,
@@ -144,7 +144,7 @@ class Training:
             self.save()
 
     def keep_weights(self) -> None:
-        """Those of now are what the model will end with, unless others turn out better."""
+        """Keeps the present weights; the model ends with them unless later ones are better."""
         state = self.steps.evaluated_model.state_dict()
         self.best = {name: tensor.clone() for name, tensor in state.items()}
 

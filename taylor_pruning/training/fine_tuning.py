@@ -47,7 +47,7 @@ def fine_tune(
     weights compete as epoch 0, so the result is never worse than they are on the validation images; `before` is their
     accuracy where it is known. With an EMA, its weights are the ones validated and kept.
 
-    `checkpoint` is written after every epoch. `resume=True` goes on from it (from the start if there is no such file),
+    `checkpoint` is written after every epoch. `resume=True` continues from it (from the start if there is no such file),
     on CPU with the same bits as an unbroken run if the loader has `set_epoch`. Under torch.distributed each process calls
     this with its own shard of equally many batches; rank 0 writes and prints.
 
@@ -165,6 +165,6 @@ def _interrupted(run: Training) -> Interrupted:
         return Interrupted("training was interrupted and there is no checkpoint; start it again", None)
     return Interrupted(
         f"training was interrupted; {run.checkpoint} holds epoch {run.saved_epoch} of {run.recipe.epochs}, "
-        "start again with resume to go on from there",
+        "start again with resume to continue from there",
         run.checkpoint,
     )

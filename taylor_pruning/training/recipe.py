@@ -1,4 +1,4 @@
-"""What training is told: the recipe with its ranges, and the learning rate of every step."""
+"""The training recipe with its ranges, and the learning rate of every step."""
 
 import math
 from dataclasses import dataclass, replace
@@ -38,7 +38,7 @@ class Recipe:
     epochs: int = option(
         2,
         "epochs of fine-tuning after pruning, 0 for none",
-        "More where much is removed.",
+        "Give more where much is removed.",
         low=0,
         flag="fine_tune_epochs",
         common=True,

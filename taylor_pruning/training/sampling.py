@@ -1,4 +1,4 @@
-"""Few batches that stand for a loader: the first images, or images spread evenly over it."""
+"""Few batches that represent a loader: the first images, or images spread evenly over it."""
 
 from collections.abc import Iterable
 

@@ -98,8 +98,16 @@ def make_sweep(percentages=(10, 30, 50, 70), methods=tuple(METHODS), seeds=(0, 1
                 cell = {"percentage": float(percentage), "method": method, "seed": seed, "status": "done"}
                 cell["error"] = None
                 if (percentage, method, seed) in failed:
-                    cells.append(cell | {"status": "failed", "error": "RuntimeError: out of memory\nin layer, 3",
-                                         "stages": [], "layers": {}, "fine_tuning": []})
+                    cells.append(
+                        cell
+                        | {
+                            "status": "failed",
+                            "error": "RuntimeError: out of memory\nin layer, 3",
+                            "stages": [],
+                            "layers": {},
+                            "fine_tuning": [],
+                        }
+                    )
                     continue
                 keep = (1 - percentage / 100) ** (1 + 0.1 * strength[method])
                 loss = strength[method] * (percentage / 30) ** 1.6
@@ -108,13 +116,23 @@ def make_sweep(percentages=(10, 30, 50, 70), methods=tuple(METHODS), seeds=(0, 1
                 stages = [stage("dense", 93.1), stage("pruned", before - 5, keep), stage("compensated", before, keep)]
                 if epochs:
                     stages.append(stage("fine-tuned", after, keep))
-                cells.append(cell | {
-                    "stages": stages,
-                    "layers": {name: {"filters": width, "reason": "output" if i == len(widths) - 1 else None,
-                                      "kept": width if i == len(widths) - 1 else
-                                      max(1, int(width * keep ** random.uniform(0.3, 1.7)))}
-                               for i, (name, width) in enumerate(widths.items())},
-                    "fine_tuning": [{"epoch": i + 1, "top1": float(top1)} for i, top1 in enumerate(curve)]})
+                cells.append(
+                    cell
+                    | {
+                        "stages": stages,
+                        "layers": {
+                            name: {
+                                "filters": width,
+                                "reason": "output" if i == len(widths) - 1 else None,
+                                "kept": width
+                                if i == len(widths) - 1
+                                else max(1, int(width * keep ** random.uniform(0.3, 1.7))),
+                            }
+                            for i, (name, width) in enumerate(widths.items())
+                        },
+                        "fine_tuning": [{"epoch": i + 1, "top1": float(top1)} for i, top1 in enumerate(curve)],
+                    }
+                )
     return {"dense": stage("dense", 93.1), "cells": cells, "arguments": {"model": "vgg16", "data_path": Path("images")},
             "environment": {"torch": "2.14.1"}}  # fmt: skip
 

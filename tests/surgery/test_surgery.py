@@ -919,7 +919,7 @@ class Auxiliary(Net):
 def test_heads_used_in_training_alone_follow():
     torch.manual_seed(0)
     graph = check_law(randomise(Auxiliary([Plain]).double()), images())
-    assert graph.layers["aux_conv"].reason == "used in training alone"
+    assert graph.layers["aux_conv"].reason == "used in training only"
     assert graph.remove({"blocks.0.b.0": [0, 1]}).aux_conv.in_channels == 6
 
 

@@ -2,7 +2,7 @@
 
 By default one network of every kind of block runs, on small images. The full list of networks:
 
-    pytest tests/test_surgery_zoo.py -m zoo
+    pytest tests/surgery/test_surgery_zoo.py -m zoo
 """
 
 import pytest
@@ -76,7 +76,7 @@ def test_one_of_every_kind(name):
 def test_auxiliary_heads_take_nothing_away(name):
     size = REPRESENTATIVES[name]
     graph = ChannelGraph(build(name, aux_logits=True), torch.zeros(1, 3, 299, 299, dtype=torch.double))
-    assert "used in training alone" in {info.reason for info in graph.layers.values()}
+    assert "used in training only" in {info.reason for info in graph.layers.values()}
     assert check(name, size, aux_logits=False).units == graph.units
 
 

@@ -1,6 +1,6 @@
 """Functions of single elements, sums and products of tensors."""
 
-from taylor_pruning.surgery.ids import squash, varying
+from taylor_pruning.surgery.ids import varying
 from taylor_pruning.surgery.operations.registry import PIECEWISE_LINEAR, rule
 
 
@@ -50,9 +50,6 @@ def finish(call, axes, reason, shape=None):
     return call.result([axis.layer for axis in axes], reason, shape)
 
 
-SUMS = "add sub rsub radd maximum minimum max_of min_of addcmul addcdiv lerp where logaddexp hypot fmax fmin"
-
-
 @rule("add sub rsub radd maximum minimum addcmul addcdiv lerp where fmax fmin masked_fill", linear=True)
 def total(call):
     """x + y: zero where both operands are."""
@@ -65,7 +62,7 @@ def total(call):
     constant = any(call.is_constant(i) for i in range(len(values))) and len(values) > 1
     call.info.source = broadcast or constant or bool(numbers)
     call.keep_numbers()
-    if call.name in ("where", "masked_fill"):  # the condition makes nothing of zeros
+    if call.name in ("where", "masked_fill"):  # zeros of the condition make no zeros
         call.info.mains = tuple(node for node, _ in call.operands if node.meta.get("real"))
     if call.name in ("addcmul", "addcdiv", "lerp"):
         call.info.nonlinear = call.name
@@ -82,14 +79,14 @@ def product(call):
             call.info.source, call.info.nonlinear = True, call.name
         return call.result(values[0].layers)
     axes, reason = align(call.ids, values, call.shape, call.where)
-    settle_product(call, axes, numerator_only=divides)
+    find_zero_operands(call, axes, numerator_only=divides)
     constants = [call.is_constant(i) for i in range(2)]
     call.info.nonlinear = None if any(constants[1:] if divides else constants) else call.name
     return finish(call, axes, reason)
 
 
-def settle_product(call, axes, numerator_only=False):
-    """Which operands' zeros make the product's; it is a source where along some axis none can be zero."""
+def find_zero_operands(call, axes, numerator_only=False):
+    """Finds the operands whose zeros are the product's zeros; it is a source where some axis has no such operand."""
     operands = range(1) if numerator_only else range(len(call.operands))
     usable = [i for i in operands if not call.is_constant(i)]
     open_axes, mains = list(axes), []
@@ -188,10 +185,6 @@ def like(call):
     call.info.source = call.name != "zeros_like"
     call.info.mains = ()
     return call.result(call.values()[0].layers)
-
-
-def smallest(layer):
-    return squash(layer)[0]
 
 
 PIECEWISE_LINEAR.discard("pow")

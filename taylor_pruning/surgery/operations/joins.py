@@ -101,12 +101,12 @@ def split(call):
     parts = [[layer.narrow(dim, sum(sizes[:i]), n) for layer in x.layers] for i, n in enumerate(sizes)]
     along = call.ids.vector(x, dim)
     if along is not None:
-        _settle_split(call, along.split(sizes))
+        _bind_split(call, along.split(sizes))
     shapes = call.node.meta["shapes"]
     return tuple(call.ids.value(shape, part, x.reason) for shape, part in zip(shapes, parts, strict=True))
 
 
-def _settle_split(call, parts):
+def _bind_split(call, parts):
     given = call.get("split_size_or_sections", 1, call.kwargs.get("split_size", call.kwargs.get("chunks")))
     given = call.kwargs.get("split_sizes", call.kwargs.get("indices_or_sections", given))
     reason = f"is split into parts of fixed size in {call.where}"
@@ -147,7 +147,7 @@ def unbind(call):
     dim = int(call.get("dim", 1, 0)) % len(x.shape)
     for layer in x.layers:
         if dim in varying(layer):
-            call.protect(layer, "is taken apart in")
+            call.protect(layer, "is unbound in")
     shapes = call.node.meta["shapes"]
     return tuple(
         call.ids.value(shape, [layer.select(dim, i) for layer in x.layers], x.reason) for i, shape in enumerate(shapes)

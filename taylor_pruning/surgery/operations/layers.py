@@ -79,7 +79,7 @@ def _mixing(call, x, inputs, weights, weight, groups, transposed):
                 ids.protect(one, other.reason or f"meets a fixed number of channels in {call.where}")
     if outputs is None:
         fixed = ids.new(call.shape[len(x.shape) - int(call.name[-2]) - 1])
-        ids.protect(fixed, weight.reason if weight.reason and not weight.layers else "one filter alone")
+        ids.protect(fixed, weight.reason if weight.reason and not weight.layers else "has only one filter")
         ids.issue(call.node, fixed, linear=False)
     else:
         ids.issue(call.node, outputs, linear=False)

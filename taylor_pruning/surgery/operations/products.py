@@ -1,7 +1,7 @@
 """Contractions: matrix products, einsum, attention."""
 
 from taylor_pruning.surgery.ids import Value, varying
-from taylor_pruning.surgery.operations.elementwise import align, settle_product
+from taylor_pruning.surgery.operations.elementwise import align, find_zero_operands
 from taylor_pruning.surgery.operations.registry import rule
 
 
@@ -31,7 +31,7 @@ def contract(call, operands, out, linear=False, source=False):
             info.reads = True
         else:
             call.protect(axis.layer, "is summed over a part of its axis in")
-    settle_product(call, kept)
+    find_zero_operands(call, kept)
     if info.reads:
         info.mains = None if info.source else info.mains
     if source:

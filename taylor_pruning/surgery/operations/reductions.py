@@ -128,7 +128,7 @@ def weight_norm(call):
 
 
 def per_channel(call, names, dim=1):
-    """A normalisation with settings for each channel, tensors that follow it are named in order."""
+    """Ids of the channels along `dim`, united with those of the tensors `names` {argument: position}, one value a channel."""
     call.info.source = True
     ids = call.ids.vector(call.values()[0], dim)
     if ids is not None:
@@ -139,7 +139,7 @@ def per_channel(call, names, dim=1):
 
 
 def along_channels(call, x):
-    """The layers along dimension 1 alone; others, along which is normalised, are protected."""
+    """The layers that vary along dimension 1 alone; others are protected, as the normalisation runs along them."""
     kept = []
     for layer in x.layers:
         if set(varying(layer)) <= {1}:
@@ -168,7 +168,7 @@ def instance_norm(call):
 
 @rule("group_norm")
 def group_norm(call):
-    """The channels of a group are normalised together: they go together, and with them the group."""
+    """The channels of a group are normalised together, so that they are removed together, and the group with them."""
     x, groups = call.values()[0], call.get("num_groups", 1)
     ids = per_channel(call, {"weight": 2, "bias": 3})
     if ids is None:

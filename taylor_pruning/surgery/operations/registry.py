@@ -105,7 +105,7 @@ class Call:
         self.ids.protect(ids, reason)
 
     def keep_numbers(self):
-        """Numbers of channels among the arguments change the result, so that they must stay."""
+        """Protects channels whose number is among the arguments, because it changes the result."""
 
         def visit(item):
             if is_tracked(item):
@@ -124,7 +124,7 @@ class Call:
         return next((v.reason for v in values if v.reason), None)
 
     def unknown(self, reason=None):
-        """Nothing that goes in or comes out may be cut."""
+        """The rule of an unknown operation: no channel of its operands may be cut."""
         reason = reason or f"passes through {self.where}"
         self.info.reads = self.info.source = True
         self.keep_numbers()

@@ -23,7 +23,7 @@ def moves(call):
 
 @rule("flip fliplr flipud", linear=True)
 def flips(call):
-    """Flips of space act on data alone; channels that are flipped must go in pairs."""
+    """Flips of space act on data alone; channels that are flipped must be removed in pairs."""
     x = call.values()[0]
     dims = call.rest(1) if call.name == "flip" else [1 if call.name == "fliplr" else 0]
     dims = call.kwargs.get("dims", dims)
@@ -74,7 +74,7 @@ def flatten(call):
 
 
 def sizes_of(ids, value):
-    """The shape of a tensor, with a Number of ids wherever channels run."""
+    """The shape of a tensor, with a Number of ids where channels run."""
     sizes = []
     for d, size in enumerate(value.shape):
         if any(d in varying(layer) for layer in value.layers):
@@ -110,7 +110,7 @@ def viewed(call, x, sizes, free):
         open_dims = [d for d in dims if d in free or _is_open(sizes[d])]
         if len(open_dims) > 1:
             chosen = _choose(call, sizes, open_dims)
-            for d in open_dims:  # a size computed from these very channels stays what it is if the chosen one follows
+            for d in open_dims:  # a size computed from the same channels is right if the chosen one follows
                 counted = getattr(sizes[d], "ids", None)
                 if chosen and d not in chosen and counted is not None and bool(torch.isin(counted, layer).all()):
                     followed.add(d)
@@ -151,7 +151,7 @@ MIXING = set("mean var std var_mean std_mean norm softmax layer_norm amax amin".
 
 
 def _is_mixed(node, dim, depth=3):
-    """Whether the dimension is reduced or normalised right behind the node: then it cannot shrink."""
+    """Whether the dimension is reduced or normalised right after the node: then it cannot shrink."""
     for user in node.users:
         name = operation_name(user)
         if name in MIXING:
