@@ -29,6 +29,7 @@ from torch import nn
 
 from EnhancedFilterPruner import ChannelGraph, Rankings
 from GradientFlowAnalyzer import GradientFlowAnalyzer
+from taylor_pruning.distributed import broadcast_object, broadcast_state, check_equal_shapes, is_main
 from taylor_pruning.errors import InputError, one_of
 from taylor_pruning.experiment.checkpoint import RoundsCheckpoint, RoundsState
 from taylor_pruning.experiment.pruned_file import load_pruned, save_pruned
@@ -52,7 +53,6 @@ from taylor_pruning.scoring.oracle import judge_estimates
 from taylor_pruning.selection.baselines import baseline_scores
 from taylor_pruning.selection.greedy import Ledger, Selection, check_reachable, select_by_score
 from taylor_pruning.surgery.wrappers import unwrapped
-from taylor_pruning.training.distributed import broadcast_object, broadcast_state, check_equal_shapes, is_main
 from taylor_pruning.training.fine_tuning import Accuracy, Recipe, fine_tune, reestimate_batchnorm, train_steps
 from taylor_pruning.training.measuring import Measuring
 from taylor_pruning.training.sampling import first_images

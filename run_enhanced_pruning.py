@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from EnhancedPruning import EnhancedPruning, InputError, PruningResult
+from taylor_pruning.distributed import barrier, is_main
 from taylor_pruning.experiment.arguments import parse
 from taylor_pruning.experiment.command import Command, SweepTask
 from taylor_pruning.experiment.run import run_guarded
@@ -24,7 +25,6 @@ from taylor_pruning.experiment.setup import Experiment, environment, prepare, wa
 from taylor_pruning.report.closing import sweep_closing
 from taylor_pruning.report.json_files import write_json
 from taylor_pruning.report.sweep import sweep_table, write_sweep
-from taylor_pruning.training.distributed import barrier, is_main
 from taylor_pruning.training.fine_tuning import TrainingDiverged
 
 DESCRIPTION = """Sweep over pruning percentages and Taylor orders, compare, and report.

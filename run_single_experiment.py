@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from EnhancedPruning import EnhancedPruning, PruningResult, load_pruned, save_pruned
+from taylor_pruning.distributed import barrier, is_main
 from taylor_pruning.experiment.arguments import parse
 from taylor_pruning.experiment.command import Command, ExperimentTask
 from taylor_pruning.experiment.export import export_model
@@ -24,7 +25,6 @@ from taylor_pruning.report.closing import experiment_closing
 from taylor_pruning.report.experiment_plots import write_experiment_plots
 from taylor_pruning.report.json_files import write_json
 from taylor_pruning.report.tables import rounds_table, summary_table
-from taylor_pruning.training.distributed import barrier, is_main
 
 DESCRIPTION = """Prune one network by Taylor scores, fine-tune it and report.
 

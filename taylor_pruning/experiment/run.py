@@ -9,12 +9,12 @@ import signal
 import sys
 from pathlib import Path
 
+from taylor_pruning.distributed import end_distributed, init_distributed, is_main
 from taylor_pruning.errors import InputError
 from taylor_pruning.experiment.command import Command
 from taylor_pruning.experiment.setup import choose_device, environment
 from taylor_pruning.files import remove_leftovers
 from taylor_pruning.report.json_files import plain, write_json
-from taylor_pruning.training.distributed import end_distributed, init_distributed, is_main
 from taylor_pruning.training.fine_tuning import Interrupted, TrainingDiverged
 
 try:

@@ -18,6 +18,7 @@ import torch
 import torchvision
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from taylor_pruning.distributed import is_main, world_size
 from taylor_pruning.errors import InputError
 from taylor_pruning.experiment.command import Command, DataSettings
 from taylor_pruning.experiment.data import ImageData
@@ -30,7 +31,6 @@ from taylor_pruning.files import atomic_file
 from taylor_pruning.first_batch import Batches, check_training
 from taylor_pruning.selection.greedy import check_reachable
 from taylor_pruning.surgery.graph import ChannelGraph
-from taylor_pruning.training.distributed import is_main, world_size
 from taylor_pruning.training.fine_tuning import fine_tune
 
 SCRATCH_EPOCHS, HEAD_EPOCHS = 12, 3

@@ -9,6 +9,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from taylor_pruning.distributed import gather_objects, is_main, rank, world_size
 from taylor_pruning.errors import InputError
 from taylor_pruning.modes import frozen
 from taylor_pruning.scoring.flow import unit_gradient_norms
@@ -16,7 +17,6 @@ from taylor_pruning.scoring.gates import gated_logits, open_gates
 from taylor_pruning.scoring.gradient_check import check_gradients
 from taylor_pruning.scoring.taylor import Directions, class_basis
 from taylor_pruning.surgery.graph import ChannelGraph
-from taylor_pruning.training.distributed import gather_objects, is_main, rank, world_size
 
 
 def collect_directions(

@@ -9,9 +9,9 @@ from torch import nn
 from tqdm import tqdm
 
 from taylor_pruning.checks import nonfinite_weight
+from taylor_pruning.distributed import barrier, broadcast_buffers, gather_objects, is_main, rank, world_size
 from taylor_pruning.training.checkpoint import read_checkpoint, rng_state, set_rng_state, write_checkpoint
 from taylor_pruning.training.checks import BatchLog
-from taylor_pruning.training.distributed import barrier, broadcast_buffers, gather_objects, is_main, rank, world_size
 from taylor_pruning.training.evaluation import Accuracy, evaluate
 from taylor_pruning.training.recipe import Recipe
 from taylor_pruning.training.steps import OptimiserSteps

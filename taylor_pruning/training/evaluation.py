@@ -10,10 +10,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from taylor_pruning.checks import check_logits, check_weights, nonfinite_weight
+from taylor_pruning.distributed import all_reduce_sum, is_main
 from taylor_pruning.errors import InputError
 from taylor_pruning.modes import modes_kept
 from taylor_pruning.training.checks import BatchLog, batch_facts, valid_labels
-from taylor_pruning.training.distributed import all_reduce_sum, is_main
 from taylor_pruning.training.recipe import AMP_DTYPES
 
 

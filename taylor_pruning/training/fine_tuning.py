@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from taylor_pruning.distributed import is_main, world_size
 from taylor_pruning.errors import InputError
 from taylor_pruning.modes import modes_kept
 from taylor_pruning.training.checkpoint import rng_state, set_rng_state
-from taylor_pruning.training.distributed import is_main, world_size
 from taylor_pruning.training.epochs import History, Interrupted, Training, TrainingDiverged
 from taylor_pruning.training.evaluation import Accuracy, evaluate, reestimate_batchnorm
 from taylor_pruning.training.recipe import Recipe

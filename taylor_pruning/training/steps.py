@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from taylor_pruning.checks import check_logits
+from taylor_pruning.distributed import world_size
 from taylor_pruning.errors import InputError
 from taylor_pruning.training.averaging import WeightAverage
 from taylor_pruning.training.checks import batch_facts, valid_labels
 from taylor_pruning.training.cuda_graphs import GraphedPass
-from taylor_pruning.training.distributed import world_size
 from taylor_pruning.training.recipe import AMP_DTYPES, Recipe, lr_factor
 
 

@@ -14,9 +14,9 @@ from conftest import plain, randomise
 from torch import nn
 
 from EnhancedPruning import EnhancedPruning, InputError, PruningSettings
+from taylor_pruning.distributed import check_equal_shapes, end_distributed, init_distributed, rank
 from taylor_pruning.experiment.loaders import make_loader
 from taylor_pruning.scoring.collecting import _of_all_processes
-from taylor_pruning.training.distributed import check_equal_shapes, end_distributed, init_distributed, rank
 
 ROOT = Path(__file__).parents[2]
 

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 def distributed_worker(folder):
     """Body of one gloo process: one shard of the data in evaluate and in one training step."""
-    from taylor_pruning.training.distributed import end_distributed, init_distributed, is_main, rank, world_size
+    from taylor_pruning.distributed import end_distributed, init_distributed, is_main, rank, world_size
 
     init_distributed(torch.device("cpu"))
     assert world_size() == 2 and is_main() == (rank() == 0)
