@@ -159,8 +159,7 @@ class EnhancedPruning:
         Raises:
             InputError: an argument, the data or the checkpoint is wrong, see the message.
         """
-        if self.settings.target:
-            pruning_percentage = self.settings.target.percentage(self.graph)
+        pruning_percentage = self.settings.percentage(pruning_percentage, self.graph)
         check_reachable(self.graph, pruning_percentage, self.settings.constraints)
         one_of("taylor_order", taylor_order, TAYLOR_ORDERS)
         method = {"taylor_order": taylor_order, "use_gradient_flow": use_gradient_flow}
@@ -185,7 +184,8 @@ class EnhancedPruning:
     def prune_by_baseline(self, name: str, pruning_percentage: float = 30) -> PruningResult:
         """Like `prune` by a published criterion (selection.baselines): one shot, no layer bound and no repair."""
         constraints = dataclasses.replace(self.settings.constraints, layer_bound=math.inf)
-        selection, seconds = Selection(self.graph, pruning_percentage, constraints), Stopwatch({})
+        percentage = self.settings.percentage(pruning_percentage, self.graph)
+        selection, seconds = Selection(self.graph, percentage, constraints), Stopwatch({})
         scores = baseline_scores(name, self.graph, self.rankings.of(self.model, 1).directions, self.settings.seed)
         seconds.lap("score")
         kept = remaining(all_filters(self.graph), self.graph.plan_of(select_by_score(selection, scores)))

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, fields
 
+from taylor_pruning.errors import InputError
 from taylor_pruning.experiment.settings import TAYLOR_ORDERS, PruningSettings
 from taylor_pruning.options import check, option, option_name, options
 from taylor_pruning.selection.baselines import BASELINES
@@ -209,6 +210,10 @@ class Command:
     pruning: PruningSettings
     recipe: Recipe
     run: RunSettings
+
+    def __post_init__(self):
+        if isinstance(self.task, SweepTask) and self.pruning.target:
+            raise InputError("a sweep removes --pruning-percentages; give a target to run_single_experiment.py")
 
     def as_dict(self) -> dict:
         """{option: value} of every option of the command line, for config.json and results.json.

@@ -7,6 +7,7 @@ from taylor_pruning.errors import InputError
 from taylor_pruning.options import check, option
 from taylor_pruning.selection.greedy import Constraints
 from taylor_pruning.selection.targets import Target, parse_target
+from taylor_pruning.surgery.graph import ChannelGraph
 
 TAYLOR_ORDERS = (1, 2, 3)
 SELECTIONS = ("auto", "joint", "independent")
@@ -138,6 +139,10 @@ class PruningSettings(Constraints):
         if len(targets) > 1:
             raise InputError("give one target, target_macs or target_params, not both")
         return targets[0] if targets else None
+
+    def percentage(self, given: float, graph: ChannelGraph) -> float:
+        """Per cent of the budget to remove: what reaches the target, or the `given` where there is no target."""
+        return self.target.percentage(graph) if self.target else given
 
     @property
     def constraints(self) -> Constraints:

@@ -98,6 +98,12 @@ def test_wrong_values_are_named_with_their_option(words, message, capsys):
     assert exit.value.code == 2 and message in capsys.readouterr().err
 
 
+def test_a_sweep_with_a_target_is_refused(capsys):
+    with pytest.raises(SystemExit) as exit:
+        parse(SweepTask, "", ["--target-macs", "50%"])
+    assert exit.value.code == 2 and "run_single_experiment.py" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("settings", [PruningSettings, Recipe, DataSettings, ExperimentTask, SweepTask])
 def test_settings_check_all_that_the_command_line_checks(settings):
     for field in options(settings):
