@@ -21,7 +21,7 @@ LAYER_LABEL_SIZE = 7  # points
 
 # Okabe and Ito (2008), distinguishable with every common colour vision deficiency; their yellow is too pale for lines.
 BLACK, ORANGE, SKY_BLUE, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
-BLUE, VERMILLION, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#888888"
+BLUE, VERMILLION, PURPLE, GREY, BROWN = "#0072B2", "#D55E00", "#CC79A7", "#888888", "#7F4F24"
 DENSE, KEPT, REMOVED = BLACK, BLUE, VERMILLION
 STAGE_COLOURS = {"dense": DENSE, "pruned": REMOVED, "compensated": PURPLE, "trained": PURPLE, "fine-tuned": GREEN}
 STAGE_TICKS = {"compensated": "compen-\nsated", "fine-tuned": "fine-\ntuned"}
@@ -44,6 +44,7 @@ METHODS = {
     "molchanov2017": MethodStyle("Molchanov 2017", VERMILLION, "v", "--"),
     "molchanov2019": MethodStyle("Molchanov 2019", PURPLE, "^", "--"),
     "magnitude": MethodStyle("L2 magnitude", SKY_BLUE, "P", "--"),
+    "lamp": MethodStyle("LAMP", BROWN, "h", "--"),
     "random": MethodStyle("random", GREY, "X", ":"),
 }
 
