@@ -25,12 +25,13 @@ from taylor_pruning.report.sweep_numbers import (
 from taylor_pruning.report.tables import cost_unit, numbers
 
 
-def _method_lines(axes, sweep, x_of, y_of, dodge=0.0):
+def _method_lines(axes, sweep, x_of, y_of, dodge=0.0, methods=None):
     """A line a method with error bars, broken where a percentage has no finished cell.
 
-    `x_of` and `y_of` map (percentage, cells) to an Estimate; `dodge` is the step in x between neighbouring methods.
+    `x_of` and `y_of` map (percentage, cells) to an Estimate; `dodge` is the step in x between neighbouring methods;
+    `methods` are all of the sweep by default.
     """
-    groups, methods = cells_by_method(sweep), methods_of(sweep)
+    groups, methods = cells_by_method(sweep), methods or methods_of(sweep)
     for place, method in enumerate(methods):
         style = METHODS[method]
         points = [(p, groups.get((p, method), [])) for p in percentages_of(sweep)]
@@ -62,21 +63,36 @@ def _percentage_axis(axes, sweep):
 
 
 def _plot_accuracy(sweep, paths):
+    """Top-1 of all methods and, below it on a scale of its own, how far the Taylor orders are from the dense network."""
     moments = ["before", "after"] if final_moment(sweep) == "after" else ["before"]
-    # side by side, or the error bars of methods with close values hide each other
-    percentages = percentages_of(sweep)
-    several = any(len(cells) > 1 for cells in cells_by_method(sweep).values())
-    dodge = 0.007 * ((percentages[-1] - percentages[0]) or 10) if several else 0.0
-    with saved_figure(*paths, width=TEXT_WIDTH if len(moments) > 1 else COLUMN_WIDTH, height=3.0) as figure:
-        panels = figure.subplots(1, len(moments), squeeze=False)[0]
-        for axes, when in zip(panels, moments, strict=True):
-            if sweep["dense"].get("top1") is not None:
-                axes.axhline(sweep["dense"]["top1"], color=DENSE, linestyle="--", linewidth=0.8, label="dense")
-            _method_lines(axes, sweep, _exactly, lambda _, cells, at=when: estimate_of(cells, "top1", at), dodge)
-            _percentage_axis(axes, sweep)
-            axes.set_title(WHEN[when])
-        panels[0].set_ylabel("top-1 (%)")
-        _shared_legend(figure, panels)
+    percentages, dense = percentages_of(sweep), sweep["dense"].get("top1")
+    # side by side, or methods with close values hide each other
+    dodge = 0.007 * ((percentages[-1] - percentages[0]) or 10)
+    finished = {method for _, method in cells_by_method(sweep)}
+    orders = [method for method in methods_of(sweep) if method.startswith("order") and method in finished]
+    rows = 2 if dense is not None and orders else 1
+    width, height = TEXT_WIDTH if len(moments) > 1 else COLUMN_WIDTH, 3.0 if rows == 1 else 4.6
+    with saved_figure(*paths, width=width, height=height) as figure:
+        panels = figure.subplots(rows, len(moments), squeeze=False, sharex=True, height_ratios=[3, 2][:rows])
+        for column, when in enumerate(moments):
+            upper, lowest = panels[0, column], panels[-1, column]
+            _method_lines(upper, sweep, _exactly, lambda _, cells, at=when: estimate_of(cells, "top1", at), dodge)
+            if dense is not None:
+                upper.axhline(dense, color=DENSE, linestyle="--", linewidth=0.8, label="dense")
+            if rows == 2:
+
+                def difference(_, cells, at=when):
+                    top1 = estimate_of(cells, "top1", at)
+                    return Estimate(top1.mean - dense, top1.sd, top1.seeds)
+
+                _method_lines(lowest, sweep, _exactly, difference, dodge, orders)
+                lowest.axhline(0, color=DENSE, linestyle="--", linewidth=0.8)
+            _percentage_axis(lowest, sweep)
+            upper.set_title(WHEN[when])
+        panels[0, 0].set_ylabel("top-1 (%)")
+        if rows == 2:
+            panels[1, 0].set_ylabel("orders against dense\n(points)")
+        _shared_legend(figure, panels[0])
 
 
 def _plot_cost(sweep, paths):
