@@ -139,3 +139,12 @@ def test_batchnorm_without_running_statistics_is_not_piecewise_linear(images, la
     assert torch.isfinite(pruner.rank([(images, labels)]).scores()).all()
     with pytest.raises(InputError, match="order 3 cannot be probed here"):
         EnhancedFilterPruner(model, images, 3, progress=False).rank([(images, labels)])
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm((5, 4, 4)), nn.InstanceNorm2d(5)], ids=["layer", "instance"])
+def test_order_3_is_refused_where_pytorch_has_a_wrong_third_derivative(norm, images, labels):
+    model = nn.Sequential(
+        nn.Conv2d(3, 5, 3), nn.SiLU(), nn.Conv2d(5, 5, 3), norm, nn.SiLU(), nn.Flatten(), nn.Linear(80, 4)
+    )
+    with pytest.raises(InputError, match="no right third derivative of .*_norm"):
+        EnhancedFilterPruner(model.double().eval(), images, 3, progress=False).rank([(images, labels)])
