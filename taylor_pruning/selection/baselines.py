@@ -25,16 +25,12 @@ def magnitude(graph, directions=None, seed=0):
 
     A unit of several filters has their mean.
     """
-    parameters = dict(graph.model.named_parameters())
-    total = torch.zeros(len(graph.units), dtype=torch.float64)
-    for name, info in graph.layers.items():
-        weight = parameters[f"{name}.weight"].detach().double().cpu()
-        if isinstance(graph.model.get_submodule(name), _ConvTransposeNd):
-            weight = weight.transpose(0, 1)  # [in, out, ...]
-        norms = weight.flatten(1).norm(dim=1)
-        norms = norms / norms.mean().clamp_min(torch.finfo(norms.dtype).tiny)
-        total.index_add_(0, info.unit_of[info.removable], norms[info.removable])
-    return total / torch.tensor([len(unit.filters) for unit in graph.units])
+
+    def score(weights):
+        norms = weights.norm(dim=1)
+        return norms / norms.mean().clamp_min(torch.finfo(norms.dtype).tiny)
+
+    return _of_weights(graph, score)
 
 
 def lamp(graph, directions=None, seed=0):
@@ -43,17 +39,14 @@ def lamp(graph, directions=None, seed=0):
     LAMP (Lee et al. 2021, arXiv:2010.07611, eq. 4), which compares weights of different layers, with filters in the place
     of weights. A unit of several filters has their mean.
     """
-    parameters = dict(graph.model.named_parameters())
-    total = torch.zeros(len(graph.units), dtype=torch.float64)
-    for name, info in graph.layers.items():
-        weight = parameters[f"{name}.weight"].detach().double().cpu()
-        if isinstance(graph.model.get_submodule(name), _ConvTransposeNd):
-            weight = weight.transpose(0, 1)  # [in, out, ...]
-        squares, order = weight.flatten(1).square().sum(1).sort(descending=True)
+
+    def score(weights):
+        squares, order = weights.square().sum(1).sort(descending=True)
         scores = torch.empty_like(squares)
         scores[order] = squares / squares.cumsum(0).clamp_min(torch.finfo(squares.dtype).tiny)
-        total.index_add_(0, info.unit_of[info.removable], scores[info.removable])
-    return total / torch.tensor([len(unit.filters) for unit in graph.units])
+        return scores
+
+    return _of_weights(graph, score)
 
 
 def random(graph, directions=None, seed=0):
@@ -69,6 +62,18 @@ def baseline_scores(name, graph, directions, seed=0):
     if name not in BASELINES:
         raise InputError(f"unknown baseline {name}; choose from {', '.join(BASELINES)}")
     return BASELINES[name](graph, directions, seed)
+
+
+def _of_weights(graph, score):
+    """[units] mean over a unit's filters of `score`, which maps a layer's weights [filters, ...] to [filters] values."""
+    parameters = dict(graph.model.named_parameters())
+    total = torch.zeros(len(graph.units), dtype=torch.float64)
+    for name, info in graph.layers.items():
+        weight = parameters[f"{name}.weight"].detach().double().cpu()
+        if isinstance(graph.model.get_submodule(name), _ConvTransposeNd):
+            weight = weight.transpose(0, 1)  # [in, out, ...]
+        total.index_add_(0, info.unit_of[info.removable], score(weight.flatten(1))[info.removable])
+    return total / torch.tensor([len(unit.filters) for unit in graph.units])
 
 
 def _by_layer(graph, scores, normalise):
