@@ -129,9 +129,7 @@ def warn_of_chance(dense, data):
 
 
 def choose_device(name):
-    """The torch device that `--device` names. Raises InputError if it is not there, or cannot compute in float64."""
-    if name == "mps":
-        raise InputError("mps cannot compute in float64, which scores need; pass --device cpu or auto")
+    """The torch device that `--device` names. Raises InputError if it is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():

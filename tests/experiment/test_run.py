@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from taylor_pruning.errors import InputError
+from taylor_pruning.experiment.command import DEVICES
 from taylor_pruning.experiment.setup import choose_device
 
 ROOT = Path(__file__).parents[2]
@@ -17,8 +17,7 @@ def test_auto_takes_a_device_that_can_sum_in_float64(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     assert choose_device("cpu").type == "cpu"
-    with pytest.raises(InputError, match="mps cannot compute in float64.*--device cpu or auto"):
-        choose_device("mps")
+    assert "mps" not in DEVICES
 
 
 @pytest.mark.parametrize("runner", ["run_single_experiment", "run_enhanced_pruning"])
