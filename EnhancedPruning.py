@@ -29,7 +29,7 @@ from torch import nn
 
 from EnhancedFilterPruner import ChannelGraph, Rankings
 from GradientFlowAnalyzer import GradientFlowAnalyzer
-from taylor_pruning.distributed import broadcast_object, broadcast_state, check_equal_shapes, is_main
+from taylor_pruning.distributed import is_main
 from taylor_pruning.errors import InputError, one_of
 from taylor_pruning.experiment.checkpoint import RoundsCheckpoint, RoundsState
 from taylor_pruning.experiment.pruned_file import load_pruned, save_pruned
@@ -41,19 +41,17 @@ from taylor_pruning.experiment.results import (
     flow_with_stage,
     layer_table,
     plain_scores,
-    ranking_of,
     remaining,
     removed,
-    round_record,
 )
+from taylor_pruning.experiment.rounds import Rounds
 from taylor_pruning.experiment.settings import TAYLOR_ORDERS, PruningSettings
 from taylor_pruning.first_batch import Batches, check_inputs, check_training, device_of
-from taylor_pruning.repair.compensation import compensate
 from taylor_pruning.scoring.oracle import judge_estimates
 from taylor_pruning.selection.baselines import baseline_scores
-from taylor_pruning.selection.greedy import Ledger, Selection, check_reachable, select_by_score
+from taylor_pruning.selection.greedy import Selection, check_reachable, select_by_score
 from taylor_pruning.surgery.wrappers import unwrapped
-from taylor_pruning.training.fine_tuning import Accuracy, Recipe, fine_tune, reestimate_batchnorm, train_steps
+from taylor_pruning.training.fine_tuning import Accuracy, Recipe, fine_tune, reestimate_batchnorm
 from taylor_pruning.training.measuring import Measuring
 from taylor_pruning.training.sampling import first_images
 
@@ -110,6 +108,8 @@ class EnhancedPruning:
         self.rankings = Rankings(self.graph, self.calibration, self.compensation, self.settings, progress)
         self._dense_stage = dense_stage
         self.teacher = self.model if self.recipe.distillation_weight else None
+        self.rounds = Rounds(self.rankings, self.measuring, self.train_loader, self.recipe, self.teacher, self.settings,
+                             progress)  # fmt: skip
 
     def run_full_pruning(
         self,
@@ -173,7 +173,7 @@ class EnhancedPruning:
             state = (store.load() if resume else None) or state
         rounds = self.settings.rounds
         for number in range(len(state.rounds) + 1, rounds + 1):
-            state = self._round(self._trained(state), number, pruning_percentage * (number / rounds), **method)
+            state = self.rounds.next(state, number, pruning_percentage * (number / rounds), **method)
             if store and is_main():
                 store.save(state)
         result = self._result(state)
@@ -230,56 +230,6 @@ class EnhancedPruning:
         return dataclasses.replace(
             result, model=model, stages=stages, fine_tuning=history.epochs[1:], gradient_flow=flow
         )
-
-    def _round(self, state, number, percentage, taylor_order, use_gradient_flow):
-        """Score the network as it is, select, cut, compensate; returns the next state."""
-        seconds, repairs = Stopwatch(state.seconds), self.settings.compensate
-        pruner = self.rankings.of(state.model, taylor_order, use_gradient_flow, repairs)
-        ranking = state.ranking or ranking_of(pruner)
-        seconds.lap("score")
-        ledger = Ledger.open(self.graph, self.settings.constraints)
-        ledger.record(removed(self.graph, state.kept))
-        plan = broadcast_object(pruner.get_pruning_plan(percentage, ledger))
-        seconds.lap("select")
-        smaller, kept = pruner.graph.remove(plan), remaining(state.kept, plan)
-        check_equal_shapes(smaller)
-        seconds.lap("surgery")
-        after = {"selection": self.measuring.quick(smaller), "compensation": None, "training": None}
-        seconds.lap("evaluate")
-        report = None
-        if repairs:
-            smaller, report = self._compensated(state, smaller, plan, kept)
-            seconds.lap("compensate")
-            after["compensation"] = self.measuring.quick(smaller)
-        losses, before = self.measuring.losses(smaller), state.losses or self.measuring.losses(state.model)
-        seconds.lap("evaluate")
-        record = round_record(number, percentage, pruner, plan, before, losses, after, report)
-        return RoundsState(smaller, kept, [*state.rounds, record], seconds.total, losses, ranking)
-
-    def _compensated(self, state, smaller, plan, kept):
-        """The cut network with new weights, the same in all processes, and the report on every layer."""
-        target = self.model
-        if self.settings.fine_tune_between:  # see PruningSettings
-            target, kept = state.model, remaining(all_filters(self.rankings.graph_of(state.model)), plan)
-        else:
-            smaller = self.graph.remove(removed(self.graph, kept))
-        report = compensate(target, smaller, self.compensation, kept, progress=self.progress, seed=self.settings.seed)
-        broadcast_state(smaller)
-        return smaller, report.as_dict()
-
-    def _trained(self, state):
-        """The state after the training that lies between two rounds; without any, and for the dense network, as it is."""
-        steps = self.settings.fine_tune_between
-        if not (state.rounds and steps):
-            return state
-        seconds, last, model = Stopwatch(state.seconds), state.rounds[-1], copy.deepcopy(state.model)
-        before = (last["after_compensation"] or last["after_selection"])["loss"]
-        train_steps(model, self.train_loader, self.recipe, steps, loss_before=before, teacher=self.teacher,
-                    round_index=last["round"] - 1, seed=self.settings.seed,
-                    description=f"train after round {last['round']}", progress=self.progress)  # fmt: skip
-        seconds.lap("train")
-        rounds = [*state.rounds[:-1], {**last, "after_training": self.measuring.quick(model)}]
-        return dataclasses.replace(state, model=model, rounds=rounds, seconds=seconds.total, losses=None)
 
     def oracle(self, samples: int) -> dict:
         """Every order's estimates against the true loss changes of random units, see scoring.oracle.judge_estimates."""

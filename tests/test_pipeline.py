@@ -14,6 +14,7 @@ import EnhancedPruning as EnhancedPruning_module
 from EnhancedFilterPruner import EnhancedFilterPruner
 from EnhancedPruning import EnhancedPruning, PruningSettings
 from taylor_pruning.errors import InputError
+from taylor_pruning.experiment import rounds as rounds_module
 from taylor_pruning.experiment.loaders import make_loader
 from taylor_pruning.repair.compensation import CompensationReport
 from taylor_pruning.scoring.collecting import _signs
@@ -43,8 +44,8 @@ def progressive(plain_network, images, labels, monkeypatch):
         pruning = EnhancedPruning(plain_network, loader, loader, settings=settings, progress=False)
         return pruning, trained, compensations
 
-    monkeypatch.setattr(EnhancedPruning_module, "train_steps", train_steps)
-    monkeypatch.setattr(EnhancedPruning_module, "compensate", compensate)
+    monkeypatch.setattr(rounds_module, "train_steps", train_steps)
+    monkeypatch.setattr(rounds_module, "compensate", compensate)
     return pipeline
 
 
@@ -187,17 +188,17 @@ def test_the_seed_reaches_every_random_draw(silu_network, images, labels, monkey
     seeds = set()
     loader = make_loader(torch.utils.data.TensorDataset(images, labels), 6)
 
-    def spy(name):
-        function = getattr(EnhancedPruning_module, name)
+    def spy(module, name):
+        function = getattr(module, name)
 
         def call(*arguments, **keywords):
             seeds.add((name, keywords["seed"] if "seed" in keywords else arguments[-1]))
             return function(*arguments, **keywords)
 
-        monkeypatch.setattr(EnhancedPruning_module, name, call)
+        monkeypatch.setattr(module, name, call)
 
-    spy("compensate")
-    spy("baseline_scores")
+    spy(rounds_module, "compensate")
+    spy(EnhancedPruning_module, "baseline_scores")
     for name in ("collect_directions", "probe_derivatives"):
         function = getattr(EnhancedFilterPruner_module, name)
 
@@ -260,7 +261,7 @@ def test_no_finished_round_of_pruning_is_repeated(plain_network, images, labels,
     checkpoint.with_suffix(".rounds").write_bytes(b"something else")
     with pytest.raises(InputError, match="not a checkpoint of pruning rounds"):
         run(resume=True)
-    rounds = interrupted_at(monkeypatch, EnhancedPruning, "_round", 3)
+    rounds = interrupted_at(monkeypatch, rounds_module.Rounds, "next", 3)
     with pytest.raises(KeyboardInterrupt):
         run()
     broken = run(resume=True)

@@ -22,6 +22,7 @@ from EnhancedPruning import EnhancedPruning
 from taylor_pruning.experiment.folders import load_image_folder
 from taylor_pruning.experiment.loaders import make_loader
 from taylor_pruning.experiment.pruned_file import load_pruned
+from taylor_pruning.experiment.rounds import Rounds
 from taylor_pruning.experiment.setup import warn_of_chance
 from taylor_pruning.training import fine_tuning as FineTuning
 from taylor_pruning.training.fine_tuning import TrainingDiverged, evaluate
@@ -266,7 +267,7 @@ def test_a_sweep_with_other_arguments_does_not_resume(swept, capsys):
 def test_a_sweep_interrupted_in_a_cell_repeats_no_round(swept, image_folder, tmp_path, monkeypatch):
     whole, arguments = swept
     folder = tmp_path / "run"
-    rounds = interrupted_at(monkeypatch, EnhancedPruning, "_round", None)
+    rounds = interrupted_at(monkeypatch, Rounds, "next", None)
     interrupted_at(monkeypatch, run_enhanced_pruning.Sweep, "fine_tuned", 2)
     assert run_enhanced_pruning.main([*arguments, "--output-dir", str(folder)]) == 130
     before = len(rounds)

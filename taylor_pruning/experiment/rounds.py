@@ -1,0 +1,96 @@
+"""One pruning round: train what came before, score, select, cut, compensate, measure."""
+
+import copy
+import dataclasses
+from collections.abc import Iterable
+
+from torch import nn
+
+from taylor_pruning.distributed import broadcast_object, broadcast_state, check_equal_shapes
+from taylor_pruning.experiment.checkpoint import RoundsState
+from taylor_pruning.experiment.results import Stopwatch, all_filters, ranking_of, remaining, removed, round_record
+from taylor_pruning.experiment.settings import PruningSettings
+from taylor_pruning.repair.compensation import compensate
+from taylor_pruning.selection.greedy import Ledger
+from taylor_pruning.training.fine_tuning import Recipe, train_steps
+from taylor_pruning.training.measuring import Measuring
+
+
+class Rounds:
+    """Takes the network of one experiment from round to round.
+
+    Args:
+        rankings: EnhancedFilterPruner.Rankings of the experiment, with the graph of its dense network.
+        measuring: what measures the network after every step of a round.
+        train_loader, recipe, teacher: of the training between the rounds, where the settings want it.
+        settings: PruningSettings.
+        progress: show progress bars.
+    """
+
+    def __init__(
+        self,
+        rankings,
+        measuring: Measuring,
+        train_loader: Iterable,
+        recipe: Recipe,
+        teacher: nn.Module | None,
+        settings: PruningSettings,
+        progress: bool,
+    ):
+        self.rankings, self.measuring, self.settings, self.progress = rankings, measuring, settings, progress
+        self.train_loader, self.recipe, self.teacher = train_loader, recipe, teacher
+        self.graph = rankings.graph
+
+    def next(
+        self, state: RoundsState, number: int, percentage: float, taylor_order: int, use_gradient_flow: bool
+    ) -> RoundsState:
+        """The state after round `number`, in which `percentage` of the budget is gone since the dense network."""
+        state = self._trained(state)
+        seconds, repairs = Stopwatch(state.seconds), self.settings.compensate
+        pruner = self.rankings.of(state.model, taylor_order, use_gradient_flow, repairs)
+        ranking = state.ranking or ranking_of(pruner)
+        seconds.lap("score")
+        ledger = Ledger.open(self.graph, self.settings.constraints)
+        ledger.record(removed(self.graph, state.kept))
+        plan = broadcast_object(pruner.get_pruning_plan(percentage, ledger))
+        seconds.lap("select")
+        smaller, kept = pruner.graph.remove(plan), remaining(state.kept, plan)
+        check_equal_shapes(smaller)
+        seconds.lap("surgery")
+        after = {"selection": self.measuring.quick(smaller), "compensation": None, "training": None}
+        seconds.lap("evaluate")
+        report = None
+        if repairs:
+            smaller, report = self._compensated(state, smaller, plan, kept)
+            seconds.lap("compensate")
+            after["compensation"] = self.measuring.quick(smaller)
+        losses, before = self.measuring.losses(smaller), state.losses or self.measuring.losses(state.model)
+        seconds.lap("evaluate")
+        record = round_record(number, percentage, pruner, plan, before, losses, after, report)
+        return RoundsState(smaller, kept, [*state.rounds, record], seconds.total, losses, ranking)
+
+    def _compensated(self, state, smaller, plan, kept):
+        """The cut network with new weights, the same in all processes, and the report on every layer."""
+        target = self.graph.model
+        if self.settings.fine_tune_between:  # see PruningSettings
+            target, kept = state.model, remaining(all_filters(self.rankings.graph_of(state.model)), plan)
+        else:
+            smaller = self.graph.remove(removed(self.graph, kept))
+        images = self.rankings.compensation
+        report = compensate(target, smaller, images, kept, progress=self.progress, seed=self.settings.seed)
+        broadcast_state(smaller)
+        return smaller, report.as_dict()
+
+    def _trained(self, state):
+        """The state after the training that lies between two rounds; without any, and for the dense network, as it is."""
+        steps = self.settings.fine_tune_between
+        if not (state.rounds and steps):
+            return state
+        seconds, last, model = Stopwatch(state.seconds), state.rounds[-1], copy.deepcopy(state.model)
+        before = (last["after_compensation"] or last["after_selection"])["loss"]
+        train_steps(model, self.train_loader, self.recipe, steps, loss_before=before, teacher=self.teacher,
+                    round_index=last["round"] - 1, seed=self.settings.seed,
+                    description=f"train after round {last['round']}", progress=self.progress)  # fmt: skip
+        seconds.lap("train")
+        rounds = [*state.rounds[:-1], {**last, "after_training": self.measuring.quick(model)}]
+        return dataclasses.replace(state, model=model, rounds=rounds, seconds=seconds.total, losses=None)
