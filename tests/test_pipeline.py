@@ -17,7 +17,6 @@ from taylor_pruning.errors import InputError
 from taylor_pruning.experiment import rounds as rounds_module
 from taylor_pruning.experiment.loaders import make_loader
 from taylor_pruning.repair.compensation import CompensationReport
-from taylor_pruning.scoring.collecting import _signs
 from taylor_pruning.scoring.estimates import by_fold
 from taylor_pruning.training import fine_tuning as FineTuning
 from taylor_pruning.training.fine_tuning import Recipe, evaluate
@@ -213,11 +212,6 @@ def test_the_seed_reaches_every_random_draw(silu_network, images, labels, monkey
         pruning.prune(30, 2)
         pruning.prune_by_baseline("random", 30)
     assert seeds == {(n, 7) for n in ("compensate", "baseline_scores", "collect_directions", "probe_derivatives")}
-
-
-def test_random_directions_depend_on_the_seed_and_not_on_the_split():
-    assert not torch.equal(_signs(0, 3, 0, 4, 50), _signs(1, 3, 0, 4, 50))
-    assert torch.equal(_signs(1, 3, 0, 6, 50)[2:], _signs(1, 3, 2, 4, 50))
 
 
 def test_what_lies_between_rounds_is_trained_and_the_last_round_is_not(progressive):

@@ -1,5 +1,6 @@
 """Collects the per-sample logit directions of every unit from calibration images, in one or several processes."""
 
+import itertools
 from collections.abc import Iterable, Mapping
 from functools import partial
 
@@ -12,6 +13,7 @@ from tqdm import tqdm
 from taylor_pruning.distributed import gather_objects, is_main, rank, world_size
 from taylor_pruning.errors import InputError
 from taylor_pruning.modes import frozen
+from taylor_pruning.scoring.directions import random_signs
 from taylor_pruning.scoring.flow import unit_gradient_norms
 from taylor_pruning.scoring.gates import gated_logits, open_gates
 from taylor_pruning.scoring.gradient_check import check_gradients
@@ -57,10 +59,11 @@ def collect_directions(
     options = {"want_flow": want_flow, "estimates": estimates, "reference": reference, "seed": seed}
     collect = partial(_collect, model, graph, probes, **options)
     mine, parts = batches[rank() :: world_size()], []
+    firsts = [0, *itertools.accumulate(len(images) for _, (images, _) in batches)]
     with frozen(model), frozen(model if reference is None else reference):
         check_gradients(graph, *batches[0][1])
         for number, (images, labels) in tqdm(mine, desc="score", leave=False, disable=not progress or not is_main()):
-            parts.append((number, _collect_batch(collect, images, labels, number)))
+            parts.append((number, _collect_batch(collect, images, labels, number, firsts[number])))
     return Directions.join(_of_all_processes(parts)).to(batches[0][1][0].device)
 
 
@@ -72,8 +75,8 @@ def _of_all_processes(parts):
     return [part for _, part in sorted(parts, key=lambda part: part[0])]
 
 
-def _collect_batch(collect, images, labels, number, first=0):
-    """`first`: how many images of the batch come before these."""
+def _collect_batch(collect, images, labels, number, first):
+    """`first`: how many images of the pass come before these."""
     try:
         return collect(images, labels, number, first)
     except torch.OutOfMemoryError as error:
@@ -84,12 +87,6 @@ def _collect_batch(collect, images, labels, number, first=0):
     return Directions.join([_collect_batch(collect, x, y, number, start) for x, y, start in split])
 
 
-def _signs(seed, number, first, samples, classes):
-    """[samples, classes] of -1 and 1: the same for an image of a batch however the batch is split."""
-    generator = torch.Generator().manual_seed(1_000_003 * seed + number)
-    return 2 * torch.randint(2, (first + samples, classes), generator=generator)[first:] - 1
-
-
 def _collect(model, graph, probes, images, labels, number, first, *, want_flow, estimates, reference, seed):
     gates, gated = open_gates(graph, images), []
 
@@ -98,7 +95,7 @@ def _collect(model, graph, probes, images, labels, number, first, *, want_flow, 
             gated.append((site, get_gradient_edge(output)))
 
     logits = gated_logits(graph, images, labels, gates, f"calibration batch {number}", record, estimates)
-    signs = _signs(seed, number, first, *logits.shape).to(logits)
+    signs = random_signs(seed, first, *logits.shape)
     basis, sampled = class_basis(logits.detach(), labels, probes, signs)
     flow = None
     if want_flow:

@@ -23,6 +23,7 @@ ranks of single units by these costs are coarse; a level for every unit (`Remova
 import torch
 
 from taylor_pruning.modes import frozen
+from taylor_pruning.scoring.directions import random_directions, random_signs
 
 BLOCK = 32  # removed channels that a reader gathers before its matrices are updated
 
@@ -50,13 +51,11 @@ def fisher_of_outputs(model, graph, readers, batches):
 
     changes = {node: collect(reader) for reader in readers for node in reader.nodes}
     with frozen(model), torch.enable_grad(), graph.executed(change=changes):
-        for number, (images, _) in enumerate(batches):
+        for images, _ in batches:
             logits = model(images)
-            p = logits.detach().softmax(1)
-            signs = 2 * torch.randint(2, p.shape, generator=torch.Generator().manual_seed(number)) - 1
-            rooted = p.sqrt() * signs.to(p)
+            directions = random_directions(logits.detach(), random_signs(0, images_seen, *logits.shape))
             if logits.requires_grad:
-                (logits * (rooted - p * rooted.sum(1, keepdim=True))).sum().backward()
+                (logits * directions).sum().backward()
             images_seen += len(images)
     return {name: gram / images_seen for name, gram in found.items()}
 

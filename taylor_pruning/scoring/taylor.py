@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from taylor_pruning.scoring.directions import random_directions
+
 SUPPORT = 32  # classes, most probable first, over which expectations are taken; all others count as one more
 PER_SAMPLE = ("coordinates", "basis", "logits", "labels", "flow", "reference")  # tensors of Directions
 BLOCK = 2**17  # units x samples that are scored at once: what they need stays in a core's cache
@@ -66,13 +68,15 @@ def loss_change(order: int, phi: Tensor, h: Tensor | None = None, t: Tensor | No
     return closed_third_order(phi, h, t)
 
 
-def class_basis(logits: Tensor, labels: Tensor, probes: int, signs: Tensor | None = None) -> tuple[Tensor, float]:
+def class_basis(
+    logits: Tensor, labels: Tensor | None, probes: int, signs: Tensor | None = None
+) -> tuple[Tensor, float]:
     """Per-sample basis of the logit directions that matter.
 
     Args:
-        logits: [N, K]. labels: [N]. probes: number R of directions, at most K - 1 are needed
-            (a shift along the vector of ones changes no probability).
-        signs: [N, K] of random -1 and 1, for the last direction where R < K - 1.
+        logits: [N, K]. labels: [N], None where no first derivative is wanted: the basis then does not hold p - e_y.
+        probes: number R of directions, at most K - 1 are needed (a shift along the vector of ones changes no probability).
+        signs: [N, K] of random -1 and 1, for the last direction where R < K - 1; None where no curvature is wanted.
 
     Returns:
         basis [N, K, R] and the share of the curvature tr(diag(p) - p p^T) for which the random direction stands.
@@ -83,18 +87,21 @@ def class_basis(logits: Tensor, labels: Tensor, probes: int, signs: Tensor | Non
         complement = torch.linalg.qr(torch.cat([ones, torch.eye(k, dtype=logits.dtype, device=logits.device)], 1))[0]
         return complement[:, 1:k].expand(n, k, k - 1), 0.0
     p = logits.softmax(1)
-    columns = [(p - F.one_hot(labels, k).to(p))[:, :, None]]
+    columns = [] if labels is None else [(p - F.one_hot(labels, k).to(p))[:, :, None]]
+    exact = probes - len(columns) - (signs is not None)  # leading eigenvectors
     top, classes = p.topk(min(k, max(SUPPORT, 2 * probes)), 1)
-    if probes > 2:
+    if exact > 0:
         fisher = torch.diag_embed(top) - top[:, :, None] * top[:, None, :]
-        leading = torch.linalg.eigh(fisher.double())[1][:, :, -(probes - 2) :].flip(-1).to(p)
-        spread = torch.zeros(n, k, probes - 2, dtype=p.dtype, device=p.device)
+        leading = torch.linalg.eigh(fisher.double())[1][:, :, -exact:].flip(-1).to(p)
+        spread = torch.zeros(n, k, exact, dtype=p.dtype, device=p.device)
         columns.append(spread.scatter_(1, classes[:, :, None].expand_as(leading), leading))
-    basis = torch.linalg.qr(torch.cat(columns, 2))[0]
+    basis = torch.linalg.qr(torch.cat(columns, 2))[0] if columns else p.new_empty(n, k, 0)
     kept = torch.einsum("nkr,nk,nkr->n", basis, p, basis) - torch.einsum("nk,nkr->nr", p, basis).square().sum(1)
     tiny = torch.finfo(p.dtype).tiny
     rest = 1 - (kept.sum() / (p.sum(1) - p.square().sum(1)).sum().clamp_min(tiny)).item()
-    return torch.cat([basis, _remainder(p, basis, signs)[:, :, None]], 2), rest
+    if signs is None:
+        return basis, rest
+    return torch.cat([basis, _remainder(logits, basis, signs)[:, :, None]], 2), rest
 
 
 def _support(p, basis):
@@ -108,14 +115,13 @@ def _support(p, basis):
     return torch.cat([top, others], 1), torch.cat([held, mean[:, None]], 1)
 
 
-def _remainder(p, basis, signs):
+def _remainder(logits, basis, signs):
     """[N, K] random direction b for what lies outside of the orthonormal `basis` [N, K, R - 1].
 
-    With F = diag(p) - p p^T = A A^T and P = 1 - Q Q^T, w = P A s has E[w w^T] = P F P over the signs s, so E[(w.v)^2] is the
-    curvature of v there. b is w scaled so that a vector b (b.v) has the curvature (w.v)^2.
+    With w of `random_directions` and P = 1 - Q Q^T, E[P w w^T P] = P F P over the signs, so that E[(P w.v)^2] is the
+    curvature of v there; w below is P w. b is w scaled so that a vector b (b.v) has the curvature (w.v)^2.
     """
-    root = p.sqrt()
-    w = root * signs - p * (root * signs).sum(1, keepdim=True)
+    p, w = logits.softmax(1), random_directions(logits, signs)
     for _ in range(2):  # once more against rounding
         w = w - torch.einsum("nkr,nr->nk", basis, torch.einsum("nkr,nk->nr", basis, w))
     tiny = torch.finfo(p.dtype).tiny
