@@ -38,14 +38,11 @@ def cut(model, tensors, widths, settings, stays):
         _set(smaller.get_submodule(name), attribute, index, int(int(stays[units].sum()) / factor))
     for name in {key.rpartition(".")[0] for key in kept}:
         _refresh(smaller.get_submodule(name))
+    modules = dict(smaller.named_modules())
     for name, units in settings.items():
-        if name in smaller_modules(smaller):
-            _refresh_settings(smaller.get_submodule(name), int(stays[units].sum()), len(units))
+        if name in modules:
+            _refresh_settings(modules[name], int(stays[units].sum()), len(units))
     return smaller
-
-
-def smaller_modules(model):
-    return {name for name, _ in model.named_modules()}
 
 
 def _select(tensor, kept):

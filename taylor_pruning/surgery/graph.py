@@ -14,6 +14,7 @@ from taylor_pruning.surgery.execution import Execution, blended, call, gate, rec
 from taylor_pruning.surgery.nested import tensors_in
 from taylor_pruning.surgery.plans import exclude_filters, plan_of, units_of
 from taylor_pruning.surgery.proof import CutProof
+from taylor_pruning.surgery.trial_inputs import trial_examples
 from taylor_pruning.surgery.units import LayerInfo, Unit, cost_terms, gate_sites, group, readers_of
 from taylor_pruning.surgery.wrappers import check_example, unwrapped
 
@@ -118,8 +119,9 @@ class ChannelGraph:
             with self.on(model).gated(gates):
                 return call(model, x)
 
+        examples = trial_examples(self._example, self.executions[False].trace.graph)
         return CutProof(
-            self.model, self._example, run_gated, lambda model, units: self.on(model)._cut(units), [*self.executions]
+            self.model, examples, run_gated, lambda model, units: self.on(model)._cut(units), [*self.executions]
         )
 
     def _build_units(self, ids, layers, prune_linear):

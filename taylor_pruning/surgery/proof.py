@@ -20,6 +20,7 @@ from taylor_pruning.errors import InputError
 from taylor_pruning.surgery.copying import copy_of
 from taylor_pruning.surgery.execution import call
 from taylor_pruning.surgery.nested import map_tensors
+from taylor_pruning.surgery.trial_inputs import random_inputs
 
 FORWARD_ERRORS = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError, ArithmeticError)
 TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-6}  # largest relative difference that counts as none
@@ -34,7 +35,8 @@ class CutProof:
 
     Args:
         model: the network. It is not changed.
-        example: [N, ...] tensor of the shape that the network is used at, a tuple of several, or a dict of named ones.
+        examples: what the network is tried on, the cheapest first; where one shows a difference, the next one is asked. Each
+            is a [N, ...] tensor, a tuple of several, or a dict of named ones.
         run_gated: run_gated(copy, units, x) gives the outputs of a copy of the model on x with the units' gates closed.
         cut: cut(copy, units) gives a new network without the units.
         modes: the values of `training` in which both are compared; (False, True) if the forward differs in training.
@@ -45,13 +47,14 @@ class CutProof:
     def __init__(
         self,
         model: nn.Module,
-        example,
+        examples: Sequence,
         run_gated: Callable,
         cut: Callable,
         modes: Sequence[bool] = (False,),
     ):
-        self.model, self.example, self.run_gated, self.cut, self.modes = model, example, run_gated, cut, modes
-        tensor = next((p for p in model.parameters() if p.is_floating_point()), next(tensors_of(example)))
+        self.model, self.run_gated, self.cut, self.modes = model, run_gated, cut, modes
+        self.examples = list(examples)
+        tensor = next((p for p in model.parameters() if p.is_floating_point()), next(tensors_of(self.examples[-1])))
         self.dtype, self.device = tensor.dtype, tensor.device
 
     def failure(self, units: Sequence) -> str | None:
@@ -59,11 +62,21 @@ class CutProof:
 
         Raises InputError if the network does not run on random inputs, or its outputs say nothing.
         """
+        while len(self.examples) > 1:
+            try:
+                if self._failure(units, self.examples[0]) is None:
+                    return None
+                break
+            except InputError:  # the network does not run on that size
+                del self.examples[0]
+        return self._failure(units, self.examples[-1])
+
+    def _failure(self, units, example):
         dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
-        found = self._compare(units, dtype)
+        found = self._compare(units, dtype, example)
         if dtype == torch.float32 and isinstance(found, float) and in_doubt(found):
             with suppress(InputError):  # it may not run in float64
-                found, dtype = self._compare(units, torch.float64), torch.float64
+                found, dtype = self._compare(units, torch.float64, example), torch.float64
         if isinstance(found, str):
             return found
         if math.isnan(found):
@@ -121,7 +134,7 @@ class CutProof:
             trials[layers] = members, chosen
         return trials
 
-    def _compare(self, units, dtype):
+    def _compare(self, units, dtype, example):
         """Largest relative difference of the outputs, nan if there is none; or why the cut network fails."""
         differences = []
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -134,7 +147,8 @@ class CutProof:
             for training in self.modes:
                 for module in (*dense.modules(), *smaller.modules()):
                     module.training = training
-                x = self._inputs(dtype)
+                samples = 1 + len(self.modes)  # in training mode three: batch statistics would leave nothing but signs of two
+                x = random_inputs(example, samples, dtype, self.device)
                 try:
                     with _MeanDraws():
                         expected = list(tensors_of(self.run_gated(dense, units, map_tensors(x, torch.Tensor.clone))))
@@ -161,21 +175,6 @@ class CutProof:
         model = copy_of(self.model, own)
         draw_anew(model, own)
         return model if self.dtype == dtype else model.to(dtype)
-
-    def _inputs(self, dtype):
-        """Two random samples, three where batch statistics would leave nothing but signs of two."""
-        generator = torch.Generator().manual_seed(0)
-        batch = len(next(tensors_of(self.example)))
-
-        def drawn(tensor):
-            shape = (
-                tensor.shape if tensor.dim() == 0 or len(tensor) != batch else (1 + len(self.modes), *tensor.shape[1:])
-            )
-            if not tensor.is_floating_point():
-                return tensor[:1].expand(shape).to(self.device) if tensor.dim() else tensor.to(self.device)
-            return torch.randn(shape, generator=generator, dtype=dtype).to(self.device)
-
-        return map_tensors(self.example, drawn)
 
 
 def in_doubt(difference: float) -> bool:

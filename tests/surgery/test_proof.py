@@ -62,7 +62,7 @@ def proof(model=None, modes=(False,), **faults):
     torch.manual_seed(0)
     model = Chain() if model is None else model
     example = torch.zeros(1, 3, 4, 4)
-    return CutProof(model, example, run_gated, lambda model, units: cut(model, units, **faults), modes)
+    return CutProof(model, [example], run_gated, lambda model, units: cut(model, units, **faults), modes)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
