@@ -147,7 +147,9 @@ class CutProof:
             for training in self.modes:
                 for module in (*dense.modules(), *smaller.modules()):
                     module.training = training
-                samples = 1 + len(self.modes)  # in training mode three: batch statistics would leave nothing but signs of two
+                samples = 1 + len(
+                    self.modes
+                )  # in training mode three: batch statistics would leave nothing but signs of two
                 x = random_inputs(example, samples, dtype, self.device)
                 try:
                     with _MeanDraws():

@@ -43,7 +43,8 @@ def trial_examples(example, graph):
 def _is_map(node):
     """Whether the node is a convolution that sees more than one pixel; squeeze-and-excitation sees one."""
     shape = node.meta.get("shape", ())
-    return operation_name(node).startswith("conv") and len(shape) > 3 and min(shape[-2:]) > 1
+    convolves = node.op == "call_function" and operation_name(node).startswith("conv")
+    return convolves and len(shape) > 3 and min(shape[-2:]) > 1
 
 
 def random_inputs(example, samples, dtype, device):

@@ -11,9 +11,10 @@ from taylor_pruning.surgery.trial_inputs import random_inputs, trial_examples
 def network(pool, features):
     """Maps of a sixteenth of the image, whose narrowest is 6 pixels wide at 96."""
     layers = [nn.Conv2d(3, 6, 3, 4, 1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 8, 3, 4, 1), nn.ReLU()]
-    gate = nn.Conv2d(8, 8, 1)
     torch.manual_seed(0)
-    return randomise(nn.Sequential(*layers, gate, pool, nn.Flatten(), nn.Linear(features, 4)))
+    model = nn.Sequential(*layers)
+    model.add_module("conv", nn.Conv2d(8, 8, 3, padding=1))  # whose kernel is smaller than the map and no map
+    return randomise(nn.Sequential(model, pool, nn.Flatten(), nn.Linear(features, 4)))
 
 
 def sides(graph):
@@ -40,7 +41,7 @@ def test_a_network_of_one_size_is_proved_on_that_size():
 
     def wrong(model, units):
         smaller = cut(model, units)
-        smaller[0].bias.data += 1
+        smaller[0][0].bias.data += 1
         return smaller
 
     proof.cut = wrong
