@@ -49,7 +49,8 @@ from taylor_pruning.experiment.settings import TAYLOR_ORDERS, PruningSettings
 from taylor_pruning.first_batch import Batches, check_inputs, check_training, device_of
 from taylor_pruning.scoring.oracle import judge_estimates
 from taylor_pruning.selection.baselines import baseline_scores
-from taylor_pruning.selection.greedy import Selection, check_reachable, select_by_score
+from taylor_pruning.selection.constraints import Selection
+from taylor_pruning.selection.greedy import check_reachable, select_by_score
 from taylor_pruning.surgery.wrappers import unwrapped
 from taylor_pruning.training.fine_tuning import Accuracy, Recipe, fine_tune, reestimate_batchnorm
 from taylor_pruning.training.measuring import Measuring

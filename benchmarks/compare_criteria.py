@@ -39,7 +39,8 @@ from taylor_pruning.repair.compensation import compensate
 from taylor_pruning.report.json_files import write_json
 from taylor_pruning.scoring.oracle import spearman, true_loss_changes
 from taylor_pruning.selection.baselines import BASELINES
-from taylor_pruning.selection.greedy import BUDGETS, Constraints, Selection, select_by_score
+from taylor_pruning.selection.constraints import BUDGETS, Constraints, Selection
+from taylor_pruning.selection.greedy import select_by_score
 from taylor_pruning.training.fine_tuning import Recipe, evaluate, fine_tune
 
 OURS = [f"order {order}" for order in (1, 2, 3)]

@@ -11,7 +11,7 @@ from taylor_pruning.experiment.checkpoint import RoundsState
 from taylor_pruning.experiment.results import Stopwatch, all_filters, ranking_of, remaining, removed, round_record
 from taylor_pruning.experiment.settings import PruningSettings
 from taylor_pruning.repair.compensation import compensate
-from taylor_pruning.selection.greedy import Ledger
+from taylor_pruning.selection.constraints import Ledger
 from taylor_pruning.training.fine_tuning import Recipe, train_steps
 from taylor_pruning.training.measuring import Measuring
 

@@ -45,6 +45,7 @@ METHODS = {
     "molchanov2019": MethodStyle("Molchanov 2019", PURPLE, "^", "--"),
     "magnitude": MethodStyle("L2 magnitude", SKY_BLUE, "P", "--"),
     "lamp": MethodStyle("LAMP", BROWN, "h", "--"),
+    "fpgm": MethodStyle("FPGM", "#5D5FA8", "<", "--"),
     "random": MethodStyle("random", GREY, "X", ":"),
 }
 

@@ -16,14 +16,8 @@ from taylor_pruning.scoring.layer_costs import removal_costs
 from taylor_pruning.scoring.taylor import Directions, class_basis
 from taylor_pruning.selection.baselines import BASELINES, baseline_scores
 from taylor_pruning.selection.costs import CostModel
-from taylor_pruning.selection.greedy import (
-    BUDGETS,
-    Constraints,
-    Ledger,
-    Selection,
-    select_by_score,
-    select_jointly,
-)
+from taylor_pruning.selection.constraints import BUDGETS, Constraints, Ledger, Selection
+from taylor_pruning.selection.greedy import select_by_score, select_jointly
 from taylor_pruning.surgery.graph import ChannelGraph
 
 
