@@ -67,6 +67,8 @@ def random(graph, directions=None, seed=0):
 
 BASELINES = {f.__name__: f for f in (molchanov2017, molchanov2019, magnitude, lamp, fpgm, random)}
 
+NEED_DIRECTIONS = ("molchanov2017", "molchanov2019")  # the others look at weights alone
+
 
 def baseline_scores(name, graph, directions, seed=0):
     """[units] scores of the baseline `name`. Raises InputError if there is no such baseline."""
