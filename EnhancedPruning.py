@@ -190,7 +190,9 @@ class EnhancedPruning:
         settings = dataclasses.replace(self.settings, compensate=compensate, rounds=rounds, fine_tune_between=0)
         choose = BaselineChoice(self.rankings, criterion, widths, settings.constraints, settings.seed)
         percentage = settings.percentage(pruning_percentage, self.graph)
-        return self._result(self._in_rounds(RoundsState(self.model, all_filters(self.graph)), percentage, choose, settings))
+        return self._result(
+            self._in_rounds(RoundsState(self.model, all_filters(self.graph)), percentage, choose, settings)
+        )
 
     def fine_tune(
         self,

@@ -10,7 +10,6 @@ from torch.nn import functional as F
 from watching import interrupted_at, without_timings
 
 import EnhancedFilterPruner as EnhancedFilterPruner_module
-import EnhancedPruning as EnhancedPruning_module
 from EnhancedFilterPruner import EnhancedFilterPruner
 from EnhancedPruning import EnhancedPruning, PruningSettings
 from taylor_pruning.errors import InputError
@@ -308,7 +307,9 @@ def test_nothing_is_evaluated_twice(plain_network, batches, reestimate):
     assert {key: last[key] for key in vars(accuracy)} == vars(accuracy)
 
 
-def test_a_baseline_is_repaired_in_rounds_and_meets_the_budget_with_its_own_or_uniform_widths(relu_network, images, labels):
+def test_a_baseline_is_repaired_in_rounds_and_meets_the_budget_with_its_own_or_uniform_widths(
+    relu_network, images, labels
+):
     loader = make_loader(torch.utils.data.TensorDataset(images, labels), 6)
     settings = PruningSettings(rounds=2, budget="macs")
     pruning = EnhancedPruning(relu_network, loader, loader, settings=settings, progress=False)

@@ -65,7 +65,9 @@ class Rounds:
         losses, before = self.measuring.losses(smaller), state.losses or self.measuring.losses(state.model)
         seconds.lap("evaluate")
         record = round_record(number, percentage, choice, plan, before, losses, after, report)
-        return RoundsState(smaller, kept, [*state.rounds, record], seconds.total, losses, state.ranking or choice.ranking)
+        return RoundsState(
+            smaller, kept, [*state.rounds, record], seconds.total, losses, state.ranking or choice.ranking
+        )
 
     def _compensated(self, state, smaller, plan, kept):
         """The cut network with new weights, the same in all processes, and the report on every layer."""
