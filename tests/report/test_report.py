@@ -8,13 +8,14 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from run_enhanced_pruning import baseline_methods
+from run_enhanced_pruning import Sweep, baseline_methods
 from taylor_pruning.experiment.command import SweepTask
 from taylor_pruning.report import experiment_plots as ExperimentPlots
 from taylor_pruning.report import sweep as SweepReport
@@ -180,6 +181,11 @@ def test_every_criterion_has_a_style():
     task = SweepTask(baselines=tuple(BASELINES), baseline_widths=("own", "uniform"), compensate_baselines=True)
     methods = baseline_methods(task)
     assert len(set(methods)) == 4 * len(BASELINES) and set(methods) <= METHODS.keys()
+    sweep, seen = object.__new__(Sweep), set()
+    sweep.pruning = SimpleNamespace(prune_by_baseline=lambda *name, **how: seen.add((name, *how.values())))
+    for method in methods:
+        sweep.pruned(method, 30)
+    assert seen == {((n, 30), w, c) for n in BASELINES for w in ("own", "uniform") for c in (False, True)}
 
 
 def test_json_is_strict_and_ordered(tmp_path):
