@@ -38,14 +38,8 @@ from taylor_pruning.scoring.flow import relative_flow, weigh
 from taylor_pruning.scoring.layer_costs import removal_costs
 from taylor_pruning.scoring.probes import cross_entropy, probe_derivatives
 from taylor_pruning.scoring.taylor import Directions
-from taylor_pruning.selection.greedy import (
-    Ledger,
-    Selection,
-    require_units,
-    select_behind_repair,
-    select_by_score,
-    select_jointly,
-)
+from taylor_pruning.selection.constraints import Ledger, Selection, require_units
+from taylor_pruning.selection.greedy import select_behind_repair, select_by_score, select_jointly
 from taylor_pruning.surgery.graph import ChannelGraph
 
 __all__ = ["ChannelGraph", "EnhancedFilterPruner"]
@@ -257,7 +251,7 @@ class EnhancedFilterPruner:
         Args:
             percentage: of the budget in the settings (default: of the filters that may be removed), in (0, 100),
                 counted from the beginning of `ledger`.
-            ledger: selection.greedy.Ledger of earlier rounds; None: this is the first.
+            ledger: selection.constraints.Ledger of earlier rounds; None: this is the first.
 
         Returns:
             {layer: sorted filter indices}.

@@ -19,37 +19,33 @@
 
 import copy
 import dataclasses
-import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from EnhancedFilterPruner import ChannelGraph, Rankings
 from GradientFlowAnalyzer import GradientFlowAnalyzer
 from taylor_pruning.distributed import is_main
 from taylor_pruning.errors import InputError, one_of
 from taylor_pruning.experiment.checkpoint import RoundsCheckpoint, RoundsState
+from taylor_pruning.experiment.choices import BaselineChoice, TaylorChoice
 from taylor_pruning.experiment.pruned_file import load_pruned, save_pruned
 from taylor_pruning.experiment.results import (
     PruningResult,
-    Stopwatch,
     all_filters,
     flow_with_kept,
     flow_with_stage,
     layer_table,
-    plain_scores,
-    remaining,
     removed,
 )
 from taylor_pruning.experiment.rounds import Rounds
 from taylor_pruning.experiment.settings import TAYLOR_ORDERS, PruningSettings
 from taylor_pruning.first_batch import Batches, check_inputs, check_training, device_of
 from taylor_pruning.scoring.oracle import judge_estimates
-from taylor_pruning.selection.baselines import baseline_scores
-from taylor_pruning.selection.greedy import Selection, check_reachable, select_by_score
+from taylor_pruning.selection.greedy import check_reachable
 from taylor_pruning.surgery.wrappers import unwrapped
 from taylor_pruning.training.fine_tuning import Accuracy, Recipe, fine_tune, reestimate_batchnorm
 from taylor_pruning.training.measuring import Measuring
@@ -108,8 +104,6 @@ class EnhancedPruning:
         self.rankings = Rankings(self.graph, self.calibration, self.compensation, self.settings, progress)
         self._dense_stage = dense_stage
         self.teacher = self.model if self.recipe.distillation_weight else None
-        self.rounds = Rounds(self.rankings, self.measuring, self.train_loader, self.recipe, self.teacher, self.settings,
-                             progress)  # fmt: skip
 
     def run_full_pruning(
         self,
@@ -171,28 +165,34 @@ class EnhancedPruning:
                 decides["recipe"] = repr(self.recipe)
             store = RoundsCheckpoint(checkpoint, self.graph, images, decides)
             state = (store.load() if resume else None) or state
-        rounds = self.settings.rounds
-        for number in range(len(state.rounds) + 1, rounds + 1):
-            state = self.rounds.next(state, number, pruning_percentage * (number / rounds), **method)
-            if store and is_main():
-                store.save(state)
-        result = self._result(state)
+        choose = TaylorChoice(self.rankings, taylor_order, use_gradient_flow, self.settings.compensate)
+        result = self._result(self._in_rounds(state, pruning_percentage, choose, self.settings, store))
         if oracle_samples:
             result.oracle = self.oracle(oracle_samples)
         return result
 
-    def prune_by_baseline(self, name: str, pruning_percentage: float = 30) -> PruningResult:
-        """Like `prune` by a published criterion (selection.baselines): one shot, no layer bound and no repair."""
-        constraints = dataclasses.replace(self.settings.constraints, layer_bound=math.inf)
-        percentage = self.settings.percentage(pruning_percentage, self.graph)
-        selection, seconds = Selection(self.graph, percentage, constraints), Stopwatch({})
-        scores = baseline_scores(name, self.graph, self.rankings.of(self.model, 1).directions, self.settings.seed)
-        seconds.lap("score")
-        kept = remaining(all_filters(self.graph), self.graph.plan_of(select_by_score(selection, scores)))
-        model = self.graph.remove(removed(self.graph, kept))
-        seconds.lap("surgery")
-        ranking = {"scores": plain_scores(self.rankings.of(self.model, 1).by_filter(scores)), "criterion": name}
-        return self._result(RoundsState(model, kept, [], seconds.total, ranking=ranking))
+    def prune_by_baseline(
+        self,
+        criterion: str | Callable[[ChannelGraph], Tensor],
+        pruning_percentage: float = 30,
+        *,
+        widths: str = "own",
+        compensate: bool = False,
+    ) -> PruningResult:
+        """Like `prune` under the same budget, by a published criterion.
+
+        Args:
+            criterion: a name of selection.baselines, or a function from a ChannelGraph to [units] scores, low ones first.
+            widths: "own" or "uniform", see experiment.choices.BaselineChoice.
+            compensate: with compensation, in the rounds of the settings; without, in one shot.
+        """
+        rounds = self.settings.rounds if compensate else 1
+        settings = dataclasses.replace(self.settings, compensate=compensate, rounds=rounds, fine_tune_between=0)
+        choose = BaselineChoice(self.rankings, criterion, widths, settings.constraints, settings.seed)
+        percentage = settings.percentage(pruning_percentage, self.graph)
+        return self._result(
+            self._in_rounds(RoundsState(self.model, all_filters(self.graph)), percentage, choose, settings)
+        )
 
     def fine_tune(
         self,
@@ -242,6 +242,16 @@ class EnhancedPruning:
         if self._dense_stage is None:
             self._dense_stage = self.measuring.stage("dense", self.model)
         return self._dense_stage
+
+    def _in_rounds(self, state, percentage, choose, settings, store=None):
+        """The state after the rounds of the settings that are not in `state` yet; `store` keeps every one."""
+        rounds = Rounds(self.rankings, self.measuring, self.train_loader, self.recipe, self.teacher, settings,
+                        self.progress)  # fmt: skip
+        for number in range(len(state.rounds) + 1, settings.rounds + 1):
+            state = rounds.next(state, number, percentage * (number / settings.rounds), choose)
+            if store and is_main():
+                store.save(state)
+        return state
 
     def _result(self, state):
         """The PruningResult of a pruned network before fine-tuning."""

@@ -37,7 +37,7 @@ from taylor_pruning.first_batch import device_of
 from taylor_pruning.modes import frozen
 from taylor_pruning.scoring.flow import unit_gradient_norms
 from taylor_pruning.scoring.gates import gated_logits, open_gates
-from taylor_pruning.selection.greedy import require_units
+from taylor_pruning.selection.constraints import require_units
 from taylor_pruning.surgery.graph import ChannelGraph
 
 NEAR_ZERO = 1e-2  # of the layer's mean: a unit below it hardly trains

@@ -50,7 +50,7 @@ def run(command: Command, folder: Path, device: torch.device) -> int:
             print(f"the sweep in {folder} is finished; nothing was changed")
         return 0
     methods = [f"order {order}" for order in sorted(set(command.task.taylor_orders))]
-    methods += command.task.baselines if command.task.compare_baseline else []
+    methods += baseline_methods(command.task) if command.task.compare_baseline else []
     percentages = sorted(set(command.task.pruning_percentages))
     experiment = prepare(command, folder, device, percentages)
     dense = None
@@ -61,6 +61,13 @@ def run(command: Command, folder: Path, device: torch.device) -> int:
                 sweep.cell(method, percentage)
         dense = sweep.pruning.dense_stage()
     return report(command, experiment, folder, dense) if is_main() else 0
+
+
+def baseline_methods(task: SweepTask) -> list[str]:
+    """The published criteria to run: each with every kind of widths and, if asked for, also repaired."""
+    repairs = ("", " compensated") if task.compensate_baselines else ("",)
+    widths = [{"own": "", "uniform": " uniform"}[kind] for kind in task.baseline_widths]
+    return [f"{name}{width}{repair}" for name in task.baselines for width in widths for repair in repairs]
 
 
 class Sweep:
@@ -90,7 +97,9 @@ class Sweep:
 
     def pruned(self, method: str, percentage: float) -> PruningResult:
         if not method.startswith("order "):
-            return self.pruning.prune_by_baseline(method, percentage)
+            criterion, *variant = method.split()
+            widths, compensate = "uniform" if "uniform" in variant else "own", "compensated" in variant
+            return self.pruning.prune_by_baseline(criterion, percentage, widths=widths, compensate=compensate)
         return self.pruning.prune(
             percentage,
             int(method.removeprefix("order ")),

@@ -3,6 +3,10 @@
     python benchmarks/compare_criteria.py --model resnet32 --weights resnet32.th --data-path cifar10
     python benchmarks/compare_criteria.py --model vgg11_bn            # trained by the toolkit on the embedded data
 
+All criteria prune to the same budget, the network's multiply-accumulates unless --budget says something else. Published
+criteria choose their own widths under it or take the same share of every layer (", uniform"), in one shot, or in rounds with
+the same repair as the orders (", compensated").
+
 For every criterion: top-1 and loss after real removal without fine-tuning and, with --fine-tune-epochs, after one short
 fine-tuning of one recipe, its learning rate chosen from --lr in the first seed; correlation and relative error of
 single-filter estimates with the true loss change; seconds and peak memory of scoring as ratios to one forward+backward
@@ -17,6 +21,7 @@ import math
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,13 +38,11 @@ from taylor_pruning.experiment.arguments import parse
 from taylor_pruning.experiment.command import ExperimentTask
 from taylor_pruning.experiment.folders import load_image_folder
 from taylor_pruning.experiment.loaders import calibration_batches, make_loader
-from taylor_pruning.experiment.results import all_filters, remaining
 from taylor_pruning.experiment.setup import prepare
-from taylor_pruning.repair.compensation import compensate
 from taylor_pruning.report.json_files import write_json
 from taylor_pruning.scoring.oracle import spearman, true_loss_changes
 from taylor_pruning.selection.baselines import BASELINES
-from taylor_pruning.selection.greedy import BUDGETS, Constraints, Selection, select_by_score
+from taylor_pruning.selection.constraints import BUDGETS, Constraints
 from taylor_pruning.training.fine_tuning import Recipe, evaluate, fine_tune
 
 OURS = [f"order {order}" for order in (1, 2, 3)]
@@ -50,6 +53,7 @@ VARIANTS = {  # suffix of a criterion's name: settings
     ", compensated": {"compensate": True},
     ", joint, compensated": {"compensate": True, "selection": "joint"},
 }
+BASELINE_VARIANTS = ("", ", uniform", ", compensated", ", uniform, compensated")
 CPU = torch.device("cpu")
 HELD_OUT = 500  # training images that choose the learning rate and the epoch
 
@@ -78,7 +82,7 @@ def parse_arguments():
                         help="the best on held-out images is taken for each criterion and percentage")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=PruningSettings.rounds)
     parser.add_argument(
-        "--budget", choices=BUDGETS, default="filters", help="what the percentages count, for all criteria"
+        "--budget", choices=BUDGETS, default="macs", help="what the percentages count, for all criteria"
     )
     parser.add_argument("--layer-bound", type=float, default=Constraints.layer_bound)
     parser.add_argument("--true-changes", type=int, default=60, help="filters whose true loss change is measured")
@@ -99,10 +103,11 @@ PEERS = {
 }
 
 
-def peer_scores(name, model, graph, batches):
-    """[units] importance by Torch-Pruning, from its own dependency groups, for our units."""
+def peer_scores(name, graph, batches):
+    """[units] importance by Torch-Pruning, from its own dependency groups: the sum over the filters of a unit."""
     import torch_pruning as tp
 
+    model = graph.model
     kind, arguments = PEERS[name]
     importance = getattr(tp.importance, kind)(**arguments)
     model.requires_grad_(True).zero_grad()
@@ -114,17 +119,17 @@ def peer_scores(name, model, graph, batches):
             F.cross_entropy(model(image), label).backward()
             importance.accumulate_grad(model)
     dependencies = tp.DependencyGraph().build_dependency(model, example_inputs=batches[0][0][:1])
-    scores = torch.full((len(graph.units),), torch.nan, dtype=torch.float64)
+    scores = torch.zeros(len(graph.units), dtype=torch.float64)
     modules = dict(model.named_modules())
+    shifted = {layer for u in graph.units if len({i for _, i in u.filters}) > 1 for layer, _ in u.filters}
     for layer, info in graph.layers.items():
-        if not info.removable.any():  # Torch-Pruning fails on channels that meet padding
+        if not info.removable.any():
             continue
         group = dependencies.get_pruning_group(modules[layer], tp.prune_conv_out_channels, list(range(info.filters)))
-        values = importance(group)
-        for index in info.removable.nonzero().flatten().tolist():
-            unit = int(info.unit_of[index])
-            if graph.units[unit].filters[0] == (layer, index):
-                scores[unit] = values[index].double()
+        if layer in shifted:  # padding moves channels to other indices, which Torch-Pruning does not follow
+            group._group = [item for item in group._group[:2] if item.root_idxs == list(range(info.filters))]
+        values = importance(group).double()
+        scores.index_add_(0, info.unit_of[info.removable], values[info.removable])
     model.zero_grad(set_to_none=True)
     return scores
 
@@ -166,22 +171,11 @@ def networks(criterion, pruning, data, arguments, seed, batches):
             ours = EnhancedPruning(pruning.model, pruning.train_loader, pruning.val_loader, calibration=batches,
                                    compensation=pruning.compensation, settings=settings, progress=False)  # fmt: skip
             return {p: ours.prune(p, int(name[-1])).model for p in arguments.percentages}
-    base = criterion.removesuffix(", compensated")
-    if base in BASELINES:
-        results = {p: pruning.prune_by_baseline(base, p) for p in arguments.percentages}
-        if base != criterion:
-            for result in results.values():
-                kept = remaining(all_filters(pruning.graph), result.plan)
-                compensate(pruning.model, result.model, pruning.compensation, kept, progress=False)
-        return {p: result.model for p, result in results.items()}
-    scores = peer_scores(criterion, pruning.model, pruning.graph, batches)
-    own_widths = Constraints(arguments.budget, layer_bound=math.inf)
-    return {
-        p: pruning.graph.remove(
-            [pruning.graph.units[u] for u in select_by_score(Selection(pruning.graph, p, own_widths), scores)]
-        )
-        for p in arguments.percentages
-    }
+    base, *variant = criterion.split(", ")
+    how = {"widths": "uniform" if "uniform" in variant else "own", "compensate": "compensated" in variant}
+    if base in PEERS:
+        base = partial(peer_scores, base, batches=batches)
+    return {p: pruning.prune_by_baseline(base, p, **how).model for p in arguments.percentages}
 
 
 def single_estimates(pruning, batches, arguments, seed):
@@ -195,7 +189,7 @@ def single_estimates(pruning, batches, arguments, seed):
         estimates[name] = criterion(pruning.graph, ranked.directions, seed)[units]
     if importlib.util.find_spec("torch_pruning"):
         for name in PEERS:
-            estimates[name] = peer_scores(name, pruning.model, pruning.graph, batches)[units]
+            estimates[name] = peer_scores(name, pruning.graph, batches)[units]
     return {
         name: {
             "spearman": spearman(values, true),
@@ -223,7 +217,7 @@ def costs(pruning, batches):
     seconds, memory = measured(one_pass)
     parts = {"ours, all orders": lambda: fresh(pruning).of(model, 3)}
     for name in PEERS if importlib.util.find_spec("torch_pruning") else ():
-        parts[name] = lambda name=name: peer_scores(name, model, pruning.graph, batches)
+        parts[name] = lambda name=name: peer_scores(name, pruning.graph, batches)
     found = {name: measured(part) for name, part in parts.items()}
     return {name: (s / seconds, None if m is None else m / memory) for name, (s, m) in found.items()}
 
@@ -258,9 +252,8 @@ def run(arguments):
     val = balanced(data, arguments.test_images, 0)
     names = arguments.criteria
     everything = [order + suffix for suffix in VARIANTS for order in OURS]
-    everything += [name + suffix for suffix in ("", ", compensated") for name in BASELINES]
-    if importlib.util.find_spec("torch_pruning"):
-        everything += list(PEERS)
+    peers = PEERS if importlib.util.find_spec("torch_pruning") else ()
+    everything += [name + suffix for suffix in BASELINE_VARIANTS for name in (*BASELINES, *peers)]
     criteria = [
         c for c in everything if not names or any(c == n or (n.endswith("*") and c.startswith(n[:-1])) for n in names)
     ]
@@ -273,7 +266,7 @@ def run(arguments):
         batches = calibration_batches(data, arguments.calibration_samples, 100, seed=seed)
         more = calibration_batches(data, arguments.compensation_samples, 100, seed=seed)
         pruning = EnhancedPruning(dense, val, val, calibration=batches, compensation=more,
-                                  settings=PruningSettings(compensate=False, seed=seed,
+                                  settings=PruningSettings(compensate=False, seed=seed, rounds=arguments.rounds,
                                                            budget=arguments.budget), progress=False)  # fmt: skip
         pruning.graph.model.eval()
         if arguments.true_changes and seed not in [single["seed"] for single in results["single"]]:

@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from taylor_pruning.experiment.models import build_model
 from taylor_pruning.selection.baselines import magnitude
-from taylor_pruning.selection.greedy import Constraints, Selection, select_by_score
+from taylor_pruning.selection.constraints import Constraints, Selection
+from taylor_pruning.selection.greedy import select_by_score
 from taylor_pruning.surgery.graph import ChannelGraph
 from taylor_pruning.training.profile import profile
 

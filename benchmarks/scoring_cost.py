@@ -29,7 +29,8 @@ from taylor_pruning.experiment.models import build_model, head_name
 from taylor_pruning.scoring.collecting import collect_directions
 from taylor_pruning.scoring.estimates import channel_estimates, input_moments
 from taylor_pruning.scoring.taylor import Directions, class_basis
-from taylor_pruning.selection.greedy import Constraints, Selection, select_jointly
+from taylor_pruning.selection.constraints import Constraints, Selection
+from taylor_pruning.selection.greedy import select_jointly
 from taylor_pruning.surgery.graph import ChannelGraph
 
 

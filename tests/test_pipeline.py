@@ -10,10 +10,10 @@ from torch.nn import functional as F
 from watching import interrupted_at, without_timings
 
 import EnhancedFilterPruner as EnhancedFilterPruner_module
-import EnhancedPruning as EnhancedPruning_module
 from EnhancedFilterPruner import EnhancedFilterPruner
 from EnhancedPruning import EnhancedPruning, PruningSettings
 from taylor_pruning.errors import InputError
+from taylor_pruning.experiment import choices as choices_module
 from taylor_pruning.experiment import rounds as rounds_module
 from taylor_pruning.experiment.loaders import make_loader
 from taylor_pruning.repair.compensation import CompensationReport
@@ -197,7 +197,7 @@ def test_the_seed_reaches_every_random_draw(silu_network, images, labels, monkey
         monkeypatch.setattr(module, name, call)
 
     spy(rounds_module, "compensate")
-    spy(EnhancedPruning_module, "baseline_scores")
+    spy(choices_module, "baseline_scores")
     for name in ("collect_directions", "probe_derivatives"):
         function = getattr(EnhancedFilterPruner_module, name)
 
@@ -305,3 +305,35 @@ def test_nothing_is_evaluated_twice(plain_network, batches, reestimate):
     last = result.stages[-1]
     accuracy = evaluate(result.model, batches, progress=False)
     assert {key: last[key] for key in vars(accuracy)} == vars(accuracy)
+
+
+def test_a_baseline_is_repaired_in_rounds_and_meets_the_budget_with_its_own_or_uniform_widths(
+    relu_network, images, labels
+):
+    loader = make_loader(torch.utils.data.TensorDataset(images, labels), 6)
+    settings = PruningSettings(rounds=2, budget="macs")
+    pruning = EnhancedPruning(relu_network, loader, loader, settings=settings, progress=False)
+    found = {}
+    for widths in ("own", "uniform"):
+        for compensate in (False, True):
+            result = pruning.prune_by_baseline("lamp", 40, widths=widths, compensate=compensate)
+            assert len(result.rounds) == (2 if compensate else 1) and result.criterion == "lamp"
+            assert ("compensated" in [stage["stage"] for stage in result.stages]) == compensate
+            assert result.stages[-1]["macs"] / result.stages[0]["macs"] == pytest.approx(0.6, abs=0.12)
+            found[widths, compensate] = result
+    assert found["own", False].plan != found["uniform", False].plan
+    assert found["own", True].stages[-1]["loss"] != found["own", False].stages[-1]["loss"]
+    with pytest.raises(InputError, match="widths"):
+        pruning.prune_by_baseline("lamp", 40, widths="free")
+
+
+def test_a_criterion_of_ones_own_scores_every_network_on_the_way(plain_network, images, labels):
+    loader, sizes = make_loader(torch.utils.data.TensorDataset(images, labels), 6), []
+
+    def last_first(graph):
+        sizes.append(len(graph.units))
+        return -torch.arange(len(graph.units)).double()
+
+    pruning = EnhancedPruning(plain_network, loader, loader, settings=PruningSettings(rounds=2), progress=False)
+    result = pruning.prune_by_baseline(last_first, 30, compensate=True)
+    assert sizes == [11, 9] and result.plan == {"0": [], "4": [3, 4, 5]} and result.criterion == "last_first"

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, fields
 
 from taylor_pruning.errors import InputError
+from taylor_pruning.experiment.choices import WIDTHS
 from taylor_pruning.experiment.settings import TAYLOR_ORDERS, PruningSettings
 from taylor_pruning.options import check, option, option_name, options
 from taylor_pruning.selection.baselines import BASELINES
@@ -93,9 +94,20 @@ class SweepTask(Task):
     )
     baselines: tuple[str, ...] = option(
         ("molchanov2017",),
-        "published criteria, pruned in one step",
+        "published criteria under the same budget; without repair they prune in one step",
         "With --compare-baseline.",
         choices=tuple(sorted(BASELINES)),
+    )
+    baseline_widths: tuple[str, ...] = option(
+        ("own",),
+        "widths of the baselines: own, by their scores in all layers; uniform, the same share of every layer",
+        "With --compare-baseline. Uniform widths are what most papers report, and often the stronger baseline.",
+        choices=WIDTHS,
+    )
+    compensate_baselines: bool = option(
+        False,
+        "also run the baselines with the repair, in as many rounds as the orders",
+        "To see how much of a lead is the scores' and how much is the repair's.",
     )
     seeds: tuple[int, ...] = option(
         (0,),

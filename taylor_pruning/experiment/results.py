@@ -107,11 +107,11 @@ def ranking_of(pruner) -> dict:
     }
 
 
-def round_record(number, percentage, pruner, plan, before, after, accuracy, compensation) -> dict:
+def round_record(number, percentage, choice, plan, before, after, accuracy, compensation) -> dict:
     """A round's entry in results.json.
 
     Args:
-        pruner: EnhancedFilterPruner that made the plan.
+        choice: experiment.choices.Choice.
         before, after: losses before and after the round (training.measuring.Measuring.losses).
         accuracy: {"selection", "compensation", "training": accuracy on the monitored images after it, or None}.
         compensation: what it did, as a dictionary; None without.
@@ -122,9 +122,9 @@ def round_record(number, percentage, pruner, plan, before, after, accuracy, comp
         "round": number,
         "percentage": percentage,
         "filters_removed": sum(map(len, plan.values())),
-        "layer_bound_held": pruner.layer_bound_held,
+        "layer_bound_held": choice.layer_bound_held,
         "loss": loss,
-        "predicted_loss_change": pruner.predicted_loss_change,
+        "predicted_loss_change": choice.predicted_loss_change,
         "measured_loss_change": change[loss],
         "label_loss_change": change["cross-entropy"],
         **{f"after_{step}": figures for step, figures in accuracy.items()},

@@ -8,10 +8,11 @@ from torch import nn
 
 from taylor_pruning.distributed import broadcast_object, broadcast_state, check_equal_shapes
 from taylor_pruning.experiment.checkpoint import RoundsState
-from taylor_pruning.experiment.results import Stopwatch, all_filters, ranking_of, remaining, removed, round_record
+from taylor_pruning.experiment.choices import BaselineChoice, TaylorChoice
+from taylor_pruning.experiment.results import Stopwatch, all_filters, remaining, removed, round_record
 from taylor_pruning.experiment.settings import PruningSettings
 from taylor_pruning.repair.compensation import compensate
-from taylor_pruning.selection.greedy import Ledger
+from taylor_pruning.selection.constraints import Ledger
 from taylor_pruning.training.fine_tuning import Recipe, train_steps
 from taylor_pruning.training.measuring import Measuring
 
@@ -42,19 +43,16 @@ class Rounds:
         self.graph = rankings.graph
 
     def next(
-        self, state: RoundsState, number: int, percentage: float, taylor_order: int, use_gradient_flow: bool
+        self, state: RoundsState, number: int, percentage: float, choose: TaylorChoice | BaselineChoice
     ) -> RoundsState:
         """The state after round `number`, in which `percentage` of the budget is gone since the dense network."""
         state = self._trained(state)
         seconds, repairs = Stopwatch(state.seconds), self.settings.compensate
-        pruner = self.rankings.of(state.model, taylor_order, use_gradient_flow, repairs)
-        ranking = state.ranking or ranking_of(pruner)
-        seconds.lap("score")
         ledger = Ledger.open(self.graph, self.settings.constraints)
         ledger.record(removed(self.graph, state.kept))
-        plan = broadcast_object(pruner.get_pruning_plan(percentage, ledger))
-        seconds.lap("select")
-        smaller, kept = pruner.graph.remove(plan), remaining(state.kept, plan)
+        choice = choose(state.model, percentage, ledger, seconds.lap)
+        plan = broadcast_object(choice.plan)
+        smaller, kept = choice.graph.remove(plan), remaining(state.kept, plan)
         check_equal_shapes(smaller)
         seconds.lap("surgery")
         after = {"selection": self.measuring.quick(smaller), "compensation": None, "training": None}
@@ -66,8 +64,10 @@ class Rounds:
             after["compensation"] = self.measuring.quick(smaller)
         losses, before = self.measuring.losses(smaller), state.losses or self.measuring.losses(state.model)
         seconds.lap("evaluate")
-        record = round_record(number, percentage, pruner, plan, before, losses, after, report)
-        return RoundsState(smaller, kept, [*state.rounds, record], seconds.total, losses, ranking)
+        record = round_record(number, percentage, choice, plan, before, losses, after, report)
+        return RoundsState(
+            smaller, kept, [*state.rounds, record], seconds.total, losses, state.ranking or choice.ranking
+        )
 
     def _compensated(self, state, smaller, plan, kept):
         """The cut network with new weights, the same in all processes, and the report on every layer."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from taylor_pruning.errors import InputError
 from taylor_pruning.options import check, option
-from taylor_pruning.selection.greedy import Constraints
+from taylor_pruning.selection.constraints import Constraints
 from taylor_pruning.selection.targets import Target, parse_target
 from taylor_pruning.surgery.graph import ChannelGraph
 
@@ -26,7 +26,7 @@ class PruningSettings(Constraints):
             part); "hvp": from random probes (scoring.probes); "auto": exact where the network is piecewise linear.
         class_probes: class directions of every sample; at most classes - 1 are used.
         hessian_probes: random probes of every sample where the curvature is "hvp".
-        budget, layer_bound, min_filters, round_to: see selection.greedy.Constraints. A `layer_bound` of None is no bound
+        budget, layer_bound, min_filters, round_to: see selection.constraints.Constraints. A `layer_bound` of None is no bound
             for a joint selection with `compensate`, whose costs compare between layers.
         target_macs, target_params: what must be left of the network, as "50%" or "150M" (selection.targets). One of them
             takes the place of the budget and of the pruning percentage.

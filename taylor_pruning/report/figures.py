@@ -7,7 +7,7 @@ import math
 import os
 import re
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import matplotlib
 import numpy as np
@@ -21,7 +21,7 @@ LAYER_LABEL_SIZE = 7  # points
 
 # Okabe and Ito (2008), distinguishable with every common colour vision deficiency; their yellow is too pale for lines.
 BLACK, ORANGE, SKY_BLUE, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
-BLUE, VERMILLION, PURPLE, GREY, BROWN = "#0072B2", "#D55E00", "#CC79A7", "#888888", "#7F4F24"
+BLUE, VERMILLION, PURPLE, GREY, BROWN, VIOLET = "#0072B2", "#D55E00", "#CC79A7", "#888888", "#7F4F24", "#5D5FA8"
 DENSE, KEPT, REMOVED = BLACK, BLUE, VERMILLION
 STAGE_COLOURS = {"dense": DENSE, "pruned": REMOVED, "compensated": PURPLE, "trained": PURPLE, "fine-tuned": GREEN}
 STAGE_TICKS = {"compensated": "compen-\nsated", "fine-tuned": "fine-\ntuned"}
@@ -34,18 +34,32 @@ class MethodStyle:
     label: str
     colour: str
     marker: str
-    line: str
+    line: str | tuple  # as matplotlib takes it
 
 
-METHODS = {
+ORDERS = {
     "order 1": MethodStyle("order 1", ORANGE, "o", "-"),
     "order 2": MethodStyle("order 2", BLUE, "s", "-"),
     "order 3": MethodStyle("order 3", GREEN, "D", "-"),
+}
+CRITERIA = {
     "molchanov2017": MethodStyle("Molchanov 2017", VERMILLION, "v", "--"),
     "molchanov2019": MethodStyle("Molchanov 2019", PURPLE, "^", "--"),
     "magnitude": MethodStyle("L2 magnitude", SKY_BLUE, "P", "--"),
     "lamp": MethodStyle("LAMP", BROWN, "h", "--"),
+    "fpgm": MethodStyle("FPGM", VIOLET, "<", "--"),
     "random": MethodStyle("random", GREY, "X", ":"),
+}
+VARIANTS = {  # of a published criterion: addition to its name, to its label, line
+    "": ("", None),
+    " uniform": (", uniform", (0, (1, 1))),
+    " compensated": (", repaired", "-."),
+    " uniform compensated": (", uniform, repaired", (0, (4, 1, 1, 1, 1, 1))),
+}
+METHODS = ORDERS | {
+    f"{name}{variant}": replace(style, label=style.label + label, line=line or style.line)
+    for name, style in CRITERIA.items()
+    for variant, (label, line) in VARIANTS.items()
 }
 
 PLOT_SETTINGS = {

@@ -1,4 +1,8 @@
-"""Published criteria to compare with: one score a unit, one shot, low scores are removed first."""
+"""Published criteria to compare with: one score a unit, low scores are removed first.
+
+A unit has the sum over its filters, because what it saves counts all of them: a mean would make a channel of a residual
+stream, which ends in many layers, look cheap for what it saves.
+"""
 
 import torch
 from torch.nn.modules.conv import _ConvTransposeNd
@@ -21,10 +25,7 @@ def molchanov2019(graph, directions, seed=0):
 
 
 def magnitude(graph, directions=None, seed=0):
-    """L2 norm of the filter's weights (Li et al. 2017, arXiv:1608.08710, with L2) over its layer's mean.
-
-    A unit of several filters has their mean.
-    """
+    """L2 norm of the filter's weights (Li et al. 2017, arXiv:1608.08710, with L2) over its layer's mean."""
 
     def score(weights):
         norms = weights.norm(dim=1)
@@ -37,7 +38,7 @@ def lamp(graph, directions=None, seed=0):
     """Squared norm of the filter's weights over the sum of those of its layer that are as large or larger.
 
     LAMP (Lee et al. 2021, arXiv:2010.07611, eq. 4), which compares weights of different layers, with filters in the place
-    of weights. A unit of several filters has their mean.
+    of weights.
     """
 
     def score(weights):
@@ -49,12 +50,24 @@ def lamp(graph, directions=None, seed=0):
     return _of_weights(graph, score)
 
 
+def fpgm(graph, directions=None, seed=0):
+    """Sum of the distances to the layer's other filters (He et al. 2019, arXiv:1811.00250, eq. 4) over its layer's mean."""
+
+    def score(weights):
+        distances = torch.cdist(weights, weights).sum(1)
+        return distances / distances.mean().clamp_min(torch.finfo(distances.dtype).tiny)
+
+    return _of_weights(graph, score)
+
+
 def random(graph, directions=None, seed=0):
     """Uniform random scores."""
     return torch.rand(len(graph.units), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-BASELINES = {f.__name__: f for f in (molchanov2017, molchanov2019, magnitude, lamp, random)}
+BASELINES = {f.__name__: f for f in (molchanov2017, molchanov2019, magnitude, lamp, fpgm, random)}
+
+NEED_DIRECTIONS = ("molchanov2017", "molchanov2019")  # the others look at weights alone
 
 
 def baseline_scores(name, graph, directions, seed=0):
@@ -65,7 +78,7 @@ def baseline_scores(name, graph, directions, seed=0):
 
 
 def _of_weights(graph, score):
-    """[units] mean over a unit's filters of `score`, which maps a layer's weights [filters, ...] to [filters] values."""
+    """[units] sum over a unit's filters of `score`, which maps a layer's weights [filters, ...] to [filters] values."""
     parameters = dict(graph.model.named_parameters())
     total = torch.zeros(len(graph.units), dtype=torch.float64)
     for name, info in graph.layers.items():
@@ -73,7 +86,7 @@ def _of_weights(graph, score):
         if isinstance(graph.model.get_submodule(name), _ConvTransposeNd):
             weight = weight.transpose(0, 1)  # [in, out, ...]
         total.index_add_(0, info.unit_of[info.removable], score(weight.flatten(1))[info.removable])
-    return total / torch.tensor([len(unit.filters) for unit in graph.units])
+    return total
 
 
 def _by_layer(graph, scores, normalise):

@@ -1,227 +1,14 @@
 """Which units go: greedy selection under a budget, with what earlier choices did to the logits taken into account."""
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 
-from taylor_pruning.errors import InputError
-from taylor_pruning.options import check, option
 from taylor_pruning.scoring.flow import weigh
-from taylor_pruning.selection.costs import CostModel
+from taylor_pruning.selection.constraints import Selection
 
 POOL = 64  # units that a joint selection scores after every choice
-BUDGETS = ("filters", "params", "macs")
-FILTERS_BOUND = 1.03  # layer bound of a budget in filters
-
-
-@dataclass(frozen=True)
-class Constraints:
-    """What a selection must respect.
-
-    Attributes:
-        budget: what the percentage counts: removable "filters", or "params" or "macs" of the whole network.
-        layer_bound: no layer loses more than this multiple of the target share of its removable filters; math.inf: no
-            bound. It yields where the target cannot be met otherwise. None: 1.03 for a budget in filters, no bound for
-            the others.
-        min_filters: filters that every layer keeps at least.
-        round_to: filter counts of cut layers are multiples of it where units allow.
-    """
-
-    budget: str = option(
-        "filters",
-        "what the percentage counts",
-        "macs and params leave the widths of layers free: at the same cost the network is more accurate.",
-        choices=BUDGETS,
-        common=True,
-    )
-    layer_bound: float | None = option(
-        None,
-        "no layer loses more than this multiple of the target share of its filters, inf: no bound",
-        "A budget in filters without --compensate needs it, or cheap filters of few layers all go.",
-        low=1,
-        infinite=True,
-        default_text="1.03 for a budget in filters without --compensate, else inf",
-    )
-    min_filters: int = option(
-        1,
-        "filters that every layer keeps at least",
-        "Where a layer must not become a bottleneck.",
-        low=1,
-    )
-    round_to: int = option(
-        1,
-        "filter counts of cut layers are multiples of it",
-        "8 suits most hardware: the network is faster at the same size.",
-        low=1,
-    )
-
-    def __post_init__(self):
-        check(self)
-
-    @property
-    def bound(self) -> float | None:
-        """The layer bound that holds."""
-        if self.layer_bound is None:
-            return FILTERS_BOUND if self.budget == "filters" else None
-        return None if self.layer_bound == math.inf else self.layer_bound
-
-
-def require_units(graph):
-    """Raises InputError, with reasons, if no filter of the graph's network may be removed."""
-    if not graph.units:
-        reasons = "; ".join(f"{name}: {info.reason}" for name, info in list(graph.layers.items())[:3])
-        raise InputError(f"no filter of this network may be removed ({reasons or 'it has no conv layer'})")
-
-
-@dataclass
-class Ledger:
-    """What has been removed from every layer, across rounds, against what the network had in the beginning.
-
-    Attributes:
-        removable: {layer: filters that may be removed in the beginning}.
-        total: of the budget's kind, in the beginning.
-        removed: {layer: filters removed so far}.
-    """
-
-    removable: dict
-    total: float
-    removed: dict = field(default_factory=dict)
-
-    @classmethod
-    def open(cls, graph, constraints):
-        removable = {name: int(info.removable.sum()) for name, info in graph.layers.items()}
-        require_units(graph)
-        kind = constraints.budget
-        total = sum(removable.values()) if kind == "filters" else CostModel(graph, kind).total()
-        return cls(removable, total)
-
-    def record(self, plan):
-        """Books a plan {layer: filters} as removed."""
-        for name, filters in plan.items():
-            self.removed[name] = self.removed.get(name, 0) + len(filters)
-
-
-class Selection:
-    """The state of one selection on one graph: what is chosen, what may still be chosen, how far the target is."""
-
-    def __init__(self, graph, percentage, constraints, ledger=None):
-        if not (isinstance(percentage, (int, float)) and 0 < percentage < 100):
-            raise InputError(f"the pruning percentage must lie between 0 and 100 (both excluded), not {percentage}")
-        self.graph, self.constraints = graph, constraints
-        self.ledger = ledger or Ledger.open(graph, constraints)
-        self.chosen = []
-        self.open = torch.ones(len(graph.units), dtype=torch.bool)
-        self.layer_counts = [self._count_layers(unit) for unit in graph.units]
-        self.sizes = torch.tensor([float(len(unit.filters)) for unit in graph.units])
-        self.costs = None if constraints.budget == "filters" else CostModel(graph, constraints.budget)
-        self.goal = percentage / 100 * self.ledger.total
-        self.removed = float(sum(self.ledger.removed.values()))  # filters, in all rounds
-        self.largest = self.savings().max()  # savings shrink as units go
-        self.room = {name: self._room(name, percentage / 100) for name in graph.layers}
-        self.hard_room = {name: self._room(name, None) for name in graph.layers}
-        self.bound_held = True  # False once the layer bound had to yield
-
-    def _count_layers(self, unit):
-        counts = {}
-        for name, _ in unit.filters:
-            if name in self.graph.layers:
-                counts[name] = counts.get(name, 0) + 1
-        return counts
-
-    def _room(self, name, share):
-        """How many more filters the layer may lose: by the bound at the target share, or (None) at most."""
-        now = self.graph.layers[name].filters
-        room = now - min(now, self.constraints.min_filters)
-        bound = self.constraints.bound
-        if share is not None and bound is not None:
-            allowed = math.ceil(bound * share * self.ledger.removable[name] - 1e-9)
-            room = min(room, allowed - self.ledger.removed.get(name, 0))
-        return room
-
-    def missing(self):
-        """How much of the budget is still to be removed."""
-        if self.costs is None:
-            return self.goal - self.removed
-        return self.costs.total() - (self.ledger.total - self.goal)
-
-    def savings(self, units=slice(None)):
-        """[units] what each unit's removal contributes to the budget."""
-        return self.sizes[units] if self.costs is None else self.costs.savings(units).clamp_min(1e-9)
-
-    def take(self, unit):
-        """Chooses the unit if its layers have room for it; True if it was chosen."""
-        counts = self.layer_counts[unit]
-        self.open[unit] = False
-        if any(self.room[name] < count for name, count in counts.items()):
-            return False
-        for name, count in counts.items():
-            self.room[name] -= count
-            self.hard_room[name] -= count
-        if self.costs is not None:
-            self.costs.remove(unit)
-        self.removed += float(self.sizes[unit])
-        self.chosen.append(unit)
-        return True
-
-    def relax(self):
-        """Gives up the layer bound when no unit is open; False if the target cannot be met at all."""
-        if self.room == self.hard_room:
-            return False
-        self.room, self.bound_held = dict(self.hard_room), False
-        self.open[:] = True
-        self.open[self.chosen] = False
-        return True
-
-    def close_if_unreachable(self):
-        if not self.open.any() and not self.relax():
-            share = 100 * (1 - self.missing() / self.goal) if self.goal else 0
-            raise InputError(
-                f"the layers cannot lose that much: only {share:.0f} % of the target can be removed with at least "
-                f"{self.constraints.min_filters} filter(s) a layer; ask for a lower percentage or lower --min-filters"
-            )
-
-    def done(self):
-        """True if removing the smallest open unit would leave the budget further from its goal."""
-        missing = self.missing()
-        if missing <= 0 or missing >= self.largest / 2 or not self.open.any():
-            return missing <= 0
-        return bool(missing < self.savings(self.open).min() / 2)
-
-    def round_widths(self, scores):
-        """Makes the widths of cut layers multiples of `round_to`, by units more or fewer, close to the total.
-
-        Units that share all their layers form a cohort; one whose layers also belong to other units (grouped or
-        concatenated channels) stays as it is. What is added has low `scores`, what is given back was chosen last.
-        """
-        step = self.constraints.round_to
-        cohorts = {}
-        for unit, counts in enumerate(self.layer_counts):
-            cohorts.setdefault(frozenset(counts.items()), []).append(unit)
-        shared = [name for key in cohorts for name, _ in key]
-        chosen, deviation = set(self.chosen), 0.0
-        for key, units in cohorts.items():
-            layers = dict(key)
-            taken = [u for u in self.chosen if self.layer_counts[u] == layers]
-            if step == 1 or not taken or any(shared.count(n) > 1 for n in layers) or set(layers.values()) != {1}:
-                continue
-            width = self.graph.layers[next(iter(layers))].filters - len(taken)
-            fewer, more = -width % step, width % step
-            size, free = len(layers), [u for u in units if u not in chosen]
-            possible = []
-            if fewer <= len(taken):
-                possible.append(-fewer)
-            if width - more >= max(self.constraints.min_filters, 1):
-                possible.append(more)
-            if not possible:
-                continue
-            change = min(possible, key=lambda c: abs(deviation + c * size))
-            deviation += change * size
-            if change > 0:
-                chosen |= set(sorted(free, key=lambda u: scores[u])[:change])
-            elif change < 0:
-                chosen -= set(taken[change:])
-        self.chosen = sorted(chosen)
 
 
 def select_by_score(selection, scores):
@@ -241,6 +28,30 @@ def select_by_score(selection, scores):
                 break
             selection.take(unit)
     selection.round_widths(scores)
+    return selection.chosen
+
+
+def select_uniformly(selection, scores):
+    """Chooses the same share of every layer: units by their rank among those of the same layers, the lowest score first.
+
+    Args:
+        scores: [units] as in `select_by_score`; only their order within a layer counts.
+
+    Returns:
+        the chosen unit indices.
+    """
+    ranks, cohorts = torch.empty(len(scores), dtype=torch.float64), {}
+    for unit, counts in enumerate(selection.layer_counts):
+        cohorts.setdefault(frozenset(counts), []).append(unit)
+    for units in cohorts.values():
+        ranks[units] = (scores[units].argsort().argsort().double() + 0.5) / len(units)
+    while not selection.done():
+        selection.close_if_unreachable()
+        for unit in ranks.masked_fill(~selection.open, torch.inf).argsort().tolist():
+            if not selection.open[unit] or selection.done():
+                break
+            selection.take(unit)
+    selection.round_widths(ranks)
     return selection.chosen
 
 

@@ -8,15 +8,18 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
+from run_enhanced_pruning import Sweep, baseline_methods
+from taylor_pruning.experiment.command import SweepTask
 from taylor_pruning.report import experiment_plots as ExperimentPlots
 from taylor_pruning.report import sweep as SweepReport
-from taylor_pruning.report.figures import METHODS, layer_axis, saved_figure, short_layer_names
+from taylor_pruning.report.figures import CRITERIA, METHODS, ORDERS, layer_axis, saved_figure, short_layer_names
 from taylor_pruning.report.json_files import write_json
 from taylor_pruning.report.tables import rounds_table, summary_table
 from taylor_pruning.selection.baselines import BASELINES
@@ -86,11 +89,12 @@ def make_results(widths=None, rounds=5, epochs=10, seed=0):
     }  # fmt: skip
 
 
-def make_sweep(percentages=(10, 30, 50, 70), methods=tuple(METHODS), seeds=(0, 1, 2), epochs=6,
+def make_sweep(percentages=(10, 30, 50, 70), methods=(*ORDERS, *CRITERIA), seeds=(0, 1, 2), epochs=6,
                failed=(), widths=None):  # fmt: skip
     """Cells whose top-1 is a known smooth function of the percentage and the method, plus noise of the seed."""
     widths = widths or vgg_layers()
-    strength = dict(zip(METHODS, (1.0, 0.75, 0.65, 1.5, 1.4, 1.2, 1.3, 2.2), strict=True))
+    weakest = (1.0, 0.75, 0.65, 1.5, 1.4, 1.2, 1.3, 1.25, 2.2)
+    strength = dict.fromkeys(METHODS, 1.1) | dict(zip((*ORDERS, *CRITERIA), weakest, strict=True))
     cells = []
     for percentage in percentages:
         for method in methods:
@@ -173,7 +177,15 @@ def test_neither_torch_nor_pyplot_is_imported():
 
 
 def test_every_criterion_has_a_style():
-    assert BASELINES.keys() <= METHODS.keys()
+    """Those of a sweep, in every variant: own and uniform widths, as published and repaired."""
+    task = SweepTask(baselines=tuple(BASELINES), baseline_widths=("own", "uniform"), compensate_baselines=True)
+    methods = baseline_methods(task)
+    assert len(set(methods)) == 4 * len(BASELINES) and set(methods) <= METHODS.keys()
+    sweep, seen = object.__new__(Sweep), set()
+    sweep.pruning = SimpleNamespace(prune_by_baseline=lambda *name, **how: seen.add((name, *how.values())))
+    for method in methods:
+        sweep.pruned(method, 30)
+    assert seen == {((n, 30), w, c) for n in BASELINES for w in ("own", "uniform") for c in (False, True)}
 
 
 def test_json_is_strict_and_ordered(tmp_path):
@@ -366,7 +378,7 @@ def test_markdown_numbers_are_means_and_sample_deviations(written):
 
     assert reference[1][1].strip("*") == expected(10, "order 1", -1, "top1")
     assert reference[3][3].strip("*") == expected(50, "order 3", -1, "top1")
-    assert reference[2][8] == "-"  # every seed failed
+    assert reference[2][9] == "-"  # every seed failed
     (row,) = [row for row in full if row[:2] == ["50 %", "order 3"]]
     keep = 0.5 ** (1 + 0.1 * 0.65)
     assert row[2:6] == [expected(50, "order 3", place, key) for key in ("top1", "top5") for place in (-2, -1)]
@@ -413,7 +425,7 @@ def test_sweep_table_shows_both_moments(written):
     table = SweepReport.sweep_table(written[0])
     before, after, note = table.split("\n\n")
     assert before.startswith("Top-1 (%) before") and after.startswith("Top-1 (%) after")
-    assert len({len(line) for line in after.splitlines()[1:]}) == 1 and "4 of 72 cells failed" in note
+    assert len({len(line) for line in after.splitlines()[1:]}) == 1 and "4 of 81 cells failed" in note
 
 
 def test_the_highest_mean_of_a_row_stands_out(tmp_path):

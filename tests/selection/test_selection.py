@@ -15,15 +15,9 @@ from taylor_pruning.scoring.flow import weigh
 from taylor_pruning.scoring.layer_costs import removal_costs
 from taylor_pruning.scoring.taylor import Directions, class_basis
 from taylor_pruning.selection.baselines import BASELINES, baseline_scores
+from taylor_pruning.selection.constraints import BUDGETS, Constraints, Ledger, Selection
 from taylor_pruning.selection.costs import CostModel
-from taylor_pruning.selection.greedy import (
-    BUDGETS,
-    Constraints,
-    Ledger,
-    Selection,
-    select_by_score,
-    select_jointly,
-)
+from taylor_pruning.selection.greedy import select_by_score, select_jointly, select_uniformly
 from taylor_pruning.surgery.graph import ChannelGraph
 
 
@@ -320,3 +314,48 @@ def test_what_units_save_is_what_removing_them_saves(resnet):
         saved, before = model.savings()[unit].item(), model.total()
         model.remove(unit)
         assert before - model.total() == pytest.approx(saved, rel=0.02)
+
+
+@pytest.mark.parametrize("name", sorted(BASELINES.keys() - {"random", "molchanov2017", "molchanov2019"}))
+def test_a_unit_has_the_sum_over_its_filters(resnet, name):
+    """So that a stream's channels, which end in many layers and save as much, do not look cheap."""
+    model, graph = resnet
+    scores = baseline_scores(name, graph, None)
+    stream = next(unit for unit in graph.units if len(unit.filters) > 2)
+    weights = [model.get_submodule(layer).weight.detach().double().flatten(1) for layer, _ in stream.filters]
+    if name == "magnitude":
+        parts = [(w.norm(dim=1) / w.norm(dim=1).mean())[i] for w, (_, i) in zip(weights, stream.filters, strict=True)]
+        assert scores[stream.index] == pytest.approx(sum(parts).item())
+    sizes = torch.tensor([len(unit.filters) for unit in graph.units])
+    per_filter = scores / sizes
+    many, one = per_filter[sizes == len(stream.filters)].mean(), per_filter[sizes == 1].mean()
+    assert 1 / 3 < many / one < 3
+
+
+def test_fpgm_is_the_distance_to_the_other_filters(plain_network, graph):
+    weights = plain_network[4].weight.detach().flatten(1)
+    wanted = torch.stack([sum((w - other).norm() for other in weights) for w in weights])
+    torch.testing.assert_close(baseline_scores("fpgm", graph, None)[5:], wanted / wanted.mean())
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_uniform_widths_are_a_share_of_every_layer_under_any_budget(resnet, budget):
+    _, graph = resnet
+    scores = torch.rand(len(graph.units), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    selection = Selection(graph, 60, Constraints(budget, layer_bound=math.inf))
+    chosen = select_uniformly(selection, scores)
+    gone = [len(filters) / graph.layers[name].filters for name, filters in graph.plan_of(chosen).items()]
+    assert max(gone) - min(gone) < 0.03 and abs(selection.missing()) < 0.01 * selection.ledger.total
+    layer = graph.layers["layer1.0.conv1"].unit_of
+    removed = torch.isin(layer, torch.tensor(chosen))
+    assert scores[layer][removed].max() < scores[layer][~removed].min()
+
+
+def test_a_least_share_of_every_layer_stays_where_the_budget_allows_it(resnet):
+    _, graph = resnet
+    scores = torch.tensor([float(not u.filters[0][0].startswith("layer1")) for u in graph.units], dtype=torch.float64)
+    for share, held in ((0.25, True), (0.9, False)):
+        selection = Selection(graph, 40, Constraints("macs", min_share=share))
+        plan = graph.plan_of(select_by_score(selection, scores + 1e-3))
+        kept = min(1 - len(gone) / graph.layers[name].filters for name, gone in plan.items())
+        assert selection.bound_held == held and (kept >= share) == held

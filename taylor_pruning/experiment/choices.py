@@ -1,0 +1,103 @@
+"""How a round's filters are chosen: by Taylor scores, or by a published criterion."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from taylor_pruning.errors import one_of
+from taylor_pruning.experiment.results import plain_scores, ranking_of
+from taylor_pruning.selection.baselines import NEED_DIRECTIONS, baseline_scores
+from taylor_pruning.selection.constraints import Constraints, Ledger, Selection
+from taylor_pruning.selection.greedy import select_by_score, select_uniformly
+from taylor_pruning.surgery.graph import ChannelGraph
+
+WIDTHS = ("own", "uniform")
+GUARD = 0.25  # share of its filters that a published criterion leaves every layer, where the budget allows it
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a round removes.
+
+    Attributes:
+        graph: ChannelGraph of the network before the round. plan: {layer: filter indices} in it.
+        ranking: what results.json says of the scores (experiment.results.ranking_of), of the dense network alone.
+        predicted_loss_change: nats; None where the criterion predicts none.
+        layer_bound_held: see selection.constraints.Selection.
+    """
+
+    graph: ChannelGraph
+    plan: dict[str, list[int]]
+    ranking: dict
+    predicted_loss_change: float | None
+    layer_bound_held: bool
+
+
+class TaylorChoice:
+    """Chooses by Taylor scores of one order.
+
+    Args:
+        rankings: EnhancedFilterPruner.Rankings. repairs: whether compensation follows.
+    """
+
+    def __init__(self, rankings, taylor_order: int, use_gradient_flow: bool, repairs: bool):
+        self.rankings, self.method = rankings, (taylor_order, use_gradient_flow, repairs)
+
+    def __call__(self, model: nn.Module, percentage: float, ledger: Ledger, lap: Callable[[str], None]) -> Choice:
+        """The choice on `model`; `lap` is called with the name of every finished step."""
+        pruner = self.rankings.of(model, *self.method)
+        ranking = ranking_of(pruner) if model is self.rankings.graph.model else {}
+        lap("score")
+        plan = pruner.get_pruning_plan(percentage, ledger)
+        lap("select")
+        return Choice(pruner.graph, plan, ranking, pruner.predicted_loss_change, pruner.layer_bound_held)
+
+
+class BaselineChoice:
+    """Chooses by a published criterion (selection.baselines), or by any function from a graph to [units] scores.
+
+    Args:
+        widths: "own": the lowest scores per unit of budget go, and no layer keeps less than a quarter of its filters, where
+            the budget allows it, because some criteria would empty layers; "uniform": the same share of every layer goes.
+        constraints: the budget and the least widths; their layer bound is not used.
+    """
+
+    def __init__(
+        self,
+        rankings,
+        criterion: str | Callable[[ChannelGraph], Tensor],
+        widths: str,
+        constraints: Constraints,
+        seed: int,
+    ):
+        one_of("widths", widths, WIDTHS)
+        self.rankings, self.criterion, self.seed = rankings, criterion, seed
+        guard = GUARD if widths == "own" else 0.0
+        self.constraints = dataclasses.replace(constraints, layer_bound=math.inf, min_share=guard)
+        self.select = {"own": select_by_score, "uniform": select_uniformly}[widths]
+
+    def __call__(self, model: nn.Module, percentage: float, ledger: Ledger, lap: Callable[[str], None]) -> Choice:
+        """As of TaylorChoice."""
+        graph = self.rankings.graph_of(model)
+        if callable(self.criterion):
+            scores, name = self.criterion(graph), getattr(self.criterion, "__name__", "scores")
+        else:
+            needed = self.criterion in NEED_DIRECTIONS
+            directions = self.rankings.of(model, 1).directions if needed else None
+            scores, name = baseline_scores(self.criterion, graph, directions, self.seed), self.criterion
+        lap("score")
+        selection = Selection(graph, percentage, self.constraints, ledger)
+        plan = graph.plan_of(self.select(selection, scores))
+        lap("select")
+        by_layer = {layer: scores_of(scores, info.unit_of) for layer, info in graph.layers.items()}
+        return Choice(graph, plan, {"scores": plain_scores(by_layer), "criterion": name}, None, selection.bound_held)
+
+
+def scores_of(scores: Tensor, unit_of: Tensor) -> Tensor:
+    """[filters] scores of a layer's filters from those of units; nan where a filter belongs to none."""
+    padded = scores.new_full((len(scores) + 1,), math.nan)
+    padded[:-1] = scores
+    return padded[unit_of]
