@@ -40,6 +40,7 @@ from taylor_pruning.scoring.probes import cross_entropy, probe_derivatives
 from taylor_pruning.scoring.taylor import Directions
 from taylor_pruning.selection.constraints import Ledger, Selection, require_units
 from taylor_pruning.selection.greedy import select_behind_repair, select_by_score, select_jointly
+from taylor_pruning.selection.latency import with_times
 from taylor_pruning.surgery.graph import ChannelGraph
 
 __all__ = ["ChannelGraph", "EnhancedFilterPruner"]
@@ -84,12 +85,13 @@ class EnhancedFilterPruner:
         **fields,
     ):
         one_of("taylor_order", taylor_order, TAYLOR_ORDERS)
-        self.settings = settings = dataclasses.replace(settings or PruningSettings(), **fields)
+        settings = dataclasses.replace(settings or PruningSettings(), **fields)
         self.taylor_order, self.use_gradient_flow = taylor_order, use_gradient_flow
         self.loss, self.progress = loss, progress
         self.graph = graph or ChannelGraph(model, example_input, settings.exclude, settings.prune_linear)
         self.model = self.graph.model
         require_units(self.graph)
+        self.settings = settings = with_times(settings, self.graph, example_input)
         self.curvature_path, self.curvature_reason = choose_curvature(self.graph, settings.curvature, loss)
         if loss is not cross_entropy and (settings.selection != "independent" or self.curvature_path == "exact"):
             raise InputError("a loss other than cross-entropy needs selection='independent' and curvature='hvp'")

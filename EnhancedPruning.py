@@ -46,6 +46,7 @@ from taylor_pruning.experiment.settings import TAYLOR_ORDERS, PruningSettings
 from taylor_pruning.first_batch import Batches, check_inputs, check_training, device_of
 from taylor_pruning.scoring.oracle import judge_estimates
 from taylor_pruning.selection.greedy import check_reachable
+from taylor_pruning.selection.latency import latency_report, with_times
 from taylor_pruning.surgery.wrappers import unwrapped
 from taylor_pruning.training.fine_tuning import Accuracy, Recipe, fine_tune, reestimate_batchnorm
 from taylor_pruning.training.measuring import Measuring
@@ -99,6 +100,7 @@ class EnhancedPruning:
             self.compensation = list(Batches(compensation, "the compensation images", device))
         self.example = self.calibration[0][0][:1]
         self.graph = ChannelGraph(self.model, self.example, self.settings.exclude, self.settings.prune_linear)
+        self.settings = with_times(self.settings, self.graph, self.example, print if progress and is_main() else None)
         amp = self.recipe.resolved(device).amp if self.recipe.amp_validation else None
         self.measuring = Measuring(self.model, self.val_loader, self.calibration, amp=amp, progress=progress)
         self.rankings = Rankings(self.graph, self.calibration, self.compensation, self.settings, progress)
@@ -261,7 +263,9 @@ class EnhancedPruning:
             if step in seconds and len(stages) == 2:
                 stages.append(self.measuring.stage(name, state.model, seconds[step]))
         result = PruningResult(state.model, stages, state.rounds, layer_table(self.graph, state.kept), plan, seconds)
-        result = dataclasses.replace(result, notes=list(self.notes), **state.ranking)
+        times = self.settings.times and latency_report(self.rankings.graph_of(state.model), self.graph, self.settings.times,
+                                                       self.example)  # fmt: skip
+        result = dataclasses.replace(result, notes=list(self.notes), latency=times, **state.ranking)
         if result.gradient_flow:
             flow = flow_with_kept(result.gradient_flow, self.graph, state.kept)
             result.gradient_flow = flow_with_stage(flow, "pruned", self._flow_report(state.model))

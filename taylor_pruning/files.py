@@ -39,6 +39,19 @@ def atomic_file(path):
             raise
 
 
+def cache_folder() -> Path | None:
+    """The toolkit's folder in the user's cache, which is made if need be; None if there is none that can be written."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    folder = root / "enhanced-taylor-pruning"
+    if not root.is_absolute():  # there is no home folder
+        return None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    return folder if os.access(folder, os.W_OK) else None
+
+
 def remove_leftovers(folder):
     """Delete what `atomic_path` was writing into `folder` when its process was killed. No other process may write there."""
     for path in Path(folder).glob(".*.tmp*"):

@@ -35,6 +35,8 @@ class PruningResult:
         seconds: {"score", "select", "surgery", "compensate", "evaluate", "train"}: summed over the rounds.
         fine_tuning: one dictionary an epoch.
         gradient_flow, oracle: see results.json in the documentation, or None.
+        latency: where the budget was one, milliseconds of a forward of `batch_size` images on `device`: "dense_ms" and
+            "pruned_ms" as measured at the end, in turn, "predicted_dense_ms" and "predicted_pruned_ms" from the layers' times.
         notes: one line on each kind of wrapper (DataParallel, torch.compile, ...) that was taken off the network.
     """
 
@@ -51,6 +53,7 @@ class PruningResult:
     gradient_flow: dict | None = None
     oracle: dict | None = None
     notes: list = field(default_factory=list)
+    latency: dict | None = None
 
     def as_dict(self) -> dict:
         """All but the model, as plain values."""

@@ -4,8 +4,9 @@ import dataclasses
 from dataclasses import dataclass
 
 from taylor_pruning.errors import InputError
-from taylor_pruning.options import check, option
+from taylor_pruning.options import check, option, options
 from taylor_pruning.selection.constraints import Constraints
+from taylor_pruning.selection.costs import cost_model
 from taylor_pruning.selection.targets import Target, parse_target
 from taylor_pruning.surgery.graph import ChannelGraph
 
@@ -26,10 +27,11 @@ class PruningSettings(Constraints):
             part); "hvp": from random probes (scoring.probes); "auto": exact where the network is piecewise linear.
         class_probes: class directions of every sample; at most classes - 1 are used.
         hessian_probes: random probes of every sample where the curvature is "hvp".
-        budget, layer_bound, min_filters, round_to: see selection.constraints.Constraints. A `layer_bound` of None is no bound
+        budget, layer_bound, min_filters, round_to, min_share, latency_batch, latency_table, times: see
+            selection.constraints.Constraints. A `layer_bound` of None is no bound
             for a joint selection with `compensate`, whose costs compare between layers.
-        target_macs, target_params: what must be left of the network, as "50%" or "150M" (selection.targets). One of them
-            takes the place of the budget and of the pruning percentage.
+        target_macs, target_params, target_latency: what must be left of the network, as "50%", "150M" or "5ms"
+            (selection.targets). One of them takes the place of the budget and of the pruning percentage.
         exclude: patterns (`fnmatch`) of layers whose filters are never removed.
         prune_linear: also remove outputs of hidden fully connected layers.
         compensate: least squares on the calibration images after every round (repair.compensation), each time from the
@@ -118,6 +120,12 @@ class PruningSettings(Constraints):
         "When the file must fit a budget.",
         metavar="LEFT",
     )
+    target_latency: str | None = option(
+        None,
+        "time of a forward that must be left, as 50% or 5ms, in place of a percentage",
+        "When the network must answer in time on this machine: its layers are timed first.",
+        metavar="LEFT",
+    )
     seed: int = option(
         0,
         "seed of initial weights, calibration images and order of batches",
@@ -134,15 +142,15 @@ class PruningSettings(Constraints):
     @property
     def target(self) -> Target | None:
         """What must be left of the network, where that is given."""
-        given = {"macs": self.target_macs, "params": self.target_params}
+        given = {"macs": self.target_macs, "params": self.target_params, "latency": self.target_latency}
         targets = [parse_target(kind, text) for kind, text in given.items() if text is not None]
         if len(targets) > 1:
-            raise InputError("give one target, target_macs or target_params, not both")
+            raise InputError("give one target, target_macs, target_params or target_latency, not several")
         return targets[0] if targets else None
 
     def percentage(self, given: float, graph: ChannelGraph) -> float:
         """Per cent of the budget to remove: what reaches the target, or the `given` where there is no target."""
-        return self.target.percentage(graph) if self.target else given
+        return self.target.percentage(cost_model(graph, self.constraints).total()) if self.target else given
 
     @property
     def constraints(self) -> Constraints:
@@ -151,4 +159,4 @@ class PruningSettings(Constraints):
 
     def as_dict(self) -> dict:
         """Plain values, by field."""
-        return dataclasses.asdict(self) | {"exclude": list(self.exclude)}
+        return {f.name: getattr(self, f.name) for f in options(self)} | {"exclude": list(self.exclude)}

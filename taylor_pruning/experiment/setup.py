@@ -5,7 +5,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import platform
 import subprocess
 import sys
@@ -27,9 +26,10 @@ from taylor_pruning.experiment.folders import load_image_folder
 from taylor_pruning.experiment.loaders import calibration_batches, make_loader
 from taylor_pruning.experiment.models import BuiltModel, build_model, head_name, pretrained_weights
 from taylor_pruning.experiment.weights import read_tensors
-from taylor_pruning.files import atomic_file
+from taylor_pruning.files import atomic_file, cache_folder
 from taylor_pruning.first_batch import Batches, check_training
 from taylor_pruning.selection.greedy import check_reachable
+from taylor_pruning.selection.latency import with_times
 from taylor_pruning.surgery.graph import ChannelGraph
 from taylor_pruning.training.fine_tuning import fine_tune
 
@@ -110,7 +110,9 @@ def prepare(command, folder, device, percentages=()):
     settings = command.pruning
     example = torch.zeros(1, 3, data.image_size, data.image_size, device=device)
     graph = ChannelGraph(built.model, example, settings.exclude, settings.prune_linear)
-    for percentage in percentages:
+    settings = with_times(settings, graph, example, print if progress(command) else None)
+    experiment.command = dataclasses.replace(command, pruning=settings)
+    for percentage in {settings.percentage(percentage, graph) for percentage in percentages}:
         check_reachable(graph, percentage, settings.constraints)
     if built.new_head or built.weights == "none":
         train_dense(experiment, folder)
@@ -229,15 +231,8 @@ def _only_head_trains(built):
 
 def _cache_file(experiment, recipe, batch_size):
     """The cached file of the dense network of these settings, None if the user has no writable cache folder."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-    folder = root / "enhanced-taylor-pruning"
-    if not root.is_absolute():  # there is no home folder
-        return None
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return None
-    if not os.access(folder, os.W_OK):
+    folder = cache_folder()
+    if folder is None:
         return None
     model, data, seed = experiment.built.model, experiment.data, experiment.command.pruning.seed
     images = hashlib.sha256(data.train.images.numpy().tobytes() + data.val.images.numpy().tobytes()).hexdigest()

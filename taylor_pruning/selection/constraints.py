@@ -7,9 +7,10 @@ import torch
 
 from taylor_pruning.errors import InputError
 from taylor_pruning.options import check, option
-from taylor_pruning.selection.costs import CostModel
+from taylor_pruning.selection.costs import cost_model
+from taylor_pruning.selection.latency_table import NetworkLatency
 
-BUDGETS = ("filters", "params", "macs")
+BUDGETS = ("filters", "params", "macs", "latency")
 FILTERS_BOUND = 1.03  # layer bound of a budget in filters
 
 
@@ -18,7 +19,8 @@ class Constraints:
     """What a selection must respect.
 
     Attributes:
-        budget: what the percentage counts: removable "filters", or "params" or "macs" of the whole network.
+        budget: what the percentage counts: removable "filters", or "params", "macs" or milliseconds ("latency") of the whole
+            network.
         layer_bound: no layer loses more than this multiple of the target share of its removable filters; math.inf: no
             bound. It yields where the target cannot be met otherwise. None: 1.03 for a budget in filters, no bound for
             the others.
@@ -26,12 +28,16 @@ class Constraints:
         round_to: filter counts of cut layers are multiples of it where units allow.
         min_share: share of its filters that every layer keeps at least; like the layer bound it yields where the target
             cannot be met otherwise.
+        latency_batch: images of the forward whose time a budget of latency counts.
+        latency_table: file in which measured times are kept. None: one in the user's cache folder.
+        times: NetworkLatency that a budget of latency counts with (selection.latency); EnhancedPruning and
+            EnhancedFilterPruner measure it where it is None.
     """
 
     budget: str = option(
         "filters",
         "what the percentage counts",
-        "macs and params leave the widths of layers free: at the same cost the network is more accurate.",
+        "macs, params and latency leave the widths of layers free: at the same cost the network is more accurate.",
         choices=BUDGETS,
         common=True,
     )
@@ -63,6 +69,20 @@ class Constraints:
         high=1,
         command_line=False,
     )
+    latency_batch: int = option(
+        1,
+        "images of the forward whose time a budget of latency counts",
+        "Give the batch size at which the network will be used.",
+        low=1,
+    )
+    latency_table: str | None = option(
+        None,
+        "file in which the measured times of layers are kept",
+        "To keep the times of several devices apart, or to take them along.",
+        default_text="one in the user's cache folder",
+        metavar="FILE",
+    )
+    times: NetworkLatency | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self):
         check(self)
@@ -100,9 +120,8 @@ class Ledger:
     def open(cls, graph, constraints):
         removable = {name: int(info.removable.sum()) for name, info in graph.layers.items()}
         require_units(graph)
-        kind = constraints.budget
-        total = sum(removable.values()) if kind == "filters" else CostModel(graph, kind).total()
-        return cls(removable, total)
+        costs = cost_model(graph, constraints)
+        return cls(removable, sum(removable.values()) if costs is None else costs.total())
 
     def record(self, plan):
         """Books a plan {layer: filters} as removed."""
@@ -122,7 +141,7 @@ class Selection:
         self.open = torch.ones(len(graph.units), dtype=torch.bool)
         self.layer_counts = [self._count_layers(unit) for unit in graph.units]
         self.sizes = torch.tensor([float(len(unit.filters)) for unit in graph.units])
-        self.costs = None if constraints.budget == "filters" else CostModel(graph, constraints.budget)
+        self.costs = cost_model(graph, constraints)
         self.goal = percentage / 100 * self.ledger.total
         self.removed = float(sum(self.ledger.removed.values()))  # filters, in all rounds
         self.largest = self.savings().max()  # savings shrink as units go

@@ -119,4 +119,4 @@ def test_settings_check_all_that_the_command_line_checks(settings):
 
 def test_only_options_are_fields():
     for settings in (PruningSettings, Recipe, DataSettings):
-        assert len(options(settings)) == len(dataclasses.fields(settings))
+        assert {f.name for f in dataclasses.fields(settings)} - {f.name for f in options(settings)} <= {"times"}  # measured

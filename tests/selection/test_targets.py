@@ -6,6 +6,7 @@ import torchvision
 
 from EnhancedPruning import EnhancedPruning, PruningSettings
 from taylor_pruning.errors import InputError
+from taylor_pruning.selection.costs import CostModel
 from taylor_pruning.selection.targets import Target, parse_target
 from taylor_pruning.surgery.graph import ChannelGraph
 from taylor_pruning.training.profile import profile
@@ -24,6 +25,15 @@ from taylor_pruning.training.profile import profile
 )
 def test_targets_are_read(text, expected):
     assert parse_target("macs", text) == expected
+
+
+@pytest.mark.parametrize(("text", "expected"), [("5ms", 5), ("0.1 s", 100), ("300us", 0.3), ("2e1MS", 20)])
+def test_targets_in_time_are_milliseconds(text, expected):
+    assert parse_target("latency", text) == Target("latency", amount=pytest.approx(expected))
+    assert parse_target("latency", "40%") == Target("latency", share=0.4)
+    for wrong in ("5", "5M", "0ms", "ms", "-3ms"):
+        with pytest.raises(InputError, match="target"):
+            parse_target("latency", wrong)
 
 
 @pytest.mark.parametrize("text", ["", "half", "0%", "100%", "0.5", "-3M", "5ms", "1.2.3M", None, "nan"])
@@ -50,6 +60,6 @@ def test_a_target_above_the_network_and_two_targets_are_refused():
     model = torchvision.models.resnet18(num_classes=4)
     graph = ChannelGraph(model, torch.randn(1, 3, 32, 32))
     with pytest.raises(InputError, match="smaller target"):
-        Target("params", amount=1e9).percentage(graph)
+        Target("params", amount=1e9).percentage(CostModel(graph, "params").total())
     with pytest.raises(InputError, match="one target"):
         PruningSettings(target_macs="50%", target_params="50%")

@@ -1,0 +1,284 @@
+"""Milliseconds of a network as its layers get narrower, from times measured on the device at hand.
+
+    latency = measure_latency(graph, example, batch_size=1)
+    LatencyCosts(graph, latency).total()                      # milliseconds of one forward of the batch
+
+Every conv and linear layer is timed at a grid of input and output widths, with random weights. What the other operations
+take is not timed one by one: the time of the network is taken to be
+
+    fixed + scale * (sum of the layers' times) + each * (number of elements of the layers' outputs),
+
+with coefficients that are not negative, fitted to the whole network at some uniform widths. Between the widths of the grid
+times are interpolated linearly. (Tables of measured layers: Shen et al. 2022, HALP, arXiv:2110.10811.)
+"""
+
+import itertools
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, fx, nn
+
+from taylor_pruning.distributed import broadcast_object, is_main
+from taylor_pruning.errors import InputError
+from taylor_pruning.files import cache_folder
+from taylor_pruning.modes import frozen
+from taylor_pruning.selection.costs import LatencyCosts, units_along
+from taylor_pruning.selection.latency_table import LatencyTable, LayerTimes, NetworkLatency
+from taylor_pruning.surgery.graph import ChannelGraph
+from taylor_pruning.surgery.recorded_calls import operation_name
+
+SHARES = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # of a layer's width at which it is timed
+NETWORK_SHARES = (1, 3 / 4, 1 / 2, 1 / 4)  # of the filters, at which the whole network is timed
+RUNS, SECONDS_A_RUN = 7, 2e-3  # a time is the median of so many runs, each of as many calls as that takes
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """A call of a conv or linear layer in the graph.
+
+    Attributes:
+        node: of the graph. weight: its parameter's name. in_dim, out_dim: of the weight.
+        widths: dense (input, output) channels of the weight's two dimensions; the input is that of a group.
+        can_shrink: which of both have channels that may go.
+        depthwise: filters of each input channel of a depthwise conv, or 0. batch: size of the graph's batch.
+    """
+
+    node: fx.Node
+    weight: str
+    in_dim: int
+    out_dim: int
+    widths: tuple[int, int]
+    can_shrink: tuple[bool, bool]
+    groups: int
+    depthwise: int
+    batch: int
+
+    def grid(self, round_to: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """(inputs, outputs): widths at which it is timed."""
+        steps = (round_to, max(round_to, self.depthwise or self.groups))
+        found = zip(self.widths, self.can_shrink, steps, strict=True)
+        return tuple(_points(width, step) if shrinks else (width,) for width, shrinks, step in found)
+
+    def key(self, batch_size: int) -> str:
+        """All that its time depends on but the widths."""
+        node, weight = self.node, self.node.all_input_nodes[1].meta["shape"]
+        fixed = [operation_name(node), *_literals(node), "x".join(map(str, self._space())), f"batch {batch_size}"]
+        kernel = "x".join(map(str, weight[2:]))
+        return f"{' '.join(fixed)} kernel {kernel or 1} groups {'depthwise' if self.depthwise else self.groups}"
+
+    def _space(self):
+        shape = self.node.all_input_nodes[0].meta["shape"]
+        return shape[1:-1] if operation_name(self.node) == "linear" else shape[2:]
+
+    @property
+    def elements(self) -> int:
+        """Of the output for one image and one output channel."""
+        shape = self.node.meta["shape"]
+        return math.prod(shape) // self.batch // shape[-1 if operation_name(self.node) == "linear" else 1]
+
+    def milliseconds(self, inputs: int, outputs: int, batch_size: int, like: Tensor) -> float:
+        """Time of a call at these widths on the device and in the type of `like`."""
+        node, groups = self.node, outputs // self.depthwise if self.depthwise else self.groups
+        source, weight = (n.meta["shape"] for n in node.all_input_nodes[:2])
+        first, channels = max(1, source[0] * batch_size // self.batch), inputs * groups
+        linear = operation_name(node) == "linear"
+        x = like.new_empty(first, *source[1:-1], channels) if linear else like.new_empty(first, channels, *source[2:])
+        shape = (outputs, inputs) if self.in_dim else (inputs, outputs)
+        tensors = {node.all_input_nodes[0]: x.normal_(), node.all_input_nodes[1]: like.new_empty(*shape, *weight[2:]).normal_()}
+        for bias in node.all_input_nodes[2:]:
+            tensors[bias] = like.new_zeros(outputs)
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), tensors.__getitem__)
+        if "groups" in kwargs:
+            kwargs = {**kwargs, "groups": groups}
+        elif len(args) > 6:
+            args = (*args[:6], groups, *args[7:])
+        return median_milliseconds(lambda: node.target(*args, **kwargs), like.device)
+
+
+def _points(width: int, step: int) -> tuple[int, ...]:
+    """Widths of the grid, multiples of `step`: odd ones where any width may arise, because multiples of 8 are faster."""
+    found = {width}
+    for share in SHARES[:-1]:
+        point = max(step, round(share * width / step) * step)
+        found.add(point if step > 1 or point % 2 else max(1, point - 1))
+    return tuple(sorted(found))
+
+
+def _literals(node: fx.Node) -> list[str]:
+    """Stride, padding and so on as they stand in the call, without its groups."""
+    positional = [f"{i}={a}" for i, a in enumerate(node.args) if i != 6 and not isinstance(a, fx.Node)]
+    named = [f"{k}={a}" for k, a in node.kwargs.items() if k != "groups" and not isinstance(a, fx.Node)]
+    return [text.replace(" ", "") for text in (*positional, *named)]
+
+
+def layer_calls(graph: ChannelGraph) -> Iterator[LayerCall]:
+    """The calls of conv and linear layers whose weight is a parameter, in order of execution."""
+    parameters = dict(graph.model.named_parameters(remove_duplicate=False))
+    trace = graph.executions[False].trace
+    for node in trace.graph.nodes:
+        name = operation_name(node)
+        if node.op != "call_function" or not (name == "linear" or name.startswith("conv")):
+            continue
+        source, weight = (*node.all_input_nodes, None)[:2]
+        if weight is None or weight.op != "get_attr" or weight.target not in parameters:
+            continue
+        in_dim, out_dim = (0, 1) if "transpose" in name else (1, 0)
+        units = [units_along(graph, weight.target, dim) for dim in (in_dim, out_dim)]
+        shape, channels = weight.meta["shape"], source.meta["shape"][1]
+        groups = channels // shape[1] if in_dim and name != "linear" else 1
+        if not in_dim and node.meta["shape"][1] != shape[1]:
+            continue  # transposed and grouped
+        depthwise = shape[out_dim] // groups if groups > 1 and shape[in_dim] == 1 else 0
+        shrinks = tuple(bool((of_dim >= 0).any()) for of_dim in units)
+        widths = (shape[in_dim], shape[out_dim])
+        yield LayerCall(node, weight.target, in_dim, out_dim, widths, shrinks, groups, depthwise, trace.batch)
+
+
+def measure_latency(
+    graph: ChannelGraph,
+    example: Tensor,
+    *,
+    batch_size: int = 1,
+    table: str | Path | None = None,
+    round_to: int = 1,
+    progress: Callable[[str], None] | None = None,
+) -> NetworkLatency:
+    """Times the graph's network on the device of `example` [1, ...]; under several processes the first one does it for all.
+
+    Args:
+        batch_size: images of the forward that is to become faster.
+        table: file of measured times, which is read first and to which every new time is added; None: none is kept.
+        round_to: widths of the grid are multiples of it.
+        progress: called with a line of text while layers are timed.
+
+    Raises:
+        InputError: the table cannot be read, or one image and the batch give different graphs.
+    """
+    latency = _measured(graph, example, batch_size, table, round_to, progress) if is_main() else None
+    return broadcast_object(latency)
+
+
+def with_times(settings, graph: ChannelGraph, example: Tensor, progress: Callable[[str], None] | None = None):
+    """The settings (a dataclass derived from Constraints), with measured times where their budget needs them."""
+    if settings.budget != "latency" or settings.times is not None:
+        return settings
+    folder = cache_folder()
+    table = settings.latency_table or (folder and folder / "latency.json")
+    times = measure_latency(
+        graph, example, batch_size=settings.latency_batch, table=table, round_to=settings.round_to, progress=progress
+    )
+    return replace(settings, times=times)
+
+
+def _measured(graph, example, batch_size, table, round_to, progress):
+    like = next(graph.model.parameters()).detach()
+    known = LatencyTable(table, device_name(like.device), f"{like.dtype} torch {torch.__version__}")
+    calls, layers = list(layer_calls(graph)), []
+    if not calls:
+        raise InputError("no layer of this network can be timed; give a budget of macs or params")
+    for number, call in enumerate(calls, 1):
+        inputs, outputs = call.grid(round_to)
+        missing = [
+            pair for pair in itertools.product(outputs, inputs) if (call.key(batch_size), *pair[::-1]) not in known
+        ]
+        if missing and progress:
+            progress(f"timing layer {number} of {len(calls)}, {call.weight}")
+        for out, into in missing:
+            known[call.key(batch_size), into, out] = call.milliseconds(into, out, batch_size, like)
+        known.save()
+        times = tuple(tuple(known[call.key(batch_size), into, out] for into in inputs) for out in outputs)
+        layers.append(LayerTimes(call.weight, inputs, outputs, times, call.elements * batch_size))
+    plain = NetworkLatency(tuple(layers), 0.0, 1.0, 0.0, batch_size, device_name(like.device))
+    return _fitted(plain, graph, example)
+
+
+def _fitted(latency, graph, example):
+    """The latency with coefficients from the network's own times at uniform widths."""
+    rows, times = [], []
+    for share in NETWORK_SHARES:
+        costs, units = LatencyCosts(graph, latency), uniform_units(graph, 1 - share)
+        for unit in units:
+            costs.remove(unit)
+        rows.append([1.0, *costs.parts()])
+        smaller = graph.remove([graph.units[u] for u in units], verify=False) if units else graph.model
+        times.append(network_milliseconds(smaller, example, latency.batch_size))
+    fixed, scale, each = nonnegative_fit(rows, times)
+    return NetworkLatency(latency.layers, fixed, scale, each, latency.batch_size, latency.device)
+
+
+def uniform_units(graph: ChannelGraph, share: float) -> list[int]:
+    """The first units of every set of layers that shrinks together, of each this share, but never all of them."""
+    cohorts: dict[frozenset, list[int]] = {}
+    for unit in graph.units:
+        cohorts.setdefault(frozenset(name for name, _ in unit.filters), []).append(unit.index)
+    return [u for units in cohorts.values() for u in units[: min(round(share * len(units)), len(units) - 1)]]
+
+
+def nonnegative_fit(rows: list[list[float]], values: list[float]) -> list[float]:
+    """Coefficients >= 0 with the least squared relative error of rows @ coefficients; of few columns, by trying all sets."""
+    x, y = torch.tensor(rows, dtype=torch.float64), torch.tensor(values, dtype=torch.float64)
+    x, columns, best = x / y[:, None], range(len(rows[0])), None
+    for size in range(1, len(rows[0]) + 1):
+        for chosen in itertools.combinations(columns, size):
+            part = x[:, chosen]
+            found = torch.linalg.lstsq(part, torch.ones_like(y)[:, None], driver="gelsd").solution[:, 0]
+            error = (part @ found - 1).square().sum().item()
+            if (found >= 0).all() and (best is None or error < best[0]):
+                best = error, dict(zip(chosen, found.tolist(), strict=True))
+    return [best[1].get(column, 0.0) for column in columns]
+
+
+def network_milliseconds(model: nn.Module, example: Tensor, batch_size: int) -> float:
+    """Median time of a forward in evaluation mode, without gradients, of the example repeated to a batch."""
+    images = example[:1].expand(batch_size, *example.shape[1:]).contiguous()
+    with frozen(model):
+        return median_milliseconds(lambda: model(images), example.device)
+
+
+def latency_report(graph: ChannelGraph, dense: ChannelGraph, latency: NetworkLatency, example: Tensor) -> dict:
+    """What results.json says of a pruned network's time: predicted, and measured in turn with the dense network.
+
+    Args:
+        graph: of the pruned network. example: [1, ...] on its device.
+    """
+    networks = {"dense": dense.model, "pruned": graph.model}
+    times = {name: [] for name in networks}
+    for _ in range(3):
+        for name, model in networks.items():
+            times[name].append(network_milliseconds(model, example, latency.batch_size))
+    measured = {f"{name}_ms": statistics.median(values) for name, values in times.items()}
+    predicted = {f"predicted_{name}_ms": LatencyCosts(g, latency).total() for name, g in (("dense", dense), ("pruned", graph))}
+    return measured | predicted | {"batch_size": latency.batch_size, "device": latency.device}
+
+
+@torch.no_grad()
+def median_milliseconds(call: Callable[[], object], device: torch.device) -> float:
+    """Median of RUNS runs, each of as many calls in a row as SECONDS_A_RUN allows, after two calls to warm up."""
+
+    def seconds(calls):
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return (time.perf_counter() - start) / calls
+
+    seconds(1)
+    calls = max(1, round(SECONDS_A_RUN / seconds(1)))
+    return 1000 * statistics.median(seconds(calls) for _ in range(RUNS))
+
+
+def device_name(device: torch.device) -> str:
+    """The device's name and, of a CPU, the number of threads: times hold for both."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return f"{model or platform.processor() or platform.machine()}, {torch.get_num_threads()} thread(s)"

@@ -1,0 +1,97 @@
+"""Measured times: of the layers of one network, and a file of them for every device.
+
+The file holds {device: {number format and torch version: {layer: {"inputs x outputs": milliseconds}}}}.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from taylor_pruning.errors import InputError
+from taylor_pruning.files import atomic_path
+
+
+@dataclass(frozen=True)
+class LayerTimes:
+    """Times of one call of a layer.
+
+    Attributes:
+        weight: name of its weight. inputs, outputs: widths of the grid, ascending; a width that cannot shrink is alone.
+        milliseconds: [outputs][inputs]. elements: of its output, for one output channel.
+    """
+
+    weight: str
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    milliseconds: tuple[tuple[float, ...], ...]
+    elements: int
+
+
+@dataclass(frozen=True)
+class NetworkLatency:
+    """Times of a network's layers, and how they and the elements make up the network's time (see selection.latency)."""
+
+    layers: tuple[LayerTimes, ...]
+    fixed: float
+    scale: float
+    each: float
+    batch_size: int
+    device: str
+
+
+class LatencyTable:
+    """Times of one device by (layer, inputs, outputs); what a file holds of other devices stays in it.
+
+    Args:
+        path: of the file; None: nothing is kept. device, version: under which the times stand.
+
+    Raises:
+        InputError: the file is no such table.
+    """
+
+    def __init__(self, path: str | Path | None, device: str, version: str):
+        self.path, self.place, self.changed = None if path is None else Path(path), (device, version), False
+        self.times: dict[str, dict[str, float]] = self._at(self._read())
+
+    def _read(self):
+        if self.path is None or not self.path.exists():
+            return {}
+        try:
+            content = json.loads(self.path.read_text(encoding="utf-8"))
+            for widths in (w for v in content.values() for layers in v.values() for w in layers.values()):
+                if not all(isinstance(time, float) and time >= 0 for time in widths.values()):
+                    raise ValueError("a time is not a number of milliseconds")
+        except OSError as error:
+            raise InputError(f"cannot read the latency table {self.path}: {error.strerror}; check the path") from error
+        except (ValueError, AttributeError) as error:
+            raise InputError(f"{self.path} is not a latency table ({error}); remove it or give another file") from error
+        return content
+
+    def _at(self, content):
+        device, version = self.place
+        return content.setdefault(device, {}).setdefault(version, {})
+
+    def __contains__(self, key: tuple[str, int, int]) -> bool:
+        layer, inputs, outputs = key
+        return f"{inputs}x{outputs}" in self.times.get(layer, {})
+
+    def __getitem__(self, key: tuple[str, int, int]) -> float:
+        layer, inputs, outputs = key
+        return self.times[layer][f"{inputs}x{outputs}"]
+
+    def __setitem__(self, key: tuple[str, int, int], milliseconds: float) -> None:
+        layer, inputs, outputs = key
+        self.times.setdefault(layer, {})[f"{inputs}x{outputs}"], self.changed = milliseconds, True
+
+    def save(self) -> None:
+        """Adds the new times to the file, whole or not at all; those that another process has added meanwhile stay."""
+        if self.path is None or not self.changed:
+            return
+        content = self._read()
+        there = self._at(content)
+        for layer, widths in self.times.items():
+            there[layer] = there.get(layer, {}) | widths
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(self.path) as temporary:
+            temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        self.changed = False

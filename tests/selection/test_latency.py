@@ -1,0 +1,200 @@
+"""A budget of time: what is timed, what is predicted of a cut network, and the file of measured times."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from conftest import Residual, plain, randomise
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from EnhancedPruning import EnhancedPruning, PruningSettings
+from taylor_pruning.errors import InputError
+from taylor_pruning.selection import latency as latency_module
+from taylor_pruning.selection.constraints import Constraints, Selection
+from taylor_pruning.selection.costs import LatencyCosts
+from taylor_pruning.selection.greedy import select_by_score
+from taylor_pruning.selection.latency import layer_calls, measure_latency, nonnegative_fit
+from taylor_pruning.selection.latency_table import LatencyTable, LayerTimes, NetworkLatency
+from taylor_pruning.surgery.graph import ChannelGraph
+
+
+def inverted(width=16):
+    """A depthwise conv, a grouped one and a transposed one among plain ones."""
+    return nn.Sequential(
+        nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU6(),
+        nn.Conv2d(width, width, 3, padding=1, groups=width), nn.ReLU6(),
+        nn.Conv2d(width, width, 1), nn.ReLU(),
+        nn.Conv2d(width, width, 3, 2, 1, groups=4, bias=False), nn.ReLU(),
+        nn.ConvTranspose2d(width, width, 2, 2), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * width, 5),
+    )  # fmt: skip
+
+
+NETWORKS = {"plain": plain, "residual": Residual, "inverted": inverted}
+
+
+@pytest.fixture(params=NETWORKS)
+def graph(request, images):
+    torch.manual_seed(0)
+    return ChannelGraph(randomise(NETWORKS[request.param]()), images)
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """A device on which 1,000 multiply-accumulates take a millisecond, and nothing else takes time."""
+
+    def milliseconds(call, device):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            call()
+        return counter.get_total_flops() / 2000
+
+    monkeypatch.setattr(latency_module, "median_milliseconds", milliseconds)
+
+
+def test_a_layer_is_timed_on_the_shapes_that_it_has_in_the_cut_network(graph, monkeypatch):
+    """What is called for a pair of widths gives an output of that width, on inputs of the graph's size."""
+    outputs = []
+    monkeypatch.setattr(latency_module, "median_milliseconds", lambda call, device: outputs.append(call()) or 1.0)
+    like = next(graph.model.parameters()).detach()
+    names = []
+    for call in layer_calls(graph):
+        inputs, widths = call.grid(1)
+        for into, out in itertools.product(inputs, widths):
+            call.milliseconds(into, out, 3, like)
+            shape = [*call.node.meta["shape"]]
+            shape[-1 if "linear" in call.key(3) else 1] = out
+            shape[0] = 3
+            assert outputs[-1].shape == tuple(shape) and outputs[-1].dtype == like.dtype
+        names.append(call.weight)
+    conv_like = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+    wanted = [f"{name}.weight" for name, m in graph.model.named_modules() if isinstance(m, conv_like)]
+    assert sorted(names) == sorted(wanted)
+
+
+def test_predicted_times_are_those_of_the_cut_network(graph, counted, images):
+    """Where a layer's time is a product of its widths, interpolation is exact at any widths."""
+    latency = measure_latency(graph, images[:1])
+    costs = LatencyCosts(graph, latency)
+    assert costs.total() == pytest.approx(latency_module.network_milliseconds(graph.model, images[:1], 1), rel=1e-6)
+    units = [u.index for u in graph.units if u.index % 3 == 1]
+    for unit in units:
+        costs.remove(unit)
+    smaller = graph.remove([graph.units[u] for u in units])
+    measured = latency_module.network_milliseconds(smaller, images[:1], 1)
+    assert costs.total() == pytest.approx(measured, rel=1e-3)
+    assert LatencyCosts(ChannelGraph(smaller, images), latency).total() == pytest.approx(measured, rel=1e-3)
+
+
+def test_what_a_unit_saves_is_the_slope(graph, counted, images):
+    latency = measure_latency(graph, images[:1])
+    for unit in (0, len(graph.units) - 1):
+        costs = LatencyCosts(graph, latency)
+        saved, before = costs.savings()[unit].item(), costs.total()
+        costs.remove(unit)
+        assert before - costs.total() == pytest.approx(saved, rel=0.35)  # a unit shrinks both sides of some layers
+
+
+def test_steps_and_noise_in_measured_times_are_smoothed(images):
+    """Times that are flat up to a multiple, and one outlier: every channel is worth something, none is worth less than none."""
+    torch.manual_seed(0)
+    graph = ChannelGraph(nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 4)),
+                         images.float())  # fmt: skip
+    layer = LayerTimes("0.weight", (3,), (4, 8, 16, 24, 32), ((1.0,), (1.0,), (0.9,), (2.0,), (2.0,)), 36)
+    costs = LatencyCosts(graph, NetworkLatency((layer,), 0.0, 1.0, 0.0, 1, "here"))
+    for unit in range(28):
+        assert (costs.savings() >= 0).all()
+        costs.remove(unit)
+    assert costs.total() == 1.0
+    costs = LatencyCosts(graph, NetworkLatency((layer,), 0.0, 1.0, 0.0, 1, "here"))
+    for unit in range(8):
+        costs.remove(unit)
+    assert costs.savings()[0].item() == pytest.approx(1 / 8)  # from 24 to 16
+
+
+@pytest.mark.parametrize("true", [(0.3, 0.8, 0.02), (0.0, 1.1, 0.0), (2.0, 0.0, 0.1)])
+def test_coefficients_are_found_and_never_negative(true):
+    rows = [[1.0, 8.0, 40.0], [1.0, 5.0, 30.0], [1.0, 2.2, 20.0], [1.0, 0.7, 10.0]]
+    values = [sum(a * b for a, b in zip(row, true, strict=True)) for row in rows]
+    assert nonnegative_fit(rows, values) == pytest.approx(true, abs=1e-6)
+    noisy = [v * f for v, f in zip(values, (1.1, 0.8, 1.2, 0.9), strict=True)]
+    assert min(nonnegative_fit(rows, noisy)) >= 0
+
+
+@pytest.mark.parametrize("target", ["50%", "absolute"])
+def test_the_target_is_met_and_predicted_and_measured_agree(target, counted, images, labels, tmp_path):
+    torch.manual_seed(0)
+    model, batches = randomise(inverted()), [(images, labels)]
+    table = tmp_path / "times.json"
+    dense = latency_module.network_milliseconds(model, images[:1], 2)
+    text = "50%" if target == "50%" else f"{0.5 * dense:.6f}ms"
+    settings = PruningSettings(target_latency=text, latency_table=str(table), latency_batch=2, rounds=2)
+    assert settings.budget == "latency"
+    result = EnhancedPruning(model, batches, batches, settings=settings, progress=False).prune(taylor_order=1)
+    found = result.as_dict()["latency"]
+    assert found["dense_ms"] == pytest.approx(dense) and found["batch_size"] == 2
+    assert found["pruned_ms"] == pytest.approx(0.5 * dense, rel=0.05)
+    assert found["predicted_pruned_ms"] == pytest.approx(found["pruned_ms"], rel=0.02)
+    assert "batch 2" in table.read_text()
+
+
+def test_the_real_device_can_be_timed(images):
+    torch.manual_seed(0)
+    graph = ChannelGraph(randomise(plain()), images)
+    latency = measure_latency(graph, images[:1])
+    assert latency.fixed >= 0 and latency.scale >= 0 and latency.each >= 0 and "thread" in latency.device
+    assert LatencyCosts(graph, latency).total() > 0
+
+
+def test_an_interrupted_measurement_continues(counted, images, tmp_path, monkeypatch):
+    graph, path, calls = ChannelGraph(randomise(plain()), images), tmp_path / "deep" / "times.json", []
+    timer = latency_module.median_milliseconds
+
+    def interrupted(call, device):
+        calls.append(1)
+        if len(calls) == 20:
+            raise KeyboardInterrupt
+        return timer(call, device)
+
+    monkeypatch.setattr(latency_module, "median_milliseconds", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        measure_latency(graph, images[:1], table=path)
+    stored = sum(len(widths) for d in json.loads(path.read_text()).values() for v in d.values() for widths in v.values())
+    assert 0 < stored < 20
+    measure_latency(graph, images[:1], table=path)
+    whole, again = len(calls), json.loads(path.read_text())
+    measure_latency(graph, images[:1], table=path)
+    assert len(calls) == whole + len(latency_module.NETWORK_SHARES)  # the network alone, no layer
+    assert json.loads(path.read_text()) == again
+
+
+def test_the_table_keeps_what_others_wrote_and_refuses_other_files(tmp_path):
+    path = tmp_path / "times.json"
+    one, other = LatencyTable(path, "a", "1"), LatencyTable(path, "b", "1")
+    one["conv", 3, 4] = 1.5
+    one.save()
+    other["conv", 3, 4] = 2.5
+    other.save()
+    one["conv", 3, 8] = 2.0
+    one.save()
+    assert json.loads(path.read_text()) == {"a": {"1": {"conv": {"3x4": 1.5, "3x8": 2.0}}}, "b": {"1": {"conv": {"3x4": 2.5}}}}
+    for text in ("{", "[1]", '{"a": {"1": {"conv": {"3x4": "fast"}}}}'):
+        path.write_text(text)
+        with pytest.raises(InputError, match="not a latency table"):
+            LatencyTable(path, "a", "1")
+
+
+def test_a_budget_of_time_without_times_is_refused(images):
+    graph = ChannelGraph(randomise(plain()), images)
+    with pytest.raises(InputError, match="measured times"):
+        Selection(graph, 30, Constraints("latency"))
+
+
+def test_slow_layers_go_first(counted, images):
+    """At equal scores the layer whose filters take most time loses most."""
+    graph = ChannelGraph(randomise(plain()), images)
+    constraints = Constraints("latency", times=measure_latency(graph, images[:1]))
+    chosen = select_by_score(Selection(graph, 25, constraints), torch.ones(len(graph.units)).double())
+    saved = LatencyCosts(graph, constraints.times).savings()
+    assert graph.units[chosen[0]].filters[0][0] == ("0" if saved[0] > saved[5] else "4")
