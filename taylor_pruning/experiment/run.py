@@ -23,7 +23,15 @@ except ImportError:  # Windows
     fcntl = None
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-NOT_COMPARED = ("resume", "output_dir", "quiet", "device", "workers")  # may differ between a run and its resumption
+# may differ between a run and its resumption
+NOT_COMPARED = ("resume", "output_dir", "quiet", "device", "workers", "latency_table")
+    "resume",
+    "output_dir",
+    "quiet",
+    "device",
+    "workers",
+    "latency_table",
+)  # may differ between a run and its resumption
 
 
 def run_guarded(command: Command, run) -> int:

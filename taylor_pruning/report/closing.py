@@ -34,7 +34,7 @@ def experiment_closing(results: dict, folder: Path) -> str:
     return "\n".join(
         [
             f"Removing {filters - kept:,} of {filters:,} filters gave:",
-            *(f"  {line}" for line in _gains(dense, final)),
+            *(f"  {line}" for line in [*_gains(dense, final), *_latency(results.get("latency"))]),
             f"Cost, on {final['images']:,} validation images:",
             f"  {_cost(dense, final)}; one standard error is {_standard_error(final):.1f} points",
             textwrap.fill(top1, LINE, initial_indent="  ", subsequent_indent="  "),
@@ -72,6 +72,19 @@ def _gains(dense: dict, final: dict) -> list[str]:
         f"{_number(final['macs'])})",
         f"{amount('latency_ms', 'less', 'more')} time for one image on this machine ({dense['latency_ms']:.2f} -> "
         f"{final['latency_ms']:.2f} ms)",
+    ]
+
+
+def _latency(times: dict | None) -> list[str]:
+    """The time that a budget of latency predicted, beside the measured one."""
+    if not times:
+        return []
+    change = 100 * (times["predicted_pruned_ms"] / times["pruned_ms"] - 1)
+    share = times["pruned_ms"] / times["dense_ms"]
+    return [
+        f"{times['pruned_ms']:.2f} ms for a batch of {times['batch_size']}, {share:.0%} of the dense network's "
+        f"{times['dense_ms']:.2f} ms",
+        f"predicted {times['predicted_pruned_ms']:.2f} ms ({change:+.0f} %)",
     ]
 
 

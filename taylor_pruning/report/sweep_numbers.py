@@ -16,7 +16,12 @@ from taylor_pruning.report.figures import METHODS
 from taylor_pruning.report.tables import numbers
 
 COSTS = {"macs": "MACs", "parameters": "parameters", "file_bytes": "size", "latency_ms": "latency"}
-COUNTED = {"filters": "filters", "params": "parameters", "macs": "MACs"}  # what the percentages count
+COUNTED = {
+    "filters": "filters",
+    "params": "parameters",
+    "macs": "MACs",
+    "latency": "time",
+}  # what the percentages count
 WHEN = {"before": "before fine-tuning", "after": "after fine-tuning"}
 
 

@@ -112,7 +112,7 @@ class LatencyCosts(Costs):
         """[layers] interpolated times at these widths [layers]; below the grid by the slope of its first cell."""
         found, corners = torch.zeros(len(inputs), dtype=torch.float64), []
         for side, widths in enumerate((inputs, outputs)):
-            points = self.points[:, side]
+            points = self.points[:, side].contiguous()
             upper = torch.searchsorted(points, widths[:, None].contiguous())[:, 0].clamp(1, points.shape[1] - 1)
             low, high = (points.gather(1, index[:, None])[:, 0] for index in (upper - 1, upper))
             corners.append((upper, (widths - low) / (high - low)))

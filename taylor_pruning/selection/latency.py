@@ -35,7 +35,9 @@ from taylor_pruning.surgery.recorded_calls import operation_name
 
 SHARES = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # of a layer's width at which it is timed
 NETWORK_SHARES = (1, 3 / 4, 1 / 2, 1 / 4)  # of the filters, at which the whole network is timed
-RUNS, SECONDS_A_RUN = 7, 2e-3  # a time is the median of so many runs, each of as many calls as that takes
+# A time is the least of several passes, so that other programs, which come and go, count little. In a pass it is the median
+# of a few runs, each of as many calls as fill 2 ms.
+PASSES, RUNS, SECONDS_A_RUN = 3, 3, 2e-3
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,10 @@ class LayerCall:
         linear = operation_name(node) == "linear"
         x = like.new_empty(first, *source[1:-1], channels) if linear else like.new_empty(first, channels, *source[2:])
         shape = (outputs, inputs) if self.in_dim else (inputs, outputs)
-        tensors = {node.all_input_nodes[0]: x.normal_(), node.all_input_nodes[1]: like.new_empty(*shape, *weight[2:]).normal_()}
+        tensors = {
+            node.all_input_nodes[0]: x.normal_(),
+            node.all_input_nodes[1]: like.new_empty(*shape, *weight[2:]).normal_(),
+        }
         for bias in node.all_input_nodes[2:]:
             tensors[bias] = like.new_zeros(outputs)
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), tensors.__getitem__)
@@ -189,8 +194,9 @@ def _measured(graph, example, batch_size, table, round_to, progress):
         ]
         if missing and progress:
             progress(f"timing layer {number} of {len(calls)}, {call.weight}")
-        for out, into in missing:
-            known[call.key(batch_size), into, out] = call.milliseconds(into, out, batch_size, like)
+        passes = [[call.milliseconds(into, out, batch_size, like) for out, into in missing] for _ in range(PASSES)]
+        for (out, into), least in zip(missing, map(min, zip(*passes, strict=True)), strict=True):
+            known[call.key(batch_size), into, out] = least
         known.save()
         times = tuple(tuple(known[call.key(batch_size), into, out] for into in inputs) for out in outputs)
         layers.append(LayerTimes(call.weight, inputs, outputs, times, call.elements * batch_size))
@@ -200,15 +206,14 @@ def _measured(graph, example, batch_size, table, round_to, progress):
 
 def _fitted(latency, graph, example):
     """The latency with coefficients from the network's own times at uniform widths."""
-    rows, times = [], []
+    rows, networks = [], []
     for share in NETWORK_SHARES:
         costs, units = LatencyCosts(graph, latency), uniform_units(graph, 1 - share)
         for unit in units:
             costs.remove(unit)
         rows.append([1.0, *costs.parts()])
-        smaller = graph.remove([graph.units[u] for u in units], verify=False) if units else graph.model
-        times.append(network_milliseconds(smaller, example, latency.batch_size))
-    fixed, scale, each = nonnegative_fit(rows, times)
+        networks.append(graph.remove([graph.units[u] for u in units], verify=False) if units else graph.model)
+    fixed, scale, each = nonnegative_fit(rows, networks_milliseconds(networks, example, latency.batch_size))
     return NetworkLatency(latency.layers, fixed, scale, each, latency.batch_size, latency.device)
 
 
@@ -234,6 +239,12 @@ def nonnegative_fit(rows: list[list[float]], values: list[float]) -> list[float]
     return [best[1].get(column, 0.0) for column in columns]
 
 
+def networks_milliseconds(models: list[nn.Module], example: Tensor, batch_size: int) -> list[float]:
+    """[models] least time of several passes in which the models take turns."""
+    passes = [[network_milliseconds(model, example, batch_size) for model in models] for _ in range(PASSES)]
+    return [min(times) for times in zip(*passes, strict=True)]
+
+
 def network_milliseconds(model: nn.Module, example: Tensor, batch_size: int) -> float:
     """Median time of a forward in evaluation mode, without gradients, of the example repeated to a batch."""
     images = example[:1].expand(batch_size, *example.shape[1:]).contiguous()
@@ -247,14 +258,15 @@ def latency_report(graph: ChannelGraph, dense: ChannelGraph, latency: NetworkLat
     Args:
         graph: of the pruned network. example: [1, ...] on its device.
     """
-    networks = {"dense": dense.model, "pruned": graph.model}
-    times = {name: [] for name in networks}
-    for _ in range(3):
-        for name, model in networks.items():
-            times[name].append(network_milliseconds(model, example, latency.batch_size))
-    measured = {f"{name}_ms": statistics.median(values) for name, values in times.items()}
-    predicted = {f"predicted_{name}_ms": LatencyCosts(g, latency).total() for name, g in (("dense", dense), ("pruned", graph))}
-    return measured | predicted | {"batch_size": latency.batch_size, "device": latency.device}
+    dense_ms, pruned_ms = networks_milliseconds([dense.model, graph.model], example, latency.batch_size)
+    return {
+        "dense_ms": dense_ms,
+        "pruned_ms": pruned_ms,
+        "predicted_dense_ms": LatencyCosts(dense, latency).total(),
+        "predicted_pruned_ms": LatencyCosts(graph, latency).total(),
+        "batch_size": latency.batch_size,
+        "device": latency.device,
+    }
 
 
 @torch.no_grad()

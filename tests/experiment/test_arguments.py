@@ -86,7 +86,7 @@ def test_the_options_of_a_run_come_back_from_its_config(tmp_path):
         ("--rounds 0", "--rounds: must be at least 1, not 0"),
         ("--rounds x", "--rounds: invalid whole number value: 'x'"),
         ("--layer-bound nan", "--layer-bound: must be at least 1, not nan"),
-        ("--budget flops", "--budget: must be one of filters, params, macs, not flops"),
+        ("--budget flops", "--budget: must be one of filters, params, macs, latency, not flops"),
         ("--export pt2 jit", "--export: must be one of onnx, pt2, not jit"),
         ("--amp fp8", "--amp: must be one of auto, bf16, fp16, not fp8"),
         ("--round 3", "unrecognized arguments: --round 3"),
@@ -119,4 +119,6 @@ def test_settings_check_all_that_the_command_line_checks(settings):
 
 def test_only_options_are_fields():
     for settings in (PruningSettings, Recipe, DataSettings):
-        assert {f.name for f in dataclasses.fields(settings)} - {f.name for f in options(settings)} <= {"times"}  # measured
+        assert {f.name for f in dataclasses.fields(settings)} - {f.name for f in options(settings)} <= {
+            "times"
+        }  # measured

@@ -36,6 +36,21 @@ def test_an_experiment_says_gain_cost_and_files(stages, tmp_path):
     ]
 
 
+def test_a_budget_of_time_names_the_predicted_and_the_measured_time(stages, tmp_path):
+    times = {
+        "dense_ms": 10.0,
+        "pruned_ms": 5.2,
+        "predicted_dense_ms": 10.1,
+        "predicted_pruned_ms": 5.0,
+        "batch_size": 8,
+    }
+    results = {"stages": stages, "layers": {"a": {"filters": 64, "kept": 40}}, "latency": {**times, "device": "a CPU"}}
+    text = experiment_closing(results, tmp_path)
+    assert (
+        "5.20 ms for a batch of 8, 52% of the dense network's 10.00 ms" in text and "predicted 5.00 ms (-4 %)" in text
+    )
+
+
 def test_a_sweep_names_the_best_of_every_percentage(stages, tmp_path):
     worse = [*stages[:3], {**stages[3], "top1": 90.0}]
     cells = [

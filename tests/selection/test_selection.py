@@ -20,7 +20,6 @@ from taylor_pruning.selection.costs import CostModel
 from taylor_pruning.selection.greedy import select_by_score, select_jointly, select_uniformly
 from taylor_pruning.surgery.graph import ChannelGraph
 
-
 BUDGETS = ("filters", "params", "macs")  # what can be counted; times: test_latency.py
 
 
