@@ -25,13 +25,6 @@ except ImportError:  # Windows
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 # may differ between a run and its resumption
 NOT_COMPARED = ("resume", "output_dir", "quiet", "device", "workers", "latency_table")
-    "resume",
-    "output_dir",
-    "quiet",
-    "device",
-    "workers",
-    "latency_table",
-)  # may differ between a run and its resumption
 
 
 def run_guarded(command: Command, run) -> int:
