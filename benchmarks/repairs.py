@@ -40,6 +40,7 @@ from fine_tuning_recipes import Steps
 from measuring import started
 from orders import SUBJECTS, Cell, dense_network, drawn, images_of, loader, prepare
 
+import EnhancedPruning as EnhancedPruning_module
 from EnhancedPruning import EnhancedPruning, PruningSettings
 from taylor_pruning.experiment.results import all_filters
 from taylor_pruning.experiment.rounds import Rounds
@@ -132,11 +133,11 @@ class Work:
                 smaller = squeeze_and_cut(graph, plan, example, train, recipe, count, **settings)
                 return smaller, {"layers": [], "left_alone": {}}
 
-        rounds = pruning.rounds
-        pruning.rounds = Squeezing(rounds.rankings, rounds.measuring, rounds.train_loader, rounds.recipe, None,
-                                   rounds.settings, False)  # fmt: skip
-        result = pruning.prune(100 - self.left, 2)
-        pruning.rounds = rounds
+        EnhancedPruning_module.Rounds = Squeezing
+        try:
+            result = pruning.prune(100 - self.left, 2)
+        finally:
+            EnhancedPruning_module.Rounds = Rounds
         return result.model, result.plan
 
     def row(self, method, count, steps):
