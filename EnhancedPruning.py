@@ -186,10 +186,14 @@ class EnhancedPruning:
         Args:
             criterion: a name of selection.baselines, or a function from a ChannelGraph to [units] scores, low ones first.
             widths: "own" or "uniform", see experiment.choices.BaselineChoice.
-            compensate: with compensation, in the rounds of the settings; without, in one shot.
+            compensate: with compensation, in the rounds of the settings, and with their repair across layers; without, in one
+                shot.
         """
         rounds = self.settings.rounds if compensate else 1
-        settings = dataclasses.replace(self.settings, compensate=compensate, rounds=rounds, fine_tune_between=0)
+        repair = "none" if not compensate else "network" if self.settings.repair == "network" else "layer"
+        settings = dataclasses.replace(
+            self.settings, compensate=compensate, repair=repair, rounds=rounds, fine_tune_between=0
+        )
         choose = BaselineChoice(self.rankings, criterion, widths, settings.constraints, settings.seed)
         percentage = settings.percentage(pruning_percentage, self.graph)
         return self._result(
@@ -246,26 +250,32 @@ class EnhancedPruning:
         return self._dense_stage
 
     def _in_rounds(self, state, percentage, choose, settings, store=None):
-        """The state after the rounds of the settings that are not in `state` yet; `store` keeps every one."""
+        """The state after what is left of the settings' rounds, and after the repair; `store` keeps every step."""
         rounds = Rounds(self.rankings, self.measuring, self.train_loader, self.recipe, self.teacher, settings,
                         self.progress)  # fmt: skip
         for number in range(len(state.rounds) + 1, settings.rounds + 1):
             state = rounds.next(state, number, percentage * (number / settings.rounds), choose)
             if store and is_main():
                 store.save(state)
-        return state
+        repaired = rounds.repaired(state)
+        if store and is_main() and repaired is not state:
+            store.save(repaired)
+        return repaired
 
     def _result(self, state):
         """The PruningResult of a pruned network before fine-tuning."""
         plan, seconds = removed(self.graph, state.kept), state.seconds
         stages = [self.dense_stage(), self.measuring.stage("pruned", self.graph.remove(plan), sum(seconds.values()))]
-        for name, step in (("compensated", "compensate"), ("trained", "train")):
-            if step in seconds and len(stages) == 2:
-                stages.append(self.measuring.stage(name, state.model, seconds[step]))
+        repair = dict(state.repair) if state.repair else None
+        if repair:
+            stages.append(repair.pop("before"))
+        names = {"repair": "repaired", "compensate": "compensated", "train": "trained"}
+        if step := next((step for step in names if step in seconds), None):  # the last change is what is there now
+            stages.append(self.measuring.stage(names[step], state.model, seconds[step]))
         result = PruningResult(state.model, stages, state.rounds, layer_table(self.graph, state.kept), plan, seconds)
         times = self.settings.times and latency_report(self.rankings.graph_of(state.model), self.graph, self.settings.times,
                                                        self.example)  # fmt: skip
-        result = dataclasses.replace(result, notes=list(self.notes), latency=times, **state.ranking)
+        result = dataclasses.replace(result, notes=list(self.notes), latency=times, repair=repair, **state.ranking)
         if result.gradient_flow:
             flow = flow_with_kept(result.gradient_flow, self.graph, state.kept)
             result.gradient_flow = flow_with_stage(flow, "pruned", self._flow_report(state.model))

@@ -337,3 +337,39 @@ def test_a_criterion_of_ones_own_scores_every_network_on_the_way(plain_network, 
     pruning = EnhancedPruning(plain_network, loader, loader, settings=PruningSettings(rounds=2), progress=False)
     result = pruning.prune_by_baseline(last_first, 30, compensate=True)
     assert sizes == [11, 9] and result.plan == {"0": [], "4": [3, 4, 5]} and result.criterion == "last_first"
+
+
+def test_the_repair_across_layers_follows_the_last_round(plain_network, images, labels, tmp_path, monkeypatch):
+    """It lowers the divergence that compensation left, is a stage of its own, and is not repeated by a resumed run."""
+    plain_network[-1].weight.data.mul_(20)  # answers that differ between images
+    train = make_loader(torch.utils.data.TensorDataset(images, labels), 6)
+    more = torch.randn(60, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    repairs, found = interrupted_at(monkeypatch, rounds_module, "repair_network", 2), {}
+
+    def run(repair, **keywords):
+        settings = PruningSettings(rounds=2, repair=repair)
+        pruning = EnhancedPruning(plain_network, train, train, settings=settings, compensation=[(more, labels.repeat(5))],
+                                  progress=False)  # fmt: skip
+        return pruning.prune(30, 2, checkpoint=tmp_path / repair, **keywords)
+
+    found = {repair: run(repair) for repair in ("layer", "network")}
+    assert [s["stage"] for s in found["network"].stages] == ["dense", "pruned", "compensated", "repaired"]
+    assert without_timings(found["network"].stages[:3]) == without_timings(found["layer"].stages)
+    assert without_timings(found["network"].rounds) == without_timings(found["layer"].rounds)
+    assert (
+        found["layer"].repair is None and found["network"].repair["loss_after"] < found["network"].repair["loss_before"]
+    )
+    again = run("network", resume=True)
+    assert len(repairs) == 1 and without_timings(again.as_dict()) == without_timings(found["network"].as_dict())
+    with pytest.raises(KeyboardInterrupt):
+        run("network")
+    broken = run("network", resume=True)
+    assert len(repairs) == 3 and without_timings(broken.as_dict()) == without_timings(found["network"].as_dict())
+
+
+def test_repair_and_compensate_say_one_thing():
+    assert PruningSettings().compensate and not PruningSettings(repair="none").compensate
+    assert PruningSettings(repair="network").compensate and not PruningSettings(compensate=False).compensate
+    for repair in ("layer", "network"):
+        with pytest.raises(InputError, match="contradict"):
+            PruningSettings(repair=repair, compensate=False)

@@ -28,6 +28,7 @@ class RoundsState:
         seconds: {step: seconds}, summed over the rounds.
         losses: {loss: nats} of `model` on the calibration images, None where they were not measured.
         ranking: what the first round's pass over the dense network gave: scores, criterion, curvature, flow.
+        repair: what the repair across layers did and found, see results.json; None before it, or without it.
     """
 
     model: nn.Module
@@ -36,6 +37,7 @@ class RoundsState:
     seconds: dict = field(default_factory=dict)
     losses: dict | None = None
     ranking: dict = field(default_factory=dict)
+    repair: dict | None = None
 
 
 class RoundsCheckpoint:

@@ -17,7 +17,7 @@ class PruningResult:
         model: the smaller network.
         stages: one dictionary a stage, accuracy and profile. "dense"; "pruned": the plan applied to the dense network,
             with no repair; "compensated" or "trained": what compensation or the training between the rounds made of it;
-            "fine-tuned".
+            "repaired": after the repair across layers; "fine-tuned".
         rounds: one dictionary a round:
             round, percentage, filters_removed;
             layer_bound_held: False where the percentage could not be reached within the layer bound;
@@ -32,7 +32,8 @@ class PruningResult:
         scores: {name: [filters] score by which the first round selected, None where a filter is protected}.
         criterion: what the scores are, with their unit.
         curvature: how the scores' derivatives were computed: {"path", "reason", "sampled", "h_error"}.
-        seconds: {"score", "select", "surgery", "compensate", "evaluate", "train"}: summed over the rounds.
+        repair: of the repair across layers (repair.network.NetworkRepair), or None.
+        seconds: {"score", "select", "surgery", "compensate", "evaluate", "train", "repair"}: summed over the rounds.
         fine_tuning: one dictionary an epoch.
         gradient_flow, oracle: see results.json in the documentation, or None.
         latency: where the budget was one, milliseconds of a forward of `batch_size` images on `device`: "dense_ms" and
@@ -49,6 +50,7 @@ class PruningResult:
     scores: dict = field(default_factory=dict)
     criterion: str | None = None
     curvature: dict = field(default_factory=dict)
+    repair: dict | None = None
     fine_tuning: list = field(default_factory=list)
     gradient_flow: dict | None = None
     oracle: dict | None = None

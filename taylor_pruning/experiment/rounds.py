@@ -1,7 +1,8 @@
-"""One pruning round: train what came before, score, select, cut, compensate, measure."""
+"""One pruning round: train what came before, score, select, cut, compensate, measure. And the repair behind the last."""
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Iterable
 
 from torch import nn
@@ -12,9 +13,11 @@ from taylor_pruning.experiment.choices import BaselineChoice, TaylorChoice
 from taylor_pruning.experiment.results import Stopwatch, all_filters, remaining, removed, round_record
 from taylor_pruning.experiment.settings import PruningSettings
 from taylor_pruning.repair.compensation import compensate
+from taylor_pruning.repair.network import repair_network
 from taylor_pruning.selection.constraints import Ledger
 from taylor_pruning.training.fine_tuning import Recipe, train_steps
 from taylor_pruning.training.measuring import Measuring
+from taylor_pruning.training.steps import distillation_loss
 
 
 class Rounds:
@@ -68,6 +71,21 @@ class Rounds:
         return RoundsState(
             smaller, kept, [*state.rounds, record], seconds.total, losses, state.ranking or choice.ranking
         )
+
+    def repaired(self, state: RoundsState) -> RoundsState:
+        """The state after the repair across layers; as it is where the settings want none, or where it was done."""
+        if self.settings.repair != "network" or state.repair:
+            return state
+        seconds, model = Stopwatch(state.seconds), copy.deepcopy(state.model)
+        before = self.measuring.stage("compensated", model, state.seconds["compensate"])
+        seconds.lap("evaluate")
+        loss = functools.partial(distillation_loss, temperature=self.recipe.temperature)
+        report = repair_network(self.graph.model, model, self.rankings.compensation, loss,
+                                seed=self.settings.seed, progress=self.progress)  # fmt: skip
+        broadcast_state(model)
+        seconds.lap("repair")
+        found = {**report.as_dict(), "before": before}
+        return dataclasses.replace(state, model=model, seconds=seconds.total, losses=None, repair=found)
 
     def _compensated(self, state, smaller, plan, kept):
         """The cut network with new weights, the same in all processes, and the report on every layer."""

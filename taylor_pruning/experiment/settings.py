@@ -13,6 +13,7 @@ from taylor_pruning.surgery.graph import ChannelGraph
 TAYLOR_ORDERS = (1, 2, 3)
 SELECTIONS = ("auto", "joint", "independent")
 CURVATURES = ("auto", "exact", "hvp")
+REPAIRS = ("auto", "none", "layer", "network")
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,9 @@ class PruningSettings(Constraints):
         prune_linear: also remove outputs of hidden fully connected layers.
         compensate: least squares on the calibration images after every round (repair.compensation), each time from the
             dense network's weights, because fits on top of earlier fits would drift away from them.
+        repair: "layer": `compensate`; "none": nothing, as without `compensate`; "network": `compensate`, and after the last
+            round steps on all weights that lower the divergence from the dense network (repair.network); "auto": as
+            `compensate` says.
         fine_tune_between: training steps after every round but the last (Molchanov et al. 2017), at the recipe's learning
             rate. Compensation then fits to the network before the round's cut, because a fit to the dense network would
             undo the training.
@@ -95,6 +99,13 @@ class PruningSettings(Constraints):
         "repair the following layers by least squares after every round",
         "Leave it on; turn it off to compare criteria as published.",
     )
+    repair: str = option(
+        "auto",
+        "none; layer: by least squares after every round, as --compensate; network: then also steps on all weights towards "
+        "the dense network's outputs, without labels; auto: layer, or none with --no-compensate",
+        "network gains most where there is little training afterwards. It costs about as much as 300 training steps.",
+        choices=REPAIRS,
+    )
     fine_tune_between: int = option(
         0,
         "training steps after every round but the last",
@@ -136,6 +147,10 @@ class PruningSettings(Constraints):
         if not isinstance(self.exclude, str):
             object.__setattr__(self, "exclude", tuple(self.exclude))
         check(self)
+        if self.repair in ("layer", "network") and not self.compensate:
+            raise InputError(f"repair {self.repair} and no compensation contradict each other; give one of the two")
+        if self.repair == "none":
+            object.__setattr__(self, "compensate", False)
         if self.target:
             object.__setattr__(self, "budget", self.target.kind)
 

@@ -3,9 +3,10 @@
 import math
 
 import torch
-from torch import fx
+from torch import Tensor, fx, nn
 
 from taylor_pruning.repair.batchnorm import update_statistics
+from taylor_pruning.repair.plan import RepairPlan
 from taylor_pruning.surgery.execution import evaluate
 
 STATISTICS_ROWS = 16384  # inputs a channel that a batch gives to the statistics of a BatchNorm
@@ -104,6 +105,13 @@ class PairedRuns:
             for name in plan.last_use[position]:
                 state.pop(name, None)
         return state
+
+
+def refresh_batchnorms(model: nn.Module, images: list[Tensor]) -> None:
+    """Gives the BatchNorms of a changed network the statistics of their present inputs, see batchnorm.update_statistics."""
+    plan = RepairPlan(model, model, {}, images[0][:1])
+    with torch.no_grad():
+        PairedRuns(plan, images, budget=0).update_batchnorms()
 
 
 def _copy(value):

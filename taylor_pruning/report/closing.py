@@ -14,6 +14,7 @@ STAGES = {
     "pruned": "after the cut",
     "compensated": "after the repair",
     "trained": "after the training between rounds",
+    "repaired": "after the repair across layers",
     "fine-tuned": "after fine-tuning",
 }
 FILES = {

@@ -2,8 +2,8 @@
 
     paths = write_experiment_plots(results, "runs/vgg16")
 
-The stages are "dense", "pruned", "compensated" or "trained", and "fine-tuned", in the order of the run. A value that was
-not measured is None or NaN. Every file is written whole or not at all.
+The stages are "dense", "pruned", "compensated" or "trained", "repaired", and "fine-tuned", in the order of the run. A value
+that was not measured is None or NaN. Every file is written whole or not at all.
 """
 
 import math

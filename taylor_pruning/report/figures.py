@@ -23,7 +23,8 @@ LAYER_LABEL_SIZE = 7  # points
 BLACK, ORANGE, SKY_BLUE, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 BLUE, VERMILLION, PURPLE, GREY, BROWN, VIOLET = "#0072B2", "#D55E00", "#CC79A7", "#888888", "#7F4F24", "#5D5FA8"
 DENSE, KEPT, REMOVED = BLACK, BLUE, VERMILLION
-STAGE_COLOURS = {"dense": DENSE, "pruned": REMOVED, "compensated": PURPLE, "trained": PURPLE, "fine-tuned": GREEN}
+STAGE_COLOURS = {"dense": DENSE, "pruned": REMOVED, "compensated": PURPLE, "trained": PURPLE, "repaired": SKY_BLUE,
+                 "fine-tuned": GREEN}  # fmt: skip
 STAGE_TICKS = {"compensated": "compen-\nsated", "fine-tuned": "fine-\ntuned"}
 
 

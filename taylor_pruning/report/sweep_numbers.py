@@ -49,9 +49,11 @@ class Estimate:
 def stage_at(cell: dict, when: str) -> dict:
     """The cell's stage before or after fine-tuning, or the "dense" one; an empty dictionary where there is none.
 
-    Before fine-tuning: the network that fine-tuning starts from, the compensated one if there is one.
+    Before fine-tuning: the network that fine-tuning starts from, the repaired one if there is one.
     """
-    names = {"dense": ("dense",), "before": ("pruned", "compensated", "trained"), "after": ("fine-tuned",)}[when]
+    names = {"dense": ("dense",), "before": ("pruned", "compensated", "trained", "repaired"), "after": ("fine-tuned",)}[
+        when
+    ]
     return ([{}] + [stage for stage in cell["stages"] if stage["stage"] in names])[-1]
 
 

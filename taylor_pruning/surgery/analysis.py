@@ -97,10 +97,15 @@ class Analysis:
 
 def steps(graph):
     """What a graph does to reach its output, without its nodes' names."""
+    number = {node: i for i, node in enumerate(live_nodes(graph))}
+    return [(n.op, str(n.target), [number[source] for source in n.all_input_nodes]) for n in number]
+
+
+def live_nodes(graph):
+    """The nodes that the output depends on, in order."""
     live = set()
     for node in reversed(graph.nodes):
         if node.op == "output" or node in live:
             live.update(node.all_input_nodes)
             live.add(node)
-    number = {node: i for i, node in enumerate(n for n in graph.nodes if n in live)}
-    return [(n.op, str(n.target), [number[source] for source in n.all_input_nodes]) for n in number]
+    return [node for node in graph.nodes if node in live]

@@ -75,7 +75,8 @@ def one_experiment():
         (torch.randn(12, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(rank())), labels[:12])
     ]
     for compensated in (False, True):
-        settings = PruningSettings(rounds=2, compensate=compensated, seed=rank(), hessian_probes=1)
+        repair = "network" if compensated else "none"
+        settings = PruningSettings(rounds=2, repair=repair, seed=rank(), hessian_probes=1)
         torch.manual_seed(0)
         network = randomise(plain(nn.SiLU))
         pruning = EnhancedPruning(network, loader, loader, calibration=list(loader), compensation=more, settings=settings,

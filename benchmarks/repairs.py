@@ -1,0 +1,307 @@
+"""What repairs, squeezing and distillation are worth at equal numbers of training steps, on CIFAR ResNets.
+
+    python benchmarks/repairs.py --data DIR --device cuda --workers 6 --minutes 4.5 --output repairs.json
+    python benchmarks/repairs.py --output repairs.json --minutes 0            # the tables of what there is
+
+DIR holds cifar10-jpeg.tar.xz, resnet32.th and resnet44.th. A cell (network, share of the multiply-accumulates, seed) prunes
+by order 2 in five rounds with compensation (300 images score, 1,000 compensate). A method is how the network that is
+trained came about, and how it is trained:
+
+    layer       compensated, as `--repair layer`              squeeze            the same filters, squeezed and cut
+    network     repaired across layers, `--repair network`    squeeze re-scored  squeezed and scored again in every round
+    network@R   the same at the relative rate R
+
+    (nothing)   cross-entropy                                 + logits W         distillation of the logits, weight W
+                                                              + features W       and of the channels that remain at the
+                                                                                 ends of the stages
+
+Every method makes the same number of optimiser steps of 64 images, of which squeezing takes `--squeeze-share`. The rate
+falls along half a cosine; it is constant while squeezing. Printed: top-1 on test images, mean and standard deviation over
+the seeds, and seconds.
+"""
+
+import argparse
+import copy
+import dataclasses
+import functools
+import json
+import multiprocessing
+import statistics
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+import torch
+
+sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+
+from fine_tuning_recipes import Steps
+from measuring import started
+from orders import SUBJECTS, Cell, dense_network, drawn, images_of, loader, prepare
+
+import EnhancedPruning as EnhancedPruning_module
+from EnhancedPruning import EnhancedPruning, PruningSettings
+from taylor_pruning.experiment.results import all_filters
+from taylor_pruning.experiment.rounds import Rounds
+from taylor_pruning.experiment.squeezing import squeeze_and_cut
+from taylor_pruning.repair import network as network_repair
+from taylor_pruning.report.json_files import write_json
+from taylor_pruning.training.evaluation import evaluate
+from taylor_pruning.training.fine_tuning import Recipe
+from taylor_pruning.training.steps import OptimiserSteps, distillation_loss
+
+METHODS = ("layer", "network", "squeeze", "squeeze re-scored", "layer + logits 0.5", "layer + features 1",
+           "network + logits 0.5", "squeeze + logits 0.5")  # fmt: skip
+SCORING = 300
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="folder of the archive")
+    parser.add_argument("--models", help="folder of the weights, if it is another")
+    parser.add_argument("--scratch", default="/tmp/repairs", help="folder for decoded images")
+    parser.add_argument("--networks", nargs="+", choices=("resnet32", "resnet44"), default=["resnet32"])
+    parser.add_argument("--levels", type=int, nargs="+", default=[35, 20], help="per cent of the MACs that are left")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), help="as above, each in quotes")
+    parser.add_argument("--steps", type=int, nargs="+", default=[0, 30, 125, 500], help="optimiser steps")
+    parser.add_argument("--train-images", type=int, nargs="+", default=[2000, 8000])
+    parser.add_argument("--compensation-images", type=int, default=1000)
+    parser.add_argument("--repair-steps", type=int, default=network_repair.STEPS)
+    parser.add_argument("--squeeze-share", type=float, default=0.5)
+    parser.add_argument("--lr", type=float, default=0.02)
+    parser.add_argument("--test-images", type=int, default=10000)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--workers", type=int, default=1, help="processes that share the device")
+    parser.add_argument("--minutes", type=float, default=60, help="no training starts later")
+    parser.add_argument("--output", default="repairs.json")
+    return parser.parse_args()
+
+
+class Work:
+    """One cell: its images, its dense network, the pruned networks, and every method's training."""
+
+    def __init__(self, network, left, seed, arguments):
+        self.arguments, self.seed, self.left, self.device = arguments, seed, left, torch.device(arguments.device)
+        self.dense = dense_network(network, arguments.models or arguments.data, arguments.scratch, arguments.device)
+        self.draw = drawn(SUBJECTS[network], Cell(network, "order 2", SCORING, seed), arguments)
+        monitor = self.draw.compensation[:1]
+        self.pruning = EnhancedPruning(
+            self.dense, monitor, monitor, calibration=self.draw.scoring, compensation=self.draw.compensation,
+            settings=PruningSettings(seed=seed, budget="macs"), progress=False,
+        )  # fmt: skip
+        self.recipe, self.networks = Recipe(epochs=1, lr=arguments.lr), {}
+
+    @functools.cached_property
+    def layer(self):
+        """(compensated network, plan, seconds of compensation)"""
+        result = self.pruning.prune(100 - self.left, 2)
+        return result.model, result.plan, result.seconds["compensate"]
+
+    def network(self, rate):
+        model, start = copy.deepcopy(self.layer[0]), time.perf_counter()
+        network_repair.RATE = rate
+        loss = functools.partial(distillation_loss, temperature=4.0)
+        report = network_repair.repair_network(self.dense, model, self.draw.compensation, loss, seed=self.seed,
+                                               steps=self.arguments.repair_steps, progress=False)  # fmt: skip
+        print(f"    repair: loss {report.loss_before:.3f} -> {report.loss_after:.3f} at {report.steps}", flush=True)
+        return model, self.layer[1], self.layer[2] + time.perf_counter() - start
+
+    def train_loader(self, count):
+        index = self.draw.rest[:count]
+        images = images_of(self.arguments.scratch, "cifar_train")
+        return loader(images, index, 64, self.arguments.device, shuffle=True, seed=self.seed, flip=True, padding=4)
+
+    def squeezed(self, rescored, steps, train, recipe, teacher):
+        start = time.perf_counter()
+        settings = {"loss_before": 1.0, "teacher": teacher, "seed": self.seed, "progress": False}
+        if not rescored:
+            graph, plan = self.pruning.graph, self.layer[1]
+            model = squeeze_and_cut(graph, plan, self.pruning.example, train, recipe, steps, **settings)
+        else:
+            model, plan = self._squeezed_in_rounds(steps, train, recipe, settings)
+        return model, plan, time.perf_counter() - start
+
+    def _squeezed_in_rounds(self, steps, train, recipe, settings):
+        pruning, example = self.pruning, self.pruning.example
+
+        class Squeezing(Rounds):
+            def _compensated(self, state, smaller, plan, kept):
+                graph, count = self.rankings.graph_of(state.model), steps // self.settings.rounds
+                settings["round_index"] = len(state.rounds)
+                smaller = squeeze_and_cut(graph, plan, example, train, recipe, count, **settings)
+                return smaller, {"layers": [], "left_alone": {}}
+
+        EnhancedPruning_module.Rounds = Squeezing
+        try:
+            result = pruning.prune(100 - self.left, 2)
+        finally:
+            EnhancedPruning_module.Rounds = Rounds
+        return result.model, result.plan
+
+    def row(self, method, count, steps):
+        """What one method reaches in a number of steps; None where it has no such state."""
+        way, _, taught = method.partition(" + ")
+        kind, _, weight = taught.rpartition(" ")
+        recipe = dataclasses.replace(self.recipe, distillation_weight=0.5 if kind == "features" else float(weight or 0))
+        teacher, train = self.dense if kind else None, Steps(self.train_loader(count), steps)
+        if way.startswith("squeeze"):
+            fading = round(self.arguments.squeeze_share * steps)
+            if not fading:
+                return None
+            passes = self.train_loader(count)
+            found = self.squeezed(way.endswith("re-scored"), fading, passes, recipe, teacher)
+            steps -= fading
+        elif way == "layer":
+            found = self.layer
+        else:
+            found = self.repaired(float(way.partition("@")[2] or network_repair.RATE))
+        model, plan, seconds = copy.deepcopy(found[0]), *found[1:]
+        start = time.perf_counter()
+        if steps:
+            train.steps = steps
+            self.train(model, plan, train, recipe, teacher, float(weight) if kind == "features" else 0.0)
+        seconds += time.perf_counter() - start
+        return {"top1": evaluate(model, self.draw.tests["top1"], progress=False).top1, "seconds": seconds}
+
+    def repaired(self, rate):
+        if rate not in self.networks:
+            self.networks[rate] = self.network(rate)
+        return self.networks[rate]
+
+    def train(self, model, plan, train, recipe, teacher, features):
+        torch.manual_seed(self.seed)
+        recipe = recipe.resolved(self.device)
+        if features:
+            steps = FeatureSteps(model, recipe, teacher, len(train), self.remaining(plan), features)
+        else:
+            steps = OptimiserSteps(model, recipe, teacher, total=len(train))
+        model.train()
+        for batch in train:
+            steps.step([batch], ["training"])
+        steps.release()
+        model.eval()
+
+    def remaining(self, plan):
+        """{end of a stage: channels of the dense network that remain there}"""
+        ends = {f"layer{i}": f"layer{i}.{len(getattr(self.dense, f'layer{i}')) - 1}.conv2" for i in (1, 2, 3)}
+        filters = all_filters(self.pruning.graph)
+        return {stage: sorted(set(filters[conv]) - set(plan.get(conv, ()))) for stage, conv in ends.items()}
+
+
+class FeatureSteps(OptimiserSteps):
+    """Adds `weight` times the squared distance of the remaining channels at the stages' ends, relative to their variance."""
+
+    def __init__(self, model, recipe, teacher, total, remaining, weight):
+        super().__init__(model, dataclasses.replace(recipe, cuda_graphs=False), teacher, total=total)
+        self.remaining, self.weight, self.seen = remaining, weight, ({}, {})
+        self.hooks = [
+            network.get_submodule(stage).register_forward_hook(functools.partial(self._see, seen, stage))
+            for network, seen in zip((model, teacher), self.seen, strict=True)
+            for stage in remaining
+        ]
+
+    @staticmethod
+    def _see(seen, stage, module, inputs, output):
+        seen[stage] = output
+
+    def _loss(self, images, labels, where):
+        loss = super()._loss(images, labels, where)
+        for stage, channels in self.remaining.items():
+            wanted = self.seen[1][stage][:, channels].float()
+            off = (self.seen[0][stage].float() - wanted).square().mean() / wanted.var((0, 2, 3)).mean()
+            loss = loss + self.weight * off
+        return loss
+
+    def release(self):
+        for hook in self.hooks:
+            hook.remove()
+        super().release()
+
+
+def run_cell(network, left, seed, todo, arguments, end):
+    """Rows of one cell; those that `end` (time.time()) leaves no time for are missing."""
+    rows, work = [], Work(network, left, seed, arguments)
+    for method, count, steps in todo:
+        if time.time() > end:
+            break
+        found = work.row(method, count, steps)
+        if found:
+            rows.append({"network": network, "left": left, "seed": seed, "method": method, "train images": count,
+                         "steps": steps, **found})  # fmt: skip
+            print(f"{network} {left} % seed {seed}, {method:22s} {count:5d} images, {steps:4d} steps: "
+                  f"{found['top1']:.2f} ({found['seconds']:.1f} s)", flush=True)  # fmt: skip
+    return rows
+
+
+def run(arguments):
+    free = ("seeds", "networks", "levels", "methods", "steps", "train_images", "minutes", "workers", "output", "device",
+            "data", "models", "scratch")  # fmt: skip
+    end, results = time.time() + 60 * arguments.minutes, started(arguments, free, {"rows": [], "dense": {}})
+    prepare(arguments)
+    keys = ("network", "left", "seed", "method", "train images", "steps")
+    done = {tuple(row[key] for key in keys) for row in results["rows"]}
+    for name in arguments.networks:
+        dense = dense_network(name, arguments.models or arguments.data, arguments.scratch, arguments.device)
+        tests = drawn(SUBJECTS[name], Cell(name, "order 2", SCORING, 0), arguments).tests["top1"]
+        results["dense"][name] = evaluate(dense, tests, progress=False).top1
+        print(f"{name}, dense: {results['dense'][name]:.2f}", flush=True)
+    first = arguments.train_images[0]
+    todo = [(m, n, s) for s in arguments.steps for n in arguments.train_images for m in arguments.methods
+            if s or n == first]  # fmt: skip
+    context, threads = multiprocessing.get_context("spawn"), max(1, torch.get_num_threads() // arguments.workers)
+    with ProcessPoolExecutor(arguments.workers, context, torch.set_num_threads, (threads,)) as pool:
+        cells = [(n, left, seed) for seed in arguments.seeds for left in arguments.levels for n in arguments.networks]
+        futures = {}
+        for cell in cells:
+            missing = [job for job in todo if (*cell, *job) not in done]
+            futures[pool.submit(run_cell, *cell, missing, arguments, end)] = cell
+        for future in as_completed(futures):
+            if future.exception():
+                print(f"{futures[future]} FAILED: {future.exception()!r}", flush=True)
+                continue
+            results["rows"] += future.result()
+            write_json(arguments.output, results)
+    return results
+
+
+def spread(values):
+    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{deviation}"
+
+
+def tables(results):
+    """A table for every network, share and number of training images: a row a method, a column a number of steps."""
+    rows = results["rows"]
+    for network, left in sorted({(r["network"], r["left"]) for r in rows}):
+        for count in sorted({r["train images"] for r in rows}):
+            mine = [r for r in rows if (r["network"], r["left"]) == (network, left)
+                    and (r["train images"] == count or not r["steps"])]  # fmt: skip
+            steps = sorted({r["steps"] for r in mine})
+            seeds = len({r["seed"] for r in mine})
+            print(f"\n{network}, {left} % of the MACs left, {count} training images, {seeds} seeds, "
+                  f"dense {results['dense'][network]:.1f}: top-1 (%) after so many steps\n")  # fmt: skip
+            print(
+                "| method | "
+                + " | ".join(map(str, steps))
+                + f" | seconds at {steps[-1]} |\n|---"
+                + "|---" * (len(steps) + 1)
+                + "|"
+            )
+            for method in dict.fromkeys(r["method"] for r in mine):
+                cells = [[r for r in mine if r["method"] == method and r["steps"] == s] for s in steps]
+                texts = [spread([r["top1"] for r in some]) if some else "" for some in cells]
+                seconds = statistics.mean(r["seconds"] for r in cells[-1]) if cells[-1] else float("nan")
+                print(f"| {method} | " + " | ".join(texts) + f" | {seconds:.1f} |")
+
+
+def main():
+    arguments = parse_arguments()
+    results = run(arguments) if arguments.minutes > 0 else json.loads(Path(arguments.output).read_text())
+    if results["rows"]:
+        tables(results)
+
+
+if __name__ == "__main__":
+    main()
