@@ -30,11 +30,14 @@ from taylor_pruning.checks import read_batch
 from taylor_pruning.errors import InputError, one_of
 from taylor_pruning.experiment.settings import TAYLOR_ORDERS, PruningSettings
 from taylor_pruning.first_batch import device_of
+from taylor_pruning.memory import Portions, merged
+from taylor_pruning.modes import frozen
+from taylor_pruning.scoring.behind_repair import collect_behind_repair
 from taylor_pruning.scoring.collected import Collected
-from taylor_pruning.scoring.collecting import collect_directions
+from taylor_pruning.scoring.collecting import CLASS_PROBES, Wanted, collect_directions
 from taylor_pruning.scoring.curvature import choose_curvature, curvature_report
-from taylor_pruning.scoring.estimates import by_fold, channel_estimates, input_moments
 from taylor_pruning.scoring.flow import relative_flow, weigh
+from taylor_pruning.scoring.gradient_check import check_gradients
 from taylor_pruning.scoring.layer_costs import removal_costs
 from taylor_pruning.scoring.probes import cross_entropy, probe_derivatives
 from taylor_pruning.scoring.taylor import Directions
@@ -96,7 +99,7 @@ class EnhancedFilterPruner:
         if loss is not cross_entropy and (settings.selection != "independent" or self.curvature_path == "exact"):
             raise InputError("a loss other than cross-entropy needs selection='independent' and curvature='hvp'")
         self.collected = self.predicted_loss_change = self.layer_bound_held = None
-        self.compensation = self.moments = None
+        self.behind_repair = None
 
     # -- collecting --------------------------------------------------------------------------------------------------
 
@@ -123,41 +126,48 @@ class EnhancedFilterPruner:
         if compensation and self.loss is not cross_entropy:
             raise InputError("scores behind compensation need the cross-entropy; rank without compensation batches")
         batches, compensation, settings = self._read(batches), self._read(compensation or ()), self.settings
-        directions = probed = None
-        repairs, by_probes = bool(compensation), self.curvature_path == "hvp" and not compensation
-        if repairs:
-            self.compensation, self.moments = compensation, input_moments(self.model, self.graph, compensation)
-        if self.loss is cross_entropy:
-            directions = self._directions_of(batches, (reference or self.model) if repairs else None)
-        if directions is None or (by_probes and self.taylor_order > 1):
-            probed = probe_derivatives(
+        if not batches:
+            raise InputError("there are no calibration images; pass at least one batch")
+        with frozen(self.model):
+            check_gradients(self.graph, *batches[0])
+        self.behind_repair = directions = probed = None
+        by_probes, orders = self.curvature_path == "hvp" and not compensation, TAYLOR_ORDERS
+        shared, limit = {"seed": settings.seed, "progress": self.progress}, settings.memory_bytes
+        if compensation:
+            joint = settings.selection != "independent"
+            self.behind_repair = collect_behind_repair(
                 self.model,
                 self.graph,
                 batches,
-                order=max(2, self.taylor_order),
-                probes=settings.hessian_probes,
-                loss=self.loss,
-                seed=settings.seed,
-                progress=self.progress,
+                compensation,
+                self.taylor_order,
+                class_probes=settings.class_probes,
+                joint=joint,
+                reference=None if joint else reference or self.model,
+                flow=self.use_gradient_flow,
+                memory_limit=limit,
+                **shared,
             )
-        self.collected = Collected(directions, probed, repairs, by_probes)
+            directions, orders = self.behind_repair.directions, self.behind_repair.orders
+        elif self.loss is cross_entropy:
+            probes = max(2, settings.class_probes or CLASS_PROBES)
+            wanted = Wanted(probes, flow=self.use_gradient_flow, seed=settings.seed)
+            portions = Portions(batches[0][0].device, limit)
+            directions = collect_directions(
+                self.model, self.graph, batches, wanted, progress=self.progress, portions=portions
+            )
+        if directions is None or (by_probes and self.taylor_order > 1):
+            order, probes = max(2, self.taylor_order), settings.hessian_probes
+            probed = probe_derivatives(
+                self.model, self.graph, batches, order=order, probes=probes, loss=self.loss, **shared
+            )
+        self.collected = Collected(directions, probed, bool(compensation), by_probes, orders)
         return self
-
-    def _directions_of(self, batches, reference):
-        """Directions of the removals alone or, behind compensation, with estimates that were fitted on other images."""
-        fixed = {"progress": self.progress, "want_flow": self.use_gradient_flow, "seed": self.settings.seed}
-        probes = self.settings.class_probes
-        if reference is None or not batches:
-            return collect_directions(self.model, self.graph, batches, probes, **fixed)
-        parts = []
-        for fold, images in by_fold(batches):
-            fixed["estimates"] = channel_estimates(self.moments, without=fold)
-            parts.append(collect_directions(self.model, self.graph, images, probes, reference=reference, **fixed))
-        return Directions.join(parts)
 
     def _read(self, batches):
         device = device_of(self.model)
-        return [read_batch(batch, f"calibration batch {number}", device) for number, batch in enumerate(batches)]
+        batches = [read_batch(batch, f"calibration batch {number}", device) for number, batch in enumerate(batches)]
+        return merged(batches, device)
 
     def provides(self, taylor_order: int, use_gradient_flow: bool = False) -> bool:
         """Whether `rank` has collected what `with_order` needs for that order."""
@@ -288,7 +298,8 @@ class EnhancedFilterPruner:
     def _removal_costs(self):
         levels, weights = self.levels(), self.flow_weights()
         levels = levels if weights is None else weigh(levels, weights)
-        return removal_costs(self.model, self.graph, self.moments, self.compensation, levels)
+        found = self.behind_repair
+        return removal_costs(self.model, found.moments, found.fisher, len(self.graph.units), levels)
 
     def levels(self, order: int | None = None) -> Tensor:
         """[units] what removing each unit alone costs behind compensation, see scoring.collected.Collected.levels."""
@@ -316,9 +327,10 @@ class Rankings:
         """A pruner that has ranked `model`; with `repairs` it scores what compensation cannot repair."""
         if model is not self.graph.model:
             return self._ranked(model, order, use_gradient_flow, repairs)
-        ranked = self._dense.get(repairs)
+        key = (repairs, order if repairs else None)  # behind compensation every order takes directions of its own
+        ranked = self._dense.get(key)
         if ranked is None or not ranked.provides(order, use_gradient_flow):
-            ranked = self._dense[repairs] = self._ranked(model, order, use_gradient_flow, repairs)
+            ranked = self._dense[key] = self._ranked(model, order, use_gradient_flow, repairs)
         return ranked.with_order(order, use_gradient_flow)
 
     def _ranked(self, model, order, use_gradient_flow, repairs):

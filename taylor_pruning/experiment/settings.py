@@ -4,6 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from taylor_pruning.errors import InputError
+from taylor_pruning.memory import parse_bytes
 from taylor_pruning.options import check, option, options
 from taylor_pruning.selection.constraints import Constraints
 from taylor_pruning.selection.costs import cost_model
@@ -26,7 +27,8 @@ class PruningSettings(Constraints):
             scores.
         curvature: "exact": second and third derivatives from class directions (along residual streams the Gauss-Newton
             part); "hvp": from random probes (scoring.probes); "auto": exact where the network is piecewise linear.
-        class_probes: class directions of every sample; at most classes - 1 are used.
+        class_probes: class directions of every sample; at most classes - 1 are used. None: 12, but one random direction at
+            order 2 with `compensate`, whose time is better spent on more images. Order 1 then takes one in any case.
         hessian_probes: random probes of every sample where the curvature is "hvp".
         budget, layer_bound, min_filters, round_to, min_share, latency_batch, latency_table, times: see
             selection.constraints.Constraints. A `layer_bound` of None is no bound
@@ -44,6 +46,8 @@ class PruningSettings(Constraints):
             rate. Compensation then fits to the network before the round's cut, because a fit to the dense network would
             undo the training.
         reestimate_batchnorm: new BatchNorm statistics from the calibration images before fine-tuning.
+        memory_limit: what the process may hold, as "4GB", on the GPU where there is one; None: most of what is free. Batches
+            are split so that scoring, compensation and evaluation stay within it; results do not depend on it.
         seed: of every random draw: probes, positions and images of a fit, random scores, dropout.
 
     Raises:
@@ -70,11 +74,12 @@ class PruningSettings(Constraints):
         "hvp suits networks with SiLU, GELU or sigmoids.",
         choices=CURVATURES,
     )
-    class_probes: int = option(
-        12,
+    class_probes: int | None = option(
+        None,
         "class directions of every sample",
-        "More of them make the curvature of many classes exact and cost time.",
-        low=2,
+        "More of them make the curvature of many classes exact and cost time: give 12 where there are few images.",
+        low=1,
+        default_text="12; 1 at order 2 with --compensate",
     )
     hessian_probes: int = option(
         8,
@@ -137,6 +142,13 @@ class PruningSettings(Constraints):
         "When the network must answer in time on this machine: its layers are timed first.",
         metavar="LEFT",
     )
+    memory_limit: str | None = option(
+        None,
+        "memory that scoring, compensation and evaluation may take, as 4GB",
+        "Where other programs need memory too. Results do not depend on it.",
+        metavar="BYTES",
+        default_text="most of what is free",
+    )
     seed: int = option(
         0,
         "seed of initial weights, calibration images and order of batches",
@@ -153,6 +165,8 @@ class PruningSettings(Constraints):
             object.__setattr__(self, "compensate", False)
         if self.target:
             object.__setattr__(self, "budget", self.target.kind)
+        if self.memory_limit is not None:
+            parse_bytes(self.memory_limit)
 
     @property
     def target(self) -> Target | None:
@@ -166,6 +180,11 @@ class PruningSettings(Constraints):
     def percentage(self, given: float, graph: ChannelGraph) -> float:
         """Per cent of the budget to remove: what reaches the target, or the `given` where there is no target."""
         return self.target.percentage(cost_model(graph, self.constraints).total()) if self.target else given
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """The memory limit in bytes, None where there is none."""
+        return None if self.memory_limit is None else parse_bytes(self.memory_limit)
 
     @property
     def constraints(self) -> Constraints:

@@ -18,6 +18,7 @@ class Collected:
         probed: derivatives from random probes (scoring.probes), or None.
         behind_repair: directions describe what compensation cannot repair, and orders 2 and 3 estimate the divergence from
             the network's own predictions; probes are not needed then.
+        orders: those that the directions serve.
         by_probes: second and third derivatives are those of the probes, which include the curvature of the network.
     """
 
@@ -25,13 +26,14 @@ class Collected:
     probed: ProbedDerivatives | None
     behind_repair: bool
     by_probes: bool
+    orders: tuple = (1, 2, 3)
 
     def provides(self, order: int, flow: bool = False) -> bool:
         """Whether the scores of that order, and the gradient flow if asked for, can be computed."""
         if flow and (self.directions is None or self.directions.flow is None):
             return False
         if self.directions is not None and not self._needs_probes(order):
-            return True
+            return order in self.orders
         return self.probed is not None and (order < 3 or self.probed.t is not None)
 
     def _needs_probes(self, order):

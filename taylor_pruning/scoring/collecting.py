@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -12,40 +13,63 @@ from tqdm import tqdm
 
 from taylor_pruning.distributed import gather_objects, is_main, rank, world_size
 from taylor_pruning.errors import InputError
+from taylor_pruning.memory import Portions
 from taylor_pruning.modes import frozen
-from taylor_pruning.scoring.directions import random_signs
+from taylor_pruning.scoring.directions import random_directions, random_signs
 from taylor_pruning.scoring.flow import unit_gradient_norms
 from taylor_pruning.scoring.gates import gated_logits, open_gates
-from taylor_pruning.scoring.gradient_check import check_gradients
+from taylor_pruning.scoring.layer_costs import OutputFisher
 from taylor_pruning.scoring.taylor import Directions, class_basis
 from taylor_pruning.surgery.graph import ChannelGraph
+
+CLASS_PROBES = 12  # directions of every sample that keep what three orders need of up to 1,000 classes
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the directions of every sample are for, and how many there may be.
+
+    Attributes:
+        probes: R, directions a sample. `gradient`, `curvature`: the basis holds the gradient of the cross-entropy,
+            the curvature of the predictions (scoring.taylor.class_basis).
+        flow: also collect the gradient flow (one more backward pass).
+        seed: of the random directions.
+    """
+
+    probes: int
+    gradient: bool = True
+    curvature: bool = True
+    flow: bool = False
+    seed: int = 0
 
 
 def collect_directions(
     model: nn.Module,
     graph: ChannelGraph,
     batches: Iterable[tuple[Tensor, Tensor]],
-    probes: int,
+    wanted: Wanted,
     *,
     progress: bool = True,
-    want_flow: bool = False,
     estimates: Mapping | None = None,
     reference: nn.Module | None = None,
-    seed: int = 0,
+    fisher: OutputFisher | None = None,
+    first: int = 0,
+    portions: Portions | None = None,
 ) -> Directions:
-    """Per-sample logit directions of every unit by class-direction backward passes through the gates.
+    """Per-sample logit directions of every unit by backward passes through the gates.
 
     One forward and R backward passes a batch; no weight gradients. Under torch.distributed every process takes its
-    share of the batches and all get the same result, in the order of the batches. A batch that does not fit into GPU
-    memory is halved: the result does not depend on the split.
+    share of the batches and all get the same result, in the order of the batches. Batches that do not fit into memory are
+    split: the result does not depend on it.
 
     Args:
         batches: sequence of (images [B, ...], labels [B]) on the model's device.
-        probes: R, directions a sample.
-        want_flow: also collect the gradient flow (one more backward pass).
         estimates: see ChannelGraph.gated; directions are then of removing a unit and repairing the layers that read it.
         reference: network whose probabilities `Directions.reference` takes, or None.
-        seed: of the random directions (`class_basis`).
+        fisher: sums up the Fisher matrices of the readers' outputs along the way, where the one direction is random; else
+            from one more backward pass.
+        first: number of the first image, for random draws; other numbers give other draws.
+        portions: parts of batches that fit into memory; None: what is free.
 
     Returns:
         Directions.
@@ -53,18 +77,23 @@ def collect_directions(
     Raises:
         InputError: no batches, NaN images or logits, labels outside the logits' range.
     """
-    batches = list(enumerate(batches))
+    batches = list(batches)
     if not batches:
         raise InputError("there are no calibration images; pass at least one batch")
-    options = {"want_flow": want_flow, "estimates": estimates, "reference": reference, "seed": seed}
-    collect = partial(_collect, model, graph, probes, **options)
-    mine, parts = batches[rank() :: world_size()], []
-    firsts = [0, *itertools.accumulate(len(images) for _, (images, _) in batches)]
+    portions = portions or Portions(batches[0][0].device)
+    firsts = itertools.accumulate((len(images) for images, _ in batches), initial=first)
+    numbered = [(number, start, *batch) for (number, batch), start in zip(enumerate(batches), firsts, strict=False)]
+    collect, mine, parts = (
+        partial(_collect, model, graph, wanted, estimates, reference, fisher),
+        numbered[rank() :: world_size()],
+        [],
+    )
     with frozen(model), frozen(model if reference is None else reference):
-        check_gradients(graph, *batches[0][1])
-        for number, (images, labels) in tqdm(mine, desc="score", leave=False, disable=not progress or not is_main()):
-            parts.append((number, _collect_batch(collect, images, labels, number, firsts[number])))
-    return Directions.join(_of_all_processes(parts)).to(batches[0][1][0].device)
+        for number, start, images, labels in tqdm(
+            mine, desc="score", leave=False, disable=not progress or not is_main()
+        ):
+            parts.append((number, Directions.join([*_in_portions(collect, portions, images, labels, number, start)])))
+    return Directions.join(_of_all_processes(parts)).to(batches[0][0].device)
 
 
 def _of_all_processes(parts):
@@ -75,8 +104,14 @@ def _of_all_processes(parts):
     return [part for _, part in sorted(parts, key=lambda part: part[0])]
 
 
-def _collect_batch(collect, images, labels, number, first):
-    """`first`: how many images of the pass come before these."""
+def _in_portions(collect, portions, images, labels, number, first):
+    """The directions of one batch, a part at a time; `first`: how many images of the pass come before the batch."""
+    for part in portions.slices(len(images)):
+        with portions.measured(part):
+            yield _collect_part(collect, images[part], labels[part], number, first + part.start)
+
+
+def _collect_part(collect, images, labels, number, first):
     try:
         return collect(images, labels, number, first)
     except torch.OutOfMemoryError as error:
@@ -84,28 +119,43 @@ def _collect_batch(collect, images, labels, number, first):
             raise InputError("one image does not fit into GPU memory for scoring; lower --image-size") from error
     half = len(images) // 2  # outside of the except block, which would keep the failed pass alive
     split = ((images[:half], labels[:half], first), (images[half:], labels[half:], first + half))
-    return Directions.join([_collect_batch(collect, x, y, number, start) for x, y, start in split])
+    return Directions.join([_collect_part(collect, x, y, number, start) for x, y, start in split])
 
 
-def _collect(model, graph, probes, images, labels, number, first, *, want_flow, estimates, reference, seed):
+def _collect(model, graph, wanted, estimates, reference, fisher, images, labels, number, first):
     gates, gated = open_gates(graph, images), []
+    part = None if fisher is None else fisher.part(first)
 
     def record(site, output):
-        if want_flow and output.requires_grad:
+        if wanted.flow and output.requires_grad:
             gated.append((site, get_gradient_edge(output)))
 
-    logits = gated_logits(graph, images, labels, gates, f"calibration batch {number}", record, estimates)
-    signs = random_signs(seed, first, *logits.shape)
-    basis, sampled = class_basis(logits.detach(), labels, probes, signs)
+    outputs = None if part is None else part.outputs
+    logits = gated_logits(graph, images, labels, gates, f"calibration batch {number}", record, estimates, outputs)
+    fixed, signs = logits.detach(), random_signs(wanted.seed, first, *logits.shape)
+    random = random_directions(fixed, signs)
+    basis, sampled = class_basis(
+        fixed, labels if wanted.gradient else None, wanted.probes, signs if wanted.curvature else None
+    )
     flow = None
-    if want_flow:
+    if wanted.flow:
         flow = unit_gradient_norms(F.cross_entropy(logits, labels, reduction="sum"), gated, len(graph.units))
-    coordinates = torch.empty(*gates.shape, basis.shape[2], dtype=gates.dtype, device=gates.device)
-    for r in range(basis.shape[2]):
-        (coordinates[:, :, r],) = torch.autograd.grad(logits, gates, basis[:, :, r], retain_graph=True)
-    logits = logits.detach()
+    columns, scale = [*basis.unbind(2)], None
+    if part is not None and len(columns) == 1 and wanted.curvature and not wanted.gradient and basis.shape[1] > 2:
+        # the one direction is the random one but for its length, which matters to the Fisher matrices
+        scale = (columns[0] * random).sum(1) / random.square().sum(1).clamp_min(torch.finfo(random.dtype).tiny)
+        columns = []
+    found = []
+    if part is not None:
+        with part:
+            (along,) = torch.autograd.grad(logits, gates, random, retain_graph=bool(columns))
+        found = [] if scale is None else [along * scale[:, None]]
+    for index, column in enumerate(columns, 1):
+        found += torch.autograd.grad(logits, gates, column, retain_graph=index < len(columns))
     probabilities = None
     if reference is not None:
         with torch.no_grad():
-            probabilities = logits.softmax(1) if reference is model else reference(images).to(logits).softmax(1)
-    return Directions(coordinates, basis, logits, labels, sampled, flow, reference=probabilities)
+            probabilities = fixed.softmax(1) if reference is model else reference(images).to(fixed).softmax(1)
+    if part is not None:
+        part.commit(len(images))
+    return Directions(torch.stack(found, 2), basis, fixed, labels, sampled, flow, reference=probabilities)

@@ -13,16 +13,19 @@ fitted on the other folds. A layer with few rows a channel (a classifier after p
 almost everything on the images that fitted it, and would be emptied.
 """
 
-from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
+from taylor_pruning.memory import Portions
 from taylor_pruning.modes import frozen
+from taylor_pruning.scoring.positions import drawn_positions
+from taylor_pruning.surgery.execution import moved
 
 RIDGE = 1e-2  # relative to the mean variance; the ratio of channels to rows is added
 FOLDS = 4
 PRIME = 2**31 - 1
+ROWS_PER_CHANNEL = 32  # and `positions.ENOUGH_ROWS` at least, where the images have as many positions
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a pixel
 
 
@@ -36,17 +39,20 @@ class ChannelEstimate:
 
     def __init__(self, reader, precision, mean):
         left = precision / precision.diagonal(dim1=1, dim2=2)[:, :, None]
-        for group, units in enumerate(reader.units[:: reader.positions].view(len(left), -1)):
-            for unit, count in Counter(units.tolist()).items():
-                if unit >= 0 and count > 1:  # channels of one unit are removed together
-                    block = (units == unit).nonzero()[:, 0].to(left.device)
-                    left[group, block] = torch.linalg.solve(precision[group, block][:, block], precision[group, block])
-        identity = torch.eye(left.shape[1]).to(left)
-        self.reader, self.matrix, self.offset = reader, identity - left, left @ mean
+        for _, at in reader.places:
+            if at.shape[1] > 1:  # channels of one unit are removed together
+                at = moved(at, left.device)
+                block = precision[:, at[:, :, None], at[:, None, :]]
+                left[:, at] = torch.linalg.solve_ex(block, precision[:, at])[0]
+        left.neg_()
+        self.offset = -(left @ mean)
+        left.diagonal(dim1=1, dim2=2).add_(1)
+        self.reader, self.matrix = reader, left
 
     def __call__(self, x):
         """The estimates, in the shape of the reader's input x."""
-        return self.reader.from_rows(self.matrix.to(x) @ self.reader.to_rows(x) + self.offset.to(x), x.shape)
+        rows = torch.matmul(self.matrix.to(x), self.reader.to_rows(x))
+        return self.reader.from_rows(rows.add_(self.offset.to(x)), x.shape)
 
 
 @dataclass
@@ -55,27 +61,47 @@ class InputMoments:
 
     Attributes:
         reader: surgery.graph.Reader.
-        rows: [folds] number of pairs. total: [folds, groups, channels] and products: [folds, groups, channels, channels]
-            sums over them of the inputs and of their products, float64.
+        shift: [groups, channels, 1], subtracted from the inputs first, so that large means cost no digits.
+        total: [folds, groups, channels] and products: [folds, groups, channels, channels] sums over pairs.
+        rows: [folds] number of pairs.
     """
 
     reader: object
-    rows: torch.Tensor
+    shift: torch.Tensor
     total: torch.Tensor
     products: torch.Tensor
+    rows: list = field(default_factory=lambda: [0] * FOLDS)
 
-    def precision(self, without=None):
-        """(P [groups, channels, channels], mean [groups, channels, 1]) of all folds, or of all but one; None without rows."""
-        kept = [fold for fold in range(FOLDS) if fold != without]
-        rows = self.rows[kept].sum().item()
-        if not rows:
+    @classmethod
+    def empty(cls, reader, rows):
+        """No moments yet; the shift is the mean of these rows [images, groups, channels, positions]."""
+        shift = rows.mean((0, 3))[..., None]
+        total = rows.new_zeros(FOLDS, *shift.shape[:2])
+        return cls(reader, shift, total, total.new_zeros(*total.shape, total.shape[-1]))
+
+    def add(self, fold, rows):
+        """Adds rows [images, groups, channels, positions] of a fold."""
+        rows = rows.movedim(0, 2).flatten(2) - self.shift
+        self.rows[fold] += rows.shape[2]
+        self.total[fold] += rows.sum(2)
+        self.products[fold] += rows @ rows.mT
+
+    def precision(self, without=None, dtype=None):
+        """(P [groups, channels, channels], mean [groups, channels, 1]) of all folds, or of all but one; None without rows.
+
+        In the precision of the sums, or in that of `dtype`.
+        """
+        kept = [fold for fold in range(FOLDS) if fold != without and self.rows[fold]]
+        if not kept:
             return None
-        mean = (self.total[kept].sum(0) / rows)[:, :, None]
-        covariance = self.products[kept].sum(0) / rows - mean @ mean.mT
-        channels = covariance.shape[1]
-        ridge = (RIDGE + channels / rows) * covariance.diagonal(dim1=1, dim2=2).mean(1)
-        ridge = ridge.clamp_min(torch.finfo(covariance.dtype).tiny)[:, None, None]
-        return torch.linalg.inv(covariance + ridge * torch.eye(channels).to(covariance)), mean
+        rows = sum(self.rows[fold] for fold in kept)
+        total, covariance = (sum(sums[f] for f in kept).to(dtype) / rows for sums in (self.total, self.products))
+        mean = total[:, :, None]
+        covariance.baddbmm_(mean, mean.mT, alpha=-1)
+        diagonal = covariance.diagonal(dim1=1, dim2=2)
+        ridge = (RIDGE + covariance.shape[1] / rows) * diagonal.mean(1, keepdim=True)
+        diagonal += ridge.clamp_min(torch.finfo(covariance.dtype).tiny ** 0.5)
+        return torch.cholesky_inverse(torch.linalg.cholesky_ex(covariance)[0]), mean + self.shift.to(mean)
 
 
 def fold_of(images):
@@ -85,11 +111,17 @@ def fold_of(images):
     return (numbers * weights).sum(1) % PRIME % FOLDS  # the prime mixes all bits: those of rounded pixels end in zeros
 
 
+def folds_of(batches):
+    """[number of images] fold of every image of the batches, on the CPU."""
+    return torch.cat([fold_of(images) for images, _ in batches]).cpu()
+
+
 def by_fold(batches):
     """Yields (fold, batches of the images that fall into it); batches are no larger than the largest one given."""
-    folds, size = [fold_of(images) for images, _ in batches], max(len(images) for images, _ in batches)
+    size = max(len(images) for images, _ in batches)
+    folds = folds_of(batches).split([len(images) for images, _ in batches])
     for fold in range(FOLDS):
-        chosen = [(fold == f).nonzero().flatten() for f in folds]
+        chosen = [(f == fold).nonzero().flatten().to(x.device) for f, (x, _) in zip(folds, batches, strict=True)]
         picked = [(x[i], None if y is None else y[i]) for (x, y), i in zip(batches, chosen, strict=True) if len(i)]
         if not picked:
             continue
@@ -99,36 +131,45 @@ def by_fold(batches):
         yield fold, [(images[i : i + size], None if labels is None else labels[i : i + size]) for i in starts]
 
 
-def input_moments(model, graph, batches):
+def input_moments(model, graph, batches, portions=None):
     """{layer name: InputMoments} of the layers that compensation refits, from one forward of the batches.
 
-    Layers that are called more than once are not refitted (repair.compensation) and have no entry.
-    """
-    found, calls, forwards = {}, Counter(), 0
+    Of a layer with many positions some are drawn for every image (scoring.positions). Layers that are called more than once
+    are not refitted (repair.compensation) and have no entry.
 
-    def record(reader, fold):
+    Args:
+        portions: memory.Portions, parts of batches that fit into memory; None: what is free.
+    """
+    found, calls, forwards = {}, dict.fromkeys((reader.layer for reader in graph.readers), 0), 0
+    folds, images_in_all = folds_of(batches), sum(len(images) for images, _ in batches)
+
+    def record(reader):
         def read(args):
-            rows = reader.to_rows(args[0]).movedim(0, 2).flatten(2)  # [groups, channels, images x positions]
+            rows = reader.to_rows(args[0])
+            wanted = ROWS_PER_CHANNEL * rows.shape[2]
+            several = len(rows) // len(numbers)  # rows an image, where a forward puts parts of it into the batch
+            rows = drawn_positions(rows, numbers.repeat_interleave(several), images_in_all, wanted)
             calls[reader.layer] += 1
             if reader.layer not in found:
-                shape = FOLDS, *rows.shape[:2], rows.shape[1]
-                zeros = torch.zeros(shape, dtype=torch.float64, device=rows.device)
-                found[reader.layer] = InputMoments(reader, zeros[:, 0, 0, 0].clone(), zeros[..., 0].clone(), zeros)
-            moments = found[reader.layer]
-            moments.rows[fold] += rows.shape[2]
-            moments.total[fold] += rows.double().sum(2)
-            moments.products[fold] += (rows @ rows.mT).double()
+                found[reader.layer] = InputMoments.empty(reader, rows)
+            for fold, part in enumerate(rows.split([count * several for count in counts])):
+                if len(part):
+                    found[reader.layer].add(fold, part)
             return args
 
         return read
 
-    with frozen(model), torch.no_grad():
-        for fold, part in by_fold(batches):
-            reads = {node: record(reader, fold) for reader in graph.readers for node in reader.nodes}
-            with graph.executed(read=reads):
-                for images, _ in part:
-                    model(images)
-                    forwards += 1
+    reads = {node: record(reader) for reader in graph.readers for node in reader.nodes}
+    portions, first = portions or Portions(batches[0][0].device), 0
+    with frozen(model), torch.no_grad(), graph.executed(read=reads):
+        for images, _ in batches:
+            for part in portions.slices(len(images)):
+                fold = folds[first : first + part.stop - part.start]
+                order, counts = fold.argsort(stable=True), fold.bincount(minlength=FOLDS).tolist()
+                numbers = (first + order).to(images.device)
+                with portions.measured(part):
+                    model(images[numbers - first + part.start])
+                first, forwards = first + len(fold), forwards + 1
     return {name: moments for name, moments in found.items() if calls[name] == forwards}
 
 

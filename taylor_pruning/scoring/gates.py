@@ -24,16 +24,17 @@ def gated_logits(
     where: str,
     on_gate: Callable | None = None,
     estimates: Mapping | None = None,
+    outputs: Mapping | None = None,
 ) -> Tensor:
     """Logits [B, K] under the gates, in the dtype of the gates.
 
     Args:
-        where: what error messages call the batch. on_gate, estimates: see ChannelGraph.gated.
+        where: what error messages call the batch. on_gate, estimates, outputs: see ChannelGraph.gated.
 
     Raises:
         InputError: pixels or logits are not finite, labels out of range, or no gradient leads from the logits to a gate.
     """
-    with torch.enable_grad(), graph.gated(gates, on_gate, estimates):
+    with torch.enable_grad(), graph.gated(gates, on_gate, estimates, outputs):
         logits = graph.model(images)
     check_batch(images, labels, logits, where)
     if not torch.isfinite(logits).all():

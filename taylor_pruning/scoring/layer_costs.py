@@ -22,47 +22,87 @@ ranks of single units by these costs are coarse; a level for every unit (`Remova
 
 import torch
 
-from taylor_pruning.modes import frozen
-from taylor_pruning.scoring.directions import random_directions, random_signs
+from taylor_pruning.distributed import gather_objects
+from taylor_pruning.scoring.positions import drawn_positions
 
 BLOCK = 32  # removed channels that a reader gathers before its matrices are updated
 
 
-def fisher_of_outputs(model, graph, readers, batches):
-    """{layer name: G [outputs, outputs] float64} of the readers, from one forward and backward pass of the batches.
+class OutputFisher:
+    """Sums up G [outputs, outputs] of every reader in backward passes along random directions w.
 
-    A reader whose outputs get no gradient has no entry.
+    Of a layer with many positions some are drawn for every image (scoring.positions), and stand for all.
+
+    Args:
+        readers: surgery.graph.Readers. images: number of images in all.
+
+    Attributes:
+        sums: {layer name: sum over the images seen}; a reader whose outputs get no gradient has no entry.
     """
-    found, images_seen = {}, 0
 
-    def collect(reader):
-        def of_gradient(gradient):
-            last = reader.is_linear
-            gradient = gradient.reshape(-1, gradient.shape[-1]).mT if last else gradient.movedim(1, 0).flatten(1)
-            found[reader.layer] = found.get(reader.layer, 0) + (gradient @ gradient.mT).double()
+    def __init__(self, readers, images):
+        self.readers, self.images = list(readers), images
+        self.sums, self.seen = {}, 0
 
-        def change(output):
-            leaf = not output.requires_grad  # nothing before this layer has a gradient
-            output = output.detach().requires_grad_() if leaf else output
-            output.register_hook(of_gradient)
-            return output.clone() if leaf else output  # a leaf must not be changed in place
+    def part(self, first):
+        """`FisherPart` of one forward; `first`: how many images of the pass come before it."""
+        return FisherPart(self, first)
 
-        return change
+    def mean(self):
+        """{layer name: G}, of the images of all processes."""
+        sums = gather_objects((self.seen, {name: total.cpu() for name, total in self.sums.items()}))
+        if len(sums) == 1:
+            return {name: total / self.seen for name, total in self.sums.items()}
+        names, seen = [*dict.fromkeys(name for _, part in sums for name in part)], sum(count for count, _ in sums)
+        return {name: sum(part[name] for _, part in sums if name in part) / seen for name in names}
 
-    changes = {node: collect(reader) for reader in readers for node in reader.nodes}
-    with frozen(model), torch.enable_grad(), graph.executed(change=changes):
-        for images, _ in batches:
-            logits = model(images)
-            directions = random_directions(logits.detach(), random_signs(0, images_seen, *logits.shape))
-            if logits.requires_grad:
-                (logits * directions).sum().backward()
-            images_seen += len(images)
-    return {name: gram / images_seen for name, gram in found.items()}
+
+class FisherPart:
+    """G of the images of one forward, from the backward passes that run inside `with part:`.
+
+    Attributes:
+        outputs: {node: function} that a forward calls with the outputs of readers (ChannelGraph.gated).
+    """
+
+    def __init__(self, whole, first):
+        self.whole, self.first, self.open, self.grams = whole, first, False, {}
+        self.outputs = {node: self._watch(reader) for reader in whole.readers for node in reader.nodes}
+
+    def _watch(self, reader):
+        def add(gradient):
+            if self.open:
+                last = reader.is_linear
+                rows = gradient.reshape(len(gradient), -1, gradient.shape[-1]).mT if last else gradient.flatten(2)
+                positions = rows.shape[2]
+                numbers = self.first + torch.arange(len(rows), device=rows.device)
+                rows = drawn_positions(rows[:, None], numbers, self.whole.images, rows.shape[1])[:, 0]
+                share, rows = positions / rows.shape[2], rows.movedim(1, 0).flatten(1)
+                self.grams[reader.layer] = self.grams.get(reader.layer, 0) + share * (rows @ rows.mT)
+
+        def watch(output):
+            if output.requires_grad:
+                output.register_hook(add)
+            return output
+
+        return watch
+
+    def __enter__(self):
+        self.open = True
+        return self
+
+    def __exit__(self, *error):
+        self.open = False
+
+    def commit(self, images):
+        """Adds what was found of so many images to the whole."""
+        for name, gram in self.grams.items():
+            self.whole.sums[name] = self.whole.sums.get(name, 0) + gram
+        self.whole.seen += images
 
 
 def output_costs(reader, weight, fisher):
     """Q [groups, channels, channels] of a reader from its weight and the Fisher matrix G of its outputs."""
-    weight = weight.detach().double()
+    weight, fisher = weight.detach().double(), fisher.to(weight.device).double()
     outputs, groups = len(weight) // reader.groups, reader.groups
     if reader.is_linear:
         weight = weight.reshape(outputs, -1, reader.positions)
@@ -74,42 +114,48 @@ def output_costs(reader, weight, fisher):
 class ReaderCosts:
     """P and Q of one reader, updated as units are removed; all groups of a grouped conv hold the same units.
 
+    Works on the CPU, where single removals of small matrices wait for nothing.
+
     Args:
-        units: [channels of a group] unit index, -1 for what always stays.
+        places: [(units [n], their channels [n, m])], see surgery.units.Reader.
         precision, output_cost: P and Q [groups, channels, channels], float64.
     """
 
-    def __init__(self, units, precision, output_cost):
-        self.p, self.q = precision.cpu().clone(), output_cost.cpu().clone()
-        places = {}
-        for channel, unit in enumerate(units.tolist()):
-            if unit >= 0:
-                places.setdefault(unit, []).append(channel)
-        self.places = {unit: torch.tensor(channels) for unit, channels in places.items()}
-        rows = max([BLOCK, *map(len, places.values())])
+    def __init__(self, places, precision, output_cost):
+        self.p, self.q = (matrix.to("cpu", copy=True) for matrix in (precision, output_cost))
+        self.places = {
+            unit: channels for units, at in places for unit, channels in zip(units.tolist(), at, strict=True)
+        }
+        rows = max([BLOCK, *map(len, self.places.values())])
         # P_T., b and Q_T. + Q_TT b / 2 of removed channels that the matrices do not show yet: [3, groups, rows, channels]
         self.pending, self.filled = self.p.new_empty(3, len(self.p), rows, self.p.shape[2]), 0
-        self.kinds = []  # units with equally many channels: their indices, channels [n, m], blocks of P and Q
-        for size in {len(channels) for channels in places.values()}:
-            some = [unit for unit, channels in places.items() if len(channels) == size]
-            at = torch.stack([self.places[unit] for unit in some])
-            blocks = [matrix[:, at[:, :, None], at[:, None, :]] for matrix in (self.p, self.q)]
-            self.kinds.append((torch.tensor(some), at, *blocks))
+        self.diagonals = [matrix.diagonal(dim1=1, dim2=2).clone() for matrix in (self.p, self.q)]
+        self.singles = [(units, at[:, 0]) for units, at in places if at.shape[1] == 1]
+        self.kinds = []  # units of several channels: their indices, channels [n, m], blocks of P and Q
+        for units, at in places:
+            if at.shape[1] > 1:
+                self.kinds.append((units, at, *(m[:, at[:, :, None], at[:, None, :]] for m in (self.p, self.q))))
 
     def costs(self):
-        """Yields (units [n], cost [n] of removing each one next); the cost of a removed unit has no meaning."""
+        """[(units [n], cost [n] of removing each one next)]; the cost of a removed unit has no meaning."""
+        found = []
+        if self.singles:
+            p, q = self.diagonals
+            costs = (q / p.clamp_min(torch.finfo(p.dtype).tiny)).sum(0) / 2
+            found += [(units, costs[at]) for units, at in self.singles]
         for units, _, p, q in self.kinds:
-            if p.shape[-1] == 1:
-                yield units, (q / p.clamp_min(torch.finfo(p.dtype).tiny)).sum((0, 2, 3)) / 2
-            else:
-                yield units, torch.linalg.solve(p, q).diagonal(dim1=2, dim2=3).sum((0, 2)) / 2
+            found.append((units, torch.linalg.solve(p, q).diagonal(dim1=2, dim2=3).sum((0, 2)) / 2))
+        return found
 
     def remove(self, unit):
         """Removes the unit; the remaining channels replace it by least squares."""
         at = self.places[unit]
         p, q = self._rows(at)
-        b = -torch.linalg.solve(p[..., at], p)
+        b = -p / p[..., at] if len(at) == 1 else -torch.linalg.solve(p[..., at], p)
         r = q + q[..., at] @ b / 2
+        for diagonal, change in zip(self.diagonals, ((p * b).sum(1), 2 * (b * r).sum(1)), strict=True):
+            diagonal += change
+        self.diagonals[0][:, at], self.diagonals[1][:, at] = 1, 0
         for _, places, block_p, block_q in self.kinds:
             here = [matrix[..., places].movedim(1, 3) for matrix in (p, b, r)]  # [groups, n, m, removed]
             block_p += here[0] @ here[1].mT
@@ -178,19 +224,18 @@ class RemovalCosts:
             self.held[index] = now
 
 
-def removal_costs(model, graph, moments, batches, levels=None):
-    """RemovalCosts of a graph's units.
+def removal_costs(model, moments, fisher, units, levels=None):
+    """RemovalCosts of the units of a graph.
 
     Args:
         moments: scoring.estimates.input_moments of the model.
-        batches: list of (images, labels) for the outputs' Fisher matrices; labels are not used.
-        levels: see RemovalCosts.
+        fisher: {layer name: G} of the readers' outputs (`OutputFisher.mean`).
+        units: number of units. levels: see RemovalCosts.
     """
-    readers = [m.reader for m in moments.values()]
-    fisher = fisher_of_outputs(model, graph, readers, batches)
     weights, costs = dict(model.named_parameters(remove_duplicate=False)), []
-    for reader in (r for r in readers if r.layer in fisher):
-        precision, _ = moments[reader.layer].precision()
-        q = output_costs(reader, weights[f"{reader.layer}.weight" if reader.layer else "weight"], fisher[reader.layer])
-        costs.append(ReaderCosts(reader.units[:: reader.positions][: q.shape[1]], precision, q))
-    return RemovalCosts(costs, levels, len(graph.units))
+    for layer, m in moments.items():
+        if layer in fisher:
+            precision, _ = m.precision(dtype=torch.float64)
+            weight = weights[f"{layer}.weight" if layer else "weight"]
+            costs.append(ReaderCosts(m.reader.places, precision, output_costs(m.reader, weight, fisher[layer])))
+    return RemovalCosts(costs, levels, units)

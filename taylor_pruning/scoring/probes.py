@@ -23,7 +23,6 @@ from tqdm import tqdm
 from taylor_pruning.errors import InputError
 from taylor_pruning.modes import frozen
 from taylor_pruning.scoring.gates import gated_logits, open_gates
-from taylor_pruning.scoring.gradient_check import check_gradients
 from taylor_pruning.surgery.graph import ChannelGraph
 
 # PyTorch's third derivatives of these are wrong, and it does not say so in every version (central differences show it).
@@ -83,7 +82,6 @@ def probe_derivatives(
             "Use order 1 or 2, or compensate"
         )
     with frozen(model), torch.enable_grad():
-        check_gradients(graph, *batches[0])
         for number, (images, labels) in enumerate(tqdm(batches, desc="probe", leave=False, disable=not progress)):
             gates = open_gates(graph, images)
             logits = gated_logits(graph, images, labels, gates, f"calibration batch {number}")

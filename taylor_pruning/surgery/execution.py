@@ -4,6 +4,7 @@ from collections import defaultdict
 
 import torch
 from torch import fx
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from taylor_pruning.errors import InputError
 from taylor_pruning.surgery.nested import Slot, map_tensors, tensors_in
@@ -48,18 +49,42 @@ def record(model, example, training=False):
 
 
 class _Blend(torch.autograd.Function):
-    """x + closed * estimate, of which only the estimate is kept for the backward passes, and no copy made at closed = 0."""
+    """x + closed * estimate(x). The estimate is computed when it is needed: at closed channels, and in backward passes.
+
+    Until then x alone is kept, which the operation before or after it keeps anyway.
+    """
 
     @staticmethod
-    def forward(ctx, x, closed, estimate):
-        ctx.save_for_backward(estimate)
-        ctx.shape = closed.shape
-        return x + closed * estimate if closed.any() else x.view_as(x)
+    def forward(ctx, x, closed, estimate, any_closed):
+        ctx.save_for_backward(x)
+        ctx.shape, ctx.estimate, ctx.found = closed.shape, estimate, None
+        return x + closed * estimate(x) if any_closed else x.view_as(x)
 
     @staticmethod
     def backward(ctx, gradient):
-        (estimate,) = ctx.saved_tensors
-        return gradient, (gradient * estimate).sum_to_size(ctx.shape), None
+        if ctx.found is None:
+            with torch.no_grad():
+                ctx.found = ctx.estimate(ctx.saved_tensors[0])
+        return gradient, (gradient * ctx.found).sum_to_size(ctx.shape), None, None
+
+
+_MOVED = WeakTensorKeyDictionary()  # index tensors of graphs: {the tensor on the CPU: {device: the same there}}
+
+
+def moved(indices, device):
+    """The index tensor on the device, copied there once."""
+    places = _MOVED.setdefault(indices, {})
+    if device not in places:
+        places[device] = indices.to(device)
+    return places[device]
+
+
+def _of_units(factor, units):
+    """The entries of `factor` [..., units + 1] at the units; index -1 is the last entry."""
+    places = _MOVED.setdefault(units, {})
+    if ("wrapped", factor.device) not in places:
+        places["wrapped", factor.device] = (units % factor.shape[-1]).to(factor.device)
+    return factor.index_select(-1, places["wrapped", factor.device])
 
 
 class Execution:
@@ -168,7 +193,7 @@ def gate(factor, dim, batch_dim, units, output):
     Args:
         factor: [units + 1] or [batch, units + 1] gates, the last is 1. units: [channels] index or -1.
     """
-    factor = factor[..., units.to(factor.device)]
+    factor = _of_units(factor, units)
     shape = [1] * output.dim()
     shape[dim] = factor.shape[-1]
     if factor.dim() > 1:
@@ -182,16 +207,19 @@ def gate(factor, dim, batch_dim, units, output):
     return output * factor.reshape(shape).to(output.dtype)
 
 
-def blended(estimate, open_gates, position):
+def blended(estimate, open_gates, any_closed, position):
     """A function for `Execution.run`'s `read`: closed channels of the reader's input become what others say of them."""
     reader = estimate.reader
 
     def function(args):
         x = args[position]
-        closed = 1 - open_gates[..., reader.units.to(open_gates.device)]
+        closed = 1 - _of_units(open_gates, reader.units)
         space = x.dim() - 2
         shape = (*(1,) * space, len(reader.units)) if reader.is_linear else (len(reader.units), *(1,) * space)
-        x = _Blend.apply(x, closed.reshape(-1, *shape).to(x.dtype), estimate(x.detach()))
+        closed = closed.reshape(-1, *shape).to(x.dtype)
+        if len(closed) > 1:  # several rows an image where a forward puts parts of it into the batch
+            closed = closed.repeat_interleave(len(x) // len(closed), 0) if len(x) != len(closed) else closed
+        x = _Blend.apply(x, closed, estimate, any_closed)
         return (*args[:position], x, *args[position + 1 :])
 
     return function

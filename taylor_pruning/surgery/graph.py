@@ -164,7 +164,7 @@ class ChannelGraph:
         return cost_terms(self.model, self.tensors, self.positions)
 
     @contextmanager
-    def gated(self, gates, on_gate=None, estimates=None):
+    def gated(self, gates, on_gate=None, estimates=None, outputs=None):
         """While open, forwards of the model run its graph, in which every unit's channels are multiplied by its gate.
 
         Where the forward differs in training mode, the graph is that of the mode in which the model is.
@@ -174,14 +174,18 @@ class ChannelGraph:
             on_gate: called as on_gate(site, output) with every gated activation.
             estimates: {layer name: scoring.estimates.ChannelEstimate}; there the layer reads, in place of a channel whose
                 gate is closed, what its other channels say of it.
+            outputs: {node: function}, called with the node's result before any gate; its result takes the place.
         """
         open_gates = torch.cat([gates, gates.new_ones(*gates.shape[:-1], 1)], -1)  # index -1: no gate
         changes = defaultdict(list)
         for site in self.gate_sites[self._mode()]:
             changes[site.node].append(site)
 
-        def change_of(sites):
+        def change_of(node, sites):
+            first = (outputs or {}).get(node)
+
             def change(output):
+                output = output if first is None else first(output)
                 for site in sites:
                     output = gate(open_gates, site.dim, site.batch_dim, site.units, output)
                     if on_gate is not None:
@@ -190,11 +194,13 @@ class ChannelGraph:
 
             return change
 
-        reads = {}
+        reads, any_closed = {}, bool(estimates) and bool((gates != 1).any())
         for reader in self.readers:
             if reader.layer in (estimates or {}):
-                reads.update((node, blended(estimates[reader.layer], open_gates, 0)) for node in reader.nodes)
-        change = {node: change_of(sites) for node, sites in changes.items()}
+                reads.update(
+                    (node, blended(estimates[reader.layer], open_gates, any_closed, 0)) for node in reader.nodes
+                )
+        change = {**(outputs or {}), **{node: change_of(node, sites) for node, sites in changes.items()}}
         with self.executed(change, reads):
             yield self
 

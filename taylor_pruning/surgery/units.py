@@ -3,6 +3,7 @@
 import math
 from collections import defaultdict
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -51,6 +52,21 @@ class Reader:
     positions: int  # consecutive features of a linear layer's input that are one flattened channel
     is_linear: bool
     nodes: tuple = field(default=(), repr=False, compare=False)  # where the graph applies it
+
+    @cached_property
+    def places(self):
+        """[(units [n], their channels [n, m] in a group)] of the units that have m channels each, for every m.
+
+        All groups of a grouped conv hold the same units.
+        """
+        channels = self.units[:: self.positions][: len(self.units) // self.groups // self.positions]
+        places, kinds = defaultdict(list), defaultdict(dict)
+        for channel, unit in enumerate(channels.tolist()):
+            if unit >= 0:
+                places[unit].append(channel)
+        for unit, found in places.items():
+            kinds[len(found)][unit] = found
+        return [(torch.tensor([*kind]), torch.tensor([*kind.values()])) for kind in kinds.values()]
 
     def to_rows(self, x):
         """The layer's input x [B, channels, ...] or [B, ..., features] as [B, groups, channels of a group, positions]."""

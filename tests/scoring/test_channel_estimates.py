@@ -10,7 +10,7 @@ from torch import nn
 from EnhancedFilterPruner import EnhancedFilterPruner
 from taylor_pruning.errors import InputError
 from taylor_pruning.repair.compensation import compensate
-from taylor_pruning.scoring.collecting import collect_directions
+from taylor_pruning.scoring.collecting import Wanted, collect_directions
 from taylor_pruning.scoring.estimates import by_fold, channel_estimates, input_moments
 from taylor_pruning.scoring.oracle import spearman
 from taylor_pruning.surgery.graph import ChannelGraph
@@ -102,7 +102,9 @@ def test_estimates_in_networks_of_all_kinds(kind):
 def test_directions_are_derivatives_of_the_replacement(relu_network, images, labels):
     graph = ChannelGraph(relu_network, images)
     estimates = channel_estimates(input_moments(relu_network, graph, [(images, labels)]))
-    directions = collect_directions(relu_network, graph, [(images, labels)], 12, progress=False, estimates=estimates)
+    directions = collect_directions(
+        relu_network, graph, [(images, labels)], Wanted(12), progress=False, estimates=estimates
+    )
     step = 1e-6
     for unit in range(len(graph.units)):
         logits = []
@@ -182,7 +184,7 @@ def test_own_targets_give_the_whole_second_derivative_of_a_smooth_network(silu_n
     graph = ChannelGraph(silu_network, images)
     moments = input_moments(silu_network, graph, [(images, labels)])
     folds = [(part, channel_estimates(moments, without=fold)) for fold, part in by_fold([(images, labels)])]
-    pruner = EnhancedFilterPruner(silu_network, images, 2, graph=graph, progress=False)
+    pruner = EnhancedFilterPruner(silu_network, images, 2, graph=graph, class_probes=4, progress=False)
     scores = pruner.rank([(images, labels)], [(images, labels)]).scores()
     for unit in range(len(graph.units)):
 

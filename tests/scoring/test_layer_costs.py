@@ -7,8 +7,9 @@ from torch import nn
 
 from EnhancedFilterPruner import EnhancedFilterPruner
 from taylor_pruning.scoring import estimates, layer_costs
+from taylor_pruning.scoring.collecting import Wanted, collect_directions
 from taylor_pruning.scoring.estimates import FOLDS, by_fold, channel_estimates, fold_of, input_moments
-from taylor_pruning.scoring.layer_costs import RemovalCosts, fisher_of_outputs, removal_costs
+from taylor_pruning.scoring.layer_costs import OutputFisher, RemovalCosts, removal_costs
 from taylor_pruning.surgery.graph import ChannelGraph
 
 
@@ -73,12 +74,24 @@ def many():
 def no_ridge(monkeypatch):
     """P is the inverse of the covariance itself: nothing is added to it."""
 
-    def precision(self, without=None):
-        rows = self.rows.sum()
+    def precision(self, without=None, dtype=None):
+        rows = sum(self.rows)
         mean = (self.total.sum(0) / rows)[:, :, None]
-        return torch.linalg.inv(self.products.sum(0) / rows - mean @ mean.mT), mean
+        return torch.linalg.inv(self.products.sum(0) / rows - mean @ mean.mT), mean + self.shift
 
     monkeypatch.setattr(estimates.InputMoments, "precision", precision)
+
+
+def fisher_of_outputs(model, graph, images):
+    fisher = OutputFisher(graph.readers, len(images))
+    batches = [(part, torch.zeros(len(part), dtype=torch.long)) for part in images.split(1000)]
+    collect_directions(model, graph, batches, Wanted(1, gradient=False), progress=False, fisher=fisher)
+    return fisher.mean()
+
+
+def costs_of(model, graph, images, levels=None):
+    moments = input_moments(model, graph, [(images, None)])
+    return removal_costs(model, moments, fisher_of_outputs(model, graph, images), len(graph.units), levels)
 
 
 def inputs_of(model, layer, images):
@@ -92,7 +105,7 @@ def inputs_of(model, layer, images):
 
 def least_squares_cost(model, graph, images, chosen):
     """1/2 tr(Q R) summed over readers, with R the covariance of what lstsq on the other channels leaves of the chosen."""
-    fisher, cost = fisher_of_outputs(model, graph, graph.readers, [(images, None)]), 0.0
+    fisher, cost = fisher_of_outputs(model, graph, images), 0.0
     for reader in graph.readers:
         module, x = model.get_submodule(reader.layer), reader.to_rows(inputs_of(model, reader.layer, images))
         outputs = len(module.weight) // reader.groups
@@ -113,7 +126,7 @@ def least_squares_cost(model, graph, images, chosen):
 def test_costs_of_growing_sets_are_those_of_least_squares(network, many, monkeypatch):
     monkeypatch.setattr(layer_costs, "BLOCK", 2)  # so that matrices are brought up to date on the way
     graph = ChannelGraph(network, many)
-    costs = removal_costs(network, graph, input_moments(network, graph, [(many, None)]), [(many, None)])
+    costs = costs_of(network, graph, many)
     chosen, total = [], 0.0
     for unit in (2, 0, 3, 4):
         total += costs.marginal[unit].item()
@@ -131,12 +144,12 @@ def test_the_cost_on_a_linear_reader_is_the_second_order_loss_of_the_refitted_la
     torch.manual_seed(0)
     model = randomise(pooled(nn.Conv2d(3, 9, 3), nn.ReLU(), width=9))
     graph = ChannelGraph(model, many)
-    costs = removal_costs(model, graph, input_moments(model, graph, [(many, None)]), [(many, None)])
+    costs = costs_of(model, graph, many)
     chosen, total = [1, 5, 6, 8], 0.0
     for unit in chosen:
         total += costs.marginal[unit].item()
         costs.remove(unit)
-    x, fisher = inputs_of(model, "4", many), fisher_of_outputs(model, graph, graph.readers, [(many, None)])["4"]
+    x, fisher = inputs_of(model, "4", many), fisher_of_outputs(model, graph, many)["4"]
     stay = torch.cat([x[:, [u for u in range(9) if u not in chosen]], torch.ones(len(x), 1, dtype=x.dtype)], 1)
     with torch.no_grad():
         dense = model[4](x)
@@ -149,8 +162,7 @@ def test_fisher_is_that_of_the_predictions(many):
     torch.manual_seed(0)
     model = randomise(NETWORKS["plain"]())
     graph, image = ChannelGraph(model, many), many[:1]
-    (reader,) = (r for r in graph.readers if r.layer == "2")
-    found = fisher_of_outputs(model, graph, [reader], [(image.expand(4000, -1, -1, -1), None)])["2"]
+    found = fisher_of_outputs(model, graph, image.expand(4000, -1, -1, -1))["2"]
     with torch.no_grad():
         x = model[2](model[1](model[0](image)))
     jacobian = torch.autograd.functional.jacobian(lambda y: model[3:](y)[0], x)[:, 0].flatten(
@@ -164,9 +176,9 @@ def test_fisher_is_that_of_the_predictions(many):
 def test_levels_are_the_first_costs_and_the_closed_form_says_how_they_grow(many):
     torch.manual_seed(0)
     model = randomise(NETWORKS["stream"]())
-    graph, batches = ChannelGraph(model, many), [(many, None)]
-    moments, levels = input_moments(model, graph, batches), torch.rand(100)[: len(ChannelGraph(model, many).units)]
-    plain, scaled = (removal_costs(model, graph, moments, batches, given) for given in (None, levels))
+    graph = ChannelGraph(model, many)
+    levels = torch.rand(100)[: len(graph.units)]
+    plain, scaled = (costs_of(model, graph, many, given) for given in (None, levels))
     factor = levels / plain.marginal
     assert torch.allclose(scaled.marginal, levels.double())
     for costs in (plain, scaled):

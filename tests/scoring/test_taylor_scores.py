@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from EnhancedFilterPruner import EnhancedFilterPruner
 from taylor_pruning.errors import InputError
-from taylor_pruning.scoring.collecting import collect_directions
+from taylor_pruning.scoring.collecting import Wanted, collect_directions
 from taylor_pruning.scoring.taylor import Directions, class_basis, closed_third_order
 from taylor_pruning.surgery.graph import ChannelGraph
 
@@ -46,7 +46,7 @@ def single_site(graph):
 def test_derivatives_are_those_of_torch_func(relu_network, images, labels):
     graph = ChannelGraph(relu_network, images)
     images, labels = images[:4], labels[:4]
-    directions = collect_directions(relu_network, graph, [(images, labels)], 3, progress=False)
+    directions = collect_directions(relu_network, graph, [(images, labels)], Wanted(3), progress=False)
     line = single_site(graph)
     assert line.any()
     found, wanted = directions.moments(), brute_force(relu_network, graph, images, labels)
@@ -57,15 +57,15 @@ def test_derivatives_are_those_of_torch_func(relu_network, images, labels):
 
 def test_scores_do_not_depend_on_the_batch_split(plain_network, images, labels, batches):
     graph = ChannelGraph(plain_network, images)
-    whole = collect_directions(plain_network, graph, [(images, labels)], 3, progress=False)
-    split = collect_directions(plain_network, graph, batches, 3, progress=False)
+    whole = collect_directions(plain_network, graph, [(images, labels)], Wanted(3), progress=False)
+    split = collect_directions(plain_network, graph, batches, Wanted(3), progress=False)
     for order in (1, 2, 3):
         torch.testing.assert_close(whole.scores(order), split.scores(order), rtol=1e-10, atol=1e-14)
 
 
 def test_out_of_memory_halves_the_batch(plain_network, images, labels, monkeypatch):
     graph = ChannelGraph(plain_network, images)
-    wanted = collect_directions(plain_network, graph, [(images, labels)], 3, progress=False).scores(3)
+    wanted = collect_directions(plain_network, graph, [(images, labels)], Wanted(3), progress=False).scores(3)
     forward = plain_network.forward
 
     def limited(x):
@@ -74,7 +74,7 @@ def test_out_of_memory_halves_the_batch(plain_network, images, labels, monkeypat
         return forward(x)
 
     monkeypatch.setattr(plain_network, "forward", limited)
-    found = collect_directions(plain_network, graph, [(images, labels)], 3, progress=False).scores(3)
+    found = collect_directions(plain_network, graph, [(images, labels)], Wanted(3), progress=False).scores(3)
     torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-14)
 
 

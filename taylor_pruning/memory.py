@@ -1,0 +1,179 @@
+"""How many images a pass may take at once, so that it stays within the memory of the device.
+
+    portions = Portions(device, limit=parse_bytes("4GB"))
+    for images, labels in batches:
+        for part in portions.slices(len(images)):
+            with portions.measured(part):
+                work(images[part], labels[part])
+
+The first part has few images, and what it takes says how many the next parts may have. Nothing runs twice for it.
+"""
+
+import re
+import sys
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from taylor_pruning.errors import InputError
+
+PROBE = 4  # images of the first part
+SHARE = 0.8  # of the free memory that a pass may take
+MERGED = 1024  # images of a batch on a GPU, which waits for the host where batches are small
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of "4GB", "500MB" or "2.5G" (powers of 1,024). Raises InputError for anything else."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B?\s*", text.upper())
+    if not found or not float(found[1]):
+        raise InputError(f"memory_limit must be a number of bytes such as 4GB or 500MB, not {text}")
+    return int(float(found[1]) * UNITS[found[2]])
+
+
+def free_bytes(device: torch.device) -> int:
+    """What this process may still take on the device: of a machine, also within the limits of its control groups."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    if sys.platform != "linux":
+        return 8 * 2**30
+    (line,) = (line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
+    return min([int(line.split()[1]) * 1024, *_left_in_groups()])
+
+
+def used_bytes(device: torch.device) -> int:
+    """What this process holds on the device now."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    if sys.platform != "linux":
+        return 0
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def _left_in_groups() -> Iterator[int]:
+    """Bytes left within every control group of the process that has a limit, of version 2 and 1."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        number, controllers, path = line.split(":", 2)
+        if number != "0" and "memory" not in controllers.split(","):
+            continue
+        root = Path("/sys/fs/cgroup", "" if number == "0" else "memory")
+        names = (
+            ("memory.max", "memory.current") if number == "0" else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        )
+        group = root / path.lstrip("/")
+        for folder in (group, *group.parents):
+            limit, used = (_number(folder / name) for name in names)
+            if limit is not None and used is not None:
+                yield max(0, limit - used + (_cached(folder) or 0))
+            if folder == root:
+                break
+
+
+def _number(file: Path) -> int | None:
+    """The number in a file; None where there is none, or no limit."""
+    try:
+        text = file.read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
+
+
+def _cached(folder: Path) -> int | None:
+    """Bytes of files that the group may drop."""
+    try:
+        lines = (folder / "memory.stat").read_text().splitlines()
+    except OSError:
+        return None
+    values = dict(line.split() for line in lines)
+    return int(values.get("total_inactive_file", values.get("inactive_file", 0)))
+
+
+class _Live(TorchDispatchMode):
+    """Counts the bytes of the tensors that operations make, while they live; `peak` is the most at one time."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.now, self.peak = {}, 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage):
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.seen:
+            self.seen[key] = size
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._free, key)
+
+    def _free(self, key):
+        self.now -= self.seen.pop(key, 0)
+
+
+class Portions:
+    """Parts of batches that fit into the memory of a device; see the module's example.
+
+    Args:
+        limit: bytes that the process may hold in all on the device; None: what it holds and SHARE of what is free.
+    """
+
+    def __init__(self, device: torch.device, limit: int | None = None):
+        self.device, self.limit = device, limit
+        self.size: int | None = None  # images of a part, once one has been measured
+
+    def slices(self, images: int) -> Iterator[slice]:
+        """Consecutive parts of a batch of so many images."""
+        start = 0
+        while start < images:
+            end = min(images, start + (self.size or PROBE))
+            yield slice(start, end)
+            start = end
+
+    @contextmanager
+    def measured(self, part: slice):
+        """Measures what the block takes, unless that is known: it works on the images of the part."""
+        if self.size is not None:
+            yield
+            return
+        held = used_bytes(self.device)
+        budget = SHARE * free_bytes(self.device) if self.limit is None else self.limit - held
+        with _peak(self.device) as taken:
+            yield
+        self.size = max(1, int(budget / max(1, taken() / (part.stop - part.start))))
+
+
+@contextmanager
+def _peak(device: torch.device):
+    """Yields a function that gives the bytes that the block has taken at most."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield lambda: torch.cuda.max_memory_allocated(device) - before
+        return
+    with _Live() as live:
+        yield lambda: live.peak
+
+
+def merged(batches: Sequence, device: torch.device) -> list:
+    """The batches (images, labels), on a GPU in larger ones: it would wait for the host between small ones."""
+    batches = list(batches)
+    if device.type != "cuda" or len({x.shape[1:] for x, _ in batches}) != 1:
+        return batches
+    images, labels = (None if part[0] is None else torch.cat(part) for part in zip(*batches, strict=True))
+    starts = range(0, len(images), MERGED)
+    return [(images[i : i + MERGED], None if labels is None else labels[i : i + MERGED]) for i in starts]

@@ -1,0 +1,64 @@
+"""What fits into memory: the count of live bytes, parts of batches, limits in words."""
+
+import pytest
+import torch
+
+from taylor_pruning.errors import InputError
+from taylor_pruning.memory import PROBE, Portions, _Live, free_bytes, parse_bytes
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("4GB", 4 * 2**30), ("500 mb", 500 * 2**20), ("2.5G", 5 * 2**29), ("64", 64)]
+)
+def test_limits_in_words(text, value):
+    assert parse_bytes(text) == value
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "4 apples", "nan"])
+def test_what_is_no_limit_is_refused(text):
+    with pytest.raises(InputError, match="4GB"):
+        parse_bytes(text)
+
+
+def test_live_bytes_are_those_of_the_tensors_that_live():
+    x = torch.ones(1000)
+    with _Live() as live:
+        for _ in range(5):
+            y = x + 1  # the one before lives until this one is there
+            z = y.view(10, 100)
+        assert live.peak == 8000 and live.now == 4000
+        del y, z
+        assert live.now == 0
+
+
+def test_backward_counts_what_forward_keeps():
+    x = torch.ones(1000, requires_grad=True)
+    with _Live() as live:
+        x.exp().exp().exp().sum().backward()
+    assert live.peak >= 12000
+
+
+def test_parts_cover_a_batch_and_follow_the_limit():
+    portions, sizes = Portions(CPU, limit=10**12), []
+    for images in (50, 7):
+        covered = 0
+        for part in portions.slices(images):
+            with portions.measured(part):
+                torch.zeros(part.stop - part.start, 250).exp()
+            assert part.start == covered
+            covered = part.stop
+            sizes.append(part.stop - part.start)
+        assert covered == images
+    assert sizes == [PROBE, 50 - PROBE, 7]
+
+
+def test_a_small_limit_makes_small_parts_and_one_image_always_runs():
+    for limit, expected in ((0, 1), (None, 50)):
+        portions = Portions(CPU, limit)
+        for part in portions.slices(PROBE):
+            with portions.measured(part):
+                torch.zeros(part.stop - part.start, 250).exp()
+        assert min(50, portions.size) == expected
+    assert 0 < free_bytes(CPU) < 2**50
