@@ -193,7 +193,7 @@ class EnhancedFilterPruner:
     @property
     def directions(self) -> Directions | None:
         """What `rank` collected under cross-entropy, None for another loss."""
-        return self._collected(1).directions
+        return self._collected(self.taylor_order).directions
 
     def _collected(self, order):
         if self.collected is None:
