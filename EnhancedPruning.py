@@ -230,11 +230,17 @@ class EnhancedPruning:
             reestimate_batchnorm(model, self.calibration)
             before = None
         history = fine_tune(model, self.train_loader, self.val_loader, recipe, teacher=self.teacher, before=before,
-                            checkpoint=checkpoint, resume=resume, progress=self.progress)  # fmt: skip
+                            monitor=self.measuring.monitor, checkpoint=checkpoint, resume=resume,
+                            progress=self.progress)  # fmt: skip
         stages = [*result.stages, self.measuring.stage("fine-tuned", model, time.perf_counter() - start, history.best)]
         flow = result.gradient_flow and flow_with_stage(result.gradient_flow, "fine-tuned", self._flow_report(model))
         return dataclasses.replace(
-            result, model=model, stages=stages, fine_tuning=history.epochs[1:], gradient_flow=flow
+            result,
+            model=model,
+            stages=stages,
+            fine_tuning=history.epochs[1:],
+            accuracy_at_steps=history.steps,
+            gradient_flow=flow,
         )
 
     def oracle(self, samples: int) -> dict:

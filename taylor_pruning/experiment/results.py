@@ -35,6 +35,7 @@ class PruningResult:
         repair: of the repair across layers (repair.network.NetworkRepair), or None.
         seconds: {"score", "select", "surgery", "compensate", "evaluate", "train", "repair"}: summed over the rounds.
         fine_tuning: one dictionary an epoch.
+        accuracy_at_steps: [{"step", "top1", "loss"}] while fine-tuning, on the images that a round is evaluated on.
         gradient_flow, oracle: see results.json in the documentation, or None.
         latency: where the budget was one, milliseconds of a forward of `batch_size` images on `device`: "dense_ms" and
             "pruned_ms" as measured at the end, in turn, "predicted_dense_ms" and "predicted_pruned_ms" from the layers' times.
@@ -52,6 +53,7 @@ class PruningResult:
     curvature: dict = field(default_factory=dict)
     repair: dict | None = None
     fine_tuning: list = field(default_factory=list)
+    accuracy_at_steps: list = field(default_factory=list)
     gradient_flow: dict | None = None
     oracle: dict | None = None
     notes: list = field(default_factory=list)

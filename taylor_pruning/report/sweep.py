@@ -101,6 +101,34 @@ def _markdown_table(header, rows, labels=1):
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def _steps_rows(sweep):
+    """Rows: percentage, the highest top-1 before training, and after how many steps every method has it."""
+    groups = {
+        key: [cell for cell in cells if cell.get("accuracy_at_steps")] for key, cells in cells_by_method(sweep).items()
+    }
+    for percentage in percentages_of(sweep):
+        curves = {method: _mean_curve(groups.get((percentage, method), [])) for method in methods_of(sweep)}
+        started = {method: curve[0] for method, curve in curves.items() if 0 in curve}
+        if not started:
+            continue
+        best = max(started, key=started.get)
+        reached = [_first_step(curve, started[best]) for curve in curves.values()]
+        yield [f"{percentage:g} %", f"{started[best]:.1f} ({METHODS[best].label})", *reached]
+
+
+def _mean_curve(cells):
+    """{step: mean top-1 over the cells}, of steps that all cells have."""
+    runs = [{point["step"]: point["top1"] for point in cell["accuracy_at_steps"]} for cell in cells]
+    steps = sorted(set.intersection(*map(set, runs))) if runs else []
+    return {step: float(np.mean([run[step] for run in runs])) for step in steps}
+
+
+def _first_step(curve, wanted):
+    if not curve:
+        return "-"
+    return next((str(step) for step, top1 in curve.items() if top1 >= wanted), f"more than {max(curve)}")
+
+
 def _full_rows(sweep):
     when = final_moment(sweep)
     for (percentage, method), cells in cells_by_method(sweep).items():
@@ -130,6 +158,11 @@ def _markdown(sweep):
              *(f"{name} saved" for name in COSTS.values()), "seeds"], list(_full_rows(sweep)), labels=2),
         "All in per cent but the number of seeds. Saved: against the dense network.",
     ]  # fmt: skip
+    if steps := list(_steps_rows(sweep)):
+        header = [removed_label(sweep), "top-1 to reach", *(METHODS[method].label for method in methods_of(sweep))]
+        parts[4:4] = ["## Training steps until a method has what the best one has before training",
+                      _markdown_table(header, steps),
+                      "Means over seeds, on at most 500 validation images, at 0, 10, 30, 100, 300, ... steps."]  # fmt: skip
     failed = [cell for cell in sweep["cells"] if cell["status"] != "done"]
     if failed:
         lines = [f"- {cell['percentage']:g} %, {METHODS[cell['method']].label}, seed {cell['seed']}: "

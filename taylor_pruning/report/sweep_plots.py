@@ -172,40 +172,67 @@ def _kept(cells, layers):
 
 
 def _plot_fine_tuning(sweep, paths):
-    """Top-1 over the epochs, a panel a percentage; epoch 0 is the network before fine-tuning."""
-    groups = {key: [cell for cell in cells if cell["fine_tuning"]] for key, cells in cells_by_method(sweep).items()}
+    """Top-1 over the epochs; epoch 0 is the network before fine-tuning."""
+
+    def of(cell):
+        return enumerate([stage_at(cell, "before").get("top1"), *(epoch["top1"] for epoch in cell["fine_tuning"])])
+
+    def finish(axes):
+        axes.xaxis.get_major_locator().set_params(integer=True, nbins=5)
+
+    _plot_training(sweep, paths, "fine_tuning", of, "epoch", finish, sweep["dense"].get("top1"))
+
+
+def _plot_steps(sweep, paths):
+    """Top-1 over the optimiser steps, on a few validation images (the dense network's top-1 is of all)."""
+
+    def of(cell):
+        return [(point["step"], point["top1"]) for point in cell["accuracy_at_steps"]]
+
+    def finish(axes):
+        axes.set_xscale("symlog", linthresh=10)
+        axes.set_xlim(left=0)
+
+    _plot_training(sweep, paths, "accuracy_at_steps", of, "training steps", finish)
+
+
+def _plot_training(sweep, paths, key, points_of, label, finish, dense=None):
+    """A panel a percentage with a curve a method, of the cells that have `key`.
+
+    `points_of` maps a cell to its points (x, top-1), `finish` is called with every panel, `dense` is a line in all.
+    """
+    groups = {k: [cell for cell in cells if cell.get(key)] for k, cells in cells_by_method(sweep).items()}
     percentages = sorted({percentage for (percentage, _), cells in groups.items() if cells})
     columns = 2 if len(percentages) in (2, 4) else min(3, len(percentages))
     rows = math.ceil(len(percentages) / columns)
     with saved_figure(*paths, width=COLUMN_WIDTH if columns == 1 else TEXT_WIDTH, height=2.1 * rows + 0.7) as figure:
         panels = figure.subplots(rows, columns, sharex=True, squeeze=False)
         for axes, percentage in zip(panels.flat, percentages, strict=False):
-            if sweep["dense"].get("top1") is not None:
-                axes.axhline(sweep["dense"]["top1"], color=DENSE, linestyle="--", linewidth=0.8, label="dense")
+            if dense is not None:
+                axes.axhline(dense, color=DENSE, linestyle="--", linewidth=0.8, label="dense")
             for (p, method), cells in groups.items():
                 if p == percentage and cells:
-                    _curve(axes, cells, METHODS[method])
+                    _curve(axes, [dict(points_of(cell)) for cell in cells], METHODS[method])
             axes.set_title(f"{percentage:g} % of the {removed_label(sweep)}")
-            axes.xaxis.get_major_locator().set_params(integer=True, nbins=5)
+            finish(axes)
         for axes in panels.flat[len(percentages) :]:
             axes.remove()
         for axes in panels.flat[max(0, len(percentages) - columns) : len(percentages)]:
-            axes.set_xlabel("epoch")
+            axes.set_xlabel(label)
             axes.tick_params(labelbottom=True)
         for axes in panels[:, 0]:
             axes.set_ylabel("top-1 (%)")
         _shared_legend(figure, panels.flat[: len(percentages)])
 
 
-def _curve(axes, cells, style):
-    """Mean over seeds, and a band of one standard deviation where there are several."""
-    runs = [[stage_at(cell, "before").get("top1"), *(epoch["top1"] for epoch in cell["fine_tuning"])] for cell in cells]
-    epochs = range(max(map(len, runs)))
-    points = [Estimate.of([run[epoch] for run in runs if epoch < len(run)]) for epoch in epochs]
+def _curve(axes, runs, style):
+    """Mean over seeds, and a band of one standard deviation where there are several. runs: [{x: top-1}], one a seed."""
+    at = sorted(set().union(*runs))
+    points = [Estimate.of([run[x] for run in runs if x in run]) for x in at]
     mean, sd = (numbers(getattr(point, name) for point in points) for name in ("mean", "sd"))
-    axes.plot(epochs, mean, color=style.colour, linestyle=style.line, marker=style.marker if len(mean) <= 12 else None,
+    axes.plot(at, mean, color=style.colour, linestyle=style.line, marker=style.marker if len(mean) <= 12 else None,
               markersize=2.5, label=style.label)  # fmt: skip
-    axes.fill_between(epochs, mean - sd, mean + sd, color=style.colour, alpha=0.2, linewidth=0)
+    axes.fill_between(at, mean - sd, mean + sd, color=style.colour, alpha=0.2, linewidth=0)
 
 
 def write_sweep_plots(sweep: dict, folder: Path) -> list[Path]:
@@ -217,6 +244,8 @@ def write_sweep_plots(sweep: dict, folder: Path) -> list[Path]:
         plots["filters_kept"] = _plot_layers
     if any(cell["fine_tuning"] for cell in done):
         plots["fine_tuning"] = _plot_fine_tuning
+    if any(cell.get("accuracy_at_steps") for cell in done):
+        plots["accuracy_against_steps"] = _plot_steps
     for name, plot in plots.items():
         files = [folder / f"{name}.{suffix}" for suffix in ("png", "pdf")]
         plot(sweep, files)

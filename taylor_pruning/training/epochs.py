@@ -1,7 +1,7 @@
 """A training in progress: its epochs, the best weights so far, and its checkpoint."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 
@@ -12,8 +12,10 @@ from taylor_pruning.checks import nonfinite_weight
 from taylor_pruning.distributed import barrier, broadcast_buffers, gather_objects, is_main, rank, world_size
 from taylor_pruning.training.checkpoint import read_checkpoint, rng_state, set_rng_state, write_checkpoint
 from taylor_pruning.training.checks import BatchLog
+from taylor_pruning.training.curve import StepCurve
 from taylor_pruning.training.evaluation import Accuracy, evaluate
 from taylor_pruning.training.recipe import Recipe
+from taylor_pruning.training.sampling import Batches
 from taylor_pruning.training.steps import OptimiserSteps
 
 # Training counts as diverged above this multiple of the validation loss before training (of 1 nat where that is less):
@@ -43,10 +45,12 @@ class History:
 
     `lr` is the largest of the epoch and `train_loss` its mean training loss (nats); top1, top5, loss and images are the
     Accuracy on the validation images. Epoch 0 is the model as it was given (lr 0, train_loss None).
+    steps: points of the StepCurve, [] where there is none.
     """
 
     epochs: list[dict]
     best_epoch: int
+    steps: list[dict] = field(default_factory=list)
 
     @property
     def best(self) -> Accuracy:
@@ -65,6 +69,7 @@ class Training:
         batches: int,
         checkpoint: Path | None = None,
         constant_lr: bool = False,
+        monitor: Batches | None = None,
     ):
         self.model, self.checkpoint = model, checkpoint
         self.device = next(model.parameters()).device
@@ -73,7 +78,8 @@ class Training:
         self.steps_per_epoch = math.ceil(batches / recipe.accumulate)
         total, warmup = (self.steps_per_epoch * epochs for epochs in (recipe.epochs, recipe.warmup_epochs))
         self.steps = OptimiserSteps(model, recipe, teacher, total=None if constant_lr else total, warmup=warmup)
-        self.history = History([], 0)
+        self.curve = StepCurve(monitor, total) if monitor and recipe.accuracy_at_steps and recipe.epochs else None
+        self.history = History([], 0, self.curve.points if self.curve else [])
         self.keep_weights()
         self.saved_epoch: int | None = None
 
@@ -91,13 +97,16 @@ class Training:
             facts = self.steps.step(batches, places)
             for (_, labels), values, where in zip(batches, facts, places, strict=True):
                 log.add(values, classes=self.steps.classes, count=len(labels), where=where)
-            if log.due:
+            measured = self.curve is not None and self.curve.due(self.steps.number)
+            if log.due or measured:
                 self._read(log, totals, epoch, rates)
                 bar.set_postfix(loss=f"{totals.mean_loss:.3f}", lr=f"{rates[-1]:.2g}", refresh=False)
+            if measured:
+                self._check_weights(epoch, rates)
+                self.measure()
             bar.update()
         self._read(log, totals, epoch, rates)
-        if name := nonfinite_weight(self.model):
-            self._diverged(f"{name} of the model holds NaN or Inf", epoch, len(rates), rates)
+        self._check_weights(epoch, rates)
         broadcast_buffers(self.model)
         return {"lr": max(rates), "train_loss": totals.mean_loss}
 
@@ -113,6 +122,10 @@ class Training:
             if not loss <= limit:  # NaN too
                 self._diverged(f"training loss {loss:.3g} (limit {limit:.3g})", epoch, step, rates)
             totals.add(loss, images)
+
+    def _check_weights(self, epoch: int, rates: list[float]) -> None:
+        if name := nonfinite_weight(self.model):
+            self._diverged(f"{name} of the model holds NaN or Inf", epoch, len(rates), rates)
 
     def _diverged(self, what: str, epoch: int, step: int, rates: list[float]) -> None:
         lr = rates[step - 1]
@@ -133,6 +146,12 @@ class Training:
         amp = self.recipe.amp if self.recipe.amp_validation else None
         return evaluate(model, loader, amp=amp, description=description, progress=progress)
 
+    def measure(self) -> None:
+        """Adds a point to the curve, if there is one."""
+        if self.curve:
+            broadcast_buffers(self.steps.evaluated_model)
+            self.curve.measure(self.steps.number, self.steps.evaluated_model)
+
     def finish_epoch(self, record: dict) -> None:
         """Note the epoch in the history, keep its weights if they are the best so far, write the checkpoint."""
         self.history.epochs.append(record)
@@ -151,7 +170,12 @@ class Training:
     def save(self) -> None:
         generators = gather_objects(rng_state(self.device))
         if is_main():
-            progress = {"history": self.history.epochs, "best_epoch": self.history.best_epoch, "best": self.best}
+            progress = {
+                "history": self.history.epochs,
+                "curve": self.history.steps,
+                "best_epoch": self.history.best_epoch,
+                "best": self.best,
+            }
             state = {"identity": self.identity, **progress, **self.steps.state(), "rng": generators}
             write_checkpoint(self.checkpoint, state)
         barrier()
@@ -160,7 +184,9 @@ class Training:
     def load(self) -> None:
         """Go back to the state in the checkpoint. Raises InputError if it is of another recipe, loader or network."""
         state = read_checkpoint(self.checkpoint, self.identity, self.model.state_dict())
-        self.history = History(state["history"], state["best_epoch"])
+        self.history = History(state["history"], state["best_epoch"], state["curve"])
+        if self.curve:
+            self.curve.points = self.history.steps
         self.best = state["best"]
         self.steps.load_state(state)
         set_rng_state(state["rng"][rank()], self.device)

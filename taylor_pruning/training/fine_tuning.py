@@ -22,6 +22,7 @@ from taylor_pruning.training.checkpoint import rng_state, set_rng_state
 from taylor_pruning.training.epochs import History, Interrupted, Training, TrainingDiverged
 from taylor_pruning.training.evaluation import Accuracy, evaluate, reestimate_batchnorm
 from taylor_pruning.training.recipe import Recipe
+from taylor_pruning.training.sampling import Batches
 
 __all__ = ["Accuracy", "History", "Interrupted", "Recipe", "TrainingDiverged",
            "evaluate", "fine_tune", "reestimate_batchnorm", "train_steps"]  # fmt: skip
@@ -35,6 +36,7 @@ def fine_tune(
     *,
     teacher: nn.Module | None = None,
     before: Accuracy | None = None,
+    monitor: Batches | None = None,
     checkpoint: Path | None = None,
     resume: bool = False,
     description: str = "fine-tune",
@@ -45,7 +47,8 @@ def fine_tune(
     Loaders yield (images [B, C, H, W], labels [B]) on the model's device; `train_loader` has a length, and
     `train_loader.set_epoch(epoch)`, where there is one, sets order and augmentation, epochs count from 1. The given
     weights compete as epoch 0, so the result is never worse than they are on the validation images; `before` is their
-    accuracy where it is known. With an EMA, its weights are the ones validated and kept.
+    accuracy where it is known. `monitor`: batches on which accuracy is measured at some steps (training.curve), this
+    process's share. With an EMA, its weights are the ones validated and kept.
 
     `checkpoint` is written after every epoch. `resume=True` continues from it (from the start if there is no such file),
     on CPU with the same bits as an unbroken run if the loader has `set_epoch`. Under torch.distributed each process calls
@@ -59,7 +62,7 @@ def fine_tune(
     with modes_kept(model, *([] if teacher is None else [teacher])):
         if teacher is not None:
             teacher.eval()
-        run = Training(model, recipe, teacher, len(train_loader), checkpoint)
+        run = Training(model, recipe, teacher, len(train_loader), checkpoint, monitor=monitor)
         try:
             if resume and checkpoint and checkpoint.exists():
                 run.load()
@@ -82,7 +85,9 @@ def _run_epochs(
         start, accuracy = time.perf_counter(), None if epoch else before
         name = f"{description} {epoch}/{epochs}"
         record = {"epoch": epoch, "lr": 0.0, "train_loss": None}
-        if epoch:
+        if not epoch:
+            run.measure()
+        else:
             with tqdm(total=run.steps_per_epoch, desc=name, unit="step", leave=False, disable=quiet) as bar:
                 record |= run.train_epoch(train_loader, epoch, bar)
         if accuracy is None:

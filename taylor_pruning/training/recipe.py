@@ -25,6 +25,8 @@ class Recipe:
     ema_decay: per optimiser step, 0 for off; weights older than about 1 / (1 - decay) steps are forgotten, so a decay
         that outlasts the run hardly leaves the start.
     amp: mixed precision: "bf16", "fp16" (with gradient scaling), None for none, "auto": see `resolved`.
+    accuracy_at_steps: while fine-tuning, also measure accuracy after 0, 10, 30, 100, 300, ... steps and after the last, on
+        a few validation images.
     amp_validation: validate in that precision too; otherwise in the precision of the weights.
     accumulate: batches of the loader per optimiser step, weighted by their images, so that one step equals the step of
         one big batch (BatchNorm apart, which sees the batches one by one).
@@ -107,6 +109,11 @@ class Recipe:
         "validate in that precision too",
         "Where validation on a GPU takes long.",
         command_line=False,
+    )
+    accuracy_at_steps: bool = option(
+        True,
+        "measure accuracy after 0, 10, 30, 100, 300, ... steps of fine-tuning on at most 500 validation images",
+        "It shows how many steps a method saves. Turn it off where validation takes long.",
     )
     accumulate: int = option(
         1,

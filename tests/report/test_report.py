@@ -136,6 +136,9 @@ def make_sweep(percentages=(10, 30, 50, 70), methods=(*ORDERS, *CRITERIA), seeds
                             for i, (name, width) in enumerate(widths.items())
                         },
                         "fine_tuning": [{"epoch": i + 1, "top1": float(top1)} for i, top1 in enumerate(curve)],
+                        "accuracy_at_steps": [
+                            {"step": step, "top1": float(top1)} for step, top1 in zip((0, 10, 30), curve, strict=False)
+                        ],
                     }
                 )
     return {"dense": stage("dense", 93.1), "cells": cells, "arguments": {"model": "vgg16", "data_path": Path("images")},
@@ -318,7 +321,14 @@ def written(tmp_path_factory):
 
 def test_sweep_files_are_whole(written):
     sweep, folder, paths = written
-    names = ("accuracy", "accuracy_against_cost", "size_reduction", "filters_kept", "fine_tuning")
+    names = (
+        "accuracy",
+        "accuracy_against_cost",
+        "size_reduction",
+        "filters_kept",
+        "fine_tuning",
+        "accuracy_against_steps",
+    )
     plots = {f"{name}.{suffix}" for name in names for suffix in ("png", "pdf")}
     assert {path.name for path in paths} == {"results.json", "results.csv", "results.md"} | plots
     assert set(paths) == set(folder.iterdir())
@@ -367,7 +377,7 @@ def test_labels_say_what_the_percentages_count(budget, counted, tmp_path, monkey
 def test_markdown_numbers_are_means_and_sample_deviations(written):
     sweep, folder, _ = written
     text = (folder / "results.md").read_text(encoding="utf-8")
-    reference, full = markdown_tables(text)
+    reference, _, full = markdown_tables(text)
     assert reference[0][:4] == ["filters removed", "order 1", "order 2", "order 3"]
     assert reference[0][-1] == "size reduction" and [row[0] for row in reference[1:]] == ["10 %", "30 %", "50 %"]
 
@@ -412,6 +422,20 @@ def test_a_sweep_without_a_finished_cell_keeps_its_tables(tmp_path):
     paths = SweepReport.write_sweep(sweep, tmp_path)
     assert [path.name for path in paths] == ["results.json", "results.csv", "results.md"]
     assert "1 of 1 cells failed" in SweepReport.sweep_table(sweep)
+
+
+def test_steps_until_a_method_has_what_the_best_has_before_training(tmp_path):
+    sweep = top1_sweep({"order 1": [70.0, 70.0], "order 2": [70.0, 70.0], "random": [60.0, 60.0]})
+    curves = {"order 1": (60.0, 66.0, 72.0), "order 2": (66.0, 70.0, 73.0), "random": (20.0, 50.0, 65.9)}
+    for cell in sweep["cells"]:
+        off = 2 * cell["seed"] - 1  # means are those above
+        cell["accuracy_at_steps"] = [{"step": s, "top1": top1 + off}
+                                     for s, top1 in zip((0, 10, 30), curves[cell["method"]], strict=True)]  # fmt: skip
+    SweepReport.write_sweep(sweep, tmp_path)
+    text = (tmp_path / "results.md").read_text(encoding="utf-8")
+    header, row = markdown_tables(text)[1]
+    assert header[1:] == ["top-1 to reach", "order 1", "order 2", "random"]
+    assert row == ["50 %", "66.0 (order 2)", "10", "0", "more than 30"]
 
 
 def test_an_unknown_method_is_named():
