@@ -1,13 +1,7 @@
 """Both command lines from the outside: what they write, what they refuse, and that a killed run goes on."""
 
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +13,7 @@ import EnhancedPruning as EnhancedPruning_module
 import run_enhanced_pruning
 import run_single_experiment
 from EnhancedPruning import EnhancedPruning
+from taylor_pruning.experiment.choices import BaselineChoice
 from taylor_pruning.experiment.folders import load_image_folder
 from taylor_pruning.experiment.loaders import make_loader
 from taylor_pruning.experiment.pruned_file import load_pruned
@@ -27,9 +22,8 @@ from taylor_pruning.experiment.setup import warn_of_chance
 from taylor_pruning.training import fine_tuning as FineTuning
 from taylor_pruning.training.fine_tuning import TrainingDiverged, evaluate
 
-ROOT = Path(__file__).parents[2]
 QUICK = [
-    "--model", "squeezenet1_1", "--train-epochs", "1", "--calibration-samples", "12", "--rounds", "1",
+    "--model", "vgg7_bn", "--train-epochs", "1", "--calibration-samples", "12", "--rounds", "1",
     "--batch-size", "8", "--workers", "0", "--device", "cpu", "--quiet",
 ]  # fmt: skip
 SWEEP = ["--pruning-percentages", "20", "40", "--taylor-orders", "2", "--compare-baseline", "--baselines", "magnitude",
@@ -155,7 +149,7 @@ def test_weights_that_cannot_be_downloaded_name_the_way_out(image_folder, tmp_pa
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
-    assert single(image_folder, tmp_path / "out", "--image-size", "64") == 2
+    assert single(image_folder, tmp_path / "out", "--model", "squeezenet1_1", "--image-size", "64") == 2
     assert "--weights" in capsys.readouterr().err
 
 
@@ -184,30 +178,14 @@ def test_a_folder_in_use_or_already_used_is_refused(finished, image_folder, caps
     assert "another run" in capsys.readouterr().err
 
 
-def command(runner, image_folder, *extra):
-    return [sys.executable, str(ROOT / f"{runner}.py"), "--data-path", str(image_folder), *QUICK, *extra]
-
-
-def kill_when(process, condition, seconds=240):
-    """SIGKILL as soon as the condition holds; the process must still be running then."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < end, "the condition was never met"
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-
-
-def test_a_single_run_killed_in_fine_tuning_resumes_to_the_same_result(finished, image_folder, tmp_path):
-    folder = tmp_path / "run"
-    extra = ["--fine-tune-epochs", "2", "--use-gradient-flow", "--oracle-samples", "4"]
-    process = subprocess.Popen(
-        command("run_single_experiment", image_folder, *extra, "--output-dir", str(folder)), stderr=subprocess.DEVNULL
-    )
-    kill_when(process, (folder / "fine_tuning_checkpoint.pt").exists)
-    assert run_single_experiment.main(["--resume", str(folder)]) == 0
-    whole, resumed = (json.loads((f / "results.json").read_text()) for f in (finished, folder))
+def test_a_run_interrupted_in_fine_tuning_resumes_to_the_same_result(finished, image_folder, tmp_path, monkeypatch):
+    """With its flow and its oracle, which were measured before."""
+    arguments = ("--fine-tune-epochs", "2", "--use-gradient-flow", "--oracle-samples", "4")
+    interrupted_at(monkeypatch, FineTuning.Training, "train_epoch", 3)  # one of the dense network, two of fine-tuning
+    assert single(image_folder, tmp_path / "run", *arguments) == 130
+    assert (tmp_path / "run" / "fine_tuning_checkpoint.pt").exists()
+    assert run_single_experiment.main(["--resume", str(tmp_path / "run")]) == 0
+    whole, resumed = (json.loads((f / "results.json").read_text()) for f in (finished, tmp_path / "run"))
     assert without_timings(whole) == without_timings(resumed)
 
 
@@ -241,23 +219,6 @@ def test_a_sweep_leaves_tables_and_plots(swept, capsys):
     assert all(cell["status"] == "done" for cell in sweep["cells"])
 
 
-def test_a_killed_sweep_resumes_to_the_same_table_and_repeats_nothing(swept, image_folder, tmp_path):
-    whole, arguments = swept
-    folder = tmp_path / "run"
-    process = subprocess.Popen(
-        command("run_enhanced_pruning", image_folder, *SWEEP, "--fine-tune-epochs", "2", "--output-dir", str(folder)),
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    kill_when(process, (folder / "cells" / "order-2_40_seed-0.checkpoint").exists)  # in the middle of the second cell
-    first = folder / "cells" / "order-2_20_seed-0.json"
-    written = first.stat().st_mtime_ns
-    assert run_enhanced_pruning.main([*arguments, "--resume", str(folder)]) == 0
-    assert first.stat().st_mtime_ns == written
-    assert without_timings(json.loads((folder / "results.json").read_text())["cells"]) == without_timings(
-        json.loads((whole / "results.json").read_text())["cells"]
-    )
-
-
 def test_a_sweep_with_other_arguments_does_not_resume(swept, capsys):
     folder, arguments = swept
     assert run_enhanced_pruning.main([*arguments, "--resume", str(folder), "--lr", "0.5"]) == 2
@@ -270,24 +231,27 @@ def test_a_sweep_interrupted_in_a_cell_repeats_no_round(swept, image_folder, tmp
     rounds = interrupted_at(monkeypatch, Rounds, "next", None)
     interrupted_at(monkeypatch, run_enhanced_pruning.Sweep, "fine_tuned", 2)
     assert run_enhanced_pruning.main([*arguments, "--output-dir", str(folder)]) == 130
-    before = len(rounds)
+    before = [call for call in rounds if not isinstance(call[-1], BaselineChoice)]
+    first = folder / "cells" / "order-2_20_seed-0.json"
+    written = first.stat().st_mtime_ns
     assert run_enhanced_pruning.main(["--resume", str(folder)]) == 0
-    assert len(rounds) == before > 0, "the round of the cell at 40 % was finished"
+    after = [call for call in rounds if not isinstance(call[-1], BaselineChoice)]
+    assert len(after) == len(before) > 0, "the round of the cell at 40 % was finished"
+    assert first.stat().st_mtime_ns == written
     ours, theirs = (json.loads((f / "results.json").read_text())["cells"] for f in (folder, whole))
     assert without_timings(ours) == without_timings(theirs)
     assert not list((folder / "cells").glob("*.checkpoint"))
 
 
 def test_a_sweeps_cell_is_the_experiment_of_the_single_runner(swept, image_folder, tmp_path):
-    """Same filters, same rounds, same accuracy, though the sweep prunes to other percentages before it."""
+    """Same filters, same rounds, same accuracy, though the sweep prunes to another percentage before it."""
     folder, _ = swept
     cells = json.loads((folder / "results.json").read_text())["cells"]
-    for cell in (cell for cell in cells if cell["method"] == "order 2"):
-        output = tmp_path / f"{cell['percentage']:g}"
-        assert single(image_folder, output, "--pruning-percentage", str(cell["percentage"]), "--rounds", "2") == 0
-        alone = json.loads((output / "results.json").read_text())
-        for key in ("plan", "rounds", "scores", "stages", "fine_tuning", "curvature"):
-            assert without_timings(cell[key]) == without_timings(alone[key]), key
+    [cell] = (cell for cell in cells if cell["method"] == "order 2" and cell["percentage"] == 40)
+    assert single(image_folder, tmp_path / "run", "--pruning-percentage", "40", "--rounds", "2") == 0
+    alone = json.loads((tmp_path / "run" / "results.json").read_text())
+    for key in ("plan", "rounds", "scores", "stages", "fine_tuning", "curvature"):
+        assert without_timings(cell[key]) == without_timings(alone[key]), key
 
 
 def test_every_seed_of_a_sweep_reaches_its_pipeline(finished, image_folder, tmp_path, monkeypatch):
@@ -324,26 +288,9 @@ def test_a_failed_cell_is_recorded_and_the_rest_goes_on(image_folder, tmp_path, 
         return train(model, *arguments, **keywords)
 
     monkeypatch.setattr(EnhancedPruning_module, "fine_tune", diverges_once)
-    arguments = ["--data-path", str(image_folder), *QUICK, *SWEEP, "--fine-tune-epochs", "1"]
+    arguments = ["--data-path", str(image_folder), *QUICK, *SWEEP, "--rounds", "1", "--fine-tune-epochs", "1"]
     assert run_enhanced_pruning.main([*arguments, "--output-dir", str(tmp_path / "run")]) == 1
     cells = json.loads((tmp_path / "run" / "results.json").read_text())["cells"]
     failed = [cell for cell in cells if cell["status"] == "failed"]
     assert [(c["method"], c["percentage"], c["error"]) for c in failed] == [("order 2", 40, "loss is NaN in step 3")]
     assert len(cells) == 4 and "1 of 4 cells failed" in capsys.readouterr().err
-
-
-def test_two_processes_make_the_plan_of_one(image_folder, tmp_path):
-    """torchrun with gloo: batches sharded, the plan the same, accuracy close."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    extra = ["--fine-tune-epochs", "1", "--calibration-samples", "24", "--output-dir"]
-    run = command("run_single_experiment", image_folder, *extra)
-    subprocess.run([*run, str(tmp_path / "one")], check=True, env=environment, stdout=subprocess.DEVNULL)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517"]
-    weights = ["--weights", str(tmp_path / "one" / "dense_model.pt")]
-    both = []
-    for name, prefix in (("single", [sys.executable]), ("double", torchrun)):
-        subprocess.run([*prefix, *run[1:], str(tmp_path / name), *weights], check=True, env=environment,
-                       stdout=subprocess.DEVNULL)  # fmt: skip
-        both.append(json.loads((tmp_path / name / "results.json").read_text()))
-    assert both[0]["plan"] == both[1]["plan"]
-    assert both[0]["stages"][-1]["images"] == both[1]["stages"][-1]["images"] == 18
