@@ -11,10 +11,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from image_files import write_folder
 
 ROOT = Path(__file__).parents[1]
 TINY = [
-    "--model", "vgg7_bn", "--train-epochs", "0", "--fine-tune-epochs", "0", "--calibration-samples", "20",
+    "--model", "vgg7_bn", "--train-epochs", "0", "--fine-tune-epochs", "0", "--calibration-samples", "6",
     "--rounds", "1", "--device", "cpu", "--quiet",
 ]  # fmt: skip
 
@@ -66,7 +67,8 @@ print(len(files("taylor_pruning.experiment").joinpath("imagenet_synsets.txt").re
 
 
 def test_an_experiment_runs_from_another_folder(environment, tmp_path):
-    out = run(environment, tmp_path, "prune-experiment", *TINY)
+    write_folder(tmp_path / "images")
+    out = run(environment, tmp_path, "prune-experiment", "--data-path", "images", *TINY)
     folder = tmp_path / "runs" / "prune-experiment-vgg7_bn"
     assert json.loads((folder / "results.json").read_text())["environment"]["git_commit"] is None
     assert (folder / "pruned_model.pt").exists() and f"Files in {folder.relative_to(tmp_path)}" in out

@@ -57,6 +57,7 @@ class ChannelGraph:
             del traces[True]
         self.executions = {mode: Execution(model, trace) for mode, trace in traces.items()}
         self._example = example_input
+        self._trials = trial_examples(example_input, traces[False].graph)
         analysis = self._analysed(traces, prune_linear, exclude, prune_heads)
         if analysis.chose and not prune_heads:  # whole heads where only they can go
             found = sum(len(unit.filters) for unit in self.units)
@@ -119,10 +120,10 @@ class ChannelGraph:
             with self.on(model).gated(gates):
                 return call(model, x)
 
-        examples = trial_examples(self._example, self.executions[False].trace.graph)
-        return CutProof(
-            self.model, examples, run_gated, lambda model, units: self.on(model)._cut(units), [*self.executions]
-        )
+        def cut_of(model, units):
+            return self.on(model)._cut(units)
+
+        return CutProof(self.model, self._trials, run_gated, cut_of, [*self.executions])
 
     def _build_units(self, ids, layers, prune_linear):
         roots = ids.roots()

@@ -35,8 +35,9 @@ class CutProof:
 
     Args:
         model: the network. It is not changed.
-        examples: what the network is tried on, the cheapest first; where one shows a difference, the next one is asked. Each
-            is a [N, ...] tensor, a tuple of several, or a dict of named ones.
+        examples: list of what the network is tried on, the cheapest first; where one shows a difference, the next one is
+            asked, and one on which the network does not run is taken off. Each is a [N, ...] tensor, a tuple of several, or a
+            dict of named ones.
         run_gated: run_gated(copy, units, x) gives the outputs of a copy of the model on x with the units' gates closed.
         cut: cut(copy, units) gives a new network without the units.
         modes: the values of `training` in which both are compared; (False, True) if the forward differs in training.
@@ -47,13 +48,13 @@ class CutProof:
     def __init__(
         self,
         model: nn.Module,
-        examples: Sequence,
+        examples: list,
         run_gated: Callable,
         cut: Callable,
         modes: Sequence[bool] = (False,),
     ):
         self.model, self.run_gated, self.cut, self.modes = model, run_gated, cut, modes
-        self.examples = list(examples)
+        self.examples = examples
         tensor = next((p for p in model.parameters() if p.is_floating_point()), next(tensors_of(self.examples[-1])))
         self.dtype, self.device = tensor.dtype, tensor.device
 

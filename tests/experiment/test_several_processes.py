@@ -1,5 +1,6 @@
 """Two gloo processes that see other draws end with one plan and one network; those that cannot are refused."""
 
+import json
 import os
 import pickle
 import socket
@@ -11,14 +12,19 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import plain, randomise
+from image_files import write_folder
 from torch import nn
 
+import run_single_experiment
 from EnhancedPruning import EnhancedPruning, InputError, PruningSettings
 from taylor_pruning.distributed import check_equal_shapes, end_distributed, init_distributed, rank
 from taylor_pruning.experiment.loaders import make_loader
+from taylor_pruning.experiment.models import network
 from taylor_pruning.scoring.collecting import _of_all_processes
 
 ROOT = Path(__file__).parents[2]
+QUICK = ["--model", "vgg7_bn", "--fine-tune-epochs", "1", "--rounds", "1", "--batch-size", "8", "--workers", "0",
+         "--device", "cpu", "--quiet"]  # fmt: skip
 
 
 def in_two_processes(function, folder):
@@ -52,6 +58,14 @@ def body(function, folder):
     init_distributed(torch.device("cpu"))
     Path(folder, f"{rank()}.pickle").write_bytes(pickle.dumps(function()))
     end_distributed()
+    command(folder, "double")  # as torchrun starts it
+
+
+def command(folder, output):
+    """The runner on the images and weights in the folder."""
+    paths = {"--data-path": "images", "--weights": "weights.pt", "--output-dir": output}
+    places = [part for name, path in paths.items() for part in (name, f"{folder}/{path}")]
+    assert run_single_experiment.main([*places, *QUICK]) == 0
 
 
 @dataclass
@@ -94,9 +108,16 @@ def one_experiment():
 
 
 def test_two_processes_cut_and_repair_as_one(tmp_path):
+    write_folder(tmp_path / "images", per_class=8)
+    torch.manual_seed(0)
+    torch.save(network("vgg7_bn", 2, 32).state_dict(), tmp_path / "weights.pt")
     first, second = in_two_processes(one_experiment, tmp_path)
     assert first[False]["scores"] != second[False]["scores"], "or equal plans would say nothing"
     for compensated in (False, True):
         assert first[compensated]["plan"] == second[compensated]["plan"]
         assert first[compensated]["state"] == second[compensated]["state"]
     assert first["devices"] == second["devices"] == ["cpu", "cpu"], "a tensor that travels must not keep its device"
+    command(tmp_path, "single")
+    double, single = (json.loads((tmp_path / f / "results.json").read_text()) for f in ("double", "single"))
+    assert double["plan"] == single["plan"] and double["environment"]["processes"] == 2
+    assert double["stages"][-1]["images"] == single["stages"][-1]["images"] == 16

@@ -364,7 +364,7 @@ def test_csv_has_a_row_a_cell_and_stage(written):
 
 @pytest.mark.parametrize(("budget", "counted"), [("filters", "filters"), ("params", "parameters"), ("macs", "MACs")])
 def test_labels_say_what_the_percentages_count(budget, counted, tmp_path, monkeypatch):
-    sweep, shown = make_sweep((10, 30)), []
+    sweep, shown = make_sweep((10, 30), ("order 2", "magnitude"), (0,)), []
     sweep["arguments"]["budget"] = budget
     draw = Figure.draw
     monkeypatch.setattr(Figure, "draw", lambda figure, *a: shown.extend(figure.findobj(Text)) or draw(figure, *a))

@@ -33,7 +33,7 @@ def test_the_smallest_map_keeps_two_pixels():
 def test_a_network_of_one_size_is_proved_on_that_size():
     """Its linear layer reads 6 x 6 positions; a fault is found although small images say nothing."""
     model = network(nn.Identity(), 8 * 36)
-    graph = ChannelGraph(model, torch.zeros(1, 3, 96, 96).double())
+    graph = ChannelGraph(model, torch.zeros(1, 3, 96, 96).double(), verify=False)
     proof = graph._proof()
     assert len(proof.examples) == 2 and len(graph.units) == 6 + 8 + 8
     assert proof.failure(graph.units[::2]) is None and len(proof.examples) == 1
