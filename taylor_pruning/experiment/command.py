@@ -11,6 +11,7 @@ from taylor_pruning.selection.baselines import BASELINES
 from taylor_pruning.training.recipe import Recipe
 
 EXPORTS = ("onnx", "pt2")
+HEADS = ("keep", "present")
 DEVICES = ("auto", "cpu", "cuda")  # scores need float64, which mps has not
 PERCENTAGE = {"low": 0, "high": 100, "open_low": True, "open_high": True}
 
@@ -139,6 +140,12 @@ class DataSettings(Checked):
         "auto",
         "auto (torchvision's; none below 64 pixels), default, none, or a file",
         "A file with your own state_dict saves training the dense network.",
+    )
+    head: str = option(
+        "keep",
+        "classes of an ImageNet network on synset folders: keep all 1,000, or those present in the data",
+        "present, to specialise a network for the classes that you have. No label and no training is needed.",
+        choices=HEADS,
     )
     image_size: int | None = option(
         None,

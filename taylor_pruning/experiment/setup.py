@@ -23,6 +23,7 @@ from taylor_pruning.experiment.command import Command, DataSettings
 from taylor_pruning.experiment.data import ImageData
 from taylor_pruning.experiment.embedded import embedded_data
 from taylor_pruning.experiment.folders import load_image_folder
+from taylor_pruning.experiment.head import present_classes
 from taylor_pruning.experiment.loaders import calibration_batches, make_loader
 from taylor_pruning.experiment.models import BuiltModel, build_model, head_name, pretrained_weights
 from taylor_pruning.experiment.weights import read_tensors
@@ -105,6 +106,8 @@ def prepare(command, folder, device, percentages=()):
         weights=command.data.weights,
         imagenet_labels=data.imagenet_labels,
     )
+    if command.data.head == "present":
+        data, built = present_classes(data, built)
     built.model.to(device)
     experiment = Experiment(command, device, data, built)
     settings = command.pruning

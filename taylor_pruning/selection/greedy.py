@@ -45,12 +45,15 @@ def select_uniformly(selection, scores):
         cohorts.setdefault(frozenset(counts), []).append(unit)
     for units in cohorts.values():
         ranks[units] = (scores[units].argsort().argsort().double() + 0.5) / len(units)
-    while not selection.done():
+    taken = None
+    while not selection.done() and len(selection.chosen) != taken:
         selection.close_if_unreachable()
+        taken = len(selection.chosen)
         for unit in ranks.masked_fill(~selection.open, torch.inf).argsort().tolist():
             if not selection.open[unit] or selection.done():
                 break
-            selection.take(unit)
+            if selection.savings(unit) <= 2 * selection.missing():  # else the budget is nearer without it
+                selection.take(unit)
     selection.round_widths(ranks)
     return selection.chosen
 

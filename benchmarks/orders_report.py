@@ -1,0 +1,85 @@
+"""Tables and the plot of orders.py from its rows."""
+
+import statistics
+from dataclasses import dataclass
+
+FIGURES = ("top1", "imagenette top1", "tuned top1", "divergence")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows that one table compares: same network and level, made in the same way."""
+
+    network: str
+    left: float
+    compensation: int
+    settings: tuple
+
+    def __str__(self):
+        changed = "".join(f", {name}={value}" for name, value in self.settings)
+        repair = f"{self.compensation} images compensate" if self.compensation else "no repair"
+        return f"{self.network}, {self.left:g} % of the MACs left, {repair}{changed}"
+
+
+def spread(values):
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def grouped(rows, figure):
+    """{Group: {method: {images: [values, one a seed]}}}"""
+    table = {}
+    for row in rows:
+        if row.get(figure) is not None:
+            settings = tuple(map(tuple, row["settings"]))
+            group = Group(row["network"], row["left"], row["compensation"], settings)
+            methods = table.setdefault(group, {}).setdefault(row["method"], {})
+            methods.setdefault(row["images"], []).append(row[figure])
+    return table
+
+
+def print_tables(results):
+    for figure in FIGURES:
+        digits, unit = (1, "%") if figure.endswith("top1") else (3, "nats")
+        for group, methods in grouped(results["rows"], figure).items():
+            dense = results["dense"].get(group.network, {}).get(figure.removeprefix("tuned "))
+            print(f"\n{group}: {figure}, {unit}" + (f" (dense {dense:.1f})" if dense else ""))
+            for method, by_images in sorted(methods.items()):
+                texts = []
+                for images, values in sorted(by_images.items(), key=lambda item: item[0] or 0):
+                    mean, deviation = statistics.mean(values), spread(values)
+                    texts.append(f"{images or '-'}: {mean:.{digits}f} +- {deviation:.{digits}f} (n={len(values)})")
+                print(f"  {method:22s} " + "   ".join(texts))
+
+
+def plot(results, path):
+    """Top-1 against the number of images that score: one column a group of rows, before and after fine-tuning."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    tables = [grouped(results["rows"], figure) for figure in ("top1", "tuned top1")]
+    columns = list(tables[0])
+    figure, axes = plt.subplots(2, len(columns), figsize=(3.2 * len(columns), 6), squeeze=False, sharex=True)
+    lines = ["--", ":", "-.", (0, (1, 3)), (0, (5, 5))]
+    for row, (table, label) in enumerate(zip(tables, ("no training", "after fine-tuning"), strict=True)):
+        for axis, column in zip(axes[row], columns, strict=True):
+            plain = iter(lines * 4)
+            for method, by_images in sorted(table.get(column, {}).items()):
+                if None in by_images:  # a baseline that looks at weights alone
+                    axis.axhline(statistics.mean(by_images[None]), color="grey", linestyle=next(plain), label=method)
+                    continue
+                numbers = sorted(by_images)
+                means = [statistics.mean(by_images[n]) for n in numbers]
+                axis.errorbar(
+                    numbers, means, [spread(by_images[n]) for n in numbers], marker="o", capsize=3, label=method
+                )
+            axis.set_xscale("log")
+            axis.set_title(str(column).replace(", ", "\n", 1), fontsize=8)
+            axis.set_ylabel(f"top-1, {label} (%)", fontsize=8)
+    for axis in axes[-1]:
+        axis.set_xlabel("images that score")
+    axes[0, 0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
