@@ -1,5 +1,7 @@
 """Two gloo processes that see other draws end with one plan and one network; those that cannot are refused."""
 
+import copy
+import functools
 import json
 import os
 import pickle
@@ -20,7 +22,9 @@ from EnhancedPruning import EnhancedPruning, InputError, PruningSettings
 from taylor_pruning.distributed import check_equal_shapes, end_distributed, init_distributed, rank
 from taylor_pruning.experiment.loaders import make_loader
 from taylor_pruning.experiment.models import network
+from taylor_pruning.repair.network import repair_network
 from taylor_pruning.scoring.collecting import _of_all_processes
+from taylor_pruning.training.steps import distillation_loss
 
 ROOT = Path(__file__).parents[2]
 QUICK = ["--model", "vgg7_bn", "--fine-tune-epochs", "1", "--rounds", "1", "--batch-size", "8", "--workers", "0",
@@ -121,3 +125,23 @@ def test_two_processes_cut_and_repair_as_one(tmp_path):
     double, single = (json.loads((tmp_path / f / "results.json").read_text()) for f in ("double", "single"))
     assert double["plan"] == single["plan"] and double["environment"]["processes"] == 2
     assert double["stages"][-1]["images"] == single["stages"][-1]["images"] == 16
+
+
+def one_repair():
+    """Each process takes half of the images of every step."""
+    torch.manual_seed(0)
+    dense = randomise(plain(nn.ReLU))
+    smaller = copy.deepcopy(dense)
+    smaller[0].weight.data.mul_(0.7)
+    images = torch.randn(80, 3, 8, 8, dtype=torch.float64)
+    loss = functools.partial(distillation_loss, temperature=4.0)
+    report = repair_network(dense, smaller, [(images, None)], loss, steps=8, progress=False)
+    return {"losses": (report.loss_before, report.loss_after), "steps": report.steps, "state": smaller.state_dict()}
+
+
+def test_two_processes_repair_the_network_as_one_does(tmp_path):
+    first, second = in_two_processes(one_repair, tmp_path)
+    alone = one_repair()
+    for both in (first, second):
+        assert both["steps"] == alone["steps"] > 0 and both["losses"] == pytest.approx(alone["losses"])
+        torch.testing.assert_close(both["state"], alone["state"])
