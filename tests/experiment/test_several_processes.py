@@ -62,7 +62,8 @@ def body(function, folder):
     init_distributed(torch.device("cpu"))
     Path(folder, f"{rank()}.pickle").write_bytes(pickle.dumps(function()))
     end_distributed()
-    command(folder, "double")  # as torchrun starts it
+    if Path(folder, "images").exists():
+        command(folder, "double")  # as torchrun starts it
 
 
 def command(folder, output):
