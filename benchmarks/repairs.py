@@ -42,10 +42,11 @@ from orders import SUBJECTS, Cell, dense_network, drawn, images_of, loader, prep
 
 import EnhancedPruning as EnhancedPruning_module
 from EnhancedPruning import EnhancedPruning, PruningSettings
-from taylor_pruning.experiment.results import all_filters
+from taylor_pruning.experiment.results import all_filters, remaining
 from taylor_pruning.experiment.rounds import Rounds
 from taylor_pruning.experiment.squeezing import squeeze_and_cut
 from taylor_pruning.repair import network as network_repair
+from taylor_pruning.repair.compensation import compensate
 from taylor_pruning.report.json_files import write_json
 from taylor_pruning.training.evaluation import evaluate
 from taylor_pruning.training.fine_tuning import Recipe
@@ -100,13 +101,18 @@ class Work:
         return result.model, result.plan, result.seconds["compensate"]
 
     def network(self, rate):
-        model, start = copy.deepcopy(self.layer[0]), time.perf_counter()
+        """As experiment.rounds.Rounds.repaired does it, at a given rate."""
+        start, images = time.perf_counter(), network_repair.split(self.draw.compensation, self.seed)
+        model, plan, seconds = self.layer
+        kept = remaining(all_filters(self.pruning.graph), plan)
+        repaired = self.pruning.graph.remove(plan)
+        compensate(self.dense, repaired, images[0], kept, progress=False, seed=self.seed)
         network_repair.RATE = rate
         loss = functools.partial(distillation_loss, temperature=4.0)
-        report = network_repair.repair_network(self.dense, model, self.draw.compensation, loss, seed=self.seed,
+        report = network_repair.repair_network(self.dense, repaired, *images, loss, seed=self.seed,
                                                steps=self.arguments.repair_steps, progress=False)  # fmt: skip
         print(f"    repair: loss {report.loss_before:.3f} -> {report.loss_after:.3f} at {report.steps}", flush=True)
-        return model, self.layer[1], self.layer[2] + time.perf_counter() - start
+        return repaired if report.steps else model, plan, seconds + time.perf_counter() - start
 
     def train_loader(self, count):
         index = self.draw.rest[:count]

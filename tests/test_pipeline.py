@@ -337,12 +337,12 @@ def test_the_repair_across_layers_follows_the_last_round(plain_network, images, 
     """It lowers the divergence that compensation left, is a stage of its own, and is not repeated by a resumed run."""
     plain_network[-1].weight.data.mul_(20)  # answers that differ between images
     train = make_loader(torch.utils.data.TensorDataset(images, labels), 6)
-    more = torch.randn(60, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    more = torch.randn(240, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
     repairs, found = interrupted_at(monkeypatch, rounds_module, "repair_network", 2), {}
 
     def run(repair, **keywords):
         settings = PruningSettings(rounds=2, repair=repair)
-        pruning = EnhancedPruning(plain_network, train, train, settings=settings, compensation=[(more, labels.repeat(5))],
+        pruning = EnhancedPruning(plain_network, train, train, settings=settings, compensation=[(more, labels.repeat(20))],
                                   progress=False)  # fmt: skip
         return pruning.prune(30, 2, checkpoint=tmp_path / repair, **keywords)
 

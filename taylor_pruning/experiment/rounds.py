@@ -13,7 +13,7 @@ from taylor_pruning.experiment.choices import BaselineChoice, TaylorChoice
 from taylor_pruning.experiment.results import Stopwatch, all_filters, remaining, removed, round_record
 from taylor_pruning.experiment.settings import PruningSettings
 from taylor_pruning.repair.compensation import compensate
-from taylor_pruning.repair.network import repair_network
+from taylor_pruning.repair.network import repair_network, split
 from taylor_pruning.selection.constraints import Ledger
 from taylor_pruning.training.fine_tuning import Recipe, train_steps
 from taylor_pruning.training.measuring import Measuring
@@ -73,16 +73,25 @@ class Rounds:
         )
 
     def repaired(self, state: RoundsState) -> RoundsState:
-        """The state after the repair across layers; as it is where the settings want none, or where it was done."""
+        """The state after the repair across layers; as it is where the settings want none, or where it was done.
+
+        The layers are fitted again, without the images that judge the repair.
+        """
         if self.settings.repair != "network" or state.repair:
             return state
-        seconds, model = Stopwatch(state.seconds), copy.deepcopy(state.model)
-        before = self.measuring.stage("compensated", model, state.seconds["compensate"])
+        seconds, dense, seed = Stopwatch(state.seconds), self.graph.model, self.settings.seed
+        before = self.measuring.stage("compensated", state.model, state.seconds["compensate"])
         seconds.lap("evaluate")
+        images, held_out = split(self.rankings.compensation, seed)
+        model = self.graph.remove(removed(self.graph, state.kept))
+        if images:
+            compensate(dense, model, images, state.kept, progress=self.progress, seed=seed)
+            broadcast_state(model)
         loss = functools.partial(distillation_loss, temperature=self.recipe.temperature)
-        report = repair_network(self.graph.model, model, self.rankings.compensation, loss,
-                                seed=self.settings.seed, progress=self.progress)  # fmt: skip
+        report = repair_network(dense, model, images, held_out, loss, seed=seed, progress=self.progress)
         broadcast_state(model)
+        if not report.steps:  # nothing was gained: the fit to all images is better
+            model = state.model
         seconds.lap("repair")
         found = {**report.as_dict(), "before": before}
         return dataclasses.replace(state, model=model, seconds=seconds.total, losses=None, repair=found)

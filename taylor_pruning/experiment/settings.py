@@ -161,6 +161,8 @@ class PruningSettings(Constraints):
         check(self)
         if self.repair in ("layer", "network") and not self.compensate:
             raise InputError(f"repair {self.repair} and no compensation contradict each other; give one of the two")
+        if self.repair == "network" and self.fine_tune_between:
+            raise InputError("repair network would undo the training of fine_tune_between; give one of the two")
         if self.repair == "none":
             object.__setattr__(self, "compensate", False)
         if self.target:

@@ -2,9 +2,9 @@
 
 Least squares of single layers (repair.compensation) cannot trade an error of one layer against another's. From where they
 end, a few hundred steps of Adam lower the divergence of the network's outputs from the dense network's, on the images that
-the layers were fitted to and on their mirror images. BatchNorms keep their statistics meanwhile. The rate falls to zero
-along half a cosine. A fifth of the images takes no part in the steps: the weights that diverge least on it are kept, those
-before the first step included, so that few images do no harm.
+the layers were fitted to and on their mirror images. BatchNorms keep their statistics meanwhile. Each tensor's rate is a
+share of its size, so that one rate suits all networks; rates fall to zero along half a cosine. Other images judge: the
+weights that diverge least on them are kept, those before the first step included, so that few images do no harm.
 """
 
 import copy
@@ -28,7 +28,7 @@ IMAGES_A_STEP = 64
 RATE = 0.01  # largest learning rate of Adam, relative to the root mean square of each tensor
 SMALLEST = 1e-3  # root mean square of a tensor that is taken as that, so that biases of 0 move too
 WARM_UP = 20  # steps; the first of Adam go by a single gradient each
-HELD_OUT, MOST_HELD_OUT = 0.2, 500  # share of the images that judges the weights, and its largest number
+HELD_OUT, MOST_HELD_OUT = 0.2, 500  # share of the images that judges, and its largest number
 JUDGED = 10  # times in all
 
 
@@ -40,17 +40,37 @@ class NetworkRepair:
     loss_after: float
     steps: int  # after which the weights were best; 0: the weights are those from before
     of_steps: int
-    images: int  # held-out ones included
+    images: int  # of the steps
+    held_out: int
     seconds: float
 
     def as_dict(self) -> dict:
         return asdict(self)
 
 
+def split(batches: list, seed: int) -> tuple[list, list]:
+    """(batches to fit to, batches that judge) of batches (images, labels), drawn at random; a fifth judges, at most 500.
+
+    What has been fitted to the images that judge would look better than it is.
+    """
+    number = sum(len(images) for images, _ in batches)
+    count = min(max(1, int(HELD_OUT * number)), MOST_HELD_OUT)
+    judges = torch.randperm(number, generator=torch.Generator().manual_seed(seed)) < count
+    parts, first = ([], []), 0
+    for images, labels in batches:
+        chosen = judges[first : first + len(images)].to(images.device)
+        first += len(images)
+        for part, mask in zip(parts, (~chosen, chosen), strict=True):
+            if mask.any():
+                part.append((images[mask], labels[mask.to(labels.device)]))
+    return parts
+
+
 def repair_network(
     dense: nn.Module,
     smaller: nn.Module,
     batches: list,
+    held_out: list,
     loss: Callable[[Tensor, Tensor], Tensor],
     *,
     steps: int = STEPS,
@@ -62,20 +82,20 @@ def repair_network(
     Args:
         dense: the network before any pruning.
         smaller: the pruned network, its layers fitted already.
-        batches: list of (images [B, C, H, W], labels), labels are not used.
+        batches: list of (images [B, C, H, W], labels), labels are not used. held_out: others, to which nothing was fitted.
         loss: how far outputs are from the dense network's, loss(outputs, wanted), a mean over the batch. Behind a softmax a
             temperature of 4 gives more accuracy than 1, at which answers that are sure already say little.
-        steps: of 64 images each. The dense network runs once over all images and their mirror images.
-        seed: of the held-out images, the order and the mirroring.
+        steps: of 64 images each, or as many as the largest batch has. The dense network runs once over all images and
+            their mirror images.
+        seed: of the order and the mirroring.
 
     Under torch.distributed every process takes a part of each step's images; gradients are averaged.
 
-    Raises InputError if there are fewer than two images, or the dense network answers NaN or Inf.
+    Raises InputError if there are no images, or the dense network answers NaN or Inf.
     """
-    start, images = time.perf_counter(), torch.cat([images for images, _ in batches]) if batches else []
-    if len(images) < 2:
+    if not (batches and held_out):
         raise InputError("repair of the network: there is one image or none; give at least two calibration images")
-    mine = _Images(dense, images, seed)
+    start, mine = time.perf_counter(), _Images(dense, batches, held_out, seed)
     with _trainable(smaller) as parameters:
         best, kept, at = mine.judge(smaller, loss), _copy_of(smaller), 0
         before, between = best, math.ceil(steps / JUDGED)
@@ -95,20 +115,21 @@ def repair_network(
         smaller.load_state_dict(kept)
     if at:
         refresh_batchnorms(smaller, [images for images, _ in batches])
-    return NetworkRepair(before, best, at, steps, len(images), time.perf_counter() - start)
+    used = len(mine.images), len(mine.held_out)
+    return NetworkRepair(before, best, at, steps, *used, time.perf_counter() - start)
 
 
 class _Images:
     """This process's images with the dense network's answers: batches to train on, and held-out ones that judge."""
 
-    def __init__(self, dense: nn.Module, images: Tensor, seed: int):
+    def __init__(self, dense: nn.Module, batches: list, held_out: list, seed: int):
         self.generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(len(images), generator=self.generator)
-        count = min(max(1, int(HELD_OUT * len(images))), MOST_HELD_OUT)
-        self.images, self.held_out = images[order[count:].to(images.device)], images[order[:count].to(images.device)]
-        with frozen(dense), torch.no_grad():
-            self.wanted = torch.stack([_outputs(dense, part) for part in (self.images, self.images.flip(-1))])
-            self.wanted_held_out = _outputs(dense, self.held_out)
+        # views of single images, no copies
+        self.images, self.held_out = ([x for part, _ in parts for x in part] for parts in (batches, held_out))
+        self.at_once = min(IMAGES_A_STEP, max(len(part) for part, _ in batches))
+        with frozen(dense):
+            self.wanted = torch.stack([self._outputs(dense, self.images, mirrored) for mirrored in (False, True)])
+            self.wanted_held_out = self._outputs(dense, self.held_out)
         if not (torch.isfinite(self.wanted).all() and torch.isfinite(self.wanted_held_out).all()):
             raise InputError(
                 "repair of the network: the dense network answers NaN or Inf; check the images and its weights"
@@ -117,22 +138,26 @@ class _Images:
 
     def draw(self) -> tuple[Tensor, Tensor]:
         """This process's part of the next step's images, each mirrored with probability 1/2, and what is wanted."""
-        number = min(IMAGES_A_STEP, len(self.images))
-        if len(self.order) < number:
+        if len(self.order) < self.at_once:
             self.order = torch.cat([self.order, torch.randperm(len(self.images), generator=self.generator)])
-        chosen, self.order = self.order[:number], self.order[number:]
-        mirrored = torch.randint(2, (number,), generator=self.generator)
-        part = slice(rank() % number, None, world_size())
-        chosen, mirrored = (x[part].to(self.images.device) for x in (chosen, mirrored))
-        images = self.images[chosen]
-        flipped = mirrored.bool().view(-1, *[1] * (images.dim() - 1))
-        return torch.where(flipped, images.flip(-1), images), self.wanted[mirrored, chosen]
+        chosen, self.order = self.order[: self.at_once], self.order[self.at_once :]
+        mirrored = torch.randint(2, (self.at_once,), generator=self.generator)
+        mine = slice(rank() % self.at_once, None, world_size())
+        chosen, mirrored = chosen[mine], mirrored[mine]
+        images = torch.stack([self.images[i] for i in chosen])
+        flipped = mirrored.bool().to(images.device).view(-1, *[1] * (images.dim() - 1))
+        wanted = self.wanted[mirrored.to(images.device), chosen.to(images.device)]
+        return torch.where(flipped, images.flip(-1), images), wanted
 
-    @torch.no_grad()
     def judge(self, model: nn.Module, loss: Callable) -> float:
         """The loss on the held-out images, the same in all processes."""
-        value = loss(_outputs(model, self.held_out), self.wanted_held_out).double()
+        value = loss(self._outputs(model, self.held_out), self.wanted_held_out).double()
         return (all_reduce_sum(value) / world_size()).item()
+
+    @torch.no_grad()
+    def _outputs(self, model: nn.Module, images: list[Tensor], mirrored: bool = False) -> Tensor:
+        parts = (torch.stack(images[i : i + self.at_once]) for i in range(0, len(images), self.at_once))
+        return torch.cat([model(part.flip(-1) if mirrored else part) for part in parts])
 
 
 def _scale(parameter: nn.Parameter) -> float:
@@ -142,10 +167,6 @@ def _scale(parameter: nn.Parameter) -> float:
 def _rate_factor(step: int, steps: int) -> float:
     """From 0 up within the first steps, and down along half a cosine to 0 behind the last; `step` counts from 1."""
     return min(1.0, step / WARM_UP) * (0.5 + 0.5 * math.cos(math.pi * (step - 1) / steps))
-
-
-def _outputs(model: nn.Module, images: Tensor) -> Tensor:
-    return torch.cat([model(part) for part in images.split(4 * IMAGES_A_STEP)])
 
 
 def _copy_of(model: nn.Module) -> dict:

@@ -136,7 +136,7 @@ def one_repair():
     smaller[0].weight.data.mul_(0.7)
     images = torch.randn(80, 3, 8, 8, dtype=torch.float64)
     loss = functools.partial(distillation_loss, temperature=4.0)
-    report = repair_network(dense, smaller, [(images, None)], loss, steps=8, progress=False)
+    report = repair_network(dense, smaller, [(images[:64], None)], [(images[64:], None)], loss, steps=8, progress=False)
     return {"losses": (report.loss_before, report.loss_after), "steps": report.steps, "state": smaller.state_dict()}
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from taylor_pruning.errors import InputError
 from taylor_pruning.repair import network as network_module
 from taylor_pruning.repair.compensation import compensate
-from taylor_pruning.repair.network import repair_network
+from taylor_pruning.repair.network import repair_network, split
 from taylor_pruning.surgery.graph import ChannelGraph
 from taylor_pruning.training.steps import distillation_loss
 
@@ -49,7 +49,7 @@ def test_the_network_answers_more_like_the_dense_one_on_new_images(compensated):
     dense, smaller, batches = compensated
     x = torch.randn(200, 3, 8, 8, generator=torch.Generator().manual_seed(5))
     before, state = loss_on(dense, smaller, x), copy.deepcopy(dense.state_dict())
-    report = repair_network(dense, smaller, batches, LOSS, progress=False)
+    report = repair_network(dense, smaller, *split(batches, 0), LOSS, progress=False)
     assert loss_on(dense, smaller, x) < 0.99 * before  # the layers were fitted already
     assert report.loss_after < report.loss_before and 0 < report.steps <= report.of_steps
     assert all(torch.equal(tensor, state[name]) for name, tensor in dense.state_dict().items())
@@ -60,35 +60,25 @@ def test_the_weights_stay_where_no_step_lowers_the_loss_on_the_held_out_images(c
     dense, smaller, batches = compensated
     before = copy.deepcopy(smaller.state_dict())
     monkeypatch.setattr(network_module, "RATE", 10.0)
-    report = repair_network(dense, smaller, batches, LOSS, progress=False)
+    report = repair_network(dense, smaller, *split(batches, 0), LOSS, progress=False)
     assert report.steps == 0 and report.loss_after == report.loss_before
     assert all(torch.equal(tensor, before[name]) for name, tensor in smaller.state_dict().items())
 
 
-def test_held_out_images_take_no_part_in_the_steps(compensated, monkeypatch):
-    """Their pixels may be anything: the weights after the last step are the same."""
-    dense, smaller, batches = compensated
-    x = torch.cat([x for x, _ in batches])
-    held_out = torch.randperm(len(x), generator=torch.Generator().manual_seed(3))[: len(x) // 5]
-    other = x.clone()
-    other[held_out] = 0.1 * torch.randn(len(held_out), *x.shape[1:])
-    judged = iter(range(1000, 0, -1))
-    monkeypatch.setattr(network_module._Images, "judge", lambda *arguments: next(judged))  # the last weights are kept
-    monkeypatch.setattr(network_module, "refresh_batchnorms", lambda *arguments: None)
-    weights = []
-    for given in (x, other):
-        trained = copy.deepcopy(smaller)
-        repair_network(dense, trained, [(given, None)], LOSS, steps=5, seed=3, progress=False)
-        weights.append(trained.state_dict())
-    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
-    assert any(not torch.equal(tensor, smaller.state_dict()[name]) for name, tensor in weights[0].items())
+def test_a_fifth_of_the_images_judges_and_no_image_does_both():
+    batches = [(torch.arange(7.0), torch.arange(7)), (torch.arange(7.0, 23.0), torch.arange(7, 23))]
+    fitted, judging = ([torch.cat(parts) for parts in zip(*part, strict=True)] for part in split(batches, 3))
+    assert len(judging[0]) == 4 and sorted([*fitted[0].tolist(), *judging[0].tolist()]) == list(range(23))
+    assert all(torch.equal(images, labels.float()) for images, labels in (fitted, judging))
+    assert not torch.equal(judging[0], torch.cat([images for images, _ in split(batches, 4)[1]]))
 
 
 def test_training_starts_at_the_repaired_network(compensated):
     """In training mode, which normalises by the batch, the network gives what it gives in evaluation."""
     dense, smaller, batches = compensated
-    repair_network(dense, smaller, batches, LOSS, progress=False)
-    x = torch.cat([x for x, _ in batches])
+    fitted, judging = split(batches, 0)
+    repair_network(dense, smaller, fitted, judging, LOSS, progress=False)
+    x = torch.cat([x for x, _ in fitted])
     with torch.no_grad():
         torch.testing.assert_close(copy.deepcopy(smaller).train()(x), smaller(x), rtol=1e-3, atol=1e-3)
 
@@ -98,16 +88,20 @@ def test_a_network_without_batchnorm_and_with_frozen_weights_is_repaired():
     dense = randomise(nn.Sequential(*(m for m in plain() if not isinstance(m, nn.BatchNorm2d))))
     smaller = copy.deepcopy(dense).requires_grad_(False)
     smaller[0].weight.mul_(0.7)
-    batches = [(torch.randn(60, 3, 8, 8, dtype=torch.float64), None)]
+    batches = [(torch.randn(60, 3, 8, 8, dtype=torch.float64), torch.zeros(60))]
     before = loss_on(dense, smaller, batches[0][0])
-    repair_network(dense, smaller, batches, LOSS, progress=False)
+    repair_network(dense, smaller, *split(batches, 0), LOSS, progress=False)
     assert loss_on(dense, smaller, batches[0][0]) < 0.5 * before
     assert not any(p.requires_grad for p in smaller.parameters())
 
 
-@pytest.mark.parametrize(("batches", "message"), [([], "at least two"), (images(1), "at least two"),
-                                                  ([(torch.full((4, 3, 8, 8), torch.nan), None)], "NaN or Inf")])  # fmt: skip
+NANS = [(torch.full((4, 3, 8, 8), torch.nan), torch.zeros(4))]
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"), [([], "at least two"), (images(1), "at least two"), (NANS, "NaN or Inf")]
+)
 def test_images_that_cannot_repair_are_refused(batches, message):
     dense = randomise(plain()).float()
     with pytest.raises(InputError, match=message):
-        repair_network(dense, copy.deepcopy(dense), batches, LOSS, progress=False)
+        repair_network(dense, copy.deepcopy(dense), *split(batches, 0), LOSS, progress=False)
