@@ -60,7 +60,7 @@ class EnhancedFilterPruner:
         settings: PruningSettings; those of rounds and training are not used here.
         loss: per-sample loss (logits [B, K], labels [B]) -> [B]; another one than cross-entropy needs
             selection="independent" and curvature "hvp" or "auto".
-        graph: ChannelGraph of `model` where there is one already; `exclude` and `prune_linear` are then its own.
+        graph: ChannelGraph of `model` where there is one already; `exclude`, `prune_linear` and `prune_heads` are then its own.
         progress: show a progress bar.
         fields: single fields of the settings by name, as in `budget="macs"`.
 
@@ -91,7 +91,7 @@ class EnhancedFilterPruner:
         settings = dataclasses.replace(settings or PruningSettings(), **fields)
         self.taylor_order, self.use_gradient_flow = taylor_order, use_gradient_flow
         self.loss, self.progress = loss, progress
-        self.graph = graph or ChannelGraph(model, example_input, settings.exclude, settings.prune_linear)
+        self.graph = graph or settings.graph_of(model, example_input)
         self.model = self.graph.model
         require_units(self.graph)
         self.settings = settings = with_times(settings, self.graph, example_input)
@@ -342,4 +342,4 @@ class Rankings:
         """The ChannelGraph of the dense network or of one cut from it, with the settings' excluded layers."""
         if model is self.graph.model:
             return self.graph
-        return ChannelGraph(model, self.calibration[0][0][:1], self.settings.exclude, self.settings.prune_linear)
+        return self.settings.graph_of(model, self.calibration[0][0][:1])

@@ -99,7 +99,7 @@ class EnhancedPruning:
         if compensation:
             self.compensation = list(Batches(compensation, "the compensation images", device))
         self.example = self.calibration[0][0][:1]
-        self.graph = ChannelGraph(self.model, self.example, self.settings.exclude, self.settings.prune_linear)
+        self.graph = self.settings.graph_of(self.model, self.example)
         self.settings = with_times(self.settings, self.graph, self.example, print if progress and is_main() else None)
         amp = self.recipe.resolved(device).amp if self.recipe.amp_validation else None
         self.measuring = Measuring(self.model, self.val_loader, self.calibration, amp=amp, progress=progress)

@@ -3,6 +3,8 @@
 import dataclasses
 from dataclasses import dataclass
 
+from torch import Tensor, nn
+
 from taylor_pruning.errors import InputError
 from taylor_pruning.memory import parse_bytes
 from taylor_pruning.options import check, option, options
@@ -37,6 +39,7 @@ class PruningSettings(Constraints):
             (selection.targets). One of them takes the place of the budget and of the pruning percentage.
         exclude: patterns (`fnmatch`) of layers whose filters are never removed.
         prune_linear: also remove outputs of hidden fully connected layers.
+        prune_heads: remove whole attention heads, also those of fully connected layers.
         compensate: least squares on the calibration images after every round (repair.compensation), each time from the
             dense network's weights, because fits on top of earlier fits would drift away from them.
         repair: "layer": `compensate`; "none": nothing, as without `compensate`; "network": `compensate`, and after the last
@@ -98,6 +101,11 @@ class PruningSettings(Constraints):
         False,
         "also prune hidden fully connected units",
         "In VGG and AlexNet at 224 pixels they hold most parameters.",
+    )
+    prune_heads: bool = option(
+        False,
+        "also prune whole attention heads",
+        "In transformers, with --prune-linear: their other layers are behind a LayerNorm, which keeps their channels.",
     )
     compensate: bool = option(
         True,
@@ -178,6 +186,10 @@ class PruningSettings(Constraints):
         if len(targets) > 1:
             raise InputError("give one target, target_macs, target_params or target_latency, not several")
         return targets[0] if targets else None
+
+    def graph_of(self, model: nn.Module, example: Tensor) -> ChannelGraph:
+        """The ChannelGraph of a network with what these settings exclude and include."""
+        return ChannelGraph(model, example, self.exclude, self.prune_linear, prune_heads=self.prune_heads)
 
     def percentage(self, given: float, graph: ChannelGraph) -> float:
         """Per cent of the budget to remove: what reaches the target, or the `given` where there is no target."""

@@ -31,7 +31,6 @@ from taylor_pruning.files import atomic_file, cache_folder
 from taylor_pruning.first_batch import Batches, check_training
 from taylor_pruning.selection.greedy import check_reachable
 from taylor_pruning.selection.latency import with_times
-from taylor_pruning.surgery.graph import ChannelGraph
 from taylor_pruning.training.fine_tuning import fine_tune
 
 SCRATCH_EPOCHS, HEAD_EPOCHS = 12, 3
@@ -112,7 +111,7 @@ def prepare(command, folder, device, percentages=()):
     experiment = Experiment(command, device, data, built)
     settings = command.pruning
     example = torch.zeros(1, 3, data.image_size, data.image_size, device=device)
-    graph = ChannelGraph(built.model, example, settings.exclude, settings.prune_linear)
+    graph = settings.graph_of(built.model, example)
     settings = with_times(settings, graph, example, print if progress(command) else None)
     experiment.command = dataclasses.replace(command, pruning=settings)
     for percentage in {settings.percentage(percentage, graph) for percentage in percentages}:

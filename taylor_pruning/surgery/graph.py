@@ -11,6 +11,7 @@ from taylor_pruning.errors import InputError
 from taylor_pruning.surgery.analysis import Analysis, steps
 from taylor_pruning.surgery.cut import cut
 from taylor_pruning.surgery.execution import Execution, blended, call, gate, record
+from taylor_pruning.surgery.layers import kept_linear
 from taylor_pruning.surgery.nested import tensors_in
 from taylor_pruning.surgery.plans import exclude_filters, plan_of, units_of
 from taylor_pruning.surgery.proof import CutProof
@@ -27,16 +28,18 @@ class ChannelGraph:
         example_input: tensor [N, C, H, W] of the shape that the network is used at, a tuple of several arguments or a dict
             of named ones.
         exclude: patterns (`fnmatch`) of layer names whose filters are never removed.
-        prune_linear: also make units of the outputs of hidden fully connected layers.
+        prune_linear: also make units of the outputs of hidden fully connected layers, whole heads excepted.
         verify: run the network with half of all gates closed and without those units, on random inputs, and protect
             units whose removal gives other outputs.
-        prune_heads: where a view splits channels into heads, whole heads are units; else the channels inside all heads.
+        prune_heads: where a view splits channels into heads, whole heads are units, also those of fully connected layers; else
+            the channels inside all heads.
 
     Attributes:
         model: the network without wrappers such as DataParallel or torch.compile, on the same parameters.
         notes: one line on each kind of wrapper that was taken off, () if there was none.
         units: tuple of the removable `Unit`s.
-        layers: {name: LayerInfo} of every conv layer (with `prune_linear` of every linear one), in order of execution.
+        layers: {name: LayerInfo} of every conv layer (with `prune_linear` or `prune_heads` of every linear one), in order of
+            execution.
             Depthwise convs have no entry: their filters go with the channels that they read.
         sites: tuple of `GateSite`. Closing the gates of units there gives the output of removing them.
         readers: tuple of `Reader`s. Depthwise and transposed convs, functional ones and layers without units are none.
@@ -58,36 +61,33 @@ class ChannelGraph:
         self.executions = {mode: Execution(model, trace) for mode, trace in traces.items()}
         self._example = example_input
         self._trials = trial_examples(example_input, traces[False].graph)
-        analysis = self._analysed(traces, prune_linear, exclude, prune_heads)
+        self._prune_linear, self._prune_heads = prune_linear, prune_heads
+        analysis = self._analysed(traces, exclude, prune_heads)
         if analysis.chose and not prune_heads:  # whole heads where only they can go
             found = sum(len(unit.filters) for unit in self.units)
-            analysis = self._better(analysis, found, traces, prune_linear, exclude)
+            analysis = self._better(analysis, found, traces, exclude)
         if verify and self._protect_faults(analysis):
-            self._build(analysis, prune_linear)
+            self._build(analysis)
 
-    def _analysed(self, traces, prune_linear, exclude, prefer_heads):
+    def _analysed(self, traces, exclude, prefer_heads):
         analysis = Analysis(self.model, traces, self._example, prefer_heads)
-        layers = analysis.layers
-        for name in layers.linear:
-            if not prune_linear:
-                analysis.ids.protect(layers.filters[name], "fully connected (see prune_linear)")
-        exclude_filters(analysis.ids, layers, exclude)
-        self._build(analysis, prune_linear)
+        exclude_filters(analysis.ids, analysis.layers, exclude)
+        self._build(analysis)
         return analysis
 
-    def _better(self, first, found, traces, prune_linear, exclude):
+    def _better(self, first, found, traces, exclude):
         """Of the two ways to split channels into heads the one with more filters that may go."""
-        second = self._analysed(traces, prune_linear, exclude, prefer_heads=True)
+        second = self._analysed(traces, exclude, prefer_heads=True)
         if sum(len(unit.filters) for unit in self.units) > found:
             return second
-        self._build(first, prune_linear)
+        self._build(first)
         return first
 
-    def _build(self, analysis, prune_linear):
+    def _build(self, analysis):
         ids, layers = analysis.ids, analysis.layers
         self.positions = layers.positions
         self.smooth_operations = tuple(sorted(analysis.nonlinear))
-        self._build_units(ids, layers, prune_linear)
+        self._build_units(ids, layers)
         self.gate_sites = {mode: gate_sites(of_mode, self._unit_of_id) for mode, of_mode in analysis.places.items()}
         self.readers = tuple(readers_of(layers, self.tensors))
 
@@ -125,13 +125,16 @@ class ChannelGraph:
 
         return CutProof(self.model, self._trials, run_gated, cut_of, [*self.executions])
 
-    def _build_units(self, ids, layers, prune_linear):
+    def _build_units(self, ids, layers):
         roots = ids.roots()
         reason_of = {}
         for some, reason in ids.reasons:
             for root in roots[some].unique().tolist():
                 reason_of.setdefault(root, reason)
-        names = [name for name in layers.filters if prune_linear or name not in layers.linear]
+        for root, reason in kept_linear(ids, layers, roots, self._prune_linear, self._prune_heads):
+            reason_of.setdefault(root, reason)
+        with_linear = self._prune_linear or self._prune_heads
+        names = [name for name in layers.filters if with_linear or name not in layers.linear]
         classes = {name: roots[layers.filters[name]] for name in names}
         for name, of_filter in classes.items():
             if (of_filter == of_filter[0]).all():

@@ -70,6 +70,7 @@ class ChannelIds:
         self.depthwise = []  # (node, ids of the outputs)
         self.settings = {}  # module with one setting a channel: ids of its channels
         self.widths = {}  # (module name, attribute, index): [(ids, factor)], the attribute is their number over factor
+        self.heads = []  # ids of whole heads: a view splits each into a block of channels
         self.choices = 0  # views that could follow their channels along more than one dimension
         self.fixed = {}  # (module name, attribute, index): why it must not change
 

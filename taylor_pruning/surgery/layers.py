@@ -3,6 +3,8 @@
 import math
 from collections import defaultdict
 
+import torch
+
 from taylor_pruning.surgery.recorded_calls import operation_name
 
 
@@ -78,6 +80,22 @@ class Layers:
             inputs = node.all_input_nodes[0].meta["shape"]
             groups = 1 if linear else inputs[1] // columns
             self.readers.setdefault(name, ([], groups, linear))[0].append(node)
+
+
+def kept_linear(ids, layers, roots, prune_linear, prune_heads):
+    """Yields (class, reason) of the classes of filters of fully connected layers that nobody asked to remove.
+
+    Args:
+        roots: [ids] class of every id.
+    """
+    heads = torch.cat([roots.new_zeros(0), *(roots[some] for some in ids.heads)])
+    for name in layers.linear:
+        classes = roots[layers.filters[name]].unique()
+        whole = torch.isin(classes, heads)
+        kept = {"whole heads of a fully connected layer (see prune_heads)": whole & (not prune_heads),
+                "fully connected (see prune_linear)": ~whole & (not prune_linear)}  # fmt: skip
+        for reason, which in kept.items():
+            yield from ((root, reason) for root in classes[which].tolist())
 
 
 def _weight_of(node):

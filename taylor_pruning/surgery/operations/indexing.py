@@ -81,24 +81,29 @@ def _bounded(call, along, bound):
 
 
 def _advanced(call, x, index):
-    """Indexing by a tensor: exact along dimensions without channels."""
-    dim, plain_index = 0, []
+    """Indexing by a tensor: exact for channels along other dimensions than the indexed ones."""
+    dim, plain_index, kept = 0, [], list(x.layers)
     for part in index:
-        if part is Ellipsis or (isinstance(part, Value) and part.tensor is None and part.layers):
+        if part is Ellipsis:
             return call.unknown()
         if part is None:
             plain_index.append(None)
             continue
-        if part != slice(None) and any(dim in varying(layer) for layer in x.layers):
-            return call.unknown(f"is indexed by position in {call.where}")
+        if isinstance(part, Value) or part != slice(None):
+            for layer in kept:
+                if dim in varying(layer):
+                    call.protect(layer, "is indexed by position in")
+            kept = [layer for layer in kept if dim not in varying(layer)]
         if isinstance(part, Value):
             if part.tensor is not None and part.tensor.dtype == torch.bool:
                 return call.unknown()
+            for layer in part.layers:
+                call.protect(layer, "is an index in")
             plain_index.append(torch.zeros(part.shape, dtype=torch.long))
         else:
             plain_index.append(part if isinstance(part, slice) and part == slice(None) else _plain_slice(part))
         dim += 1
-    layers = [layer[tuple(plain_index)] for layer in x.layers]
+    layers = [layer[tuple(plain_index)] for layer in kept]
     if any(tuple(layer.shape) != tuple(call.shape) for layer in layers):
         return call.unknown()
     return call.result(layers)

@@ -2,7 +2,7 @@
 
 import torch
 
-from taylor_pruning.surgery.ids import spread, varying
+from taylor_pruning.surgery.ids import spread, squash, varying
 from taylor_pruning.surgery.numbers import is_tracked, number
 from taylor_pruning.surgery.operations.registry import rule
 from taylor_pruning.surgery.recorded_calls import operation_name
@@ -121,6 +121,8 @@ def viewed(call, x, sizes, free):
         for d in open_dims:
             _follow(call, layer, before, new, d, sizes[d], d in free)
             followed.add(d)
+        if open_dims and max(open_dims) < dims[-1]:
+            ids.heads.append(squash(new)[0].reshape(-1))
         if not varying(new):
             call.protect(layer, "is viewed at a fixed size in")
         layers.append(new)
