@@ -27,3 +27,8 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
         finally:
             for parameter, flag in wanted.items():
                 parameter.requires_grad_(flag)
+
+
+def set_mode(model: nn.Module, training: bool) -> nn.Module:
+    """Sets the mode of all submodules, by way of training mode: there, networks drop what they have kept for evaluation."""
+    return model.train(True).train(training)

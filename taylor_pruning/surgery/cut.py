@@ -5,6 +5,7 @@ from collections import defaultdict
 from torch import nn
 
 from taylor_pruning.errors import InputError
+from taylor_pruning.modes import modes_kept
 from taylor_pruning.surgery.copying import copy_of
 
 
@@ -42,6 +43,8 @@ def cut(model, tensors, widths, settings, stays):
     for name, units in settings.items():
         if name in modules:
             _refresh_settings(modules[name], int(stays[units].sum()), len(units))
+    with modes_kept(smaller):  # what a network keeps for evaluation has the dense shapes
+        smaller.train()
     return smaller
 
 

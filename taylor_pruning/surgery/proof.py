@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from taylor_pruning.errors import InputError
+from taylor_pruning.modes import set_mode
 from taylor_pruning.surgery.copying import copy_of
 from taylor_pruning.surgery.execution import call
 from taylor_pruning.surgery.nested import map_tensors
@@ -146,8 +147,8 @@ class CutProof:
             except InputError as error:
                 return str(error)
             for training in self.modes:
-                for module in (*dense.modules(), *smaller.modules()):
-                    module.training = training
+                for network in (dense, smaller):
+                    set_mode(network, training)
                 samples = 1 + len(
                     self.modes
                 )  # in training mode three: batch statistics would leave nothing but signs of two

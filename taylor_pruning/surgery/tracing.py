@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from taylor_pruning.errors import InputError
+from taylor_pruning.modes import set_mode
 from taylor_pruning.surgery.copying import copy_of, structure_of
 from taylor_pruning.surgery.nested import Slot, map_tensors, tensors_in
 from taylor_pruning.surgery.numbers import wrap_widths
@@ -108,7 +109,7 @@ def _recorder(model, rules, args, kwargs, on_values):
 
 def _record(recorder, model, args, kwargs, training):
     copied = copy_of(model) if recorder.on_values else structure_of(model)
-    copied.train(training)
+    set_mode(copied, training)
     for module in copied.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             hooks.update((key, watched(hook, recorder)) for key, hook in list(hooks.items()))

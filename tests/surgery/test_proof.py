@@ -159,3 +159,39 @@ def test_a_graph_protects_what_its_trial_refutes_by_name():
     assert blind.remove(blind.units[:2], verify=False).a.out_channels == 6
     with pytest.raises(InputError, match=r"filters of a cannot be removed.*exclude"):
         blind.remove([*blind.units[:2], *blind.units[8:10]])
+
+
+class Kept(nn.Module):
+    """Computes a scale once and keeps it for evaluation, as LeViT its attention biases."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.logarithm, self.kept = (
+            nn.Conv2d(3, 8, 1),
+            nn.Conv2d(8, 4, 1),
+            nn.Parameter(torch.zeros(8)),
+            {},
+        )
+
+    def train(self, mode=True):
+        if mode:
+            self.kept = {}
+        return super().train(mode)
+
+    def forward(self, x):
+        if self.training or "scale" not in self.kept:
+            self.kept["scale"] = self.logarithm.exp()
+        return self.b(self.a(x) * self.kept["scale"][:, None, None]).mean((2, 3))
+
+
+def test_what_a_forward_has_kept_for_evaluation_is_computed_again():
+    torch.manual_seed(0)
+    model, x = Kept().double().eval(), torch.randn(2, 3, 4, 4, dtype=torch.double)
+    with torch.no_grad():
+        model(x)
+        graph = ChannelGraph(model, x)
+        assert len(graph.units) == 8 and not model.training and model.kept
+        smaller = graph.remove(graph.units[::2])
+        gates = torch.arange(8).double() % 2
+        with graph.gated(gates):
+            torch.testing.assert_close(smaller(x), model(x))
