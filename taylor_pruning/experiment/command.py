@@ -123,7 +123,7 @@ class DataSettings(Checked):
 
     model: str | None = option(
         None,
-        "a torchvision classification network, as vgg16 or resnet50, or vgg7_bn",
+        "a torchvision classification network, as vgg16 or resnet50, one of timm, as timm/resnet18, or vgg7_bn",
         "vgg7_bn is small: it is trained on the embedded images in about a minute.",
         default_text="vgg16; vgg7_bn on the embedded data",
         common=True,
@@ -138,7 +138,7 @@ class DataSettings(Checked):
     )
     weights: str = option(
         "auto",
-        "auto (torchvision's; none below 64 pixels), default, none, or a file",
+        "auto (torchvision's or timm's; none below 64 pixels), default, none, or a file",
         "A file with your own state_dict saves training the dense network.",
     )
     head: str = option(

@@ -157,7 +157,7 @@ def load_image_folder(path, *, image_size: int | None = None, weights=None, skip
 
     image_size: side in pixels; None keeps the native size of small images (no blow-up), else takes the crop size of
         `weights`, else 224.
-    weights: a torchvision WeightsEnum member whose resize, crop, mean and std are used; None means ImageNet's.
+    weights: a torchvision WeightsEnum member or TimmWeights, whose resize, crop, mean and std are used; None means ImageNet's.
     skip_corrupt: decode everything once, leave out what cannot be decoded and list it in `ImageData.skipped`.
 
     When all class folders are ImageNet synset ids, labels follow ImageNet's order, whichever classes are missing.

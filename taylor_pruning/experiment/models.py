@@ -1,4 +1,4 @@
-"""Builds classification networks for any image size and number of classes, with weights from torchvision or a file.
+"""Builds classification networks for any image size and number of classes, with weights from torchvision, timm or a file.
 
 built = build_model("vgg16", 10, image_size=32)
 built.model(images)                                                         # logits [B, 10]
@@ -21,6 +21,7 @@ from torchvision.models.vgg import cfgs, make_layers
 
 from taylor_pruning.errors import InputError
 from taylor_pruning.experiment.data import SMALL_IMAGE
+from taylor_pruning.experiment.timm_models import PREFIX, TimmWeights, check_timm_name, timm_network
 from taylor_pruning.experiment.weights import copy_weights, read_state
 
 IMAGENET_CLASSES = 1000
@@ -52,14 +53,19 @@ def model_names() -> list[str]:
     return [*models.list_models(module=models), VGG7]
 
 
-def pretrained_weights(name: str, weights: str | Path = "auto", image_size: int | None = None) -> WeightsEnum | None:
-    """The torchvision weights that `build_model` would load, without downloading them; None for "none" and files.
+def pretrained_weights(
+    name: str, weights: str | Path = "auto", image_size: int | None = None
+) -> WeightsEnum | TimmWeights | None:
+    """The torchvision or timm weights that `build_model` would load, without downloading; None for "none" and files.
 
     `image_size` None stands for the size that the weights were trained at. Raises InputError for an unknown name, and
     for "default" below 64 pixels, where the networks have another stem.
     """
     check_name(name)
-    if name == VGG7:
+    available = None
+    if name != VGG7:
+        available = TimmWeights.of(name) if name.startswith(PREFIX) else models.get_model_weights(name).DEFAULT
+    if available is None:
         if weights == "default":
             raise InputError(f"there are no pretrained weights of {name}; pass --weights none or a file")
         return None
@@ -70,7 +76,7 @@ def pretrained_weights(name: str, weights: str | Path = "auto", image_size: int 
             "pass --image-size 224 or --weights none"
         )
     if weights == "default" or (weights == "auto" and not small):
-        return models.get_model_weights(name).DEFAULT
+        return available
     return None
 
 
@@ -79,7 +85,8 @@ def build_model(
 ) -> BuiltModel:
     """Build a classification network for `num_classes` labels and square images of `image_size` pixels.
 
-    name: one of torchvision's, or "vgg7_bn": six convolutions of 32 to 128 filters and one linear layer.
+    name: one of torchvision's, one of timm's as "timm/resnet18", or "vgg7_bn": six convolutions of 32 to 128 filters
+    and one linear layer.
 
     weights: "auto" (torchvision's default weights from 64 pixels on, none below), "default", "none", or a file that
     holds a state_dict, plain or under one of weights.STATE_KEYS; a prefix that all names share ("module.", "_orig_mod.",
@@ -117,6 +124,9 @@ def build_model(
 
 
 def check_name(name: str):
+    """Raises InputError if there is no network of that name, or timm is missing."""
+    if name.startswith(PREFIX):
+        return check_timm_name(name)
     names = model_names()
     if name not in names:
         close = difflib.get_close_matches(name, names, n=3) or ["vgg16", "resnet18", "mobilenet_v2"]
@@ -124,6 +134,8 @@ def check_name(name: str):
 
 
 def network(name: str, num_classes: int, image_size: int, *, transform_input: bool = False) -> nn.Module:
+    if name.startswith(PREFIX):
+        return timm_network(name, num_classes, image_size)
     small = image_size < SMALL_IMAGE
     if name == VGG7 or (small and name.startswith("vgg")):
         return _small_vgg(name, num_classes)
@@ -204,7 +216,7 @@ def head_name(model: nn.Module) -> str:
     return linears[-1] if linears else [name for name, module in named if isinstance(module, nn.Conv2d)][-1]
 
 
-def _download(weights: WeightsEnum) -> dict[str, Tensor]:
+def _download(weights: WeightsEnum | TimmWeights) -> dict[str, Tensor]:
     try:
         return weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
     except (OSError, http.client.HTTPException, RuntimeError, EOFError, pickle.UnpicklingError) as error:

@@ -71,8 +71,8 @@ def load_pruned(
 ) -> nn.Module:
     """Rebuild a network from `save_pruned`: same logits, dtypes and shared parameters, in eval mode, on `device`.
 
-    `factory` builds the network before pruning; it is needed where the file names no torchvision model. The weights
-    before pruning take no memory, unless the factory reads the values of its parameters.
+    `factory` builds the network before pruning; it is needed where the file names no network of torchvision or timm.
+    The weights before pruning take no memory, unless the factory reads the values of its parameters.
 
     Raises InputError for a file of another kind or a newer version, a missing factory, or another network's factory.
     """
@@ -95,7 +95,9 @@ def _skeleton(content: dict, factory: Callable[[], nn.Module] | None, path: str 
     """The network before pruning, its parameters on the meta device."""
     if factory is None:
         if content["name"] is None:
-            raise InputError(f"{path} names no torchvision model; pass load_pruned a factory that builds the network")
+            raise InputError(
+                f"{path} names no network of torchvision or timm; pass load_pruned a factory that builds the network"
+            )
         check_name(content["name"])
         with parameters_on_meta():
             return network(content["name"], content["num_classes"], content["image_size"])

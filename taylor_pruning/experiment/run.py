@@ -72,7 +72,7 @@ def how_to_continue(folder):
 
 def default_folder(command):
     """A folder in runs/ that does not exist yet."""
-    base = Path("runs") / f"{Path(sys.argv[0]).stem}-{command.data.model}"
+    base = Path("runs") / f"{Path(sys.argv[0]).stem}-{command.data.model.replace('/', '-')}"
     candidates = (base if n == 1 else base.with_name(f"{base.name}-{n}") for n in range(1, 10**6))
     return next(path for path in candidates if not path.exists())
 

@@ -239,7 +239,7 @@ def _cache_file(experiment, recipe, batch_size):
     model, data, seed = experiment.built.model, experiment.data, experiment.command.pruning.seed
     images = hashlib.sha256(data.train.images.numpy().tobytes() + data.val.images.numpy().tobytes()).hexdigest()
     key = json.dumps([str(model), images, seed, batch_size, repr(recipe), torch.__version__])
-    return folder / f"{experiment.built.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
+    return folder / f"{experiment.built.name.replace('/', '-')}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
 
 
 def environment(device):
