@@ -16,6 +16,7 @@ from taylor_pruning.errors import InputError
 from taylor_pruning.experiment import choices as choices_module
 from taylor_pruning.experiment import rounds as rounds_module
 from taylor_pruning.experiment.loaders import make_loader
+from taylor_pruning.repair import network as network_module
 from taylor_pruning.repair.compensation import CompensationReport
 from taylor_pruning.scoring.estimates import by_fold
 from taylor_pruning.training import fine_tuning as FineTuning
@@ -361,9 +362,21 @@ def test_the_repair_across_layers_follows_the_last_round(plain_network, images, 
     assert len(repairs) == 3 and without_timings(broken.as_dict()) == without_timings(found["network"].as_dict())
 
 
+def test_a_repair_that_gains_nothing_leaves_the_compensated_network(plain_network, images, labels, monkeypatch):
+    loader = make_loader(torch.utils.data.TensorDataset(images, labels), 6)
+    monkeypatch.setattr(network_module, "RATE", 10.0)
+    settings = PruningSettings(rounds=1, repair="network")
+    pruning = EnhancedPruning(plain_network, loader, loader, settings=settings, progress=False)
+    result = pruning.prune(30, 2)
+    assert result.repair["steps"] == 0 and result.stages[-1]["stage"] == "repaired"
+    assert result.stages[-1]["loss"] == result.stages[-2]["loss"]
+
+
 def test_repair_and_compensate_say_one_thing():
     assert PruningSettings().compensate and not PruningSettings(repair="none").compensate
     assert PruningSettings(repair="network").compensate and not PruningSettings(compensate=False).compensate
+    with pytest.raises(InputError, match="fine_tune_between"):
+        PruningSettings(repair="network", fine_tune_between=3)
     for repair in ("layer", "network"):
         with pytest.raises(InputError, match="contradict"):
             PruningSettings(repair=repair, compensate=False)

@@ -25,7 +25,7 @@ BLUE, VERMILLION, PURPLE, GREY, BROWN, VIOLET = "#0072B2", "#D55E00", "#CC79A7",
 DENSE, KEPT, REMOVED = BLACK, BLUE, VERMILLION
 STAGE_COLOURS = {"dense": DENSE, "pruned": REMOVED, "compensated": PURPLE, "trained": PURPLE, "repaired": SKY_BLUE,
                  "fine-tuned": GREEN}  # fmt: skip
-STAGE_TICKS = {"compensated": "compen-\nsated", "fine-tuned": "fine-\ntuned"}
+STAGE_TICKS = {"compensated": "compen-\nsated", "repaired": "re-\npaired", "fine-tuned": "fine-\ntuned"}
 
 
 @dataclass(frozen=True)
