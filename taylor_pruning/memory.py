@@ -152,13 +152,13 @@ class Portions:
             return
         held = used_bytes(self.device)
         budget = SHARE * free_bytes(self.device) if self.limit is None else self.limit - held
-        with _peak(self.device) as taken:
+        with peak_of(self.device) as taken:
             yield
         self.size = max(1, int(budget / max(1, taken() / (part.stop - part.start))))
 
 
 @contextmanager
-def _peak(device: torch.device):
+def peak_of(device: torch.device):
     """Yields a function that gives the bytes that the block has taken at most."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -1,0 +1,136 @@
+"""What one pruning round costs, in passes of forward and backward over the same images: scores, selection, compensation.
+
+    python benchmarks/round_cost.py                                                     # VGG-16 with BatchNorm, 32 pixels
+    python benchmarks/round_cost.py --models mobilenet_v2 --image-size 224 --images 40 --classes 1000
+    python benchmarks/round_cost.py --device cuda --models vgg16_bn resnet50 --images 1000 --batch-size 100 --profile
+
+Noise images, random weights with the BatchNorm statistics of these images, one process, one row at a time. A pass has weight
+gradients, as in training, and runs in the layout and precision of the model. Printed are seconds (on a CPU those of the
+processor, which other programs disturb least; on a GPU those of the clock), the same in passes, the largest memory beyond
+what was held before relative to that of a pass, and how often the host waited for a value of the device (a count of
+operations, the same on every device). Everything runs once before it is measured on a GPU.
+"""
+
+import argparse
+import contextlib
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from EnhancedFilterPruner import EnhancedFilterPruner
+from taylor_pruning.experiment.models import build_model
+from taylor_pruning.memory import peak_of
+from taylor_pruning.repair.compensation import compensate
+from taylor_pruning.surgery.graph import ChannelGraph
+
+
+class HostWaits(TorchDispatchMode):
+    """Counts the operations whose result the host reads, or whose size depends on values."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name().split("::")[1].split(".")[0]
+        self.count += name in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2")
+        return function(*args, **(kwargs or {}))
+
+
+class Table:
+    def __init__(self, device):
+        self.device, self.reference = device, None
+        print("| network | what | seconds | passes | memory | host waits |\n|---|---|---|---|---|---|", flush=True)
+
+    def clock(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            return time.perf_counter()
+        return time.process_time()
+
+    def row(self, network, what, action, prepare=lambda: None, profile=False):
+        """Measures action(prepare()): time in one run, memory and waits in another; the first row is the reference."""
+        if self.device.type == "cuda":
+            action(prepare())
+        given = prepare()
+        start = self.clock()
+        action(given)
+        seconds = self.clock() - start
+        given, waits = prepare(), HostWaits()
+        with peak_of(self.device) as taken, waits if self.device.type == "cuda" else contextlib.nullcontext():
+            action(given)
+        found = seconds, taken()
+        self.reference = self.reference or found
+        ratios = [a / max(b, 1e-9) for a, b in zip(found, self.reference, strict=True)]
+        count = waits.count if self.device.type == "cuda" else "-"
+        print(f"| {network} | {what} | {seconds:.3f} | {ratios[0]:.2f} | {ratios[1]:.2f} | {count} |", flush=True)
+        if profile:
+            given = prepare()
+            activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+            with torch.profiler.profile(activities=activities[: 1 + (self.device.type == "cuda")]) as found:
+                action(given)
+            print(found.key_averages().table(sort_by="self_cpu_time_total", row_limit=12, max_name_column_width=40))
+
+
+def measure(name, arguments, device):
+    torch.manual_seed(0)
+    size, classes = arguments.image_size, arguments.classes
+    model = build_model(name, classes, image_size=size, weights="none").model.to(device)
+    images = torch.randn(arguments.images, 3, size, size).to(device)
+    labels = (torch.arange(arguments.images) % classes).to(device)
+    batches = list(zip(images.split(arguments.batch_size), labels.split(arguments.batch_size), strict=True))
+    with torch.no_grad():
+        model(batches[0][0])
+    model.eval()
+    graph, table = ChannelGraph(model, images[:1]), Table(device)
+
+    def passes(_):
+        for x, y in batches:
+            F.cross_entropy(model(x), y).backward()
+        model.zero_grad(set_to_none=True)
+
+    def pruner():
+        return EnhancedFilterPruner(model, images[:1], arguments.order, graph=graph, progress=False)
+
+    ranked = pruner()
+    table.row(name, "forward and backward", passes)
+    table.row(name, f"scores, order {arguments.order}", lambda p: p.rank(batches, batches), pruner, arguments.profile)
+    ranked.rank(batches, batches)
+    table.row(name, f"selection of {arguments.percentage:g} %", lambda _: ranked.select(arguments.percentage))
+    plan = graph.plan_of(ranked.select(arguments.percentage))
+    kept = {layer: sorted(set(range(info.filters)) - set(plan.get(layer, ()))) for layer, info in graph.layers.items()}
+
+    def repair(smaller):
+        compensate(model, smaller, batches, kept, progress=False)
+
+    table.row(name, "compensation", repair, lambda: graph.remove(plan), arguments.profile)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["vgg16_bn"])
+    parser.add_argument("--classes", type=int, default=10)
+    parser.add_argument("--image-size", type=int, default=32)
+    parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--order", type=int, default=2)
+    parser.add_argument("--percentage", type=float, default=50.0)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--profile", action="store_true", help="also print what operations take")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
+    print(f"{name}, torch {torch.__version__}, {arguments.images} images of {arguments.image_size} pixels, "
+          f"{arguments.classes} classes, batches of {arguments.batch_size}\n")  # fmt: skip
+    for model in arguments.models:
+        measure(model, arguments, device)
+
+
+if __name__ == "__main__":
+    main()
