@@ -42,7 +42,7 @@ from taylor_pruning.scoring.layer_costs import removal_costs
 from taylor_pruning.scoring.probes import cross_entropy, probe_derivatives
 from taylor_pruning.scoring.taylor import Directions
 from taylor_pruning.selection.constraints import Ledger, Selection, require_units
-from taylor_pruning.selection.greedy import select_behind_repair, select_by_score, select_jointly
+from taylor_pruning.selection.greedy import select_behind_repair, select_by_score, select_jointly, select_uniformly
 from taylor_pruning.selection.latency import with_times
 from taylor_pruning.surgery.graph import ChannelGraph
 
@@ -68,6 +68,7 @@ class EnhancedFilterPruner:
         graph: the model's ChannelGraph.
         curvature_path, curvature_reason: "exact" or "hvp", and why; see `curvature_report`.
         predicted_loss_change: of the last plan in nats, see `get_pruning_plan`.
+        uniform_widths: True where the last plan has them (scoring.collected.Collected.says_little).
         layer_bound_held: False where the last plan could not reach the percentage within the layer bound.
 
     Raises:
@@ -98,7 +99,7 @@ class EnhancedFilterPruner:
         self.curvature_path, self.curvature_reason = choose_curvature(self.graph, settings.curvature, loss)
         if loss is not cross_entropy and (settings.selection != "independent" or self.curvature_path == "exact"):
             raise InputError("a loss other than cross-entropy needs selection='independent' and curvature='hvp'")
-        self.collected = self.predicted_loss_change = self.layer_bound_held = None
+        self.collected = self.predicted_loss_change = self.layer_bound_held = self.uniform_widths = None
         self.behind_repair = None
 
     # -- collecting --------------------------------------------------------------------------------------------------
@@ -281,7 +282,10 @@ class EnhancedFilterPruner:
         if behind_repair and self.settings.layer_bound is None:
             constraints = dataclasses.replace(constraints, layer_bound=math.inf)  # these costs compare between layers
         selection = Selection(self.graph, percentage, constraints, ledger)
-        if behind_repair:
+        self.uniform_widths = behind_repair and collected.says_little()
+        if self.uniform_widths:
+            chosen, self.predicted_loss_change = select_uniformly(selection, self.levels()), None
+        elif behind_repair:
             costs = self._removal_costs()
             chosen = select_behind_repair(selection, costs)
             self.predicted_loss_change = costs.total

@@ -50,7 +50,7 @@ from taylor_pruning.selection.latency import latency_report, with_times
 from taylor_pruning.surgery.wrappers import unwrapped
 from taylor_pruning.training.fine_tuning import Accuracy, Recipe, fine_tune, reestimate_batchnorm
 from taylor_pruning.training.measuring import Measuring
-from taylor_pruning.training.sampling import first_images
+from taylor_pruning.training.sampling import HELD_OUT, first_images, split_images
 
 __all__ = ["EnhancedPruning", "InputError", "PruningResult", "PruningSettings", "load_pruned", "save_pruned"]
 
@@ -63,6 +63,8 @@ class EnhancedPruning:
         train_loader, val_loader: iterables with a length of (images [B, C, H, W], labels [B]) on the model's device.
         calibration: list of such batches for scoring; default: `calibration_samples` images from `train_loader`.
         compensation: list of such batches for compensation; default: `calibration`.
+        held_out: list of such batches on which a round is judged; default: where `calibration` comes from `train_loader` the
+            images after it, else `calibration` itself.
         dense_stage: the dense network's stage where it is known already.
         settings, recipe: PruningSettings, training.fine_tuning.Recipe.
         progress: show progress bars.
@@ -80,6 +82,7 @@ class EnhancedPruning:
         calibration: list | None = None,
         calibration_samples: int = 500,
         compensation: list | None = None,
+        held_out: list | None = None,
         dense_stage: dict | None = None,
         settings: PruningSettings | None = None,
         recipe: Recipe | None = None,
@@ -94,15 +97,19 @@ class EnhancedPruning:
         if calibration:
             self.calibration = list(Batches(calibration, "the calibration images", device))
         else:
-            self.calibration = first_images(self.train_loader, calibration_samples)
+            first = first_images(self.train_loader, calibration_samples + HELD_OUT)
+            self.calibration, rest = split_images(first, calibration_samples)
+            held_out = held_out or rest
         self.compensation = self.calibration
         if compensation:
             self.compensation = list(Batches(compensation, "the compensation images", device))
+        held_out = held_out and list(Batches(held_out, "the held-out images", device))
         self.example = self.calibration[0][0][:1]
         self.graph = self.settings.graph_of(self.model, self.example)
         self.settings = with_times(self.settings, self.graph, self.example, print if progress and is_main() else None)
         amp = self.recipe.resolved(device).amp if self.recipe.amp_validation else None
-        self.measuring = Measuring(self.model, self.val_loader, self.calibration, amp=amp, progress=progress)
+        self.measuring = Measuring(self.model, self.val_loader, self.calibration, held_out=held_out, amp=amp,
+                                   progress=progress)  # fmt: skip
         self.rankings = Rankings(self.graph, self.calibration, self.compensation, self.settings, progress)
         self._dense_stage = dense_stage
         self.teacher = self.model if self.recipe.distillation_weight else None
@@ -187,12 +194,12 @@ class EnhancedPruning:
             criterion: a name of selection.baselines, or a function from a ChannelGraph to [units] scores, low ones first.
             widths: "own" or "uniform", see experiment.choices.BaselineChoice.
             compensate: with compensation, in the rounds of the settings, and with their repair across layers; without, in one
-                shot.
+                shot. No round is guarded.
         """
         rounds = self.settings.rounds if compensate else 1
         repair = "none" if not compensate else "network" if self.settings.repair == "network" else "layer"
         settings = dataclasses.replace(
-            self.settings, compensate=compensate, repair=repair, rounds=rounds, fine_tune_between=0
+            self.settings, compensate=compensate, repair=repair, rounds=rounds, fine_tune_between=0, guard=False
         )
         choose = BaselineChoice(self.rankings, criterion, widths, settings.constraints, settings.seed)
         percentage = settings.percentage(pruning_percentage, self.graph)
@@ -259,14 +266,7 @@ class EnhancedPruning:
         """The state after what is left of the settings' rounds, and after the repair; `store` keeps every step."""
         rounds = Rounds(self.rankings, self.measuring, self.train_loader, self.recipe, self.teacher, settings,
                         self.progress)  # fmt: skip
-        for number in range(len(state.rounds) + 1, settings.rounds + 1):
-            state = rounds.next(state, number, percentage * (number / settings.rounds), choose)
-            if store and is_main():
-                store.save(state)
-        repaired = rounds.repaired(state)
-        if store and is_main() and repaired is not state:
-            store.save(repaired)
-        return repaired
+        return rounds.run(state, percentage, choose, store.save if store and is_main() else lambda state: None)
 
     def _result(self, state):
         """The PruningResult of a pruned network before fine-tuning."""
@@ -281,7 +281,9 @@ class EnhancedPruning:
         result = PruningResult(state.model, stages, state.rounds, layer_table(self.graph, state.kept), plan, seconds)
         times = self.settings.times and latency_report(self.rankings.graph_of(state.model), self.graph, self.settings.times,
                                                        self.example)  # fmt: skip
-        result = dataclasses.replace(result, notes=list(self.notes), latency=times, repair=repair, **state.ranking)
+        result = dataclasses.replace(
+            result, notes=list(self.notes), latency=times, repair=repair, stopped=state.stopped, **state.ranking
+        )
         if result.gradient_flow:
             flow = flow_with_kept(result.gradient_flow, self.graph, state.kept)
             result.gradient_flow = flow_with_stage(flow, "pruned", self._flow_report(state.model))

@@ -96,3 +96,11 @@ def coarse_plots():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PLOT_SETTINGS, "savefig.dpi", 30)
         yield
+
+
+@pytest.fixture
+def costs_count(monkeypatch):
+    """Costs choose the widths although a random network's answers hardly depend on the image."""
+    from taylor_pruning.scoring import collected
+
+    monkeypatch.setattr(collected, "LITTLE", -1.0)

@@ -40,7 +40,7 @@ def progressive(plain_network, images, labels, monkeypatch):
         return CompensationReport()
 
     def pipeline(steps):
-        settings = PruningSettings(rounds=3, fine_tune_between=steps)
+        settings = PruningSettings(rounds=3, fine_tune_between=steps, guard=False)
         pruning = EnhancedPruning(plain_network, loader, loader, settings=settings, progress=False)
         return pruning, trained, compensations
 
@@ -316,6 +316,9 @@ def test_a_baseline_is_repaired_in_rounds_and_meets_the_budget_with_its_own_or_u
             assert ("compensated" in [stage["stage"] for stage in result.stages]) == compensate
             assert result.stages[-1]["macs"] / result.stages[0]["macs"] == pytest.approx(0.6, abs=0.12)
             found[widths, compensate] = result
+    assert {key: result.rounds[0]["uniform_widths"] for key, result in found.items()} == {
+        key: key[0] == "uniform" for key in found
+    }
     assert found["own", False].plan != found["uniform", False].plan
     assert found["own", True].stages[-1]["loss"] != found["own", False].stages[-1]["loss"]
     with pytest.raises(InputError, match="widths"):
@@ -334,6 +337,7 @@ def test_a_criterion_of_ones_own_scores_every_network_on_the_way(plain_network, 
     assert sizes == [11, 9] and result.plan == {"0": [], "4": [3, 4, 5]} and result.criterion == "last_first"
 
 
+@pytest.mark.usefixtures("costs_count")
 def test_the_repair_across_layers_follows_the_last_round(plain_network, images, labels, tmp_path, monkeypatch):
     """It lowers the divergence that compensation left, is a stage of its own, and is not repeated by a resumed run."""
     plain_network[-1].weight.data.mul_(20)  # answers that differ between images
@@ -380,3 +384,89 @@ def test_repair_and_compensate_say_one_thing():
     for repair in ("layer", "network"):
         with pytest.raises(InputError, match="contradict"):
             PruningSettings(repair=repair, compensate=False)
+
+
+def zeroed(*layers, above):
+    """A stand-in for compensation that destroys the network as soon as more than `above` filters are gone."""
+
+    def compensate(target, smaller, batches, kept, *, progress, seed):
+        gone = sum(len(target.get_submodule(name).weight) - len(filters) for name, filters in kept.items())
+        with torch.no_grad():
+            rare = torch.cat([target(x).argmax(1) for x, _ in batches]).bincount(minlength=4).argmin()
+            for name in layers if gone > above else ():
+                smaller.get_submodule(name).weight.zero_()
+                smaller.get_submodule(name).bias.copy_(60.0 * F.one_hot(rare, 4))  # the same answer for all images
+        return CompensationReport()
+
+    return compensate
+
+
+@pytest.fixture
+def sure_network(plain_network, images):
+    """Answers that depend on the image: large logits, each class the top of some images."""
+    with torch.no_grad():
+        last = plain_network[8]
+        logits = plain_network(images)
+        last.bias -= logits.mean(0)
+        last.weight *= 30 / logits.std()
+        last.bias *= 30 / logits.std()
+        assert plain_network(images).argmax(1).unique().numel() >= 3
+    return plain_network
+
+
+@pytest.mark.parametrize("above", [0, 3])
+def test_a_round_that_destroys_the_network_is_tried_in_smaller_steps_and_then_not_taken(
+    sure_network, images, labels, above, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(rounds_module, "compensate", zeroed("8", above=above))
+    loader = make_loader(torch.utils.data.TensorDataset(images, labels), 6)
+    pruning = EnhancedPruning(sure_network, loader, loader, settings=PruningSettings(rounds=2), progress=False)
+    result = pruning.prune(60, 2, checkpoint=tmp_path / "rounds")
+    removed = sum(map(len, result.plan.values()))
+    stopped = result.as_dict()["stopped"]
+    assert removed <= above and stopped["asked"] == 60 and stopped["reached"] < stopped["tried"] < 60
+    assert stopped["held_out"]["divergence"] > stopped["held_out"]["constant_divergence"]
+    assert stopped["reached"] == (result.rounds[-1]["percentage"] if result.rounds else 0)
+    assert result.stages[-1]["top1"] == result.stages[0]["top1"] or removed  # what was reached is what was measured
+    again = pruning.prune(60, 2, checkpoint=tmp_path / "rounds", resume=True)
+    assert without_timings(again.as_dict()) == without_timings(result.as_dict())
+    unguarded = dataclasses.replace(pruning.settings, guard=False)
+    pruning = EnhancedPruning(sure_network, loader, loader, settings=unguarded, progress=False)
+    assert pruning.prune(60, 2).stopped is None
+
+
+def test_smaller_steps_are_taken_where_they_help(sure_network, images, labels, monkeypatch):
+    """Six filters at once destroy the network, three and three do not."""
+    monkeypatch.setattr(rounds_module, "compensate", lambda *arguments, **keywords: CompensationReport())
+    monkeypatch.setattr(rounds_module, "is_destroyed", lambda state: state.rounds[-1]["filters_removed"] > 4)
+    loader = make_loader(torch.utils.data.TensorDataset(images, labels), 6)
+    pruning = EnhancedPruning(sure_network, loader, loader, settings=PruningSettings(rounds=1), progress=False)
+    result = pruning.prune(60, 2)
+    assert result.stopped is None and [r["percentage"] for r in result.rounds] == [30, 60]
+    assert sum(map(len, result.plan.values())) == 7
+
+
+def test_rounds_are_judged_on_images_that_neither_score_nor_repair(plain_network, images, labels):
+    loader = make_loader(torch.utils.data.TensorDataset(images, labels), 5)
+    pruning = EnhancedPruning(plain_network, loader, loader, calibration_samples=7, settings=PruningSettings(rounds=1),
+                              progress=False)  # fmt: skip
+    scored = torch.cat([x for x, _ in pruning.calibration])
+    judged = torch.cat([x for x, _ in pruning.measuring.held_out])
+    assert torch.equal(scored, images[:7]) and torch.equal(judged, images[7:])
+    found = pruning.prune(30, 1).rounds[0]["held_out"]
+    assert found["images"] == 5 and found["divergence"] > 0
+
+
+def test_fidelity_is_the_divergence_beside_that_of_a_constant_answer(plain_network, images, labels):
+    from taylor_pruning.training.measuring import Measuring
+
+    other = copy.deepcopy(plain_network)
+    other[8].weight.data *= 0.5
+    batches = [(images, labels)]
+    found = Measuring(plain_network, batches, batches).fidelity(other)
+    with torch.no_grad():
+        p, q = (network(images).softmax(1) for network in (plain_network, other))
+    assert found["divergence"] == pytest.approx((p * (p / q).log()).sum(1).mean().item())
+    assert found["constant_divergence"] == pytest.approx((p * (p / p.mean(0)).log()).sum(1).mean().item())
+    assert found["constant_agreement"] == pytest.approx(100 * p.argmax(1).bincount().max().item() / 12)
+    assert found["agreement"] == pytest.approx(100 * (p.argmax(1) == q.argmax(1)).double().mean().item())

@@ -28,6 +28,7 @@ class RoundsState:
         seconds: {step: seconds}, summed over the rounds.
         losses: {loss: nats} of `model` on the calibration images, None where they were not measured.
         ranking: what the first round's pass over the dense network gave: scores, criterion, curvature, flow.
+        stopped: why the rounds ended before the percentage was reached, see results.json; None where they did not.
         repair: what the repair across layers did and found, see results.json; None before it, or without it.
     """
 
@@ -38,6 +39,7 @@ class RoundsState:
     losses: dict | None = None
     ranking: dict = field(default_factory=dict)
     repair: dict | None = None
+    stopped: dict | None = None
 
 
 class RoundsCheckpoint:

@@ -26,7 +26,7 @@ class Choice:
         graph: ChannelGraph of the network before the round. plan: {layer: filter indices} in it.
         ranking: what results.json says of the scores (experiment.results.ranking_of), of the dense network alone.
         predicted_loss_change: nats; None where the criterion predicts none.
-        layer_bound_held: see selection.constraints.Selection.
+        layer_bound_held: see selection.constraints.Selection. uniform_widths: see EnhancedFilterPruner.
     """
 
     graph: ChannelGraph
@@ -34,6 +34,7 @@ class Choice:
     ranking: dict
     predicted_loss_change: float | None
     layer_bound_held: bool
+    uniform_widths: bool
 
 
 class TaylorChoice:
@@ -53,7 +54,8 @@ class TaylorChoice:
         lap("score")
         plan = pruner.get_pruning_plan(percentage, ledger)
         lap("select")
-        return Choice(pruner.graph, plan, ranking, pruner.predicted_loss_change, pruner.layer_bound_held)
+        found = pruner.predicted_loss_change, pruner.layer_bound_held, pruner.uniform_widths
+        return Choice(pruner.graph, plan, ranking, *found)
 
 
 class BaselineChoice:
@@ -93,7 +95,8 @@ class BaselineChoice:
         plan = graph.plan_of(self.select(selection, scores))
         lap("select")
         by_layer = {layer: scores_of(scores, info.unit_of) for layer, info in graph.layers.items()}
-        return Choice(graph, plan, {"scores": plain_scores(by_layer), "criterion": name}, None, selection.bound_held)
+        return Choice(graph, plan, {"scores": plain_scores(by_layer), "criterion": name}, None, selection.bound_held,
+                      self.select is select_uniformly)  # fmt: skip
 
 
 def scores_of(scores: Tensor, unit_of: Tensor) -> Tensor:

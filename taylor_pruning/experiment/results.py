@@ -21,10 +21,12 @@ class PruningResult:
         rounds: one dictionary a round:
             round, percentage, filters_removed;
             layer_bound_held: False where the percentage could not be reached within the layer bound;
+            uniform_widths: True where every layer loses the same share, as where images say too little to compare layers;
             loss: what the next two are changes of, on the calibration images: "divergence" from the dense network's
                 predictions with compensation, else the "cross-entropy" with the labels;
             predicted_loss_change (nats, None for order 1), measured_loss_change (nats);
             label_loss_change: measured change of the cross-entropy with the labels;
+            held_out: after the round, on images that neither score nor repair (training.measuring.Measuring.fidelity);
             after_selection, after_compensation, after_training: {"top1", "loss"} on some of the validation images;
             compensation: what it did to every layer (repair.compensation.CompensationReport), or None.
         layers: {name: {"filters", "kept", "reason"}}.
@@ -37,6 +39,8 @@ class PruningResult:
         fine_tuning: one dictionary an epoch.
         accuracy_at_steps: [{"step", "top1", "loss"}] while fine-tuning, on the images that a round is evaluated on.
         gradient_flow, oracle: see results.json in the documentation, or None.
+        stopped: where the guard ended the rounds, {"asked", "reached", "tried": per cent of the budget, "held_out": of the
+            round that was not taken}; else None.
         latency: where the budget was one, milliseconds of a forward of `batch_size` images on `device`: "dense_ms" and
             "pruned_ms" as measured at the end, in turn, "predicted_dense_ms" and "predicted_pruned_ms" from the layers' times.
         notes: one line on each kind of wrapper (DataParallel, torch.compile, ...) that was taken off the network.
@@ -58,6 +62,7 @@ class PruningResult:
     oracle: dict | None = None
     notes: list = field(default_factory=list)
     latency: dict | None = None
+    stopped: dict | None = None
 
     def as_dict(self) -> dict:
         """All but the model, as plain values."""
@@ -130,6 +135,7 @@ def round_record(number, percentage, choice, plan, before, after, accuracy, comp
         "percentage": percentage,
         "filters_removed": sum(map(len, plan.values())),
         "layer_bound_held": choice.layer_bound_held,
+        "uniform_widths": choice.uniform_widths,
         "loss": loss,
         "predicted_loss_change": choice.predicted_loss_change,
         "measured_loss_change": change[loss],

@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from torch import nn
 
@@ -18,6 +18,8 @@ from taylor_pruning.selection.constraints import Ledger
 from taylor_pruning.training.fine_tuning import Recipe, train_steps
 from taylor_pruning.training.measuring import Measuring
 from taylor_pruning.training.steps import distillation_loss
+
+SMALLER_STEPS = 2  # rounds that are split in all, before the guard ends them
 
 
 class Rounds:
@@ -45,6 +47,44 @@ class Rounds:
         self.train_loader, self.recipe, self.teacher = train_loader, recipe, teacher
         self.graph = rankings.graph
 
+    def run(
+        self,
+        state: RoundsState,
+        percentage: float,
+        choose: TaylorChoice | BaselineChoice,
+        keep: Callable = lambda state: None,
+    ) -> RoundsState:
+        """The state after the rounds of the settings that are not in `state` yet, and the repair across layers.
+
+        With the guard, a round after which the repaired network says less than a constant answer on held-out images is not
+        taken: it is tried in smaller steps, and where these fail too the rounds end with what was reached.
+
+        Args:
+            keep: called with the state after every step.
+        """
+        rounds = self.settings.rounds
+        goals, smaller_steps = [percentage * (number / rounds) for number in range(1, rounds + 1)], 0
+        while not state.stopped:
+            reached = state.rounds[-1]["percentage"] if state.rounds else 0.0
+            goal = min((goal for goal in goals if goal > reached), default=None)
+            if goal is None:
+                break
+            after = self.next(state, len(state.rounds) + 1, goal, choose)
+            if not (self.settings.guard and self.settings.compensate and broadcast_object(is_destroyed(after))):
+                state = after
+            elif smaller_steps < SMALLER_STEPS:
+                goals.append((reached + goal) / 2)
+                smaller_steps += 1
+                continue
+            else:
+                why = {"asked": percentage, "reached": reached, "tried": goal, "held_out": after.rounds[-1]["held_out"]}
+                state = dataclasses.replace(state, seconds=after.seconds, stopped=why)
+            keep(state)
+        repaired = self.repaired(state)
+        if repaired is not state:
+            keep(repaired)
+        return repaired
+
     def next(
         self, state: RoundsState, number: int, percentage: float, choose: TaylorChoice | BaselineChoice
     ) -> RoundsState:
@@ -68,6 +108,7 @@ class Rounds:
         losses, before = self.measuring.losses(smaller), state.losses or self.measuring.losses(state.model)
         seconds.lap("evaluate")
         record = round_record(number, percentage, choice, plan, before, losses, after, report)
+        record["held_out"] = self.measuring.fidelity(smaller)
         return RoundsState(
             smaller, kept, [*state.rounds, record], seconds.total, losses, state.ranking or choice.ranking
         )
@@ -121,3 +162,10 @@ class Rounds:
         seconds.lap("train")
         rounds = [*state.rounds[:-1], {**last, "after_training": self.measuring.quick(model)}]
         return dataclasses.replace(state, model=model, rounds=rounds, seconds=seconds.total, losses=None)
+
+
+def is_destroyed(state: RoundsState) -> bool:
+    """Whether the network after the last round is further from the dense one than a constant answer is, in both measures."""
+    found = state.rounds[-1]["held_out"]
+    further = found["divergence"] > found["constant_divergence"]
+    return further and found["agreement"] < found["constant_agreement"]

@@ -45,6 +45,8 @@ class PruningSettings(Constraints):
         repair: "layer": `compensate`; "none": nothing, as without `compensate`; "network": `compensate`, and after the last
             round steps on all weights that lower the divergence from the dense network (repair.network); "auto": as
             `compensate` says.
+        guard: with `compensate`, the rounds end before one that destroys the network on held-out calibration images (its
+            divergence is above that of the dense network's mean answer), after smaller steps were tried.
         fine_tune_between: training steps after every round but the last (Molchanov et al. 2017), at the recipe's learning
             rate. Compensation then fits to the network before the round's cut, because a fit to the dense network would
             undo the training.
@@ -118,6 +120,11 @@ class PruningSettings(Constraints):
         "the dense network's outputs, without labels; auto: layer, or none with --no-compensate",
         "network gains most where there is little training afterwards. It costs about as much as 300 training steps.",
         choices=REPAIRS,
+    )
+    guard: bool = option(
+        True,
+        "stop where a repaired round says less than a constant answer on held-out images; smaller steps are tried first",
+        "Turn it off where long training follows that will make up for any cut.",
     )
     fine_tune_between: int = option(
         0,

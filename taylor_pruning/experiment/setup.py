@@ -32,6 +32,7 @@ from taylor_pruning.first_batch import Batches, check_training
 from taylor_pruning.selection.greedy import check_reachable
 from taylor_pruning.selection.latency import with_times
 from taylor_pruning.training.fine_tuning import fine_tune
+from taylor_pruning.training.sampling import HELD_OUT, split_images
 
 SCRATCH_EPOCHS, HEAD_EPOCHS = 12, 3
 NORMALISED_LR, PLAIN_LR = 0.1, 0.02  # with BatchNorm, and without or of a new head alone
@@ -64,8 +65,9 @@ class Experiment:
     def pipeline_arguments(self, seed, *, dense_stage=None, batch_size=None):
         """Arguments of EnhancedPruning, with every random draw that belongs to `seed`."""
         command, settings = self.command, self.command.data
-        calibration = self.calibration(settings.calibration_samples, seed)
-        same = settings.compensation_samples == settings.calibration_samples
+        scoring, repairing = settings.calibration_samples, settings.compensation_samples
+        drawn = self.calibration(max(scoring, repairing) + HELD_OUT, seed)
+        calibration = split_images(drawn, scoring)[0]
         train = self.loader(self.data.train, shuffle=True, seed=seed, batch_size=batch_size)
         if command.recipe.epochs:
             check_training(self.built.model, Batches(train, "the training loader", self.device))
@@ -75,7 +77,8 @@ class Experiment:
             "val_loader": self.loader(self.data.val, batch_size=batch_size),
             "dense_stage": dense_stage,
             "calibration": calibration,
-            "compensation": calibration if same else self.calibration(settings.compensation_samples, seed),
+            "compensation": calibration if scoring == repairing else split_images(drawn, repairing)[0],
+            "held_out": split_images(drawn, max(scoring, repairing))[1],
             "settings": dataclasses.replace(command.pruning, seed=seed),
             "recipe": command.recipe,
             "progress": progress(command),

@@ -34,6 +34,8 @@ def experiment_closing(results: dict, folder: Path) -> str:
     top1 = ", ".join(f"{stage['top1']:.1f} % {STAGES[stage['stage']]}" for stage in stages)
     return "\n".join(
         [
+            *_stopped(results.get("stopped")),
+            *_uniform(results.get("rounds", [])),
             f"Removing {filters - kept:,} of {filters:,} filters gave:",
             *(f"  {line}" for line in [*_gains(dense, final), *_latency(results.get("latency"))]),
             f"Cost, on {final['images']:,} validation images:",
@@ -74,6 +76,31 @@ def _gains(dense: dict, final: dict) -> list[str]:
         f"{amount('latency_ms', 'less', 'more')} time for one image on this machine ({dense['latency_ms']:.2f} -> "
         f"{final['latency_ms']:.2f} ms)",
     ]
+
+
+def _stopped(stopped: dict | None) -> list[str]:
+    """Why less was removed than was asked for."""
+    if not stopped:
+        return []
+    found = stopped["held_out"]
+    text = (
+        f"WARNING: stopped at {stopped['reached']:.3g} % instead of {stopped['asked']:.3g} % of the budget: at "
+        f"{stopped['tried']:.3g} % the network would agree with the dense one on {found['agreement']:.0f} % of "
+        f"{found['images']} held-out images (divergence {found['divergence']:.2f} nats, of a constant answer "
+        f"{found['constant_divergence']:.2f}); give more calibration images or rounds, remove less, or pass --no-guard"
+    )
+    return textwrap.wrap(text, LINE, subsequent_indent="  ")
+
+
+def _uniform(rounds: list) -> list[str]:
+    """Whether the images were too poor to choose widths."""
+    if not any(record.get("uniform_widths") for record in rounds):
+        return []
+    text = (
+        "WARNING: the dense network answers nearly the same on all calibration images, so that costs do not compare between "
+        "layers: every layer lost the same share. Calibrate on images of the kind that the network is for."
+    )
+    return textwrap.wrap(text, LINE, subsequent_indent="  ")
 
 
 def _latency(times: dict | None) -> list[str]:

@@ -1,5 +1,6 @@
 """What is measured of a network in an experiment: accuracy, costs, and how far its predictions are from the dense network's."""
 
+import math
 import time
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -23,6 +24,7 @@ class Measuring:
         dense: the network before pruning.
         val_loader: validation images, of which MONITOR_IMAGES at equal distances evaluate a round.
         calibration: list of batches (images, labels) on which losses are measured.
+        held_out: such batches that neither score nor repair; None: `calibration`.
         amp: precision of evaluation, see training.evaluation.evaluate.
         progress: show progress bars.
     """
@@ -33,13 +35,15 @@ class Measuring:
         val_loader: Iterable,
         calibration: list,
         *,
+        held_out: list | None = None,
         amp: str | None = None,
         progress: bool = True,
     ):
         self.dense, self.val_loader, self.calibration = dense, val_loader, calibration
         self.amp, self.progress = amp, progress
         self.monitor = spread_images(val_loader, MONITOR_IMAGES)
-        self._dense_predictions = None
+        self.held_out = held_out or calibration
+        self._dense_predictions = self._dense_held_out = None
 
     def stage(
         self, name: str, model: nn.Module, seconds: float | None = None, accuracy: Accuracy | None = None
@@ -66,6 +70,26 @@ class Measuring:
         return {
             "cross-entropy": F.nll_loss(answers, labels).item(),
             "divergence": F.kl_div(answers, self._dense_predictions, reduction="batchmean", log_target=True).item(),
+        }
+
+    def fidelity(self, model: nn.Module) -> dict:
+        """How far the network answers as the dense one does, on the held-out images.
+
+        Returns:
+            {"divergence": mean KL(dense || model) in nats, "agreement": per cent of images with the dense network's top-1,
+            "constant_divergence", "constant_agreement": the same of an answer that does not look at the image, the mean of the
+            dense network's, "images": number of images}.
+        """
+        if self._dense_held_out is None:
+            self._dense_held_out = log_probabilities(self.dense, self.held_out)
+        dense, answers = self._dense_held_out, log_probabilities(model, self.held_out)
+        mean = (torch.logsumexp(dense, 0) - math.log(len(dense))).expand_as(dense)
+        return {
+            "divergence": F.kl_div(answers, dense, reduction="batchmean", log_target=True).item(),
+            "agreement": 100 * (answers.argmax(1) == dense.argmax(1)).sum().item() / len(dense),
+            "constant_divergence": F.kl_div(mean, dense, reduction="batchmean", log_target=True).item(),
+            "constant_agreement": 100 * dense.argmax(1).bincount().max().item() / len(dense),
+            "images": len(dense),
         }
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 from taylor_pruning.errors import InputError
 
 Batches = list[tuple[Tensor, Tensor]]
+HELD_OUT = 100  # images that neither score nor repair, on which a round is judged
 
 
 def first_images(loader: Iterable, samples: int) -> Batches:
@@ -20,6 +21,18 @@ def first_images(loader: Iterable, samples: int) -> Batches:
     if not taken:
         raise InputError("there are no calibration images; the training loader is empty")
     return batches
+
+
+def split_images(batches: Batches, samples: int) -> tuple[Batches, Batches]:
+    """The batches of the first `samples` images, and those of all others; each may be empty."""
+    first, others, before = [], [], 0
+    for images, labels in batches:
+        here = max(0, samples - before)
+        before += len(labels)
+        for part, rows in ((first, slice(0, here)), (others, slice(here, None))):
+            if len(labels[rows]):
+                part.append((images[rows], labels[rows]))
+    return first, others
 
 
 def spread_images(loader: Iterable, samples: int) -> Batches:

@@ -51,6 +51,16 @@ def test_a_budget_of_time_names_the_predicted_and_the_measured_time(stages, tmp_
     )
 
 
+def test_warnings_come_first(stages, tmp_path):
+    found = {"divergence": 2.4, "agreement": 9.0, "constant_divergence": 2.1, "constant_agreement": 14.0, "images": 100}
+    stopped = {"asked": 80.0, "reached": 48.0, "tried": 52.0, "held_out": found}
+    results = {"stages": stages, "layers": {"a": {"filters": 64, "kept": 40}}, "rounds": [{"uniform_widths": True}]}
+    text = experiment_closing({**results, "stopped": stopped}, tmp_path)
+    assert text.startswith("WARNING: stopped at 48 % instead of 80 %") and "--no-guard" in text
+    assert "\nWARNING: the dense network answers nearly the same" in text
+    assert all(len(line) <= 80 for line in text.splitlines()[:-1])
+
+
 def test_a_sweep_names_the_best_of_every_percentage(stages, tmp_path):
     worse = [*stages[:3], {**stages[3], "top1": 90.0}]
     cells = [

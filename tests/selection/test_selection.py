@@ -272,6 +272,7 @@ def test_lamp_is_the_share_of_the_filters_that_are_as_large_or_larger(plain_netw
     torch.testing.assert_close(baseline_scores("lamp", graph, None)[5:], wanted)
 
 
+@pytest.mark.usefixtures("costs_count")
 def test_the_automatic_bound_is_off_behind_compensation(plain_network, images, batches):
     """One layer is worth nothing: without compensation it may lose its share alone, behind it as many as are asked for."""
     with torch.no_grad():
@@ -284,6 +285,7 @@ def test_the_automatic_bound_is_off_behind_compensation(plain_network, images, b
     assert len(bounded.rank(batches, batches).get_pruning_plan(36)["4"]) <= math.ceil(1.03 * 0.36 * 6)
 
 
+@pytest.mark.usefixtures("costs_count")
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_selection_behind_repair_is_greedy_on_costs_per_saving(relu_network, images, batches, order):
     """Every choice is the cheapest per saving of all for which there is room, at the costs that the ones before leave."""
@@ -360,3 +362,22 @@ def test_a_least_share_of_every_layer_stays_where_the_budget_allows_it(resnet):
         plan = graph.plan_of(select_by_score(selection, scores + 1e-3))
         kept = min(1 - len(gone) / graph.layers[name].filters for name, gone in plan.items())
         assert selection.bound_held == held and (kept >= share) == held
+
+
+@pytest.mark.parametrize("scale", [0.05, 30.0])
+def test_where_answers_hardly_depend_on_the_image_widths_are_uniform(images, batches, scale):
+    """A layer that looks free on such images is not emptied: the plan has the shares of uniform widths at the same cost."""
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18(num_classes=4).double().eval()
+    with torch.no_grad():
+        logits = model(images)
+        model.fc.bias -= logits.mean(0)
+        for parameter in (model.fc.weight, model.fc.bias):
+            parameter *= scale / logits.std(0).mean()
+    pruner = EnhancedFilterPruner(model, images, 2, budget="macs", progress=False).rank(batches, batches)
+    plan = pruner.get_pruning_plan(40)
+    shares = [len(gone) / pruner.graph.layers[name].filters for name, gone in plan.items()]
+    assert pruner.uniform_widths == (scale < 1) == (max(shares) - min(shares) < 0.05)
+    uniform = Selection(pruner.graph, 40, Constraints("macs"))
+    if scale < 1:
+        assert pruner.select(40) == select_uniformly(uniform, pruner.levels())
