@@ -2,19 +2,20 @@
 
 from collections.abc import Iterable
 
-from torch import Tensor
+import torch
 
 from taylor_pruning.errors import InputError
+from taylor_pruning.tasks.batches import select, size
 
-Batches = list[tuple[Tensor, Tensor]]
+Batches = list  # of batches of a task
 
 
-def first_images(loader: Iterable, samples: int) -> Batches:
+def first_images(loader: Iterable, samples: int) -> list:
     """Batches of the first `samples` images, of all where there are fewer. Raises InputError if there is none."""
     batches, taken = [], 0
-    for images, labels in loader:
-        batches.append((images[: samples - taken], labels[: samples - taken]))
-        taken += len(batches[-1][1])
+    for batch in loader:
+        batches.append(select(batch, torch.arange(min(samples - taken, size(batch)))))
+        taken += size(batches[-1])
         if taken >= samples:
             break
     if not taken:
@@ -22,7 +23,7 @@ def first_images(loader: Iterable, samples: int) -> Batches:
     return batches
 
 
-def spread_images(loader: Iterable, samples: int) -> Batches:
+def spread_images(loader: Iterable, samples: int) -> list:
     """About `samples` images at equal distances, because a loader may be sorted by class. Raises InputError if empty.
 
     A loader that can pick them out (`loader.spread`) reads no others; any other loader is read from beginning to end.
@@ -31,11 +32,11 @@ def spread_images(loader: Iterable, samples: int) -> Batches:
         return loader.spread(samples)
     batches, seen = [], 0
     stride = max(1, len(loader.dataset) // samples) if hasattr(loader, "dataset") else 1
-    for images, labels in loader:
-        first = -seen % stride
-        seen += len(labels)
-        if first < len(labels):
-            batches.append((images[first::stride], labels[first::stride]))
+    for batch in loader:
+        first, count = -seen % stride, size(batch)
+        seen += count
+        if first < count:
+            batches.append(select(batch, torch.arange(first, count, stride)))
     if not batches:
         raise InputError("there are no validation images")
     return batches
