@@ -26,8 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from GradientFlowAnalyzer import GradientFlowReport
-from taylor_pruning.checks import read_batch
 from taylor_pruning.errors import InputError, one_of
+from taylor_pruning.experiment.pruned_graph import graph_for
 from taylor_pruning.experiment.settings import TAYLOR_ORDERS, PruningSettings
 from taylor_pruning.first_batch import device_of
 from taylor_pruning.memory import Portions, merged
@@ -35,7 +35,7 @@ from taylor_pruning.modes import frozen
 from taylor_pruning.scoring.behind_repair import collect_behind_repair
 from taylor_pruning.scoring.collected import Collected
 from taylor_pruning.scoring.collecting import CLASS_PROBES, Wanted, collect_directions
-from taylor_pruning.scoring.curvature import choose_curvature, curvature_report
+from taylor_pruning.scoring.curvature import check_scoring, choose_curvature, curvature_report
 from taylor_pruning.scoring.flow import relative_flow, weigh
 from taylor_pruning.scoring.gradient_check import check_gradients
 from taylor_pruning.scoring.layer_costs import removal_costs
@@ -45,6 +45,10 @@ from taylor_pruning.selection.constraints import Ledger, Selection, require_unit
 from taylor_pruning.selection.greedy import select_behind_repair, select_by_score, select_jointly, select_uniformly
 from taylor_pruning.selection.latency import with_times
 from taylor_pruning.surgery.graph import ChannelGraph
+from taylor_pruning.surgery.parts import PartsGraph
+from taylor_pruning.tasks.batches import split
+from taylor_pruning.tasks.classification import OtherLoss, is_classification, task_of
+from taylor_pruning.tasks.task import Task
 
 __all__ = ["ChannelGraph", "EnhancedFilterPruner"]
 
@@ -53,13 +57,14 @@ class EnhancedFilterPruner:
     """Scores every removable filter of `model` and selects which to remove.
 
     Args:
-        model: maps images to class logits; `torch.fx` can trace it. It comes back as it was given.
-        example_input: [N, C, H, W] tensor like the images.
+        model: `torch.fx` can trace it; it maps images to class logits, or to the outputs of `task`. It comes back as given.
+        example_input: [N, C, H, W] tensor like the images, see ChannelGraph.
         taylor_order: 1, 2 or 3.
         use_gradient_flow: multiply the scores by weights from the gradient flow (scoring.flow).
         settings: PruningSettings; those of rounds and training are not used here.
-        loss: per-sample loss (logits [B, K], labels [B]) -> [B]; another one than cross-entropy needs
-            selection="independent" and curvature "hvp" or "auto".
+        loss: per-sample loss (logits [B, K], labels [B]) -> [B]; another one than cross-entropy has no divergence, and
+            cannot be scored behind compensation. task: what the network is for (taylor_pruning.tasks), default:
+            classification by that loss. Without compensation other tasks are scored by random probes, unit by unit.
         graph: ChannelGraph of `model` where there is one already; `exclude`, `prune_linear` and `prune_heads` are then its own.
         progress: show a progress bar.
         fields: single fields of the settings by name, as in `budget="macs"`.
@@ -84,21 +89,21 @@ class EnhancedFilterPruner:
         *,
         settings: PruningSettings | None = None,
         loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
-        graph: ChannelGraph | None = None,
+        task: Task | None = None,
+        graph: ChannelGraph | PartsGraph | None = None,
         progress: bool = True,
         **fields,
     ):
         one_of("taylor_order", taylor_order, TAYLOR_ORDERS)
         settings = dataclasses.replace(settings or PruningSettings(), **fields)
         self.taylor_order, self.use_gradient_flow = taylor_order, use_gradient_flow
-        self.loss, self.progress = loss, progress
+        self.task = task_of(OtherLoss(loss) if task is None and loss is not cross_entropy else task)
+        self.progress, self.has_logits = progress, is_classification(self.task)
         self.graph = graph or settings.graph_of(model, example_input)
         self.model = self.graph.model
         require_units(self.graph)
         self.settings = settings = with_times(settings, self.graph, example_input)
-        self.curvature_path, self.curvature_reason = choose_curvature(self.graph, settings.curvature, loss)
-        if loss is not cross_entropy and (settings.selection != "independent" or self.curvature_path == "exact"):
-            raise InputError("a loss other than cross-entropy needs selection='independent' and curvature='hvp'")
+        self.curvature_path, self.curvature_reason = choose_curvature(self.graph, settings.curvature, self.task)
         self.collected = self.predicted_loss_change = self.layer_bound_held = self.uniform_widths = None
         self.behind_repair = None
 
@@ -121,54 +126,46 @@ class EnhancedFilterPruner:
             self.
 
         Raises:
-            InputError: no images, NaN images or logits, labels outside the logits' range; `compensation` with another
-                loss than cross-entropy.
+            InputError: no images, NaN images or logits, labels outside the logits' range; something that the task does not
+                define, or that needs class logits.
         """
-        if compensation and self.loss is not cross_entropy:
-            raise InputError("scores behind compensation need the cross-entropy; rank without compensation batches")
         batches, compensation, settings = self._read(batches), self._read(compensation or ()), self.settings
         if not batches:
             raise InputError("there are no calibration images; pass at least one batch")
+        check_scoring(self.task, settings, bool(compensation), self.use_gradient_flow)
         with frozen(self.model):
-            check_gradients(self.graph, *batches[0])
+            check_gradients(self.graph, batches[0], self.task)
         self.behind_repair = directions = probed = None
         by_probes, orders = self.curvature_path == "hvp" and not compensation, TAYLOR_ORDERS
         shared, limit = {"seed": settings.seed, "progress": self.progress}, settings.memory_bytes
         if compensation:
             joint = settings.selection != "independent"
-            self.behind_repair = collect_behind_repair(
-                self.model,
-                self.graph,
-                batches,
-                compensation,
-                self.taylor_order,
-                class_probes=settings.class_probes,
-                joint=joint,
-                reference=None if joint else reference or self.model,
-                flow=self.use_gradient_flow,
-                memory_limit=limit,
-                **shared,
-            )
-            directions, orders = self.behind_repair.directions, self.behind_repair.orders
-        elif self.loss is cross_entropy:
+            self.behind_repair = found = collect_behind_repair(
+                self.model, self.graph, batches, compensation, self.taylor_order, class_probes=settings.class_probes,
+                joint=joint, reference=None if joint else reference or self.model, flow=self.use_gradient_flow,
+                memory_limit=limit, task=self.task, third_probes=settings.hessian_probes, **shared)  # fmt: skip
+            directions, orders, probed = found.directions, found.orders, found.probed
+        elif self.has_logits:
             probes = max(2, settings.class_probes or CLASS_PROBES)
             wanted = Wanted(probes, flow=self.use_gradient_flow, seed=settings.seed)
             portions = Portions(batches[0][0].device, limit)
             directions = collect_directions(
                 self.model, self.graph, batches, wanted, progress=self.progress, portions=portions
             )
-        if directions is None or (by_probes and self.taylor_order > 1):
+        if probed is None and (directions is None or (by_probes and self.taylor_order > 1)):
             order, probes = max(2, self.taylor_order), settings.hessian_probes
             probed = probe_derivatives(
-                self.model, self.graph, batches, order=order, probes=probes, loss=self.loss, **shared
+                self.model, self.graph, batches, order=order, probes=probes, task=self.task, **shared
             )
         self.collected = Collected(directions, probed, bool(compensation), by_probes, orders)
         return self
 
     def _read(self, batches):
-        device = device_of(self.model)
-        batches = [read_batch(batch, f"calibration batch {number}", device) for number, batch in enumerate(batches)]
-        return merged(batches, device)
+        device, task = device_of(self.model), self.task
+        batches = [task.read(batch, f"calibration batch {number}", device) for number, batch in enumerate(batches)]
+        if not task.samples_apart:
+            return [one for batch in batches for one in split(batch, 1)]
+        return merged(batches, device) if self.has_logits else batches
 
     def provides(self, taylor_order: int, use_gradient_flow: bool = False) -> bool:
         """Whether `rank` has collected what `with_order` needs for that order."""
@@ -193,7 +190,7 @@ class EnhancedFilterPruner:
 
     @property
     def directions(self) -> Directions | None:
-        """What `rank` collected under cross-entropy, None for another loss."""
+        """What `rank` collected under cross-entropy, None for another task."""
         return self._collected(self.taylor_order).directions
 
     def _collected(self, order):
@@ -245,7 +242,7 @@ class EnhancedFilterPruner:
 
         At order 1 of the cross-entropy path, sampled and h_error are None.
         """
-        if self.taylor_order == 1 and self.loss is cross_entropy:
+        if self.taylor_order == 1 and self.has_logits:
             return {"path": None, "reason": "order 1 uses no second derivative", "sampled": None, "h_error": None}
         collected = self._collected(self.taylor_order)
         return curvature_report(collected, self.curvature_path, self.curvature_reason)
@@ -278,7 +275,7 @@ class EnhancedFilterPruner:
         """Like `get_pruning_plan`; returns the indices of the chosen units."""
         order, constraints = self.taylor_order, self.settings.constraints
         collected, joint = self._collected(order), self.settings.selection != "independent"
-        behind_repair = joint and collected.behind_repair
+        behind_repair, joint = joint and collected.behind_repair, joint and self.has_logits
         if behind_repair and self.settings.layer_bound is None:
             constraints = dataclasses.replace(constraints, layer_bound=math.inf)  # these costs compare between layers
         selection = Selection(self.graph, percentage, constraints, ledger)
@@ -316,13 +313,12 @@ class Rankings:
 
     Args:
         graph: ChannelGraph of the dense network.
-        calibration, compensation: lists of batches (images, labels), see `EnhancedFilterPruner.rank`.
+        calibration, compensation: lists of batches of `task`, see `EnhancedFilterPruner.rank`.
     """
 
-    def __init__(
-        self, graph: ChannelGraph, calibration: list, compensation: list, settings: PruningSettings, progress: bool
-    ):
-        self.graph, self.settings, self.progress = graph, settings, progress
+    def __init__(self, graph: ChannelGraph | PartsGraph, calibration: list, compensation: list, settings: PruningSettings,
+                 progress: bool, task: Task | None = None):  # fmt: skip
+        self.graph, self.settings, self.progress, self.task = graph, settings, progress, task_of(task)
         self.calibration, self.compensation, self._dense = calibration, compensation, {}
 
     def of(
@@ -338,12 +334,12 @@ class Rankings:
         return ranked.with_order(order, use_gradient_flow)
 
     def _ranked(self, model, order, use_gradient_flow, repairs):
-        pruner = EnhancedFilterPruner(model, self.calibration[0][0][:1], order, use_gradient_flow, settings=self.settings,
+        pruner = EnhancedFilterPruner(model, None, order, use_gradient_flow, settings=self.settings, task=self.task,
                                       graph=self.graph_of(model), progress=self.progress)  # fmt: skip
         return pruner.rank(self.calibration, self.compensation if repairs else None, self.graph.model)
 
-    def graph_of(self, model: nn.Module) -> ChannelGraph:
+    def graph_of(self, model: nn.Module) -> ChannelGraph | PartsGraph:
         """The ChannelGraph of the dense network or of one cut from it, with the settings' excluded layers."""
         if model is self.graph.model:
             return self.graph
-        return self.settings.graph_of(model, self.calibration[0][0][:1])
+        return graph_for(self.task, model, self.calibration[0], self.settings)

@@ -33,6 +33,7 @@ from taylor_pruning.errors import InputError, one_of
 from taylor_pruning.experiment.checkpoint import RoundsCheckpoint, RoundsState
 from taylor_pruning.experiment.choices import BaselineChoice, TaylorChoice
 from taylor_pruning.experiment.pruned_file import load_pruned, save_pruned
+from taylor_pruning.experiment.pruned_graph import graph_for
 from taylor_pruning.experiment.results import (
     PruningResult,
     all_filters,
@@ -44,11 +45,14 @@ from taylor_pruning.experiment.results import (
 from taylor_pruning.experiment.rounds import Rounds
 from taylor_pruning.experiment.settings import TAYLOR_ORDERS, PruningSettings
 from taylor_pruning.first_batch import Batches, check_inputs, check_training, device_of
+from taylor_pruning.scoring.curvature import check_scoring
 from taylor_pruning.scoring.oracle import judge_estimates
 from taylor_pruning.selection.greedy import check_reachable
 from taylor_pruning.selection.latency import latency_report, with_times
 from taylor_pruning.surgery.wrappers import unwrapped
-from taylor_pruning.training.fine_tuning import Accuracy, Recipe, fine_tune, reestimate_batchnorm
+from taylor_pruning.tasks.classification import task_of
+from taylor_pruning.tasks.task import Task, example_of
+from taylor_pruning.training.fine_tuning import Recipe, check_recipe, fine_tune, reestimate_batchnorm
 from taylor_pruning.training.measuring import Measuring
 from taylor_pruning.training.sampling import HELD_OUT, first_images, split_images
 
@@ -59,8 +63,10 @@ class EnhancedPruning:
     """Prunes and fine-tunes `model`, which comes back as it was given.
 
     Args:
-        model: classifier that `torch.fx` can trace.
-        train_loader, val_loader: iterables with a length of (images [B, C, H, W], labels [B]) on the model's device.
+        model: classifier that `torch.fx` can trace, or a network for `task`.
+        train_loader, val_loader: iterables with a length of (images [B, C, H, W], labels [B]) on the model's device, or of
+            batches of `task`.
+        task: what the network is for, as taylor_pruning.tasks.dense.Segmentation(); default: classification.
         calibration: list of such batches for scoring; default: `calibration_samples` images from `train_loader`.
         compensation: list of such batches for compensation; default: `calibration`.
         held_out: list of such batches on which a round is judged; default: where `calibration` comes from `train_loader` the
@@ -70,7 +76,7 @@ class EnhancedPruning:
         progress: show progress bars.
 
     Raises:
-        InputError: empty loaders, a network that cannot be traced or pruned.
+        InputError: empty loaders, a network that cannot be traced or pruned, something that the task does not define.
     """
 
     def __init__(
@@ -79,6 +85,7 @@ class EnhancedPruning:
         train_loader: Iterable,
         val_loader: Iterable,
         *,
+        task: Task | None = None,
         calibration: list | None = None,
         calibration_samples: int = 500,
         compensation: list | None = None,
@@ -89,28 +96,32 @@ class EnhancedPruning:
         progress: bool = True,
     ):
         self.model, self.notes = unwrapped(model)
-        device = device_of(self.model)
-        self.train_loader = Batches(train_loader, "the training loader", device)
-        self.val_loader = Batches(val_loader, "the validation loader", device)
+        self.task, device = task_of(task), device_of(self.model)
+        self.train_loader = Batches(train_loader, "the training loader", device, self.task)
+        self.val_loader = Batches(val_loader, "the validation loader", device, self.task)
         self.settings, self.recipe, self.progress = settings or PruningSettings(), recipe or Recipe(), progress
+        self.task.require("evaluate", "every stage needs")
+        check_scoring(self.task, self.settings, self.settings.compensate, use_gradient_flow=False)
         check_inputs(self.model, [self.train_loader, self.val_loader])
         if calibration:
-            self.calibration = list(Batches(calibration, "the calibration images", device))
+            self.calibration = list(Batches(calibration, "the calibration images", device, self.task))
         else:
             first = first_images(self.train_loader, calibration_samples + HELD_OUT)
             self.calibration, rest = split_images(first, calibration_samples)
             held_out = held_out or rest
         self.compensation = self.calibration
         if compensation:
-            self.compensation = list(Batches(compensation, "the compensation images", device))
-        held_out = held_out and list(Batches(held_out, "the held-out images", device))
-        self.example = self.calibration[0][0][:1]
-        self.graph = self.settings.graph_of(self.model, self.example)
+            self.compensation = list(Batches(compensation, "the compensation images", device, self.task))
+        held_out = held_out and list(Batches(held_out, "the held-out images", device, self.task))
+        self.example = example_of(self.task, self.calibration[0])
+        self.graph = graph_for(self.task, self.model, self.calibration[0], self.settings)
+        left_whole = getattr(self.graph, "left_whole", {})
+        self.notes += tuple(f"{name} is left whole: {reason}" for name, reason in left_whole.items())
         self.settings = with_times(self.settings, self.graph, self.example, print if progress and is_main() else None)
         amp = self.recipe.resolved(device).amp if self.recipe.amp_validation else None
-        self.measuring = Measuring(self.model, self.val_loader, self.calibration, held_out=held_out, amp=amp,
-                                   progress=progress)  # fmt: skip
-        self.rankings = Rankings(self.graph, self.calibration, self.compensation, self.settings, progress)
+        self.measuring = Measuring(self.model, self.val_loader, self.calibration, amp=amp, progress=progress,
+                                   task=self.task)  # fmt: skip
+        self.rankings = Rankings(self.graph, self.calibration, self.compensation, self.settings, progress, self.task)
         self._dense_stage = dense_stage
         self.teacher = self.model if self.recipe.distillation_weight else None
 
@@ -129,7 +140,8 @@ class EnhancedPruning:
 
         The last round is kept beside the checkpoint of fine-tuning, with the suffix .rounds.
         """
-        if self.recipe.epochs if fine_tune_epochs is None else fine_tune_epochs:
+        if epochs := self.recipe.epochs if fine_tune_epochs is None else fine_tune_epochs:
+            check_recipe(dataclasses.replace(self.recipe, epochs=epochs, warmup_epochs=0.0), self.task)
             check_training(self.model, self.train_loader)
         rounds = Path(checkpoint).with_suffix(".rounds") if checkpoint else None
         result = self.prune(pruning_percentage, taylor_order, use_gradient_flow, oracle_samples=oracle_samples,
@@ -165,6 +177,7 @@ class EnhancedPruning:
         pruning_percentage = self.settings.percentage(pruning_percentage, self.graph)
         check_reachable(self.graph, pruning_percentage, self.settings.constraints)
         one_of("taylor_order", taylor_order, TAYLOR_ORDERS)
+        check_scoring(self.task, self.settings, self.settings.compensate, use_gradient_flow)
         method = {"taylor_order": taylor_order, "use_gradient_flow": use_gradient_flow}
         state, store = RoundsState(self.model, all_filters(self.graph)), None
         if checkpoint:
@@ -232,12 +245,12 @@ class EnhancedPruning:
         recipe = dataclasses.replace(self.recipe, epochs=epochs, warmup_epochs=warmup)
         start, model = time.perf_counter(), copy.deepcopy(result.model)
         torch.manual_seed(self.settings.seed)  # dropout does not depend on what ran before, as after an interruption
-        before = Accuracy(**{f.name: result.stages[-1][f.name] for f in dataclasses.fields(Accuracy)})
+        before = self.measuring.metrics_of(result.stages[-1])
         if self.settings.reestimate_batchnorm:
-            reestimate_batchnorm(model, self.calibration)
+            reestimate_batchnorm(model, self.calibration, self.task)
             before = None
         history = fine_tune(model, self.train_loader, self.val_loader, recipe, teacher=self.teacher, before=before,
-                            monitor=self.measuring.monitor, checkpoint=checkpoint, resume=resume,
+                            monitor=self.measuring.monitor, checkpoint=checkpoint, resume=resume, task=self.task,
                             progress=self.progress)  # fmt: skip
         stages = [*result.stages, self.measuring.stage("fine-tuned", model, time.perf_counter() - start, history.best)]
         flow = result.gradient_flow and flow_with_stage(result.gradient_flow, "fine-tuned", self._flow_report(model))
@@ -254,7 +267,7 @@ class EnhancedPruning:
         """Every order's estimates against the true loss changes of random units, see scoring.oracle.judge_estimates."""
         estimates = {str(order): self.rankings.of(self.model, 3).scores(order) for order in TAYLOR_ORDERS}
         return judge_estimates(self.model, self.graph, self.calibration, estimates, samples, self.settings.seed,
-                               progress=self.progress)  # fmt: skip
+                               progress=self.progress, task=self.task)  # fmt: skip
 
     def dense_stage(self) -> dict:
         """The dense network's stage, measured once."""
@@ -290,5 +303,5 @@ class EnhancedPruning:
         return result
 
     def _flow_report(self, model):
-        analyzer = GradientFlowAnalyzer(model, self.example, self.rankings.graph_of(model))
+        analyzer = GradientFlowAnalyzer(model, None, self.rankings.graph_of(model))
         return analyzer.analyze(self.calibration).as_dict()

@@ -36,9 +36,10 @@ from taylor_pruning.errors import InputError
 from taylor_pruning.first_batch import device_of
 from taylor_pruning.modes import frozen
 from taylor_pruning.scoring.flow import unit_gradient_norms
-from taylor_pruning.scoring.gates import gated_logits, open_gates
+from taylor_pruning.scoring.gates import gated_outputs, open_gates
 from taylor_pruning.selection.constraints import require_units
 from taylor_pruning.surgery.graph import ChannelGraph
+from taylor_pruning.tasks.classification import Classification
 
 NEAR_ZERO = 1e-2  # of the layer's mean: a unit below it hardly trains
 DEAD = 1e-6  # of the layer's mean: a unit below it does not train at all
@@ -71,7 +72,8 @@ def collect_flow(model: nn.Module, graph: ChannelGraph, batches: Iterable) -> Te
                 gated.append((site, get_gradient_edge(output)))
 
         with frozen(model):
-            logits = gated_logits(graph, images, labels, gates, f"batch {number}", on_gate=record)
+            where, batch = f"batch {number}", (images, labels)
+            logits = gated_outputs(graph, Classification(), batch, gates, where, on_gate=record)
         loss = F.cross_entropy(logits, labels, reduction="sum")
         flows.append(unit_gradient_norms(loss, gated, len(graph.units), retain_graph=False).cpu())
     if not flows:

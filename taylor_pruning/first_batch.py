@@ -12,38 +12,43 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from taylor_pruning.checks import check_batch, check_weights, read_batch
+from taylor_pruning.checks import check_weights, describe
 from taylor_pruning.errors import InputError
 from taylor_pruning.modes import frozen
+from taylor_pruning.surgery.nested import tensors_in
+from taylor_pruning.tasks.batches import select, size
+from taylor_pruning.tasks.classification import is_classification, task_of
+from taylor_pruning.tasks.task import Task
 
+TINY = 1e-4  # what rounding leaves of a divergence of outputs from themselves
 IMAGES = 8  # of a first batch that the network is run on
 # Errors of a forward on unsuitable inputs.
 FORWARD_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError)
 
 
 class Batches:
-    """A loader whose batches are images [B, ...] and class numbers int64 [B] on `device`, see `checks.read_batch`.
+    """A loader whose batches are those of a task on `device`: images [B, ...] and class numbers int64 [B] of a classifier.
 
     Args:
-        loader: iterable of (images, labels) that can be read more than once.
+        loader: iterable of batches that can be read more than once.
         name: what error messages call it, for instance "the training loader".
 
     Raises:
         InputError: it is an iterator, which is empty after one pass; while iterating, a batch that cannot be used.
     """
 
-    def __init__(self, loader: Iterable, name: str, device: torch.device):
+    def __init__(self, loader: Iterable, name: str, device: torch.device, task: Task | None = None):
         if isinstance(loader, Iterator) or not isinstance(loader, Iterable):
             kind = "can be read only once" if isinstance(loader, Iterator) else "is not iterable"
             raise InputError(f"{name} {kind}; give a DataLoader or a list of batches (images, labels)")
-        self.loader, self.name, self.device = loader, name, device
+        self.loader, self.name, self.device, self.task = loader, name, device, task_of(task)
 
     def __len__(self) -> int:
         return len(self.loader)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator:
         for number, batch in enumerate(self.loader):
-            yield read_batch(batch, f"batch {number} of {self.name}", self.device)
+            yield self.task.read(batch, f"batch {number} of {self.name}", self.device)
 
     @property
     def dataset(self):
@@ -57,14 +62,14 @@ class Batches:
     def spread(self):
         """The loader's method that picks evenly spread images. Raises AttributeError if it has none."""
         spread, where = self.loader.spread, f"a batch of {self.name}"
-        return lambda samples: [read_batch(batch, where, self.device) for batch in spread(samples)]
+        return lambda samples: [self.task.read(batch, where, self.device) for batch in spread(samples)]
 
     def set_epoch(self, epoch: int) -> None:
         """Calls the loader's `set_epoch`, if it has one."""
         if hasattr(self.loader, "set_epoch"):
             self.loader.set_epoch(epoch)
 
-    def first(self) -> tuple[Tensor, Tensor]:
+    def first(self):
         """The first batch; the random generator stays as it was. Raises InputError if there is none."""
         with torch.random.fork_rng(devices=[]):
             batch = next(iter(self), None)
@@ -91,35 +96,56 @@ def check_inputs(model: nn.Module, loaders: Iterable[Batches]) -> None:
 
     Raises:
         InputError: weights are not finite, the network cannot run on the images, it gives no finite logits
-            [batch, classes] or probabilities in their place, or labels are outside its classes.
+            [batch, classes] or probabilities in their place, or labels are outside its classes; or what the task finds wrong.
     """
     if torch.is_inference_mode_enabled():
         raise InputError("scores need gradients; call this outside of torch.inference_mode()")
     check_weights(model)
     for loader in loaders:
-        images, labels = (tensor[:IMAGES] for tensor in loader.first())
+        first, task = loader.first(), loader.task
+        batch = select(first, torch.arange(min(IMAGES, size(first))))
         where = f"the first batch of {loader.name}"
-        with _named(model, images, where), frozen(model), torch.no_grad():
-            logits = model(images)
-        check_batch(images, labels, logits, where)
-        if not logits.isfinite().all():
-            raise InputError(f"the network gives NaN or infinite logits for {where}; check its weights")
-        _refuse_probabilities(logits)
+        with _named(model, task.inputs(batch), where), frozen(model), torch.no_grad():
+            outputs = task.forward(model, batch)
+        task.check(outputs, batch, where)
+        if is_classification(task):
+            _refuse_probabilities(outputs)
+        else:
+            _check_losses(task, outputs, batch, where)
 
 
 @contextmanager
-def _named(model, images, where):
+def _named(model, inputs, where):
     """Turns what the forward raises in the block into an InputError that says what does not fit."""
     try:
         yield
     except FORWARD_ERRORS as error:
         weights = next(model.parameters()).dtype
-        if images.dtype != weights:
+        images = next(iter(tensors_in(inputs)), None)
+        if images is not None and images.dtype != weights:
             kinds = f"{images.dtype} images and {weights} weights".replace("torch.", "")
             remedy = "convert them to" if images.is_floating_point() else "scale and normalise them as in training, as"
             raise InputError(f"the network cannot run on {where}: {kinds}; {remedy} {weights}") from error
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"the network cannot run on {where}, images {[*images.shape]}: {reason[0]}") from error
+        shape = f", images {[*images.shape]}" if images is not None else ""
+        raise InputError(f"the network cannot run on {where}{shape}: {reason[0]}") from error
+
+
+def _check_losses(task, outputs, batch, where):
+    """Raises InputError if the task's loss and divergence, where it defines them, are not one finite number a sample."""
+    with torch.no_grad():
+        found = {name: getattr(task, name) for name in ("loss", "divergence") if task.defines(name)}
+        values = {name: f(outputs, batch if name == "loss" else outputs) for name, f in found.items()}
+    for name, losses in values.items():
+        if not isinstance(losses, Tensor) or losses.shape != (size(batch),):
+            given = f"{[*losses.shape]}" if isinstance(losses, Tensor) else describe(losses)
+            raise InputError(
+                f"{name} of the task {task.name} gives {given} for {where}; give one number a sample, [{size(batch)}]"
+            )
+        if not losses.isfinite().all():
+            raise InputError(f"{name} of the task {task.name} is NaN or infinite for {where}")
+    if "divergence" in values and (values["divergence"].abs() > TINY).any():
+        raise InputError(f"divergence of the task {task.name} is not 0 where both outputs are the same; let it be")
 
 
 def _refuse_probabilities(outputs):
@@ -163,7 +189,7 @@ def check_training(model: nn.Module, loader: Batches) -> None:
 def _has_single_image(loader) -> bool:
     """Whether a batch of the loader is known to have one image."""
     if isinstance(loader, (list, tuple)):
-        return any(len(read_batch(batch, "a batch")[1]) == 1 for batch in loader)
+        return any(size(batch) == 1 for batch in loader)
     if hasattr(loader, "smallest_batch"):  # a loader of experiment.loaders
         return loader.smallest_batch == 1
     sampler = getattr(loader, "batch_sampler", None)
@@ -175,10 +201,10 @@ def _has_single_image(loader) -> bool:
 
 
 def _check_single_image(model, loader):
-    images, _ = loader.first()
-    with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []), torch.no_grad():
+    one = select(loader.first(), torch.zeros(1, dtype=torch.long))
+    with torch.random.fork_rng(devices={t.device for t in tensors_in(one) if t.is_cuda}), torch.no_grad():
         try:
-            copy.deepcopy(model).train()(images[:1])
+            loader.task.forward(copy.deepcopy(model).train(), one)
         except ValueError as error:
             raise InputError(
                 f"a batch of {loader.name} has one image, on which BatchNorm cannot be trained ({error}); pass another batch "

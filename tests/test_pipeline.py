@@ -17,6 +17,7 @@ from taylor_pruning.experiment import choices as choices_module
 from taylor_pruning.experiment import rounds as rounds_module
 from taylor_pruning.experiment.loaders import make_loader
 from taylor_pruning.repair import network as network_module
+from taylor_pruning.repair import parts as parts_module
 from taylor_pruning.repair.compensation import CompensationReport
 from taylor_pruning.scoring.estimates import by_fold
 from taylor_pruning.training import fine_tuning as FineTuning
@@ -45,7 +46,7 @@ def progressive(plain_network, images, labels, monkeypatch):
         return pruning, trained, compensations
 
     monkeypatch.setattr(rounds_module, "train_steps", train_steps)
-    monkeypatch.setattr(rounds_module, "compensate", compensate)
+    monkeypatch.setattr(parts_module, "compensate", compensate)
     return pipeline
 
 
@@ -197,7 +198,7 @@ def test_the_seed_reaches_every_random_draw(silu_network, images, labels, monkey
 
         monkeypatch.setattr(module, name, call)
 
-    spy(rounds_module, "compensate")
+    spy(parts_module, "compensate")
     spy(choices_module, "baseline_scores")
     spy(EnhancedFilterPruner_module, "collect_behind_repair")
     spy(EnhancedFilterPruner_module, "probe_derivatives")

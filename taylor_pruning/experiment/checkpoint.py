@@ -15,6 +15,7 @@ from taylor_pruning.errors import InputError
 from taylor_pruning.experiment.results import removed
 from taylor_pruning.files import atomic_file
 from taylor_pruning.surgery.graph import ChannelGraph
+from taylor_pruning.surgery.nested import tensors_in
 
 
 @dataclass
@@ -57,7 +58,7 @@ class RoundsCheckpoint:
         self.identity = {
             "the dense network": fingerprint(graph.model.state_dict().values()),
             **{
-                f"the {what} images": fingerprint(x for batch in batches for x in batch)
+                f"the {what} images": fingerprint(x for batch in batches for x in tensors_in(batch))
                 for what, batches in images.items()
             },
             **settings,

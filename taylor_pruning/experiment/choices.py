@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from taylor_pruning.errors import one_of
+from taylor_pruning.errors import InputError, one_of
 from taylor_pruning.experiment.results import plain_scores, ranking_of
 from taylor_pruning.selection.baselines import NEED_DIRECTIONS, baseline_scores
 from taylor_pruning.selection.constraints import Constraints, Ledger, Selection
 from taylor_pruning.selection.greedy import select_by_score, select_uniformly
 from taylor_pruning.surgery.graph import ChannelGraph
+from taylor_pruning.tasks.classification import is_classification
 
 WIDTHS = ("own", "uniform")
 GUARD = 0.25  # share of its filters that a published criterion leaves every layer, where the budget allows it
@@ -88,6 +89,10 @@ class BaselineChoice:
             scores, name = self.criterion(graph), getattr(self.criterion, "__name__", "scores")
         else:
             needed = self.criterion in NEED_DIRECTIONS
+            if needed and not is_classification(self.rankings.task):
+                raise InputError(
+                    f"the criterion {self.criterion} needs class logits; take one of weights, as magnitude"
+                )
             directions = self.rankings.of(model, 1).directions if needed else None
             scores, name = baseline_scores(self.criterion, graph, directions, self.seed), self.criterion
         lap("score")

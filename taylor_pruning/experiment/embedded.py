@@ -1,6 +1,7 @@
 """The embedded data set: ten classes of 32x32 colour images, drawn by this program for runs without files."""
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from taylor_pruning.experiment.data import ImageData, TensorImages
 SHAPES = ("disc", "square", "triangle", "cross", "star")
 TEXTURES = ("striped", "checkered")
 EMBEDDED_SIZE = 32  # pixels
+CHUNK = 500  # images that one generator draws
 TRAIN_IMAGES, VAL_IMAGES = 3000, 2000
 
 
@@ -38,16 +40,66 @@ def embedded_data(train_images: int = TRAIN_IMAGES, val_images: int = VAL_IMAGES
     )
 
 
+@dataclass(frozen=True)
+class ShapeImages:
+    """Images of the embedded data set with what was drawn: for segmentation, detection and regression.
+
+    Attributes:
+        images: float [N, 3, 32, 32], about 0 with deviation 1. labels: int64 [N] class number of the shape in `SHAPES`.
+        masks: int64 [N, 32, 32], 0 for background, 1 + label where the shape is.
+        boxes: float [N, 4] x1, y1, x2, y2 around the mask. angles: float [N] by which the shape is turned, radians.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    masks: torch.Tensor
+    boxes: torch.Tensor
+    angles: torch.Tensor
+
+
+def embedded_shapes(count: int, split: int, shapes: Sequence[str] = SHAPES) -> ShapeImages:
+    """The first `count` images of a split (0 train, 1 validation) whose objects have the given shapes, in turn.
+
+    Raises InputError for an unknown shape.
+    """
+    if unknown := set(shapes) - set(SHAPES):
+        raise InputError(f"there is no shape {unknown.pop()}; choose from {', '.join(SHAPES)}")
+    numbers = np.array([SHAPES.index(shape) for shape in shapes]) * len(TEXTURES)
+    kinds = (numbers[:, None] + np.arange(len(TEXTURES))).flatten()
+    images, inside, angles = _draw_chunks(count, split, kinds)
+    labels = torch.from_numpy(kinds)[torch.arange(count) % len(kinds)] // len(TEXTURES)
+    ends = []
+    for axis in (1, 2):  # over rows: extent in x; over columns: extent in y
+        touched = inside.any(axis)
+        ends.append((touched.argmax(1), touched.shape[1] - touched[:, ::-1].argmax(1)))
+    (x1, x2), (y1, y2) = ends
+    return ShapeImages(
+        (torch.from_numpy(images).float() / 255 - 0.45) / 0.25,
+        labels,
+        torch.from_numpy(inside).long() * (1 + labels[:, None, None]),
+        torch.from_numpy(np.stack([x1, y1, x2, y2], 1)).float(),
+        torch.from_numpy(angles).float(),
+    )
+
+
 def _draw_split(count: int, split: int) -> tuple[torch.Tensor, torch.Tensor]:
+    classes = len(SHAPES) * len(TEXTURES)
+    return torch.from_numpy(_draw_chunks(count, split, np.arange(classes))[0]), torch.arange(count) % classes
+
+
+def _draw_chunks(count: int, split: int, kinds: np.ndarray) -> tuple[np.ndarray, ...]:
+    """What `_draw` gives for `count` images of the classes `kinds`, in turn."""
     # Chunks of a fixed size, each with its own generator: a smaller set is then the beginning of a larger one.
-    classes, chunk = len(SHAPES) * len(TEXTURES), 500
-    labels = np.arange(chunk) % classes
-    images = [_draw(labels, np.random.default_rng([split, start])) for start in range(0, count, chunk)]
-    return torch.from_numpy(np.concatenate(images)[:count]), torch.arange(count) % classes
+    labels = kinds[np.arange(CHUNK) % len(kinds)]
+    drawn = [_draw(labels, np.random.default_rng([split, start])) for start in range(0, count, CHUNK)]
+    return tuple(np.concatenate(parts)[:count] for parts in zip(*drawn, strict=True))
 
 
-def _draw(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """uint8 [n, 3, 32, 32]. In float64, so that last-bit differences between machines vanish in the rounding."""
+def _draw(labels: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Images uint8 [n, 3, 32, 32], whether a pixel lies in the object [n, 32, 32], the object's angle [n].
+
+    In float64, so that last-bit differences between machines vanish in the rounding.
+    """
     n, size = len(labels), EMBEDDED_SIZE
     y, x = np.mgrid[:size, :size] + 0.5
     across, along = _frame(rng.uniform(0, size, (n, 2)), rng.uniform(0, 2 * np.pi, n), x, y)
@@ -58,7 +110,8 @@ def _draw(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
     radius = rng.uniform(8, 12, (n, 1, 1))
     centre = size / 2 + rng.uniform(-1, 1, (n, 2)) * (size / 2 - 1 - radius[:, :, 0])
-    across, along = _frame(centre, rng.uniform(0, 2 * np.pi, n), x, y)
+    angle = rng.uniform(0, 2 * np.pi, n)
+    across, along = _frame(centre, angle, x, y)
     distance = np.empty((n, size, size))
     for number, shape in enumerate(SHAPES):
         chosen = labels // len(TEXTURES) == number
@@ -73,7 +126,7 @@ def _draw(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     for _ in range(2):
         _draw_bar(canvas, rng, x, y)
     canvas += rng.uniform(-0.12, 0.12, canvas.shape)
-    return np.rint(canvas.clip(0, 1) * 255).astype(np.uint8)
+    return np.rint(canvas.clip(0, 1) * 255).astype(np.uint8), distance < 0, angle
 
 
 def _frame(centre: np.ndarray, angle: np.ndarray, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -15,7 +15,8 @@ class PruningResult:
 
     Attributes:
         model: the smaller network.
-        stages: one dictionary a stage, accuracy and profile. "dense"; "pruned": the plan applied to the dense network,
+        stages: one dictionary a stage, accuracy (of another task its metrics by name) and profile. "dense"; "pruned": the
+            plan applied to the dense network,
             with no repair; "compensated" or "trained": what compensation or the training between the rounds made of it;
             "repaired": after the repair across layers; "fine-tuned".
         rounds: one dictionary a round:
@@ -23,11 +24,12 @@ class PruningResult:
             layer_bound_held: False where the percentage could not be reached within the layer bound;
             uniform_widths: True where every layer loses the same share, as where images say too little to compare layers;
             loss: what the next two are changes of, on the calibration images: "divergence" from the dense network's
-                predictions with compensation, else the "cross-entropy" with the labels;
+                predictions with compensation, else the "cross-entropy" (another task: "loss") with the labels;
             predicted_loss_change (nats, None for order 1), measured_loss_change (nats);
-            label_loss_change: measured change of the cross-entropy with the labels;
+            label_loss_change: measured change of the cross-entropy (of the task's loss) with the labels;
             held_out: after the round, on images that neither score nor repair (training.measuring.Measuring.fidelity);
-            after_selection, after_compensation, after_training: {"top1", "loss"} on some of the validation images;
+            after_selection, after_compensation, after_training: {"top1" (the task's main metric), "loss"} on some of the
+                validation images;
             compensation: what it did to every layer (repair.compensation.CompensationReport), or None.
         layers: {name: {"filters", "kept", "reason"}}.
         plan: {name: indices of the removed filters in the dense network}.
@@ -128,7 +130,8 @@ def round_record(number, percentage, choice, plan, before, after, accuracy, comp
         accuracy: {"selection", "compensation", "training": accuracy on the monitored images after it, or None}.
         compensation: what it did, as a dictionary; None without.
     """
-    loss = "cross-entropy" if compensation is None else "divergence"
+    with_labels = next(name for name in after if name != "divergence")
+    loss = with_labels if compensation is None else "divergence"
     change = {name: after[name] - before[name] for name in after}
     return {
         "round": number,
@@ -139,7 +142,7 @@ def round_record(number, percentage, choice, plan, before, after, accuracy, comp
         "loss": loss,
         "predicted_loss_change": choice.predicted_loss_change,
         "measured_loss_change": change[loss],
-        "label_loss_change": change["cross-entropy"],
+        "label_loss_change": change[with_labels],
         **{f"after_{step}": figures for step, figures in accuracy.items()},
         "compensation": compensation,
     }

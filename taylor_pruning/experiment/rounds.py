@@ -12,8 +12,8 @@ from taylor_pruning.experiment.checkpoint import RoundsState
 from taylor_pruning.experiment.choices import BaselineChoice, TaylorChoice
 from taylor_pruning.experiment.results import Stopwatch, all_filters, remaining, removed, round_record
 from taylor_pruning.experiment.settings import PruningSettings
-from taylor_pruning.repair.compensation import compensate
 from taylor_pruning.repair.network import repair_network, split
+from taylor_pruning.repair.parts import compensate_parts
 from taylor_pruning.selection.constraints import Ledger
 from taylor_pruning.training.fine_tuning import Recipe, train_steps
 from taylor_pruning.training.measuring import Measuring
@@ -126,7 +126,8 @@ class Rounds:
         images, held_out = split(self.rankings.compensation, seed)
         model = self.graph.remove(removed(self.graph, state.kept))
         if images:
-            compensate(dense, model, images, state.kept, progress=self.progress, seed=seed)
+            options = {"progress": self.progress, "seed": seed}
+            compensate_parts(self.graph, dense, model, images, self.rankings.task, state.kept, **options)
             broadcast_state(model)
         loss = functools.partial(distillation_loss, temperature=self.recipe.temperature)
         report = repair_network(dense, model, images, held_out, loss, seed=seed, progress=self.progress)
@@ -144,8 +145,9 @@ class Rounds:
             target, kept = state.model, remaining(all_filters(self.rankings.graph_of(state.model)), plan)
         else:
             smaller = self.graph.remove(removed(self.graph, kept))
-        images = self.rankings.compensation
-        report = compensate(target, smaller, images, kept, progress=self.progress, seed=self.settings.seed)
+        task, batches = self.rankings.task, self.rankings.compensation
+        options = {"progress": self.progress, "seed": self.settings.seed}
+        report = compensate_parts(self.graph, target, smaller, batches, task, kept, **options)
         broadcast_state(smaller)
         return smaller, report.as_dict()
 
@@ -157,6 +159,7 @@ class Rounds:
         seconds, last, model = Stopwatch(state.seconds), state.rounds[-1], copy.deepcopy(state.model)
         before = (last["after_compensation"] or last["after_selection"])["loss"]
         train_steps(model, self.train_loader, self.recipe, steps, loss_before=before, teacher=self.teacher,
+                    task=self.rankings.task,
                     round_index=last["round"] - 1, seed=self.settings.seed,
                     description=f"train after round {last['round']}", progress=self.progress)  # fmt: skip
         seconds.lap("train")
@@ -167,5 +170,7 @@ class Rounds:
 def is_destroyed(state: RoundsState) -> bool:
     """Whether the network after the last round is further from the dense one than a constant answer is, in both measures."""
     found = state.rounds[-1]["held_out"]
+    if found is None:  # a task without such a measure
+        return False
     further = found["divergence"] > found["constant_divergence"]
     return further and found["agreement"] < found["constant_agreement"]

@@ -38,6 +38,8 @@ class PruningSettings(Constraints):
         target_macs, target_params, target_latency: what must be left of the network, as "50%", "150M" or "5ms"
             (selection.targets). One of them takes the place of the budget and of the pruning percentage.
         exclude: patterns (`fnmatch`) of layers whose filters are never removed.
+        prune_modules: names of modules, as "backbone": they alone are traced, scored, cut and repaired, while the whole network
+            runs. Percentages are then of the modules. Those that cannot be traced are left whole and named in the notes.
         prune_linear: also remove outputs of hidden fully connected layers.
         prune_heads: remove whole attention heads, also those of fully connected layers.
         compensate: least squares on the calibration images after every round (repair.compensation), each time from the
@@ -98,6 +100,13 @@ class PruningSettings(Constraints):
         "layers whose filters all stay",
         "To protect layers that other programs read.",
         metavar="PATTERN",
+    )
+    prune_modules: tuple[str, ...] = option(
+        (),
+        "modules of the network that are pruned, the whole network where none is named",
+        "For networks that cannot be traced as a whole, as detectors: their backbone.",
+        metavar="MODULE",
+        command_line=False,
     )
     prune_linear: bool = option(
         False,
@@ -171,8 +180,9 @@ class PruningSettings(Constraints):
     )
 
     def __post_init__(self):
-        if not isinstance(self.exclude, str):
-            object.__setattr__(self, "exclude", tuple(self.exclude))
+        for name in ("exclude", "prune_modules"):
+            if not isinstance(getattr(self, name), str):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         check(self)
         if self.repair in ("layer", "network") and not self.compensate:
             raise InputError(f"repair {self.repair} and no compensation contradict each other; give one of the two")
@@ -214,4 +224,5 @@ class PruningSettings(Constraints):
 
     def as_dict(self) -> dict:
         """Plain values, by field."""
-        return {f.name: getattr(self, f.name) for f in options(self)} | {"exclude": list(self.exclude)}
+        lists = {name: list(getattr(self, name)) for name in ("exclude", "prune_modules")}
+        return {f.name: getattr(self, f.name) for f in options(self)} | lists

@@ -23,6 +23,7 @@ from taylor_pruning.errors import InputError
 from taylor_pruning.repair.paired_runs import PairedRuns
 from taylor_pruning.repair.plan import RepairPlan
 from taylor_pruning.repair.regression import LayerFit, LayerRegression
+from taylor_pruning.surgery.nested import map_tensors
 
 
 @dataclass
@@ -38,14 +39,17 @@ class CompensationReport:
 
 
 @torch.no_grad()
-def compensate(dense, smaller, batches, kept=None, *, progress=True, activation_budget=None, seed=0):
+def compensate(
+    dense, smaller, batches, kept=None, *, progress=True, activation_budget=None, seed=0, smaller_batches=None
+):
     """Refit the layers of `smaller`, in place, so that it answers as `dense` does on the calibration images.
 
     Args:
         dense: the network before any pruning.
         smaller: what `ChannelGraph.remove` made of it, in one round or in several, compensated in between or not.
         batches: list of (images [B, C, H, W], labels), labels are not used; a fifth of the images, drawn at
-            random, chooses the ridge.
+            random, chooses the ridge. Networks of several inputs get a tuple or dictionary of them in the place of the images.
+        smaller_batches: what `smaller` reads in their place, where that is something else.
         kept: {layer name: indices of the filters of `dense` that `smaller` still has, in its order}. A layer that is not
             named has all its filters, or is depthwise.
         activation_budget: bytes of activations that may be held between two layers; where the networks need more, they
@@ -65,9 +69,10 @@ def compensate(dense, smaller, batches, kept=None, *, progress=True, activation_
     report = CompensationReport()
     if not batches:
         raise InputError("compensation: there are no calibration images; give at least one batch")
-    plan = RepairPlan(dense, smaller, kept or {}, batches[0][0][:1])
+    plan = RepairPlan(dense, smaller, kept or {}, map_tensors(batches[0][0], lambda tensor: tensor[:1]))
     report.left_alone.update(plan.left_alone)
-    runs = PairedRuns(plan, [images for images, _ in batches], activation_budget)
+    inputs = [[images for images, _ in given] for given in (batches, smaller_batches or batches)]
+    runs = PairedRuns(plan, inputs, activation_budget)
     for layer in tqdm(plan.layers, desc="compensate", unit="layer", leave=False, disable=not progress):
         reason = fit_layer(layer, runs, seed, report)
         if reason:
@@ -80,7 +85,7 @@ def compensate(dense, smaller, batches, kept=None, *, progress=True, activation_
 
 def fit_layer(layer, runs, seed, report):
     """Collect the layer's normal equations, solve them, change its weights; returns why it was left alone, or None."""
-    fit = LayerRegression(layer, seed, sum(len(x) for x in runs.images))
+    fit = LayerRegression(layer, seed, sum(runs.images))
     reason = None
     for batch, dense_state, state in runs.to(layer):
         if reason is None:

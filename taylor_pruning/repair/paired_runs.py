@@ -7,7 +7,8 @@ from torch import Tensor, fx, nn
 
 from taylor_pruning.repair.batchnorm import update_statistics
 from taylor_pruning.repair.plan import RepairPlan
-from taylor_pruning.surgery.execution import evaluate
+from taylor_pruning.surgery.execution import evaluate, inputs_of
+from taylor_pruning.surgery.nested import map_tensors
 
 STATISTICS_ROWS = 16384  # inputs a channel that a batch gives to the statistics of a BatchNorm
 ACTIVATION_BUDGET = 2**28  # bytes that may be held in any case
@@ -21,12 +22,21 @@ class PairedRuns:
     enough for 16,384 positions); what counts is the last run on every batch, when all layers before have been fitted.
     """
 
-    def __init__(self, plan, images, budget):
-        self.plan, self.images = plan, images
+    def __init__(self, plan, inputs, budget):
+        """`inputs`: for both networks, what every batch calls it with."""
+        self.plan = plan
+        self.inputs = [
+            [network.flat(*inputs_of(batch)) for batch in given]
+            for network, given in zip(plan.networks, inputs, strict=True)
+        ]
+        self.images = [len(tensors[0]) for tensors in self.inputs[0]]  # of every batch
+        places = [node.name for node in plan.networks[0].trace.graph.nodes if node.op == "placeholder"]
+        self.places = {name: index for index, name in enumerate(places)}
+        self.first = map_tensors(inputs[0][0], lambda tensor: tensor[:1].clone())
         self.budget = max(ACTIVATION_BUDGET, self._training_bytes()) if budget is None else budget
         self.starts = (0, 0)
-        self.states = [({}, {}) for _ in images]
-        self.sums = {name: [None] * len(images) for name in plan.batchnorms}  # by batch
+        self.states = [({}, {}) for _ in self.images]
+        self.sums = {name: [None] * len(self.images) for name in plan.batchnorms}  # by batch
 
     def _training_bytes(self):
         """Bytes of all activations of the dense network on its largest batch."""
@@ -38,8 +48,8 @@ class PairedRuns:
 
         network = self.plan.networks[0]
         nodes = [n for n in network.trace.graph.nodes if n.op not in ("get_attr", "output")]
-        network.run((self.images[0][:1].clone(),), change=dict.fromkeys(nodes, hold))
-        return sum(tensor.nbytes for tensor in held.values()) * max(map(len, self.images))
+        network.run(*inputs_of(self.first), change=dict.fromkeys(nodes, hold))
+        return sum(tensor.nbytes for tensor in held.values()) * max(self.images)
 
     def to(self, layer):
         """For every batch: (dense state with the layer's output, smaller state just before the layer).
@@ -55,8 +65,7 @@ class PairedRuns:
             if hold is not False:
                 states[0] = self._run(0, states[0], batch, ends[0], ahead, copy=False)
             if hold is None:
-                total = sum(len(x) for x in self.images)
-                hold = sum(map(_bytes, states)) * total / max(1, len(images)) <= self.budget
+                hold = sum(map(_bytes, states)) * sum(self.images) / max(1, images) <= self.budget
             if hold:
                 self.states[batch] = states
                 del held
@@ -96,7 +105,7 @@ class PairedRuns:
                 sums = (values.sum(1, dtype=torch.float64) for values in (x, x.square()))
                 self.sums[node.name][batch] = x.shape[1], *sums
             if node.op == "placeholder":
-                state[node.name] = self.images[batch].clone()
+                state[node.name] = self.inputs[k][batch][self.places[node.name]].clone()
             elif node.op == "get_attr":
                 if node.target not in tensors:
                     state[node.name] = plan.networks[k].constant(node.target, tensors)
@@ -111,7 +120,7 @@ def refresh_batchnorms(model: nn.Module, images: list[Tensor]) -> None:
     """Gives the BatchNorms of a changed network the statistics of their present inputs, see batchnorm.update_statistics."""
     plan = RepairPlan(model, model, {}, images[0][:1])
     with torch.no_grad():
-        PairedRuns(plan, images, budget=0).update_batchnorms()
+        PairedRuns(plan, [images, images], budget=0).update_batchnorms()
 
 
 def _copy(value):

@@ -2,7 +2,7 @@
 
 1. One forward collects the moments of every layer's inputs (scoring.estimates).
 2. A second one, fold by fold, scores every image with the estimates that the other folds gave. At order 2 there is one
-   backward pass, along one random direction w of the logits (scoring.directions): the derivatives along the gates are one
+   backward pass, along one random direction w of the logits (tasks.directions): the derivatives along the gates are one
    unbiased sample of all second derivatives, and the gradients at the layers' outputs give the Fisher matrices of the
    closed form (scoring.layer_costs). Order 1 takes the direction p - e_y besides, for its first-order terms, and order 3
    all class directions, because a third moment needs them.
@@ -11,14 +11,22 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from taylor_pruning.memory import Portions
 from taylor_pruning.scoring.collecting import CLASS_PROBES, Wanted, collect_directions
 from taylor_pruning.scoring.estimates import InputMoments, by_fold, channel_estimates, input_moments
 from taylor_pruning.scoring.layer_costs import OutputFisher
+from taylor_pruning.scoring.output_curvature import output_derivatives
+from taylor_pruning.scoring.probes import ProbedDerivatives
 from taylor_pruning.scoring.taylor import Directions
 from taylor_pruning.surgery.graph import ChannelGraph
+from taylor_pruning.tasks.batches import size
+from taylor_pruning.tasks.classification import is_classification, task_of
+from taylor_pruning.tasks.task import Task
+
+TASK_DIRECTIONS = 4  # random directions of every sample of another task
 
 
 @dataclass
@@ -26,15 +34,17 @@ class BehindRepair:
     """What `collect_behind_repair` found.
 
     Attributes:
-        directions: of removing a unit and repairing the layers that read it.
+        directions: of removing a unit and repairing the layers that read it; None for another task than classification.
         orders: which the directions serve.
         moments: {layer: InputMoments}. fisher: {layer: G [outputs, outputs]}, None where it was not asked for.
+        probed: derivatives of another task's divergence (scoring.output_curvature).
     """
 
-    directions: Directions
+    directions: Directions | None
     orders: tuple
     moments: dict[str, InputMoments]
     fisher: dict[str, Tensor] | None
+    probed: ProbedDerivatives | None = None
 
 
 def wanted_of(order: int, class_probes: int | None, **options) -> tuple[Wanted, tuple]:
@@ -60,28 +70,41 @@ def collect_behind_repair(
     seed: int = 0,
     memory_limit: int | None = None,
     progress: bool = True,
+    task: Task | None = None,
+    third_probes: int = 8,
 ) -> BehindRepair:
     """Collects moments on the compensation images and directions on the calibration images (module docstring).
 
     Args:
-        batches, compensation: lists of (images, labels).
+        batches, compensation: lists of (images, labels), or of the batches of `task`.
         class_probes: directions of every sample at orders 2 and 3; None: 1 at order 2, CLASS_PROBES at order 3.
         joint: also collect the Fisher matrices of the closed form.
         reference, flow, seed: see scoring.collecting.
         memory_limit: bytes, see memory.Portions.
+        task: default classification. Another one takes TASK_DIRECTIONS random directions where `class_probes` is None, and
+            `third_probes` probes at order 3; reference and flow are not used.
 
     Raises:
         InputError: see scoring.collecting.collect_directions.
     """
+    task, device = task_of(task), next(model.parameters()).device
     wanted, orders = wanted_of(order, class_probes, flow=flow, seed=seed)
-    device = batches[0][0].device
-    moments = input_moments(model, graph, compensation, Portions(device, memory_limit))
-    images = sum(len(x) for x, _ in batches)
+    moments = input_moments(model, graph, compensation, Portions(device, memory_limit), task)
+    images = sum(map(size, batches))
     fisher = OutputFisher((m.reader for m in moments.values()), images) if joint else None
     parts, first, portions = [], 0, Portions(device, memory_limit)
     for fold, part in by_fold(batches):
         estimates = channel_estimates(moments, without=fold)
-        parts.append(collect_directions(model, graph, part, wanted, progress=progress, estimates=estimates,
-                                        reference=reference, fisher=fisher, first=first, portions=portions))  # fmt: skip
-        first += sum(len(x) for x, _ in part)
-    return BehindRepair(Directions.join(parts), orders, moments, fisher.mean() if joint else None)
+        shared = {"estimates": estimates, "fisher": fisher, "first": first, "portions": portions, "progress": progress}
+        if is_classification(task):
+            parts.append(collect_directions(model, graph, part, wanted, reference=reference, **shared))
+        else:
+            draws = {"directions": class_probes or TASK_DIRECTIONS, "probes": third_probes, "seed": seed}
+            parts.append(output_derivatives(model, graph, part, task, order=order, **draws, **shared))
+        first += sum(map(size, part))
+    fisher = fisher.mean() if joint else None
+    if is_classification(task):
+        return BehindRepair(Directions.join(parts), orders, moments, fisher)
+    orders = tuple(range(1, order + 1))
+    derivatives = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return BehindRepair(None, orders, moments, fisher, ProbedDerivatives.of_samples(**derivatives))

@@ -6,9 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from taylor_pruning.errors import InputError
 from taylor_pruning.scoring.probes import ProbedDerivatives
-from taylor_pruning.scoring.taylor import Directions
+from taylor_pruning.scoring.taylor import Directions, loss_change
 
 LITTLE = 0.05  # of the largest possible information, see Collected.says_little
 
@@ -18,8 +17,9 @@ class Collected:
     """What a pass has collected.
 
     Attributes:
-        directions: of the cross-entropy (scoring.taylor); None for another loss.
-        probed: derivatives from random probes (scoring.probes), or None.
+        directions: of the cross-entropy (scoring.taylor); None for another task.
+        probed: derivatives from random probes (scoring.probes) or, behind repair, from random directions of a task's outputs
+            (scoring.output_curvature); or None.
         behind_repair: directions describe what compensation cannot repair, and orders 2 and 3 estimate the divergence from
             the network's own predictions; probes are not needed then.
         orders: those that the directions serve.
@@ -38,7 +38,7 @@ class Collected:
             return False
         if self.directions is not None and not self._needs_probes(order):
             return order in self.orders
-        return self.probed is not None and (order < 3 or self.probed.t is not None)
+        return self.probed is not None and order in self.orders and (order < 3 or self.probed.t is not None)
 
     def _needs_probes(self, order):
         return self.directions is None or (self.by_probes and order > 1)
@@ -68,6 +68,8 @@ class Collected:
         return scores if correction is None else scores + correction
 
     def _probed_scores(self, order):
+        if self.behind_repair and order > 1:  # the divergence has no slope at the network's own outputs
+            return loss_change(order, torch.zeros_like(self.probed.h), self.probed.h, self.probed.t).cpu()
         score = -self.probed.phi
         if order >= 2:
             score = score + self.probed.h / 2
@@ -86,9 +88,9 @@ class Collected:
         return correction.cpu()
 
     def squared_first_order(self) -> Tensor:
-        """[units] mean squared per-sample first-order term (nats^2). Raises InputError for another loss."""
+        """[units] mean squared per-sample first-order term (nats^2)."""
         if self.directions is None:
-            raise InputError("order 1 selects by per-sample terms, which need the cross-entropy; use order 2")
+            return self.probed.phi_squared.cpu()
         return self.directions.moments(order=1)[0].double().square().mean(0).cpu()
 
     def levels(self, order: int) -> Tensor:

@@ -15,12 +15,13 @@ from taylor_pruning.distributed import gather_objects, is_main, rank, world_size
 from taylor_pruning.errors import InputError
 from taylor_pruning.memory import Portions
 from taylor_pruning.modes import frozen
-from taylor_pruning.scoring.directions import random_directions, random_signs
 from taylor_pruning.scoring.flow import unit_gradient_norms
-from taylor_pruning.scoring.gates import gated_logits, open_gates
+from taylor_pruning.scoring.gates import gated_outputs, open_gates
 from taylor_pruning.scoring.layer_costs import OutputFisher
 from taylor_pruning.scoring.taylor import Directions, class_basis
 from taylor_pruning.surgery.graph import ChannelGraph
+from taylor_pruning.tasks.classification import Classification
+from taylor_pruning.tasks.directions import random_directions, random_signs
 
 CLASS_PROBES = 12  # directions of every sample that keep what three orders need of up to 1,000 classes
 
@@ -131,7 +132,8 @@ def _collect(model, graph, wanted, estimates, reference, fisher, images, labels,
             gated.append((site, get_gradient_edge(output)))
 
     outputs = None if part is None else part.outputs
-    logits = gated_logits(graph, images, labels, gates, f"calibration batch {number}", record, estimates, outputs)
+    where, batch = f"calibration batch {number}", (images, labels)
+    logits = gated_outputs(graph, Classification(), batch, gates, where, record, estimates, outputs)
     fixed, signs = logits.detach(), random_signs(wanted.seed, first, *logits.shape)
     random = random_directions(fixed, signs)
     basis, sampled = class_basis(

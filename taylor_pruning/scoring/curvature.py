@@ -1,23 +1,27 @@
 """Which way the second and third derivatives of the scores are computed, and the report on it."""
 
-from collections.abc import Callable
-
+from taylor_pruning.errors import InputError
 from taylor_pruning.scoring.collected import Collected
-from taylor_pruning.scoring.probes import cross_entropy
 from taylor_pruning.surgery.graph import ChannelGraph
+from taylor_pruning.tasks.classification import Classification, is_classification
+from taylor_pruning.tasks.task import Task
 
 BEHIND_REPAIR = (
     "behind compensation the loss is the divergence from the network's own predictions, whose second derivative along one "
     "gate the class directions give in any network"
 )
+BY_DIRECTIONS = (
+    "behind compensation the loss is the task's divergence from the network's own outputs, whose second derivative along one "
+    "gate random directions of the outputs give in any network"
+)
 
 
-def choose_curvature(graph: ChannelGraph, curvature: str, loss: Callable = cross_entropy) -> tuple[str, str]:
+def choose_curvature(graph: ChannelGraph, curvature: str, task: Task | None = None) -> tuple[str, str]:
     """How second and third derivatives are computed, "exact" or "hvp", and why (see PruningSettings)."""
     smooth = ", ".join(graph.smooth_operations)
     if curvature != "auto":
         return curvature, "as asked"
-    if loss is not cross_entropy:
+    if not is_classification(task or Classification()):
         return "hvp", "the loss is not cross-entropy"
     return ("hvp", f"the network has {smooth}") if smooth else ("exact", "the network is piecewise linear")
 
@@ -30,14 +34,38 @@ def curvature_report(collected: Collected, path: str, reason: str) -> dict:
         path, reason: of `choose_curvature`.
 
     Returns:
-        {"path": "exact" or "hvp", "reason": text, "sampled": share of the curvature for which random directions stand
-        (scoring.taylor.class_basis), "h_error": mean standard error of probed second derivatives}.
+        {"path": "exact", "hvp" or "directions", "reason": text, "sampled": share of the curvature for which random
+        directions stand (scoring.taylor.class_basis), "h_error": mean standard error of sampled second derivatives}.
     """
     if collected.behind_repair:
-        path, reason = "exact", BEHIND_REPAIR
+        path, reason = ("directions", BY_DIRECTIONS) if collected.directions is None else ("exact", BEHIND_REPAIR)
     return {
         "path": path,
         "reason": reason,
         "sampled": collected.directions.sampled_curvature if collected.directions else None,
-        "h_error": collected.probed.h_error.mean().item() if path == "hvp" else None,
+        "h_error": None if path == "exact" else collected.probed.h_error.mean().item(),
     }
+
+
+def check_scoring(task: Task, settings, repairs: bool, use_gradient_flow: bool) -> None:
+    """Raises InputError naming what the scores take that the task does not define, or that only class logits have.
+
+    Args:
+        settings: PruningSettings. repairs: whether scores are of what compensation cannot repair.
+    """
+    task.require("loss", "the scores need")
+    if repairs:
+        task.require("divergence", "compensation needs")
+    if is_classification(task):
+        return
+    needs_logits = {
+        "use_gradient_flow": use_gradient_flow,
+        "selection='joint' without compensation": settings.selection == "joint" and not repairs,
+        "curvature='exact' without compensation": settings.curvature == "exact" and not repairs,
+        "repair='network'": settings.repair == "network",
+    }
+    for what, asked in needs_logits.items():
+        if asked:
+            raise InputError(
+                f"{what} needs class logits and the cross-entropy, which the task {task.name} has not; leave it out"
+            )

@@ -21,6 +21,8 @@ from taylor_pruning.memory import Portions
 from taylor_pruning.modes import frozen
 from taylor_pruning.scoring.positions import drawn_positions
 from taylor_pruning.surgery.execution import moved
+from taylor_pruning.tasks import batches as samples
+from taylor_pruning.tasks.classification import Classification
 
 RIDGE = 1e-2  # relative to the mean variance; the ratio of channels to rows is added
 FOLDS = 4
@@ -105,7 +107,12 @@ class InputMoments:
 
 
 def fold_of(images):
-    """[B] fold of every image: a function of its pixels alone, so that an image has one fold in every pass and batch."""
+    """[B] fold of every image: a function of its pixels alone, so that an image has one fold in every pass and batch.
+
+    `images`: tensor [B, ...], or a list of tensors of any sizes.
+    """
+    if isinstance(images, (list, tuple)):
+        return torch.cat([fold_of(image[None]) for image in images])
     numbers = images.detach().flatten(1).contiguous().view(_INTEGERS[images.element_size()]).long()
     weights = torch.arange(1, numbers.shape[1] + 1, device=numbers.device) * 2654435761 + 40503  # wraps around: a hash
     return (numbers * weights).sum(1) % PRIME % FOLDS  # the prime mixes all bits: those of rounded pixels end in zeros
@@ -113,35 +120,36 @@ def fold_of(images):
 
 def folds_of(batches):
     """[number of images] fold of every image of the batches, on the CPU."""
-    return torch.cat([fold_of(images) for images, _ in batches]).cpu()
+    return torch.cat([fold_of(samples.images(batch)).cpu() for batch in batches])
 
 
 def by_fold(batches):
-    """Yields (fold, batches of the images that fall into it); batches are no larger than the largest one given."""
-    size = max(len(images) for images, _ in batches)
-    folds = folds_of(batches).split([len(images) for images, _ in batches])
+    """Yields (fold, batches of the images that fall into it); batches are no larger than the largest one given.
+
+    Images are what a batch begins with (tasks.batches).
+    """
+    sizes = [samples.size(batch) for batch in batches]
+    folds = folds_of(batches).split(sizes)
     for fold in range(FOLDS):
-        chosen = [(f == fold).nonzero().flatten().to(x.device) for f, (x, _) in zip(folds, batches, strict=True)]
-        picked = [(x[i], None if y is None else y[i]) for (x, y), i in zip(batches, chosen, strict=True) if len(i)]
-        if not picked:
-            continue
-        images = torch.cat([x for x, _ in picked])
-        labels = None if picked[0][1] is None else torch.cat([y for _, y in picked])
-        starts = range(0, len(images), size)
-        yield fold, [(images[i : i + size], None if labels is None else labels[i : i + size]) for i in starts]
+        chosen = [(f == fold).nonzero().flatten() for f in folds]
+        picked = [samples.select(batch, i) for batch, i in zip(batches, chosen, strict=True) if len(i)]
+        if picked:
+            yield fold, samples.split(samples.join(picked), max(sizes))
 
 
-def input_moments(model, graph, batches, portions=None):
-    """{layer name: InputMoments} of the layers that compensation refits, from one forward of the batches.
+def input_moments(model, graph, batches, portions=None, task=None):
+    """{layer name: InputMoments} of the layers that compensation refits, from one forward of the task's batches.
 
     Of a layer with many positions some are drawn for every image (scoring.positions). Layers that are called more than once
     are not refitted (repair.compensation) and have no entry.
 
     Args:
         portions: memory.Portions, parts of batches that fit into memory; None: what is free.
+        task: default classification.
     """
+    task = task or Classification()
     found, calls, forwards = {}, dict.fromkeys((reader.layer for reader in graph.readers), 0), 0
-    folds, images_in_all = folds_of(batches), sum(len(images) for images, _ in batches)
+    folds, images_in_all = folds_of(batches), sum(map(samples.size, batches))
 
     def record(reader):
         def read(args):
@@ -160,15 +168,16 @@ def input_moments(model, graph, batches, portions=None):
         return read
 
     reads = {node: record(reader) for reader in graph.readers for node in reader.nodes}
-    portions, first = portions or Portions(batches[0][0].device), 0
+    device = next(model.parameters()).device
+    portions, first = portions or Portions(device), 0
     with frozen(model), torch.no_grad(), graph.executed(read=reads):
-        for images, _ in batches:
-            for part in portions.slices(len(images)):
+        for batch in batches:
+            for part in portions.slices(samples.size(batch)):
                 fold = folds[first : first + part.stop - part.start]
                 order, counts = fold.argsort(stable=True), fold.bincount(minlength=FOLDS).tolist()
-                numbers = (first + order).to(images.device)
+                numbers = (first + order).to(device)
                 with portions.measured(part):
-                    model(images[numbers - first + part.start])
+                    task.forward(model, samples.select(batch, order + part.start))
                 first, forwards = first + len(fold), forwards + 1
     return {name: moments for name, moments in found.items() if calls[name] == forwards}
 

@@ -5,40 +5,42 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from taylor_pruning.checks import check_batch
 from taylor_pruning.errors import InputError
 from taylor_pruning.surgery.graph import ChannelGraph
+from taylor_pruning.surgery.nested import map_tensors, tensors_in
+from taylor_pruning.tasks import batches
+from taylor_pruning.tasks.task import Task
 
 
-def open_gates(graph: ChannelGraph, images: Tensor) -> Tensor:
+def open_gates(graph: ChannelGraph, batch) -> Tensor:
     """[B, units] ones that require a gradient, at least in float32: half precision has too few digits for scores."""
-    dtype = torch.promote_types(next(graph.model.parameters()).dtype, torch.float32)
-    return torch.ones(len(images), len(graph.units), dtype=dtype, device=images.device, requires_grad=True)
+    parameter = next(graph.model.parameters())
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    shape = batches.size(batch), len(graph.units)
+    return torch.ones(shape, dtype=dtype, device=parameter.device, requires_grad=True)
 
 
-def gated_logits(
+def gated_outputs(
     graph: ChannelGraph,
-    images: Tensor,
-    labels: Tensor,
+    task: Task,
+    batch,
     gates: Tensor,
     where: str,
     on_gate: Callable | None = None,
     estimates: Mapping | None = None,
     outputs: Mapping | None = None,
-) -> Tensor:
-    """Logits [B, K] under the gates, in the dtype of the gates.
+):
+    """The task's outputs under the gates, in the dtype of the gates; logits [B, K] of a classifier.
 
     Args:
         where: what error messages call the batch. on_gate, estimates, outputs: see ChannelGraph.gated.
 
     Raises:
-        InputError: pixels or logits are not finite, labels out of range, or no gradient leads from the logits to a gate.
+        InputError: inputs or outputs are not finite, labels out of range, or no gradient leads from the outputs to a gate.
     """
     with torch.enable_grad(), graph.gated(gates, on_gate, estimates, outputs):
-        logits = graph.model(images)
-    check_batch(images, labels, logits, where)
-    if not torch.isfinite(logits).all():
-        raise InputError(f"the network gives NaN or infinite logits for {where}; check its weights")
-    if not logits.requires_grad:
-        raise InputError("no gradient leads from the logits to any filter; take no_grad and detach out of the forward")
-    return logits.to(gates.dtype)
+        found = task.forward(graph.model, batch)
+    task.check(found, batch, where)
+    if not any(tensor.requires_grad for tensor in tensors_in(found)):
+        raise InputError("no gradient leads from the outputs to any filter; take no_grad and detach out of the forward")
+    return map_tensors(found, lambda t: t.to(gates.dtype) if t.is_floating_point() else t)

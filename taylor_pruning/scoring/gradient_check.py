@@ -5,14 +5,16 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from taylor_pruning.errors import InputError
-from taylor_pruning.scoring.gates import gated_logits, open_gates
+from taylor_pruning.scoring.gates import gated_outputs, open_gates
 from taylor_pruning.surgery.graph import ChannelGraph
+from taylor_pruning.tasks import batches
+from taylor_pruning.tasks.task import Task, flatten
 
 IMAGES = 4  # of the first batch that are looked at
-WEIGHTINGS = 4  # random linear functions of the logits whose derivatives are compared
+WEIGHTINGS = 4  # random linear functions of the outputs whose derivatives are compared
 STEP = 1e-2  # by which gates are moved to measure a derivative
 TOLERANCE = 0.2  # relative difference to the gradient, well above the effect of kinks within the step
-NOISE = 1e-3  # relative to the logits: smaller derivatives drown in float32's rounding at this step
+NOISE = 1e-3  # relative to the outputs: smaller derivatives drown in float32's rounding at this step
 REMEDY = "take no_grad, detach and rounding out of the forward, or exclude these layers"
 
 
@@ -33,57 +35,57 @@ class _StoppedGradients(TorchFunctionMode):
         return result
 
 
-def check_gradients(graph: ChannelGraph, images: Tensor, labels: Tensor) -> None:
-    """Raises InputError naming the layers along whose gates the gradient is not the derivative of the logits.
+def check_gradients(graph: ChannelGraph, batch, task: Task) -> None:
+    """Raises InputError naming the layers along whose gates the gradient is not the derivative of the outputs.
 
     Nothing is checked unless the forward stops a gradient somewhere. Then closing the gates of a layer without any gradient
-    shows whether the logits depend on it, and the gradient of every other layer is compared with central differences of a
+    shows whether the outputs depend on it, and the gradient of every other layer is compared with central differences of a
     step of STEP along all its gates. (A zero gradient at units whose ReLUs are all zero is the derivative.)
 
     Args:
-        images, labels: a batch, of which the first IMAGES are looked at. The model is frozen (`modes.frozen`).
+        batch: of the task, of which the first IMAGES are looked at. The model is frozen (`modes.frozen`).
     """
-    images, labels = images[:IMAGES], labels[:IMAGES]
-    gates = open_gates(graph, images)
+    batch = batches.select(batch, torch.arange(min(IMAGES, batches.size(batch))))
+    gates = open_gates(graph, batch)
     with torch.enable_grad(), graph.gated(gates), _StoppedGradients() as stopped:
-        graph.model(images)
-    logits = gated_logits(graph, images, labels, gates, "the first batch")
+        task.forward(graph.model, batch)
+    outputs = flatten(gated_outputs(graph, task, batch, gates, "the first batch"))
     generator = torch.Generator().manual_seed(0)
-    weights = torch.randn(WEIGHTINGS, logits.numel(), generator=generator).to(logits)
+    weights = torch.randn(WEIGHTINGS, outputs.numel(), generator=generator).to(outputs)
     try:
-        rows = [torch.autograd.grad(logits, gates, w.view_as(logits), retain_graph=True)[0] for w in weights]
+        rows = [torch.autograd.grad(outputs, gates, w.view_as(outputs), retain_graph=True)[0] for w in weights]
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         reason = str(error).splitlines()[0].rstrip(".")
         raise InputError(f"the network gives no gradient along its filters ({reason}); change its forward") from error
     gradient = torch.stack(rows)
-    gradient, logits = gradient.sum(1), logits.detach()  # [weightings, units]
+    gradient, outputs = gradient.sum(1), outputs.detach()  # [weightings, units]
     layers = {name: info.unit_of[info.removable] for name, info in graph.layers.items() if info.removable.any()}
 
-    def logits_at(value, units):
+    def outputs_at(value, units):
         moved = torch.ones_like(gates)
         moved[:, units.to(gates.device)] = value
         with torch.no_grad(), graph.gated(moved):
-            return graph.model(images).to(logits)
+            return flatten(task.forward(graph.model, batch)).to(outputs)
 
     def cut_off(units):
-        return not gradient[:, units].any() and not torch.allclose(logits_at(0, units), logits)
+        return not gradient[:, units].any() and not torch.allclose(outputs_at(0, units), outputs)
 
     def differs(units):
-        measured = weights @ (logits_at(1 + STEP, units) - logits_at(1 - STEP, units)).flatten() / (2 * STEP)
+        measured = weights @ (outputs_at(1 + STEP, units) - outputs_at(1 - STEP, units)).flatten() / (2 * STEP)
         error = (gradient[:, units].sum(1) - measured).norm()
-        return bool(error > TOLERANCE * measured.norm() and error > NOISE * (weights @ logits.flatten()).norm())
+        return bool(error > TOLERANCE * measured.norm() and error > NOISE * (weights @ outputs.flatten()).norm())
 
     if not stopped.found:
         return
     if names := [name for name, units in layers.items() if cut_off(units)]:
         raise InputError(
-            f"no gradient reaches the filters of {', '.join(names)} although the logits depend on them, so that their "
+            f"no gradient reaches the filters of {', '.join(names)} although the outputs depend on them, so that their "
             f"scores would mean nothing; {REMEDY}"
         )
     if names := [name for name, units in layers.items() if differs(units)]:
         raise InputError(
-            f"the gradient at the filters of {', '.join(names)} is not the derivative of the logits, so that their scores "
+            f"the gradient at the filters of {', '.join(names)} is not the derivative of the outputs, so that their scores "
             f"would mean nothing; {REMEDY}"
         )

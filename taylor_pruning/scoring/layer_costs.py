@@ -3,7 +3,8 @@
 A reader (a layer that reads the channels of units) has channels x and outputs W x. Its outputs' Fisher matrix is
 
     G = mean over images, sum over positions, of g g^T,     g = gradient at the reader's outputs of w.z,
-    w = A s with A A^T = diag(p) - p p^T and random signs s, so that E[(w.v)^2] = Var_p[v] for any logit direction v.
+    w a random direction of the task (tasks.directions), so that E[(w.v)^2] is the curvature of its divergence along any
+    change v of the outputs; for logits, w = A s with A A^T = diag(p) - p p^T and random signs s.
 
 With P = (Cov(x) + ridge)^-1 and Q = sum over kernel offsets o of W_o^T G W_o, removing the channels S and refitting W on
 those that stay by least squares leaves a residual of covariance (P_SS)^-1, and costs

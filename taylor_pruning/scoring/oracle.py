@@ -4,25 +4,39 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from taylor_pruning.modes import frozen
 from taylor_pruning.surgery.graph import ChannelGraph
+from taylor_pruning.surgery.nested import map_tensors
+from taylor_pruning.tasks.batches import size
+from taylor_pruning.tasks.classification import task_of
+from taylor_pruning.tasks.task import Task
 
 
 def true_loss_changes(
-    model: nn.Module, graph: ChannelGraph, batches: Iterable, units: Iterable[int], *, progress: bool = True
+    model: nn.Module,
+    graph: ChannelGraph,
+    batches: Iterable,
+    units: Iterable[int],
+    *,
+    progress: bool = True,
+    task: Task | None = None,
 ) -> Tensor:
-    """[len(units)] change of the cross-entropy (nats, mean over the images) when a unit's gate is closed, in float64."""
+    """[len(units)] change of the task's loss (mean over the images) when a unit's gate is closed, in float64.
+
+    `task`: default classification, whose cross-entropy is in nats.
+    """
+    task, like = task_of(task), next(model.parameters())
 
     def loss(gates):
         total, count = 0.0, 0
-        for images, labels in batches:
-            with graph.gated(gates.to(images)):
-                logits = model(images).cpu().double()
-            total += F.cross_entropy(logits, labels.cpu(), reduction="sum").item()
-            count += len(labels)
+        for batch in batches:
+            with graph.gated(gates.to(like)):
+                outputs = task.forward(model, batch)
+            outputs = map_tensors(outputs, lambda t: t.double() if t.is_floating_point() else t)
+            total += task.loss(outputs, batch).sum().item()
+            count += size(batch)
         return total / count
 
     changes = []
@@ -45,6 +59,7 @@ def judge_estimates(
     seed: int,
     *,
     progress: bool,
+    task: Task | None = None,
 ) -> dict:
     """Estimates against the true loss changes of removing `samples` random units, one at a time, without compensation.
 
@@ -56,7 +71,7 @@ def judge_estimates(
     """
     generator = torch.Generator().manual_seed(seed)
     units = torch.randperm(len(graph.units), generator=generator)[:samples]
-    true = true_loss_changes(model, graph, batches, units.tolist(), progress=progress)
+    true = true_loss_changes(model, graph, batches, units.tolist(), progress=progress, task=task)
     predicted = {name: values[units] for name, values in estimates.items()}
     return {
         "filters": [graph.units[u].filters[0] for u in units.tolist()],

@@ -1,6 +1,6 @@
-"""Second and third derivatives of the loss along every gate by random probes and Hessian-vector products.
+"""Second and third derivatives of a loss along every gate by random probes and Hessian-vector products.
 
-The general path, for networks that are not piecewise linear and for any loss. With the per-sample gate gradient
+The general path, for networks that are not piecewise linear and for the loss of any task. With the per-sample gate gradient
 gamma = d loss / dg in R^U, its Hessian H and third derivative tensor T, and a probe z with independent entries,
 
     E[z * (H z)]      = diag H    if E z = 0, E z^2 = 1                  (Hutchinson 1989; Bekas et al. 2007)
@@ -12,7 +12,7 @@ Double and triple backward passes run through the gates alone.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -22,8 +22,10 @@ from tqdm import tqdm
 
 from taylor_pruning.errors import InputError
 from taylor_pruning.modes import frozen
-from taylor_pruning.scoring.gates import gated_logits, open_gates
+from taylor_pruning.scoring.gates import gated_outputs, open_gates
 from taylor_pruning.surgery.graph import ChannelGraph
+from taylor_pruning.tasks.classification import Classification
+from taylor_pruning.tasks.task import Task
 
 # PyTorch's third derivatives of these are wrong, and it does not say so in every version (central differences show it).
 NO_THIRD_DERIVATIVE = ("batch_norm", "instance_norm", "layer_norm")
@@ -32,13 +34,19 @@ SKEW = 1 / math.sqrt(2)
 
 @dataclass
 class ProbedDerivatives:
-    """[units] float64 means over samples of phi, h, t and the standard errors of h and t (None below order 3)."""
+    """[units] float64 means over samples of phi, phi^2, h, t and the standard errors of h and t (t: None below order 3)."""
 
     phi: Tensor
+    phi_squared: Tensor
     h: Tensor
     h_error: Tensor
-    t: Tensor | None
-    t_error: Tensor | None
+    t: Tensor | None = None
+    t_error: Tensor | None = None
+
+    @classmethod
+    def of_samples(cls, phi: Tensor, h: Tensor, t: Tensor | None = None) -> "ProbedDerivatives":
+        """From the derivatives of every sample, [N, units] each."""
+        return cls(phi.mean(0), phi.square().mean(0), *mean_and_error(h), *(mean_and_error(t) if t is not None else ()))
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -49,21 +57,21 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 def probe_derivatives(
     model: nn.Module,
     graph: ChannelGraph,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable,
     *,
     order: int = 2,
     probes: int = 8,
-    loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
+    task: Task | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> ProbedDerivatives:
-    """Estimates of the mean derivatives along every gate.
+    """Estimates of the mean derivatives of a task's loss along every gate.
 
     Args:
-        batches: iterable of (images, labels) on the model's device.
+        batches: iterable of the task's batches on the model's device.
         order: 2, or 3 for t as well.
         probes: probes a sample and order.
-        loss: (logits [B, K], labels [B]) -> [B] losses.
+        task: default: classification.
 
     Returns:
         ProbedDerivatives.
@@ -71,53 +79,63 @@ def probe_derivatives(
     Raises:
         InputError: no batches, a batch that cannot be scored, or order 3 of a network with NO_THIRD_DERIVATIVE.
     """
+    task = task or Classification()
     second, third = (torch.Generator().manual_seed(1_000_003 * seed + k) for k in (0, 1))  # h is the same without t
     batches, phis, hs, ts = list(batches), [], [], []
     if not batches:
         raise InputError("there are no calibration images; pass at least one batch")
+    if order == 3:
+        check_third_derivative(graph)
+    with frozen(model), torch.enable_grad():
+        for number, batch in enumerate(tqdm(batches, desc="probe", leave=False, disable=not progress)):
+            gates = open_gates(graph, batch)
+            outputs = gated_outputs(graph, task, batch, gates, f"calibration batch {number}")
+            (gamma,) = torch.autograd.grad(task.loss(outputs, batch).sum(), gates, create_graph=True)
+            phis.append(gamma.detach().double())
+            hs.append(probed_second(gamma, gates, probes, second))
+            if order == 3:
+                ts.append(probed_third(gamma, gates, probes, third))
+    return ProbedDerivatives.of_samples(torch.cat(phis), torch.cat(hs), torch.cat(ts) if ts else None)
+
+
+def check_third_derivative(graph: ChannelGraph) -> None:
+    """Raises InputError if the network has an operation of NO_THIRD_DERIVATIVE."""
     wrong = [name for name in graph.smooth_operations if name.startswith(NO_THIRD_DERIVATIVE)]
-    if order == 3 and wrong:
+    if wrong:
         raise InputError(
             f"order 3 cannot be probed here: PyTorch has no right third derivative of {', '.join(wrong)}. "
             "Use order 1 or 2, or compensate"
         )
-    with frozen(model), torch.enable_grad():
-        for number, (images, labels) in enumerate(tqdm(batches, desc="probe", leave=False, disable=not progress)):
-            gates = open_gates(graph, images)
-            logits = gated_logits(graph, images, labels, gates, f"calibration batch {number}")
-            (gamma,) = torch.autograd.grad(loss(logits, labels).sum(), gates, create_graph=True)
-            phis.append(gamma.detach().double())
-            hs.append(_second(gamma, gates, probes, second))
-            if order == 3:
-                ts.append(_third(gamma, gates, probes, third))
-    h, h_error = _mean_and_error(torch.cat(hs))
-    t, t_error = _mean_and_error(torch.cat(ts)) if ts else (None, None)
-    return ProbedDerivatives(torch.cat(phis).mean(0), h, h_error, t, t_error)
 
 
-def _second(gamma, gates, probes, generator):
+def probed_second(gamma: Tensor, gates: Tensor, probes: int, generator: torch.Generator) -> Tensor:
     """[B, units] mean over probes of z * (H z)."""
     total = torch.zeros_like(gamma, dtype=torch.float64)
+    if not gamma.requires_grad:  # the loss is linear along every gate
+        return total
     for _ in range(probes):
         z = (torch.randint(0, 2, gates.shape, generator=generator) * 2 - 1).to(gates)
-        (hz,) = torch.autograd.grad(gamma, gates, z, retain_graph=True)
+        (hz,) = torch.autograd.grad(gamma, gates, z, retain_graph=True, materialize_grads=True)
         total += (z * hz).double()
     return total / probes
 
 
-def _third(gamma, gates, probes, generator):
+def probed_third(gamma: Tensor, gates: Tensor, probes: int, generator: torch.Generator) -> Tensor:
     """[B, units] mean over probes of z * T(z, z) / E z^3."""
     total = torch.zeros_like(gamma, dtype=torch.float64)
+    if not gamma.requires_grad:
+        return total
     for _ in range(probes):
         rare = torch.rand(gates.shape, generator=generator) < 1 / 3
         z = torch.where(rare, math.sqrt(2), -SKEW).to(gates)
-        (hz,) = torch.autograd.grad(gamma, gates, z, create_graph=True)
+        (hz,) = torch.autograd.grad(gamma, gates, z, create_graph=True, materialize_grads=True)
         # where the loss is quadratic along every gate, H does not depend on the gates and T is zero
-        (tzz,) = torch.autograd.grad(hz, gates, z, retain_graph=True, materialize_grads=True)
-        total += (z * tzz).double()
+        if hz.requires_grad:
+            (tzz,) = torch.autograd.grad(hz, gates, z, retain_graph=True, materialize_grads=True)
+            total += (z * tzz).double()
     return total / probes / SKEW
 
 
-def _mean_and_error(values):
+def mean_and_error(values: Tensor) -> tuple[Tensor, Tensor]:
     """Mean over samples and its standard error; the spread over samples includes that of the probes."""
     return values.mean(0), values.std(0) / math.sqrt(len(values))

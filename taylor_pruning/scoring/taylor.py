@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from taylor_pruning.scoring.directions import random_directions
+from taylor_pruning.tasks.directions import random_directions
 
 SUPPORT = 32  # classes, most probable first, over which expectations are taken; all others count as one more
 PER_SAMPLE = ("coordinates", "basis", "logits", "labels", "flow", "reference")  # tensors of Directions

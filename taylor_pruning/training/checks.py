@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from taylor_pruning.checks import check_ranges
+from taylor_pruning.surgery.nested import tensors_in
 
 BATCHES_BETWEEN_READS = 32
 
@@ -29,6 +30,13 @@ def valid_labels(labels: Tensor, classes: int) -> Tensor:
 def batch_facts(loss: Tensor, images: Tensor, labels: Tensor, *more: Tensor) -> Tensor:
     """[5 + more] on the device: loss, smallest and largest pixel, smallest and largest label, other scalars."""
     return torch.stack([loss.detach(), *images.detach().aminmax(), *labels.aminmax(), *more])
+
+
+def input_facts(loss: Tensor, batch) -> Tensor:
+    """[5] like `batch_facts`, for a batch of any structure, whose labels its task checks itself."""
+    numbers = [t.detach() for t in tensors_in(batch) if t.is_floating_point() and t.numel()]
+    low, high = (torch.stack(ends).to(loss) for ends in zip(*(t.aminmax() for t in numbers), strict=True))
+    return torch.stack([loss.detach(), low.min(), high.max(), *loss.new_zeros(2)])
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,9 @@ import math
 
 from torch import nn
 
-from taylor_pruning.training.evaluation import evaluate
+from taylor_pruning.tasks.classification import task_of
+from taylor_pruning.tasks.task import Task
+from taylor_pruning.training.evaluation import figures, measure
 from taylor_pruning.training.sampling import Batches
 
 
@@ -13,14 +15,14 @@ class StepCurve:
 
     Args:
         images: list of batches (images, labels); under torch.distributed this process's share.
-        last: number of the last step.
+        last: number of the last step. task: default classification.
 
     Attributes:
-        points: one dictionary a measurement, {"step", "top1" (per cent), "loss" (nats)}.
+        points: one dictionary a measurement, {"step", "top1" (per cent; the task's main metric by its name), "loss" (nats)}.
     """
 
-    def __init__(self, images: Batches, last: int):
-        self.images, self.last = images, last
+    def __init__(self, images: Batches, last: int, task: Task | None = None):
+        self.images, self.last, self.task = images, last, task_of(task)
         self.points: list[dict] = []
 
     def due(self, step: int) -> bool:
@@ -32,5 +34,5 @@ class StepCurve:
 
     def measure(self, step: int, model: nn.Module) -> None:
         """Measures `model`, which has made `step` steps."""
-        accuracy = evaluate(model, self.images, description=f"step {step}", progress=False)
-        self.points.append({"step": step, "top1": accuracy.top1, "loss": accuracy.loss})
+        found = figures(measure(self.task, model, self.images, description=f"step {step}", progress=False))
+        self.points.append({"step": step, **{name: found[name] for name in (self.task.main, "loss")}})

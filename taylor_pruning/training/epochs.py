@@ -10,10 +10,13 @@ from tqdm import tqdm
 
 from taylor_pruning.checks import nonfinite_weight
 from taylor_pruning.distributed import barrier, broadcast_buffers, gather_objects, is_main, rank, world_size
+from taylor_pruning.tasks.batches import size
+from taylor_pruning.tasks.classification import task_of
+from taylor_pruning.tasks.task import Task
 from taylor_pruning.training.checkpoint import read_checkpoint, rng_state, set_rng_state, write_checkpoint
 from taylor_pruning.training.checks import BatchLog
 from taylor_pruning.training.curve import StepCurve
-from taylor_pruning.training.evaluation import Accuracy, evaluate
+from taylor_pruning.training.evaluation import Accuracy, measure
 from taylor_pruning.training.recipe import Recipe
 from taylor_pruning.training.sampling import Batches
 from taylor_pruning.training.steps import OptimiserSteps
@@ -21,6 +24,9 @@ from taylor_pruning.training.steps import OptimiserSteps
 # Training counts as diverged above this multiple of the validation loss before training (of 1 nat where that is less):
 # 100 nats and more mean that the right class has probability e^-100, which a network only reaches when it diverges.
 DIVERGED_AT = 100
+
+
+OF_EPOCH = ("epoch", "lr", "train_loss", "seconds")  # entries of an epoch that are no metrics
 
 
 class TrainingDiverged(RuntimeError):
@@ -44,8 +50,8 @@ class History:
     """What fine-tuning did. epochs[e]: dict(epoch=e, lr, train_loss, top1, top5, loss, images, seconds).
 
     `lr` is the largest of the epoch and `train_loss` its mean training loss (nats); top1, top5, loss and images are the
-    Accuracy on the validation images. Epoch 0 is the model as it was given (lr 0, train_loss None).
-    steps: points of the StepCurve, [] where there is none.
+    Accuracy on the validation images; another task has its own metrics in their place. Epoch 0 is the model as it was given
+    (lr 0, train_loss None). steps: points of the StepCurve, [] where there is none.
     """
 
     epochs: list[dict]
@@ -53,9 +59,10 @@ class History:
     steps: list[dict] = field(default_factory=list)
 
     @property
-    def best(self) -> Accuracy:
+    def best(self) -> Accuracy | dict:
         """Of the weights that the model ended with."""
-        return Accuracy(**{key: self.epochs[self.best_epoch][key] for key in ("top1", "top5", "loss", "images")})
+        figures = {key: value for key, value in self.epochs[self.best_epoch].items() if key not in OF_EPOCH}
+        return Accuracy(**figures) if "top5" in figures else figures
 
 
 class Training:
@@ -70,15 +77,18 @@ class Training:
         checkpoint: Path | None = None,
         constant_lr: bool = False,
         monitor: Batches | None = None,
+        task: Task | None = None,
     ):
-        self.model, self.checkpoint = model, checkpoint
+        self.model, self.checkpoint, self.task = model, checkpoint, task_of(task)
         self.device = next(model.parameters()).device
         self.recipe = recipe = recipe.resolved(self.device)
         self.identity = {**asdict(recipe), "batches per epoch": batches, "processes": world_size()}
         self.steps_per_epoch = math.ceil(batches / recipe.accumulate)
         total, warmup = (self.steps_per_epoch * epochs for epochs in (recipe.epochs, recipe.warmup_epochs))
-        self.steps = OptimiserSteps(model, recipe, teacher, total=None if constant_lr else total, warmup=warmup)
-        self.curve = StepCurve(monitor, total) if monitor and recipe.accuracy_at_steps and recipe.epochs else None
+        self.steps = OptimiserSteps(model, recipe, teacher, total=None if constant_lr else total, warmup=warmup,
+                                    task=self.task)  # fmt: skip
+        curve = monitor and recipe.accuracy_at_steps and recipe.epochs
+        self.curve = StepCurve(monitor, total, self.task) if curve else None
         self.history = History([], 0, self.curve.points if self.curve else [])
         self.keep_weights()
         self.saved_epoch: int | None = None
@@ -95,8 +105,8 @@ class Training:
             places = [f"training: epoch {epoch}, batch {first + index}" for index in range(len(batches))]
             rates.append(self.steps.lr)
             facts = self.steps.step(batches, places)
-            for (_, labels), values, where in zip(batches, facts, places, strict=True):
-                log.add(values, classes=self.steps.classes, count=len(labels), where=where)
+            for batch, values, where in zip(batches, facts, places, strict=True):
+                log.add(values, classes=self.steps.classes, count=size(batch), where=where)
             measured = self.curve is not None and self.curve.due(self.steps.number)
             if log.due or measured:
                 self._read(log, totals, epoch, rates)
@@ -140,11 +150,11 @@ class Training:
             self.checkpoint if self.saved_epoch is not None else None,
         )
 
-    def validate(self, loader, description: str, progress: bool) -> Accuracy:
+    def validate(self, loader, description: str, progress: bool) -> Accuracy | dict:
         model = self.steps.evaluated_model
         broadcast_buffers(model)
         amp = self.recipe.amp if self.recipe.amp_validation else None
-        return evaluate(model, loader, amp=amp, description=description, progress=progress)
+        return measure(self.task, model, loader, amp=amp, description=description, progress=progress)
 
     def measure(self) -> None:
         """Adds a point to the curve, if there is one."""
@@ -155,12 +165,15 @@ class Training:
     def finish_epoch(self, record: dict) -> None:
         """Note the epoch in the history, keep its weights if they are the best so far, write the checkpoint."""
         self.history.epochs.append(record)
-        best = self.history.epochs[self.history.best_epoch]
-        if (record["top1"], -record["loss"]) > (best["top1"], -best["loss"]):
+        if self._merit(record) > self._merit(self.history.epochs[self.history.best_epoch]):
             self.history.best_epoch = record["epoch"]
             self.keep_weights()
         if self.checkpoint:
             self.save()
+
+    def _merit(self, record):
+        value = record[self.task.main]
+        return value if self.task.larger_is_better else -value, -record["loss"]
 
     def keep_weights(self) -> None:
         """Keeps the present weights; the model ends with them unless later ones are better."""

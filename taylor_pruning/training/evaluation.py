@@ -1,7 +1,7 @@
 """Accuracy and loss of a classifier, and new BatchNorm statistics."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,9 @@ from taylor_pruning.checks import check_logits, check_weights, nonfinite_weight
 from taylor_pruning.distributed import all_reduce_sum, is_main
 from taylor_pruning.errors import InputError
 from taylor_pruning.modes import modes_kept
+from taylor_pruning.tasks.batches import size
+from taylor_pruning.tasks.classification import is_classification, task_of
+from taylor_pruning.tasks.task import Task
 from taylor_pruning.training.checks import BatchLog, batch_facts, valid_labels
 from taylor_pruning.training.recipe import AMP_DTYPES
 
@@ -25,6 +28,41 @@ class Accuracy:
     top5: float
     loss: float
     images: int
+
+
+def measure(task: Task, model: nn.Module, loader: Iterable, **options) -> Accuracy | dict:
+    """The metrics of a network on a loader: an Accuracy by `evaluate`, whose `options` these are, or what the task evaluates.
+
+    The dictionary of another task always has "loss", the mean of its loss over the samples where it does not give one.
+
+    Raises:
+        InputError: as `evaluate`, or the task does not give its main metric.
+    """
+    if is_classification(task):
+        return evaluate(model, loader, **options)
+    check_weights(model)
+    metrics = dict(task.evaluate(model, loader))
+    if task.main not in metrics:
+        raise InputError(f"the task {task.name} compares networks by {task.main!r}, which its evaluate does not give")
+    return metrics if "loss" in metrics else metrics | {"loss": mean_loss(task, model, loader)}
+
+
+def figures(metrics: Accuracy | Mapping) -> dict:
+    """Metrics as a dictionary."""
+    return dict(metrics) if isinstance(metrics, Mapping) else asdict(metrics)
+
+
+@torch.no_grad()
+def mean_loss(task: Task, model: nn.Module, loader: Iterable) -> float:
+    """Mean over the samples of the task's loss with labels, in evaluation mode, over all processes."""
+    sums = torch.zeros(2, dtype=torch.float64, device=next(model.parameters()).device)
+    with modes_kept(model):
+        model.eval()
+        for batch in loader:
+            losses = task.loss(task.forward(model, batch), batch)
+            sums += torch.stack([losses.double().sum(), sums.new_tensor(len(losses))])
+    total, samples = all_reduce_sum(sums).tolist()
+    return total / samples
 
 
 @torch.no_grad()
@@ -82,28 +120,29 @@ def _checked(log: BatchLog):
 
 
 @torch.no_grad()
-def reestimate_batchnorm(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+def reestimate_batchnorm(model: nn.Module, batches: Iterable, task: Task | None = None) -> None:
     """Replace, in place, every BatchNorm's running statistics by the averages over `batches`.
 
-    Each batch is (images [B, C, H, W], labels) and weighs by its images. All other modules run in eval mode; modes and
+    Each batch is (images [B, C, H, W], labels), or one of the task, and weighs by its samples. All other modules run in
+    eval mode; modes and
     momenta come back as they were. No communication: under torch.distributed every process gives the same batches.
     Raises InputError if there is no batch, or if the new statistics hold NaN or Inf.
     """
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
-    momenta = [norm.momentum for norm in norms]
+    momenta, task = [norm.momentum for norm in norms], task_of(task)
     seen = 0
     with modes_kept(model):
         model.eval()
         for norm in norms:
             norm.train()
         try:
-            for index, (images, _) in enumerate(batches):
-                seen += len(images)
+            for index, batch in enumerate(batches):
+                seen += size(batch)
                 for norm in norms:
                     if index == 0:
                         norm.reset_running_stats()  # momentum 1 alone would keep an old NaN
-                    norm.momentum = len(images) / seen
-                model(images)
+                    norm.momentum = size(batch) / seen
+                task.forward(model, batch)
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum

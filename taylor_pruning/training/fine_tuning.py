@@ -8,19 +8,21 @@ losses and checks of the batches are read every 32 steps, and by then a bad loss
 import math
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from taylor_pruning.distributed import is_main, world_size
 from taylor_pruning.errors import InputError
 from taylor_pruning.modes import modes_kept
+from taylor_pruning.tasks.classification import is_classification, task_of
+from taylor_pruning.tasks.task import Task
 from taylor_pruning.training.checkpoint import rng_state, set_rng_state
 from taylor_pruning.training.epochs import History, Interrupted, Training, TrainingDiverged
-from taylor_pruning.training.evaluation import Accuracy, evaluate, reestimate_batchnorm
+from taylor_pruning.training.evaluation import Accuracy, evaluate, figures, reestimate_batchnorm
 from taylor_pruning.training.recipe import Recipe
 from taylor_pruning.training.sampling import Batches
 
@@ -30,13 +32,14 @@ __all__ = ["Accuracy", "History", "Interrupted", "Recipe", "TrainingDiverged",
 
 def fine_tune(
     model: nn.Module,
-    train_loader: Iterable[tuple[Tensor, Tensor]],
-    val_loader: Iterable[tuple[Tensor, Tensor]],
+    train_loader: Iterable,
+    val_loader: Iterable,
     recipe: Recipe,
     *,
     teacher: nn.Module | None = None,
-    before: Accuracy | None = None,
+    before: Accuracy | dict | None = None,
     monitor: Batches | None = None,
+    task: Task | None = None,
     checkpoint: Path | None = None,
     resume: bool = False,
     description: str = "fine-tune",
@@ -44,7 +47,8 @@ def fine_tune(
 ) -> History:
     """Train `model` in place; it ends with the weights of the epoch of best validation top-1 (ties: least loss).
 
-    Loaders yield (images [B, C, H, W], labels [B]) on the model's device; `train_loader` has a length, and
+    Loaders yield (images [B, C, H, W], labels [B]) on the model's device, or the batches of `task`, whose loss is then
+    trained and whose main metric chooses the epoch; `train_loader` has a length, and
     `train_loader.set_epoch(epoch)`, where there is one, sets order and augmentation, epochs count from 1. The given
     weights compete as epoch 0, so the result is never worse than they are on the validation images; `before` is their
     accuracy where it is known. `monitor`: batches on which accuracy is measured at some steps (training.curve), this
@@ -57,12 +61,13 @@ def fine_tune(
     Raises InputError (settings, data, a checkpoint of another run, GPU memory), TrainingDiverged, and Interrupted on
     Ctrl-C; in each case the model holds the best weights so far.
     """
-    _check_arguments(model, train_loader, recipe, teacher)
+    task = task_of(task)
+    _check_arguments(model, train_loader, recipe, teacher, task)
     checkpoint = Path(checkpoint) if checkpoint else None
     with modes_kept(model, *([] if teacher is None else [teacher])):
         if teacher is not None:
             teacher.eval()
-        run = Training(model, recipe, teacher, len(train_loader), checkpoint, monitor=monitor)
+        run = Training(model, recipe, teacher, len(train_loader), checkpoint, monitor=monitor, task=task)
         try:
             if resume and checkpoint and checkpoint.exists():
                 run.load()
@@ -77,7 +82,7 @@ def fine_tune(
 
 
 def _run_epochs(
-    run: Training, train_loader, val_loader, before: Accuracy | None, description: str, progress: bool
+    run: Training, train_loader, val_loader, before: Accuracy | dict | None, description: str, progress: bool
 ) -> None:
     epochs = run.recipe.epochs
     quiet = not (progress and is_main())
@@ -92,23 +97,28 @@ def _run_epochs(
                 record |= run.train_epoch(train_loader, epoch, bar)
         if accuracy is None:
             accuracy = run.validate(val_loader, f"{name}, validation", progress)
-        run.finish_epoch({**record, **asdict(accuracy), "seconds": time.perf_counter() - start})
+        run.finish_epoch({**record, **figures(accuracy), "seconds": time.perf_counter() - start})
         if not quiet:
             train_loss = f"train loss {record['train_loss']:.4f}, " if epoch else ""
-            tqdm.write(
-                f"{name}: {train_loss}validation loss {accuracy.loss:.4f}, "
-                f"top-1 {accuracy.top1:.2f} %, top-5 {accuracy.top5:.2f} %"
-            )
+            tqdm.write(f"{name}: {train_loss}{_in_words(accuracy)}")
+
+
+def _in_words(accuracy: Accuracy | dict) -> str:
+    if isinstance(accuracy, Accuracy):
+        top1, top5 = accuracy.top1, accuracy.top5
+        return f"validation loss {accuracy.loss:.4f}, top-1 {top1:.2f} %, top-5 {top5:.2f} %"
+    return "validation " + ", ".join(f"{name} {value:.4g}" for name, value in accuracy.items())
 
 
 def train_steps(
     model: nn.Module,
-    train_loader: Iterable[tuple[Tensor, Tensor]],
+    train_loader: Iterable,
     recipe: Recipe,
     steps: int,
     *,
     loss_before: float,
     teacher: nn.Module | None = None,
+    task: Task | None = None,
     round_index: int = 0,
     seed: int = 0,
     description: str = "train",
@@ -125,11 +135,12 @@ def train_steps(
     Raises InputError and TrainingDiverged as fine_tune does; the model then has its weights from before.
     """
     recipe = replace(recipe, epochs=1, warmup_epochs=0.0, ema_decay=0.0)
-    _check_arguments(model, train_loader, recipe, teacher)
+    task = task_of(task)
+    _check_arguments(model, train_loader, recipe, teacher, task)
     with modes_kept(model, *([] if teacher is None else [teacher])):
         if teacher is not None:
             teacher.eval()
-        run = Training(model, recipe, teacher, len(train_loader), constant_lr=True)
+        run = Training(model, recipe, teacher, len(train_loader), constant_lr=True, task=task)
         run.history.epochs.append({"epoch": 0, "loss": loss_before})
         epochs, rng = math.ceil(steps / run.steps_per_epoch), rng_state(run.device)
         torch.manual_seed(seed + round_index)
@@ -147,15 +158,28 @@ def train_steps(
             set_rng_state(rng, run.device)
 
 
-def _check_arguments(model: nn.Module, train_loader, recipe: Recipe, teacher: nn.Module | None) -> None:
+def _check_arguments(model: nn.Module, train_loader, recipe: Recipe, teacher: nn.Module | None, task: Task) -> None:
     if recipe.epochs and not len(train_loader):
         raise InputError("fine-tuning: the training loader is empty; check the data path and the batch size")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise InputError("fine-tuning: no parameter of the model requires a gradient; call model.requires_grad_(True)")
     if recipe.distillation_weight and teacher is None:
         raise InputError("fine-tuning: distillation needs a teacher; give one, or set distillation_weight to 0")
+    check_recipe(recipe, task)
     if recipe.sync_batchnorm and world_size() > 1 and next(model.parameters()).device.type != "cuda":
         raise InputError("fine-tuning: sync_batchnorm works on CUDA only; turn it off on this device")
+
+
+def check_recipe(recipe: Recipe, task: Task) -> None:
+    """Raises InputError naming what the recipe asks for that only class logits have, or that the task does not define."""
+    if not recipe.epochs or is_classification(task):
+        return
+    task.require("loss", "training needs")
+    for name in ("label_smoothing", "distillation_weight", "amp_validation"):
+        if getattr(recipe, name):
+            raise InputError(
+                f"fine-tuning: {name} needs class logits, which the task {task.name} has not; leave it at 0"
+            )
 
 
 def _out_of_memory(run: Training, description: str) -> InputError:

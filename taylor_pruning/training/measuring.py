@@ -3,17 +3,20 @@
 import math
 import time
 from collections.abc import Iterable
-from dataclasses import asdict
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from taylor_pruning.modes import frozen
-from taylor_pruning.training.fine_tuning import Accuracy, evaluate
-from taylor_pruning.training.profile import profile
+from taylor_pruning.tasks.batches import size, split
+from taylor_pruning.tasks.classification import is_classification, task_of
+from taylor_pruning.tasks.task import Task, example_of
+from taylor_pruning.training.evaluation import Accuracy, figures, measure
+from taylor_pruning.training.profile import COSTS, profile
 from taylor_pruning.training.sampling import spread_images
 
+OF_STAGE = ("stage", "seconds", *COSTS)  # entries of a stage that are no metrics
 MONITOR_IMAGES = 500  # validation images on which every round is evaluated
 
 
@@ -27,6 +30,7 @@ class Measuring:
         held_out: such batches that neither score nor repair; None: `calibration`.
         amp: precision of evaluation, see training.evaluation.evaluate.
         progress: show progress bars.
+        task: default classification.
     """
 
     def __init__(
@@ -38,31 +42,43 @@ class Measuring:
         held_out: list | None = None,
         amp: str | None = None,
         progress: bool = True,
+        task: Task | None = None,
     ):
         self.dense, self.val_loader, self.calibration = dense, val_loader, calibration
-        self.amp, self.progress = amp, progress
+        self.amp, self.progress, self.task = amp, progress, task_of(task)
         self.monitor = spread_images(val_loader, MONITOR_IMAGES)
         self.held_out = held_out or calibration
         self._dense_predictions = self._dense_held_out = None
 
     def stage(
-        self, name: str, model: nn.Module, seconds: float | None = None, accuracy: Accuracy | None = None
+        self, name: str, model: nn.Module, seconds: float | None = None, accuracy: Accuracy | dict | None = None
     ) -> dict:
-        """Accuracy on all validation images, unless it is known, and costs of one network, as in results.json."""
+        """Metrics on all validation images, unless they are known, and costs of one network, as in results.json."""
         start = time.perf_counter()
         if accuracy is None:
-            accuracy = evaluate(model, self.val_loader, amp=self.amp, description=name, progress=self.progress)
+            options = {"amp": self.amp, "description": name, "progress": self.progress}
+            accuracy = measure(self.task, model, self.val_loader, **options)
         seconds = time.perf_counter() - start if seconds is None else seconds
-        costs = profile(model, self.calibration[0][0][:1])
-        return {"stage": name, **asdict(accuracy), **costs, "seconds": seconds}
+        costs = profile(model, example_of(self.task, self.calibration[0]))
+        return {"stage": name, **figures(accuracy), **costs, "seconds": seconds}
+
+    def metrics_of(self, stage: dict) -> Accuracy | dict:
+        """The metrics that a stage holds beside the costs."""
+        metrics = {name: value for name, value in stage.items() if name not in OF_STAGE}
+        return Accuracy(**metrics) if is_classification(self.task) else metrics
 
     def quick(self, model: nn.Module) -> dict:
-        """{"top1", "loss"} on the monitored validation images."""
-        accuracy = evaluate(model, self.monitor, progress=False)
-        return {"top1": accuracy.top1, "loss": accuracy.loss}
+        """The main metric and "loss" on the monitored validation images."""
+        found = figures(measure(self.task, model, self.monitor, progress=False))
+        return {name: found[name] for name in (self.task.main, "loss")}
 
     def losses(self, model: nn.Module) -> dict:
-        """Mean over the calibration images, in nats: {"cross-entropy": with the labels, "divergence": KL(dense || model)}."""
+        """Mean over the calibration images: of the loss with the labels, by its name, and "divergence" from the dense network.
+
+        For a classifier "cross-entropy" and KL(dense || model), in nats. A task without a divergence has no such entry.
+        """
+        if not is_classification(self.task):
+            return self._task_losses(model)
         if self._dense_predictions is None:
             self._dense_predictions = log_probabilities(self.dense, self.calibration)
         answers = log_probabilities(model, self.calibration)
@@ -72,14 +88,16 @@ class Measuring:
             "divergence": F.kl_div(answers, self._dense_predictions, reduction="batchmean", log_target=True).item(),
         }
 
-    def fidelity(self, model: nn.Module) -> dict:
-        """How far the network answers as the dense one does, on the held-out images.
+    def fidelity(self, model: nn.Module) -> dict | None:
+        """How far a classifier answers as the dense one does, on the held-out images; None for another task.
 
         Returns:
             {"divergence": mean KL(dense || model) in nats, "agreement": per cent of images with the dense network's top-1,
             "constant_divergence", "constant_agreement": the same of an answer that does not look at the image, the mean of the
             dense network's, "images": number of images}.
         """
+        if not is_classification(self.task):
+            return None
         if self._dense_held_out is None:
             self._dense_held_out = log_probabilities(self.dense, self.held_out)
         dense, answers = self._dense_held_out, log_probabilities(model, self.held_out)
@@ -91,6 +109,20 @@ class Measuring:
             "constant_agreement": 100 * dense.argmax(1).bincount().max().item() / len(dense),
             "images": len(dense),
         }
+
+    @torch.no_grad()
+    def _task_losses(self, model):
+        task, sums, samples = self.task, {}, 0
+        apart = self.calibration if task.samples_apart else (x for batch in self.calibration for x in split(batch, 1))
+        with frozen(model), frozen(self.dense):
+            for batch in apart:
+                outputs = task.forward(model, batch)
+                found = {task.loss_name: task.loss(outputs, batch)}
+                if task.defines("divergence"):
+                    found["divergence"] = task.divergence(outputs, task.forward(self.dense, batch))
+                sums = {name: sums.get(name, 0.0) + losses.double().sum().item() for name, losses in found.items()}
+                samples += size(batch)
+        return {name: total / samples for name, total in sums.items()}
 
 
 @torch.no_grad()

@@ -9,8 +9,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from taylor_pruning.modes import frozen
+from taylor_pruning.surgery.execution import call
+from taylor_pruning.surgery.nested import tensors_in
 from taylor_pruning.training.throughput import throughput
 
+COSTS = ("parameters", "macs", "file_bytes", "latency_ms", "images_per_second")  # of `profile`
 LATENCY_RUNS = 15
 WARM_UP_RUNS = 3
 
@@ -20,15 +23,15 @@ def profile(model: nn.Module, example: Tensor) -> dict:
 
     Args:
         model: it runs in evaluation mode and comes back as it was.
-        example: [1, ...] image on the model's device.
+        example: [1, ...] image on the model's device; a list is the network's one argument, a tuple or dict all of them.
 
     Returns:
         {"parameters", "macs" (multiply-accumulates), "file_bytes" (of the saved weights), "latency_ms" (see `latency`),
-        "images_per_second" (by batch size, see training.throughput)}.
+        "images_per_second" (by batch size, see training.throughput; {} unless the example is a tensor)}.
     """
     with frozen(model), torch.no_grad():
         with FlopCounterMode(display=False) as counter:
-            model(example)
+            call(model, example)
         buffer = io.BytesIO()
         torch.save(model.state_dict(), buffer)
         return {
@@ -36,18 +39,18 @@ def profile(model: nn.Module, example: Tensor) -> dict:
             "macs": counter.get_total_flops() // 2,
             "file_bytes": buffer.tell(),
             "latency_ms": latency(model, example),
-            "images_per_second": throughput(model, example),
+            "images_per_second": throughput(model, example) if isinstance(example, Tensor) else {},
         }
 
 
 def latency(model: nn.Module, example: Tensor, runs: int = LATENCY_RUNS) -> float:
     """Median wall-clock milliseconds of a forward, after three that do not count."""
-    times = []
+    times, devices = [], {tensor.device for tensor in tensors_in(example) if tensor.is_cuda}
     for run in range(runs + WARM_UP_RUNS):
         start = time.perf_counter()
-        model(example)
-        if example.is_cuda:
-            torch.cuda.synchronize(example.device)
+        call(model, example)
+        for device in devices:
+            torch.cuda.synchronize(device)
         if run >= WARM_UP_RUNS:
             times.append(1000 * (time.perf_counter() - start))
     return statistics.median(times)

@@ -2,20 +2,20 @@
 
 from collections.abc import Iterable
 
-from torch import Tensor
+import torch
 
 from taylor_pruning.errors import InputError
+from taylor_pruning.tasks.batches import select, size
 
-Batches = list[tuple[Tensor, Tensor]]
 HELD_OUT = 100  # images that neither score nor repair, on which a round is judged
 
 
-def first_images(loader: Iterable, samples: int) -> Batches:
+def first_images(loader: Iterable, samples: int) -> list:
     """Batches of the first `samples` images, of all where there are fewer. Raises InputError if there is none."""
     batches, taken = [], 0
-    for images, labels in loader:
-        batches.append((images[: samples - taken], labels[: samples - taken]))
-        taken += len(batches[-1][1])
+    for batch in loader:
+        batches.append(select(batch, torch.arange(min(samples - taken, size(batch)))))
+        taken += size(batches[-1])
         if taken >= samples:
             break
     if not taken:
@@ -23,19 +23,20 @@ def first_images(loader: Iterable, samples: int) -> Batches:
     return batches
 
 
-def split_images(batches: Batches, samples: int) -> tuple[Batches, Batches]:
+def split_images(batches: list, samples: int) -> tuple[list, list]:
     """The batches of the first `samples` images, and those of all others; each may be empty."""
     first, others, before = [], [], 0
-    for images, labels in batches:
-        here = max(0, samples - before)
-        before += len(labels)
-        for part, rows in ((first, slice(0, here)), (others, slice(here, None))):
-            if len(labels[rows]):
-                part.append((images[rows], labels[rows]))
+    for batch in batches:
+        images = size(batch)
+        here = min(images, max(0, samples - before))
+        before += images
+        for part, rows in ((first, torch.arange(here)), (others, torch.arange(here, images))):
+            if len(rows):
+                part.append(select(batch, rows))
     return first, others
 
 
-def spread_images(loader: Iterable, samples: int) -> Batches:
+def spread_images(loader: Iterable, samples: int) -> list:
     """About `samples` images at equal distances, because a loader may be sorted by class. Raises InputError if empty.
 
     A loader that can pick them out (`loader.spread`) reads no others; any other loader is read from beginning to end.
@@ -44,11 +45,11 @@ def spread_images(loader: Iterable, samples: int) -> Batches:
         return loader.spread(samples)
     batches, seen = [], 0
     stride = max(1, len(loader.dataset) // samples) if hasattr(loader, "dataset") else 1
-    for images, labels in loader:
-        first = -seen % stride
-        seen += len(labels)
-        if first < len(labels):
-            batches.append((images[first::stride], labels[first::stride]))
+    for batch in loader:
+        first, count = -seen % stride, size(batch)
+        seen += count
+        if first < count:
+            batches.append(select(batch, torch.arange(first, count, stride)))
     if not batches:
         raise InputError("there are no validation images")
     return batches

@@ -12,8 +12,12 @@ from torch.nn.parallel import DistributedDataParallel
 from taylor_pruning.checks import check_logits
 from taylor_pruning.distributed import world_size
 from taylor_pruning.errors import InputError
+from taylor_pruning.surgery.nested import map_tensors
+from taylor_pruning.tasks.batches import size
+from taylor_pruning.tasks.classification import is_classification, task_of
+from taylor_pruning.tasks.task import Task
 from taylor_pruning.training.averaging import WeightAverage
-from taylor_pruning.training.checks import batch_facts, valid_labels
+from taylor_pruning.training.checks import batch_facts, input_facts, valid_labels
 from taylor_pruning.training.cuda_graphs import GraphedPass
 from taylor_pruning.training.recipe import AMP_DTYPES, Recipe, lr_factor
 
@@ -33,6 +37,7 @@ class OptimiserSteps:
         teacher: gives the soft labels where the recipe distils.
         total: steps after which the cosine ends; None for a constant learning rate.
         warmup: steps of linear warm-up before it.
+        task: default classification; the loss of another task takes the place of the cross-entropy.
 
     Attributes:
         number: steps made.
@@ -41,9 +46,16 @@ class OptimiserSteps:
     """
 
     def __init__(
-        self, model: nn.Module, recipe: Recipe, teacher: nn.Module | None, *, total: int | None, warmup: float = 0.0
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        teacher: nn.Module | None,
+        *,
+        total: int | None,
+        warmup: float = 0.0,
+        task: Task | None = None,
     ):
-        self.model, self.recipe, self.teacher = model, recipe, teacher
+        self.model, self.recipe, self.teacher, self.task = model, recipe, teacher, task_of(task)
         self.total, self.warmup = total, warmup
         self.device = next(model.parameters()).device
         if recipe.channels_last:
@@ -66,7 +78,8 @@ class OptimiserSteps:
         self.network, self._gradient_sync_off = self._training_network()
         graphs = recipe.cuda_graphs and recipe.accumulate == 1 and world_size() == 1
         graphs &= self.device.type == "cuda" and not recipe.compile and not recipe.distillation_weight
-        self._single_pass = GraphedPass(model, self._forward_backward) if graphs else self._forward_backward
+        self.classifies = is_classification(self.task)
+        self._single_pass = GraphedPass(model, self._of_pair) if graphs and self.classifies else None
         self.number, self.classes = 0, 0
 
     def _training_network(self):
@@ -95,7 +108,7 @@ class OptimiserSteps:
             return self.recipe.lr
         return self.recipe.lr * lr_factor(self.number, self.warmup, self.total)
 
-    def step(self, batches: list[tuple[Tensor, Tensor]], places: list[str]) -> list[Tensor]:
+    def step(self, batches: list, places: list[str]) -> list[Tensor]:
         """One optimiser step on the images of all `batches`; returns the `batch_facts` of each.
 
         The facts stay on the device: that a loss is bad is known once they are read, steps later. `places` says in error
@@ -103,8 +116,10 @@ class OptimiserSteps:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
-        single = len(batches) == 1
-        facts = [self._single_pass(*batches[0], places[0])] if single else self._accumulated(batches, places)
+        if self._single_pass and len(batches) == 1:
+            facts = [self._single_pass(*batches[0], places[0])]
+        else:
+            facts = self._accumulated(batches, places)
         if self.recipe.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
@@ -116,21 +131,33 @@ class OptimiserSteps:
             self.average.update(self.model)
         return facts
 
-    def _accumulated(self, batches: list[tuple[Tensor, Tensor]], places: list[str]) -> list[Tensor]:
-        images, facts = sum(len(labels) for _, labels in batches), []
+    def _accumulated(self, batches: list, places: list[str]) -> list[Tensor]:
+        images, facts = sum(map(size, batches)), []
         for index, (batch, where) in enumerate(zip(batches, places, strict=True)):
             with self._gradient_sync_off() if index + 1 < len(batches) else nullcontext():
-                facts.append(self._forward_backward(*batch, where, len(batch[1]) / images))
+                facts.append(self._forward_backward(batch, where, size(batch) / images))
         return facts
 
-    def _forward_backward(self, images: Tensor, labels: Tensor, where: str, share: float = 1.0) -> Tensor:
-        """Adds `share` times the gradient of the mean loss of a batch to the gradients; returns its `batch_facts`."""
-        loss = self._loss(images, labels, where)
-        self.scaler.scale(loss * share).backward()
-        return batch_facts(loss, images, labels)
+    def _of_pair(self, images: Tensor, labels: Tensor, where: str) -> Tensor:
+        return self._forward_backward((images, labels), where)
 
-    def _loss(self, images: Tensor, labels: Tensor, where: str) -> Tensor:
-        """Training loss of one batch, mean over its images."""
+    def _forward_backward(self, batch, where: str, share: float = 1.0) -> Tensor:
+        """Adds `share` times the gradient of the mean loss of a batch to the gradients; returns its `batch_facts`."""
+        loss = self._cross_entropy(*batch, where) if self.classifies else self._task_loss(batch)
+        self.scaler.scale(loss * share).backward()
+        return batch_facts(loss, *batch) if self.classifies else input_facts(loss, batch)
+
+    def _task_loss(self, batch) -> Tensor:
+        """Training loss of one batch of any task, mean over its samples."""
+        with torch.autocast(self.device.type, AMP_DTYPES[self.recipe.amp], enabled=self.recipe.amp is not None):
+            outputs = self.task.forward(self.network, batch)
+        if self.recipe.amp:
+            outputs = map_tensors(outputs, lambda t: t.float() if t.is_floating_point() else t)
+        self.classes = 1
+        return self.task.loss(outputs, batch).mean()
+
+    def _cross_entropy(self, images: Tensor, labels: Tensor, where: str) -> Tensor:
+        """Training loss of one batch of a classifier, mean over its images."""
         recipe, teacher_logits = self.recipe, None
         if recipe.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)

@@ -260,7 +260,7 @@ def test_the_budget_is_what_training_on_the_largest_batch_holds():
     """Image, conv, ReLU, conv, BatchNorm, ReLU and linear layer; flatten is a view."""
     model = NETWORKS["plain"]()
     plan = RepairPlan(model, model, {}, images(2)[0][0])
-    runs = paired_runs.PairedRuns(plan, [x for x, _ in images(50)], None)
+    runs = paired_runs.PairedRuns(plan, [[x for x, _ in images(50)]] * 2, None)
     floats = 81 * (3 + 2 * 8 + 3 * 6) + 5
     assert runs._training_bytes() == 4 * 30 * floats and runs.budget == paired_runs.ACTIVATION_BUDGET
 

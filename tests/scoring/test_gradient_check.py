@@ -106,7 +106,7 @@ def test_a_forward_without_any_gradient_is_refused(images, labels):
 
     torch.manual_seed(0)
     model = randomise(WithoutGradient(RIGHT["nothing"]))
-    with pytest.raises(InputError, match="no gradient leads from the logits to any filter"):
+    with pytest.raises(InputError, match="no gradient leads from the outputs to any filter"):
         EnhancedFilterPruner(model, images, progress=False).rank([(images, labels)])
 
 

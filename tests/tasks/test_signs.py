@@ -2,7 +2,7 @@
 
 import torch
 
-from taylor_pruning.scoring.directions import SIGNS_AT_ONCE, random_directions, random_signs
+from taylor_pruning.tasks.directions import SIGNS_AT_ONCE, random_directions, random_signs
 
 
 def test_the_second_moment_of_the_directions_is_the_fisher_matrix_of_the_predictions():

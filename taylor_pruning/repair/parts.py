@@ -1,0 +1,54 @@
+"""Compensation of a whole network, or of its pruned parts one after the other, on the batches of a task."""
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from taylor_pruning.modes import frozen
+from taylor_pruning.repair.compensation import CompensationReport, compensate
+from taylor_pruning.surgery.graph import ChannelGraph
+from taylor_pruning.surgery.parts import PartsGraph, example_of_call, recorded_calls
+from taylor_pruning.tasks.task import Task
+
+
+def compensate_parts(
+    graph: ChannelGraph | PartsGraph,
+    dense: nn.Module,
+    smaller: nn.Module,
+    batches: list,
+    task: Task,
+    kept: dict,
+    **options,
+) -> CompensationReport:
+    """`compensate`, whose options these are, of what `graph` prunes.
+
+    A part reads in the pruned network what the compensated parts before it give, and is fitted to the dense network's part on
+    what that reads.
+
+    Args:
+        graph: of the dense network. batches: of the task. kept: {layer in the whole network: kept filters of `dense`}.
+    """
+    if isinstance(graph, ChannelGraph):
+        return compensate(dense, smaller, [(task.inputs(batch), None) for batch in batches], kept, **options)
+    report = CompensationReport()
+    for number, name in enumerate(graph.parts):
+        inputs = _inputs(dense, name, batches, task)
+        others = _inputs(smaller, name, batches, task) if number else None
+        own = {layer.removeprefix(f"{name}."): kept[layer] for layer in kept if layer.startswith(f"{name}.")}
+        pair = dense.get_submodule(name), smaller.get_submodule(name)
+        found = compensate(*pair, inputs, own, smaller_batches=others, **options)
+        report.layers += [replace(fit, name=f"{name}.{fit.name}") for fit in found.layers]
+        report.left_alone |= {f"{name}.{layer}": reason for layer, reason in found.left_alone.items()}
+        report.seconds += found.seconds
+    return report
+
+
+def _inputs(model, name, batches, task):
+    """[(what the part reads, None)] of every batch, in the order of the batches."""
+    found = []
+    with frozen(model), torch.no_grad():
+        for batch in batches:
+            (call,) = recorded_calls(model, [name], lambda network, batch=batch: task.forward(network, batch))[name]
+            found.append((example_of_call(*call), None))
+    return found

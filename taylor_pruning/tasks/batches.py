@@ -1,0 +1,89 @@
+"""Batches of any structure: how many samples they hold, some of their samples, several batches as one.
+
+A batch is a tensor, or a tuple, list or dictionary of fields. A field is a tensor [B, ...], a list or tuple with one item a
+sample (images of different sizes, targets of a detector), or a dictionary of fields. Anything else is kept as it is.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from taylor_pruning.errors import InputError
+from taylor_pruning.surgery.nested import map_tensors
+
+
+def images(batch) -> Tensor | Sequence:
+    """The first field with one entry a sample, a tensor [B, ...] or a list. Raises InputError where there is none."""
+    for field in _fields(batch):
+        if isinstance(field, dict):
+            return images(field)
+        if isinstance(field, (list, tuple)) or (isinstance(field, Tensor) and field.dim()):
+            return field
+    raise InputError("the batch has no field with one entry a sample; let it begin with a tensor [B, ...] or a list")
+
+
+def size(batch) -> int:
+    """Number of samples: the length of the first field. Raises InputError where there is none."""
+    return len(images(batch))
+
+
+def select(batch, index: Tensor):
+    """The samples of `index` (int64), in its order."""
+    return _map_fields(batch, lambda field: _pick(field, index), top=True)
+
+
+def join(batches: Sequence):
+    """Several batches of one structure as one."""
+    first = batches[0]
+    if isinstance(first, Tensor):
+        return torch.cat(list(batches))
+    if isinstance(first, dict):
+        return {key: join_fields([batch[key] for batch in batches]) for key in first}
+    return tuple(join_fields(fields) for fields in zip(*batches, strict=True))
+
+
+def join_fields(fields: Sequence):
+    """One field of several batches as one."""
+    if isinstance(fields[0], (list, tuple)):
+        return [item for field in fields for item in field]
+    return join(fields) if isinstance(fields[0], (dict, Tensor)) else fields[0]
+
+
+def split(batch, length: int) -> list:
+    """The batch in parts of at most `length` samples."""
+    total = size(batch)
+    return [select(batch, torch.arange(start, min(start + length, total))) for start in range(0, total, length)]
+
+
+def to_device(batch, device: torch.device | None):
+    """The batch with all tensors on `device`; those of inference mode, which autograd could not use, are copied."""
+    return map_tensors(batch, lambda tensor: usable(tensor).to(device))
+
+
+def usable(tensor: Tensor) -> Tensor:
+    """The tensor, copied if it was made in inference mode, where autograd could not use it."""
+    if not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False):
+        return tensor.clone()
+
+
+def _fields(batch):
+    if isinstance(batch, dict):
+        return list(batch.values())
+    return list(batch) if isinstance(batch, (list, tuple)) else [batch]
+
+
+def _map_fields(batch, function, top=False):
+    if isinstance(batch, dict):
+        return {key: _map_fields(value, function) for key, value in batch.items()}
+    if top and isinstance(batch, (list, tuple)):
+        return tuple(_map_fields(field, function) for field in batch)
+    return function(batch)
+
+
+def _pick(field, index):
+    if isinstance(field, Tensor) and field.dim():
+        return field[index.to(field.device)]
+    return [field[i] for i in index.tolist()] if isinstance(field, (list, tuple)) else field
