@@ -73,8 +73,9 @@ def examine(name, pixels, share):
     optimizer.step()
     moved = sum(bool((p != o).any()) for p, o in zip(smaller.backbone.parameters(), old, strict=True))
     error = ((cut - closed).norm() / closed.norm()).item()
-    print(f"{name:36s} backbone {before:>11,} -> {after:>11,} ({100 * (1 - after / before):.1f} % gone), "
-          f"difference {error:.1e}, {moved} of {len(old)} tensors trained, {time.process_time() - start:.0f} CPU s", flush=True)  # fmt: skip
+    gone, seconds = 100 * (1 - after / before), time.process_time() - start
+    print(f"{name:36s} backbone {before:>11,} -> {after:>11,} ({gone:.1f} % gone), difference {error:.1e}, "
+          f"{moved} of {len(old)} tensors trained, {seconds:.0f} CPU s", flush=True)  # fmt: skip
 
 
 def main():
