@@ -7,7 +7,6 @@ from torch import nn
 from taylor_pruning.tasks.classification import task_of
 from taylor_pruning.tasks.task import Task
 from taylor_pruning.training.evaluation import figures, measure
-from taylor_pruning.training.sampling import Batches
 
 
 class StepCurve:
@@ -21,7 +20,7 @@ class StepCurve:
         points: one dictionary a measurement, {"step", "top1" (per cent; the task's main metric by its name), "loss" (nats)}.
     """
 
-    def __init__(self, images: Batches, last: int, task: Task | None = None):
+    def __init__(self, images: list, last: int, task: Task | None = None):
         self.images, self.last, self.task = images, last, task_of(task)
         self.points: list[dict] = []
 

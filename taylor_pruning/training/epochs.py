@@ -18,7 +18,6 @@ from taylor_pruning.training.checks import BatchLog
 from taylor_pruning.training.curve import StepCurve
 from taylor_pruning.training.evaluation import Accuracy, measure
 from taylor_pruning.training.recipe import Recipe
-from taylor_pruning.training.sampling import Batches
 from taylor_pruning.training.steps import OptimiserSteps
 
 # Training counts as diverged above this multiple of the validation loss before training (of 1 nat where that is less):
@@ -76,7 +75,7 @@ class Training:
         batches: int,
         checkpoint: Path | None = None,
         constant_lr: bool = False,
-        monitor: Batches | None = None,
+        monitor: list | None = None,
         task: Task | None = None,
     ):
         self.model, self.checkpoint, self.task = model, checkpoint, task_of(task)

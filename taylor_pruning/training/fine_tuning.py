@@ -24,7 +24,6 @@ from taylor_pruning.training.checkpoint import rng_state, set_rng_state
 from taylor_pruning.training.epochs import History, Interrupted, Training, TrainingDiverged
 from taylor_pruning.training.evaluation import Accuracy, evaluate, figures, reestimate_batchnorm
 from taylor_pruning.training.recipe import Recipe
-from taylor_pruning.training.sampling import Batches
 
 __all__ = ["Accuracy", "History", "Interrupted", "Recipe", "TrainingDiverged",
            "evaluate", "fine_tune", "reestimate_batchnorm", "train_steps"]  # fmt: skip
@@ -38,7 +37,7 @@ def fine_tune(
     *,
     teacher: nn.Module | None = None,
     before: Accuracy | dict | None = None,
-    monitor: Batches | None = None,
+    monitor: list | None = None,
     task: Task | None = None,
     checkpoint: Path | None = None,
     resume: bool = False,
