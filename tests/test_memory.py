@@ -6,7 +6,6 @@ import torch
 from EnhancedFilterPruner import EnhancedFilterPruner
 from taylor_pruning.errors import InputError
 from taylor_pruning.memory import PROBE, Portions, _Live, free_bytes, parse_bytes
-
 from taylor_pruning.repair.compensation import compensate
 
 CPU = torch.device("cpu")
