@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from taylor_pruning.distributed import world_size
 from taylor_pruning.errors import InputError
 
 PROBE = 4  # images of the first part
@@ -181,6 +182,7 @@ def merged(batches: Sequence, device: torch.device, size: int = MERGED) -> list:
     if len({x.shape[1:] for x, _ in batches}) != 1:
         return batches
     images, labels = (None if part[0] is None else torch.cat(part) for part in zip(*batches, strict=True))
+    size = min(size, -(-len(images) // world_size()))  # so that every process has a batch
     starts = range(0, len(images), size)
     return [(images[i : i + size], None if labels is None else labels[i : i + size]) for i in starts]
 
