@@ -4,7 +4,7 @@
     python benchmarks/scoring_cost.py --model resnet18 --classes 1000 --image-size 64
     python benchmarks/scoring_cost.py --growth                         # fitted exponents
 
-The first two: seconds and peak memory of collecting for all orders, over one pass of forward and backward with weight
+The first two: seconds and peak memory of scores of `--order`, over one pass of forward and backward with weight
 gradients over the same noise images; memory is the growth of the process's peak resident size beyond model and images,
 that of scoring less the collected directions. With many classes the head is scaled until the predictions have
 `--entropy` nats on the mean, as a trained network's: the curvature for which random directions stand depends on it.
@@ -13,6 +13,7 @@ that of scoring less the collected directions. With many classes the head is sca
 import argparse
 import json
 import math
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -24,10 +25,9 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).
 
 from measuring import Start, in_turn, print_ratios
 
-from EnhancedPruning import PruningSettings
+from EnhancedFilterPruner import EnhancedFilterPruner
 from taylor_pruning.experiment.models import build_model, head_name
-from taylor_pruning.scoring.collecting import collect_directions
-from taylor_pruning.scoring.estimates import channel_estimates, input_moments
+from taylor_pruning.scoring.collecting import CLASS_PROBES, Wanted, collect_directions
 from taylor_pruning.scoring.taylor import Directions, class_basis
 from taylor_pruning.selection.constraints import Constraints, Selection
 from taylor_pruning.selection.greedy import select_jointly
@@ -80,8 +80,10 @@ def run_part(arguments):
             F.cross_entropy(model(x), y).backward()
         print(json.dumps(start.since()))
         return
-    estimates = channel_estimates(input_moments(model, graph, batches)) if arguments.repairs else None
-    directions = collect_directions(model, graph, batches, arguments.class_probes, progress=False, estimates=estimates)
+    pruner = EnhancedFilterPruner(
+        model, images[:1], arguments.order, graph=graph, class_probes=arguments.class_probes, progress=False
+    )
+    directions = pruner.rank(batches, batches if arguments.repairs else None).directions
     measured = start.since()
     kept = directions.coordinates.nbytes
     print(json.dumps({**measured, "peak bytes": measured["peak bytes"] - kept, "direction bytes": kept,
@@ -105,7 +107,7 @@ def scoring_seconds(images=64, classes=10, image_size=32, model="vgg11_bn"):
     net = network(model, classes, image_size, x[:16], 1.0)
     graph = ChannelGraph(net, x[:1])
     batches = list(zip(x.split(32), y.split(32), strict=True))
-    return seconds(lambda: collect_directions(net, graph, batches, PruningSettings.class_probes, progress=False))
+    return seconds(lambda: collect_directions(net, graph, batches, Wanted(CLASS_PROBES), progress=False))
 
 
 def selection_seconds(order, samples=1000, units=4224, classes=10, percentage=50):
@@ -121,7 +123,7 @@ def selection_seconds(order, samples=1000, units=4224, classes=10, percentage=50
     model.append(torch.nn.Flatten()).append(torch.nn.Linear(inputs, classes))
     graph = ChannelGraph(model, torch.randn(1, 3, 1, 1))
     labels, logits = torch.randint(classes, (samples,)), torch.randn(samples, classes) * 3
-    basis, sampled = class_basis(logits, labels, PruningSettings.class_probes, 2 * torch.randint(2, logits.shape) - 1)
+    basis, sampled = class_basis(logits, labels, CLASS_PROBES, 2 * torch.randint(2, logits.shape) - 1)
     coordinates = torch.randn(samples, len(graph.units), basis.shape[2]) / len(graph.units) ** 0.5
     directions = Directions(coordinates, basis, logits, labels, sampled)
     return seconds(lambda: select_jointly(Selection(graph, percentage, Constraints()), directions, order), 1)
@@ -156,7 +158,8 @@ def main():
     parser.add_argument("--image-size", type=int, default=32)
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--class-probes", type=int, default=PruningSettings.class_probes)
+    parser.add_argument("--class-probes", type=int, help="directions of every sample; default: that of the order")
+    parser.add_argument("--order", type=int, default=2)
     parser.add_argument("--entropy", type=float, default=1.0, help="nats, of the predictions")
     parser.add_argument("--repairs", action="store_true", help="score what compensation cannot repair")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
@@ -171,6 +174,8 @@ def main():
     else:
         results = in_turn(__file__, sys.argv[1:], ("pass", "scoring"), arguments.repeats)
         print_ratios(results, "scoring", "pass")
+        cpu = [statistics.median(m["CPU seconds"] for m in results[part]) for part in ("scoring", "pass")]
+        print(f"passes: {cpu[0] / cpu[1]:.2f} (CPU seconds)")
         print(f"random directions stand for {results['scoring'][0]['sampled curvature']:.2%} of the curvature")
 
 

@@ -17,10 +17,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from taylor_pruning.distributed import world_size
 from taylor_pruning.errors import InputError
 
 PROBE = 4  # images of the first part
@@ -169,11 +170,42 @@ def peak_of(device: torch.device):
         yield lambda: live.peak
 
 
-def merged(batches: Sequence, device: torch.device) -> list:
-    """The batches (images, labels), on a GPU in larger ones: it would wait for the host between small ones."""
-    batches = list(batches)
-    if device.type != "cuda" or len({x.shape[1:] for x, _ in batches}) != 1:
+def merged(batches: Sequence, device: torch.device, size: int = MERGED) -> list:
+    """The batches (images, labels), on a GPU in larger ones: it would wait for the host between small ones.
+
+    Args:
+        size: images of a batch at most.
+    """
+    batches, size = list(batches), min(size, MERGED)
+    if device.type != "cuda" or not all(isinstance(x, Tensor) for x, _ in batches):
+        return batches
+    if len({x.shape[1:] for x, _ in batches}) != 1:
         return batches
     images, labels = (None if part[0] is None else torch.cat(part) for part in zip(*batches, strict=True))
-    starts = range(0, len(images), MERGED)
-    return [(images[i : i + MERGED], None if labels is None else labels[i : i + MERGED]) for i in starts]
+    size = min(size, -(-len(images) // world_size()))  # so that every process has a batch
+    starts = range(0, len(images), size)
+    return [(images[i : i + size], None if labels is None else labels[i : i + size]) for i in starts]
+
+
+def fitting(model: nn.Module, batches: Sequence, limit: int | None, copies: int) -> tuple[list, int | None]:
+    """Batches that `copies` forwards of the model can take at once, and the bytes that may be held beside.
+
+    On a GPU the batches become larger, elsewhere they are split where a limit is given. The bytes are None on a CPU
+    without a limit.
+
+    Args:
+        limit: see Portions.
+    """
+    images, device = batches[0][0], next(model.parameters()).device
+    if not isinstance(images, Tensor) or (device.type != "cuda" and limit is None):
+        return list(batches), None
+    portions = Portions(device, limit)
+    portions.limit = int(limit or used_bytes(device) + SHARE * free_bytes(device))
+    budget = (portions.limit - used_bytes(device)) // 2
+    some = slice(0, min(PROBE, len(images)))
+    with torch.no_grad(), portions.measured(some):
+        model(images[some])
+    size = max(1, portions.size // (2 * copies))
+    if device.type == "cuda":
+        return merged(batches, device, size), budget
+    return [(x[i : i + size], y) for x, y in batches for i in range(0, len(x), size)], max(0, budget)

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from EnhancedFilterPruner import EnhancedFilterPruner
 from taylor_pruning.errors import InputError
 from taylor_pruning.memory import PROBE, Portions, _Live, free_bytes, parse_bytes
+from taylor_pruning.repair.compensation import compensate
 
 CPU = torch.device("cpu")
 
@@ -62,3 +64,19 @@ def test_a_small_limit_makes_small_parts_and_one_image_always_runs():
                 torch.zeros(part.stop - part.start, 250).exp()
         assert min(50, portions.size) == expected
     assert 0 < free_bytes(CPU) < 2**50
+
+
+@pytest.mark.parametrize("compensated", [True, False])
+def test_scores_and_compensation_do_not_depend_on_the_limit(plain_network, images, labels, compensated):
+    """One byte: every image by itself. Much: all images but the first ones at once."""
+    found, batches = [], [(images, labels)]
+    for limit in ("1", "1TB"):
+        pruner = EnhancedFilterPruner(plain_network, images[:1], 2, class_probes=1, memory_limit=limit, progress=False)
+        pruner.rank(batches, batches if compensated else None)
+        plan = {"0": [1, 2]}
+        kept, smaller = {"0": [0, 3, 4]}, pruner.graph.remove(plan)
+        if compensated:
+            limit = pruner.settings.memory_bytes
+            compensate(plain_network, smaller, batches, kept, progress=False, memory_limit=limit)
+        found.append((pruner.scores(), pruner.select(30), *smaller.state_dict().values()))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-8, atol=1e-10)

@@ -159,7 +159,13 @@ class DataSettings(Checked):
         "leave out images that cannot be decoded",
         "For collected data sets; results.json lists what was left out.",
     )
-    batch_size: int = option(64, "images a step", "Lower it when memory runs out.", low=1)
+    batch_size: int = option(
+        64,
+        "images a step",
+        "Lower it when memory runs out. Training from scratch takes fewer where a network without BatchNorm would make fewer "
+        "than 400 steps an epoch, but not below 16.",
+        low=1,
+    )
     workers: int = option(2, "processes that decode images", "Raise it when a GPU waits for images.", low=0)
     calibration_samples: int = option(
         300,
@@ -187,7 +193,8 @@ class DataSettings(Checked):
         "Lower it when that training diverges.",
         low=0,
         open_low=True,
-        default_text="0.1 from scratch with BatchNorm, else 0.02",
+        default_text="0.1 from scratch with BatchNorm, without 0.02 at a batch of 16 and more with its square root; 0.02 for a "
+        "new head",
     )
 
     def __post_init__(self):

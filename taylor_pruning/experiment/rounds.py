@@ -146,7 +146,8 @@ class Rounds:
         else:
             smaller = self.graph.remove(removed(self.graph, kept))
         task, batches = self.rankings.task, self.rankings.compensation
-        options = {"progress": self.progress, "seed": self.settings.seed}
+        limit = self.settings.memory_bytes
+        options = {"progress": self.progress, "memory_limit": limit, "seed": self.settings.seed}
         report = compensate_parts(self.graph, target, smaller, batches, task, kept, **options)
         broadcast_state(smaller)
         return smaller, report.as_dict()

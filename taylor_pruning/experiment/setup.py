@@ -36,7 +36,9 @@ from taylor_pruning.training.sampling import HELD_OUT, split_images
 
 SCRATCH_EPOCHS, HEAD_EPOCHS = 12, 3
 NORMALISED_LR, PLAIN_LR = 0.1, 0.02  # with BatchNorm, and without or of a new head alone
-PLAIN_BATCH = 16  # without BatchNorm, small data sets need many steps to leave the plateau at the start
+# Without BatchNorm a network needs many steps to leave the plateau at the start: where --batch-size gives fewer steps an
+# epoch than these, the batch is smaller, down to PLAIN_BATCH. PLAIN_LR is the learning rate at that batch.
+PLAIN_STEPS, PLAIN_BATCH = 400, 16
 
 
 @dataclass
@@ -163,7 +165,7 @@ def train_dense(experiment, folder):
     """Trains the whole network, or the new head alone, unless an earlier run has done it."""
     command, built = experiment.command, experiment.built
     head = built.new_head
-    recipe, batch_size = dense_training(command, built)
+    recipe, batch_size = dense_training(command, built, len(experiment.data.train))
     epochs = recipe.epochs
     if not epochs:
         return
@@ -202,23 +204,31 @@ def train_dense(experiment, folder):
         checkpoint.unlink()
 
 
-def dense_training(command, built):
-    """Recipe and batch size that train a network from scratch, or a new head alone."""
+def dense_training(command, built, images):
+    """Recipe and batch size that train a network from scratch on so many images, or a new head alone.
+
+    The batch is that of `--batch-size`, but without BatchNorm an epoch has PLAIN_STEPS steps where the batch can be as
+    small as that. The learning rate without BatchNorm grows with the square root of the batch.
+    """
     normalised = any(isinstance(module, _BatchNorm) for module in built.model.modules())
     settings, from_scratch = command.data, not built.new_head
     epochs = settings.train_epochs
     if epochs is None:
         epochs = SCRATCH_EPOCHS if from_scratch else HEAD_EPOCHS
+    batch, lr = settings.batch_size, NORMALISED_LR if from_scratch and normalised else PLAIN_LR
+    if from_scratch and not normalised:
+        batch = min(batch, max(PLAIN_BATCH, images // PLAIN_STEPS))
+        lr *= max(1.0, batch / PLAIN_BATCH) ** 0.5
     recipe = dataclasses.replace(
         command.recipe,
         epochs=epochs,
-        lr=settings.train_lr or (NORMALISED_LR if from_scratch and normalised else PLAIN_LR),
+        lr=settings.train_lr or lr,
         weight_decay=5e-4,
         warmup_epochs=min(1.0, epochs / 4),
         accumulate=1,
         compile=False,
     )
-    return recipe, min(PLAIN_BATCH, settings.batch_size) if from_scratch and not normalised else settings.batch_size
+    return recipe, batch
 
 
 @contextlib.contextmanager

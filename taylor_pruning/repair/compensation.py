@@ -20,6 +20,8 @@ import torch
 from tqdm import tqdm
 
 from taylor_pruning.errors import InputError
+from taylor_pruning.memory import fitting
+from taylor_pruning.modes import frozen
 from taylor_pruning.repair.paired_runs import PairedRuns
 from taylor_pruning.repair.plan import RepairPlan
 from taylor_pruning.repair.regression import LayerFit, LayerRegression
@@ -40,7 +42,16 @@ class CompensationReport:
 
 @torch.no_grad()
 def compensate(
-    dense, smaller, batches, kept=None, *, progress=True, activation_budget=None, seed=0, smaller_batches=None
+    dense,
+    smaller,
+    batches,
+    kept=None,
+    *,
+    progress=True,
+    activation_budget=None,
+    memory_limit=None,
+    seed=0,
+    smaller_batches=None,
 ):
     """Refit the layers of `smaller`, in place, so that it answers as `dense` does on the calibration images.
 
@@ -54,7 +65,9 @@ def compensate(
             named has all its filters, or is depthwise.
         activation_budget: bytes of activations that may be held between two layers; where the networks need more, they
             run again from the last place that fitted (at most once for every layer). Default: what a training step on the
-            largest batch would hold, but 256 MB at least.
+            largest batch would hold, but 256 MB at least; on a GPU, or with a memory limit, half of the memory that is left.
+        memory_limit: bytes, see memory.Portions; batches that do not fit are split. On a GPU they are joined as far as they
+            fit, so that it does not wait between small ones. The result does not depend on it.
         seed: of that draw, and of the output positions that are drawn where a layer has many: over all images 16,384,
             fewer where a wide layer makes them dear, but two for each column of its matrix.
 
@@ -71,6 +84,10 @@ def compensate(
         raise InputError("compensation: there are no calibration images; give at least one batch")
     plan = RepairPlan(dense, smaller, kept or {}, map_tensors(batches[0][0], lambda tensor: tensor[:1]))
     report.left_alone.update(plan.left_alone)
+    if smaller_batches is None:
+        with frozen(dense):
+            batches, budget = fitting(dense, batches, memory_limit, copies=2)
+        activation_budget = budget if activation_budget is None else activation_budget
     inputs = [[images for images, _ in given] for given in (batches, smaller_batches or batches)]
     runs = PairedRuns(plan, inputs, activation_budget)
     for layer in tqdm(plan.layers, desc="compensate", unit="layer", leave=False, disable=not progress):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from taylor_pruning.errors import InputError
+from taylor_pruning.positions import shifted
 from taylor_pruning.repair.fitted_layer import as_columns, by_position, patches_at
 from taylor_pruning.repair.ridge import DualRidgeSolver, RidgeSolver, Rows
 
@@ -51,7 +52,8 @@ class LayerRegression:
             self.solver = RidgeSolver(*shape, layer.has_intercept, weight)
             rows = max(ROWS_PER_COLUMN * self.columns, min(ENOUGH_ROWS, GRAM_COST // self.columns**2))
         self.positions = max(1, round(rows / images))
-        self.held_out, self.held_out_targets = [], []
+        self.held_out, self.held_out_targets, self.finite = [], [], []
+        self.drawn = None  # positions of the first image
         self.weight = as_columns(self.groups, weight)
         self.scale = layer.scale
         # A channel that all but vanishes behind its BatchNorm cannot repair the sum.
@@ -66,22 +68,29 @@ class LayerRegression:
             if (now - target).abs().max() <= AGREES * target.abs().max():
                 return "its outputs are the dense network's"
         held_out = self.is_held_out[self.seen : self.seen + len(x)]
-        self.seen += len(x)
         for chosen in (~held_out, held_out):
-            images = chosen.nonzero().flatten().to(x.device)
+            images = chosen.nonzero().flatten().to(x.device, non_blocking=True)
             if not len(images):
                 continue
             rows, wanted = self._rows(x, images, outputs)
-            if not torch.isfinite(rows.r).all():
-                raise InputError(
-                    f"compensation: NaN or Inf in {layer.name} on batch {batch}; check the images and both networks' weights"
-                )
+            self.finite.append((batch, rows.r.isfinite().all()))
             if chosen is held_out:
                 self.held_out.append(rows)
                 self.held_out_targets.append(wanted)
             else:
                 self.solver.add(rows)
+        self.seen += len(x)
         return None
+
+    def _check_finite(self):
+        """Raises InputError if there was NaN or Inf; waits for the device once for all batches."""
+        batches, finite = zip(*self.finite, strict=True)
+        wrong = [batch for batch, good in zip(batches, torch.stack(finite).tolist(), strict=True) if not good]
+        if wrong:
+            raise InputError(
+                f"compensation: NaN or Inf in {self.layer.name} on batch {wrong[0]}; check the images and both networks' "
+                "weights"
+            )
 
     def _target(self, at, dense_output, dense_stream, stream):
         """What the layer should answer at the given images and positions: [..., filters]."""
@@ -94,14 +103,12 @@ class LayerRegression:
         return target if stream is None else target + (dense_stream[..., layer.kept] - stream) / self.divisor
 
     def _rows(self, x, images, outputs):
-        """The given images' rows, some positions of each image drawn anew for every image, and the targets there."""
+        """The given images' rows, some positions of each image, shifted from image to image, and the targets there."""
         layer, positions = self.layer, by_position(self.layer, outputs[0]).shape[1]
-        each = min(positions, self.positions)
-        if each == positions:
-            drawn = torch.arange(each).expand(len(images), -1)
-        else:
-            drawn = torch.rand(len(images), positions, generator=self.generator).topk(each).indices
-        drawn = drawn.to(x.device)
+        if self.drawn is None:
+            some = torch.randperm(positions, generator=self.generator)[: self.positions]
+            self.drawn = some.to(x.device)
+        drawn = shifted(self.drawn, self.seen + images, positions)
         patches = patches_at(layer, x[images], drawn)
         target = self._target((images[:, None], drawn), *outputs)
         wanted = target.reshape(-1, self.groups, self.outputs).transpose(0, 1)
@@ -112,13 +119,14 @@ class LayerRegression:
 
     def solve(self):
         """Choose the ridge on the held-out images, solve with all, change the layer."""
+        self._check_finite()
         layer, solver = self.layer, self.solver
         ridge, before, after = LAST_RIDGE, math.nan, math.nan
         if self.held_out and solver.rows:
             ridge, before, after = self._choose_ridge()
         for rows in self.held_out:
             solver.add(rows)
-        if ridge is not None and solver.factorise(ridge):
+        if ridge is not None and not solver.factorise(ridge):
             self._change(*solver.solve())
         matches = "layer" if layer.stream is None else "sum"
         return LayerFit(layer.name, before, after, ridge, solver.rows, self.columns, matches)
@@ -130,27 +138,26 @@ class LayerRegression:
         )
         importance = self.scale.double().square().view(self.groups, 1, -1)[..., some]
         targets = torch.cat(self.held_out_targets, 1)[..., some].double()
-        spread = (importance * (targets - targets.mean(1, keepdim=True)).square()).sum().item()
+        spread = (importance * (targets - targets.mean(1, keepdim=True)).square()).sum()
 
         def error(left):
-            return sum((importance * rest.double().square()).sum().item() for rest in left)
+            return sum((importance * rest.double().square()).sum() for rest in left)
 
         def error_with(ridge):
-            if not self.solver.factorise(ridge):
-                return math.inf
+            failed = self.solver.factorise(ridge)
             solution = self.solver.solve(some)
-            return error(rows.left(*solution, some) for rows in self.held_out)
+            return error(rows.left(*solution, some) for rows in self.held_out).masked_fill(failed, math.inf).item()
 
         def best_of(ridges):
             best, chosen = before, None
             for ridge in ridges:
                 after = error_with(ridge)
-                if after >= best:
+                if not after < best:  # NaN too
                     break
                 best, chosen = after, ridge
             return best, chosen
 
-        before = error(rows.r[..., some] for rows in self.held_out)
+        before, spread = torch.stack([error(rows.r[..., some] for rows in self.held_out), spread]).tolist()
         best, chosen = best_of(RIDGES)
         if chosen is None:
             best, chosen = best_of([LAST_RIDGE])

@@ -2,7 +2,7 @@
 
     solver = RidgeSolver(groups, columns, outputs, intercept=True, like=weight)
     solver.add(Rows(x, r))
-    if solver.factorise(ridge=1e-2):
+    if not solver.factorise(ridge=1e-2):
         weights, bias = solver.solve()
 
 minimises, a group at a time, sum |r - x D - b|^2 + ridge * mean(diag C) * |D|^2 with C the centred Gram matrix of x.
@@ -67,7 +67,10 @@ class RidgeSolver:
         self.sum_r += r.sum(1, keepdim=True)
 
     def factorise(self, ridge):
-        """Whether the matrix is positive definite with this ridge. With a large one the network's own precision will do."""
+        """Whether it failed, a tensor []: the matrix is not positive definite with this ridge.
+
+        With a large ridge the network's own precision will do.
+        """
         self._flush()
         self.factor = None
         gram = self.gram.clone()
@@ -76,7 +79,7 @@ class RidgeSolver:
         if ridge >= LARGE_RIDGE:
             gram = gram.to(self.precision)
         self.factor, failed = _cholesky(gram, ridge, gram.shape[1])
-        return not failed
+        return failed
 
     def solve(self, outputs=slice(None)):
         """Weights [groups, columns, outputs] and intercept [groups, 1, outputs]."""
@@ -109,7 +112,7 @@ class DualRidgeSolver:
     def factorise(self, ridge):
         x, _ = self._centred(torch.cat([part.x for part in self.parts], 1))
         self.factor, failed = _cholesky((x @ x.mT).double(), ridge, x.shape[2])
-        return not failed
+        return failed
 
     def solve(self, outputs=slice(None)):
         x, mean_x = self._centred(torch.cat([part.x for part in self.parts], 1))
@@ -123,4 +126,4 @@ def _cholesky(gram, ridge, columns):
     diagonal = gram.diagonal(dim1=1, dim2=2)
     diagonal += ridge * diagonal.sum(1, keepdim=True) / columns + torch.finfo(gram.dtype).tiny
     factor, failed = torch.linalg.cholesky_ex(gram)
-    return factor, bool(failed.any())
+    return factor, failed.any()

@@ -35,15 +35,22 @@ def curvature_report(collected: Collected, path: str, reason: str) -> dict:
 
     Returns:
         {"path": "exact", "hvp" or "directions", "reason": text, "sampled": share of the curvature for which random
-        directions stand (scoring.taylor.class_basis), "h_error": mean standard error of sampled second derivatives}.
+        directions stand (scoring.taylor.class_basis), "h_error": mean standard error, over the images and random
+        directions, of second derivatives that are sampled or behind compensation; else None}.
     """
     if collected.behind_repair:
         path, reason = ("directions", BY_DIRECTIONS) if collected.directions is None else ("exact", BEHIND_REPAIR)
+    error = None
+    if path != "exact":
+        error = collected.probed.h_error.mean().item()
+    elif collected.behind_repair:
+        h = collected.directions.moments(order=2)[1].double()
+        error = (h.std(0) / len(h) ** 0.5).mean().item() if len(h) > 1 else None
     return {
         "path": path,
         "reason": reason,
         "sampled": collected.directions.sampled_curvature if collected.directions else None,
-        "h_error": None if path == "exact" else collected.probed.h_error.mean().item(),
+        "h_error": error,
     }
 
 

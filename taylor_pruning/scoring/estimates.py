@@ -19,7 +19,7 @@ import torch
 
 from taylor_pruning.memory import Portions
 from taylor_pruning.modes import frozen
-from taylor_pruning.scoring.positions import drawn_positions
+from taylor_pruning.positions import drawn_positions
 from taylor_pruning.surgery.execution import moved
 from taylor_pruning.tasks import batches as samples
 from taylor_pruning.tasks.classification import Classification
@@ -140,7 +140,7 @@ def by_fold(batches):
 def input_moments(model, graph, batches, portions=None, task=None):
     """{layer name: InputMoments} of the layers that compensation refits, from one forward of the task's batches.
 
-    Of a layer with many positions some are drawn for every image (scoring.positions). Layers that are called more than once
+    Of a layer with many positions some are drawn for every image (positions). Layers that are called more than once
     are not refitted (repair.compensation) and have no entry.
 
     Args:

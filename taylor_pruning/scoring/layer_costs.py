@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from taylor_pruning.distributed import gather_objects
-from taylor_pruning.scoring.positions import drawn_positions
+from taylor_pruning.positions import drawn_positions
 
 BLOCK = 32  # removed channels that a reader gathers before its matrices are updated
 TINY = np.finfo(np.float64).tiny
@@ -37,7 +37,7 @@ TINY = np.finfo(np.float64).tiny
 class OutputFisher:
     """Sums up G [outputs, outputs] of every reader in backward passes along random directions w.
 
-    Of a layer with many positions some are drawn for every image (scoring.positions), and stand for all.
+    Of a layer with many positions some are drawn for every image (positions), and stand for all.
 
     Args:
         readers: surgery.graph.Readers. images: number of images in all.

@@ -22,6 +22,15 @@ CASES = {
 def test_schedule(case):
     name, new_head, words, expected = CASES[case]
     built = dataclasses.replace(build_model(name, 10, image_size=32), new_head=new_head)
-    recipe, batch_size = dense_training(parse(ExperimentTask, "", words), built)
+    recipe, batch_size = dense_training(parse(ExperimentTask, "", words), built, 3000)
     assert (recipe.epochs, recipe.lr, batch_size) == expected
     assert recipe.warmup_epochs == min(1, recipe.epochs / 4) and recipe.weight_decay == 5e-4
+
+
+@pytest.mark.parametrize(
+    ("images", "batch", "lr"), [(3000, 16, 0.02), (16_000, 40, 0.02 * 2.5**0.5), (50_000, 64, 0.04)]
+)
+def test_without_batchnorm_the_batch_follows_the_option_where_there_are_steps_enough(images, batch, lr):
+    built = dataclasses.replace(build_model("squeezenet1_1", 10, image_size=32), new_head=False)
+    recipe, found = dense_training(parse(ExperimentTask, "", []), built, images)
+    assert found == batch and recipe.lr == pytest.approx(lr)

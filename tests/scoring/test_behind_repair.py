@@ -6,7 +6,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from EnhancedFilterPruner import EnhancedFilterPruner
-from taylor_pruning.scoring import estimates, positions
+from taylor_pruning import positions
+from taylor_pruning.scoring import estimates
 from taylor_pruning.scoring.behind_repair import collect_behind_repair
 from taylor_pruning.scoring.oracle import spearman
 from taylor_pruning.surgery.graph import ChannelGraph

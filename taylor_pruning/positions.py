@@ -13,6 +13,11 @@ def drawn_count(positions: int, images: int, rows: int) -> int:
     return min(positions, max(POSITIONS, -(-max(rows, ENOUGH_ROWS) // images)))
 
 
+def shifted(drawn: Tensor, numbers: Tensor, positions: int) -> Tensor:
+    """[images, drawn] the drawn positions of the images with these numbers, each a multiple of STEP further."""
+    return (drawn + numbers[:, None] * STEP) % positions
+
+
 def drawn_positions(values: Tensor, numbers: Tensor, images: int, rows: int) -> Tensor:
     """Values [B, groups, channels, positions] at the drawn positions, [B, groups, channels, drawn].
 
@@ -27,5 +32,5 @@ def drawn_positions(values: Tensor, numbers: Tensor, images: int, rows: int) -> 
     if drawn == positions:
         return values
     some = torch.randperm(positions, generator=torch.Generator().manual_seed(0))[:drawn]
-    at = (some.to(values.device) + numbers[:, None] * STEP) % positions
+    at = shifted(some.to(values.device), numbers, positions)
     return values.gather(3, at[:, None, None].expand(*values.shape[:3], -1))
