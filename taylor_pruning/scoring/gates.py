@@ -40,6 +40,11 @@ def gated_outputs(
     """
     with torch.enable_grad(), graph.gated(gates, on_gate, estimates, outputs):
         found = task.forward(graph.model, batch)
+    return checked_outputs(found, task, batch, gates, where)
+
+
+def checked_outputs(found, task: Task, batch, gates: Tensor, where: str):
+    """The outputs that a forward under the gates has found, checked as `gated_outputs` does and in the dtype of the gates."""
     task.check(found, batch, where)
     if not any(tensor.requires_grad for tensor in tensors_in(found)):
         raise InputError("no gradient leads from the outputs to any filter; take no_grad and detach out of the forward")

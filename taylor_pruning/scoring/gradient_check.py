@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from taylor_pruning.errors import InputError
-from taylor_pruning.scoring.gates import gated_outputs, open_gates
+from taylor_pruning.scoring.gates import checked_outputs, open_gates
 from taylor_pruning.surgery.graph import ChannelGraph
 from taylor_pruning.tasks import batches
 from taylor_pruning.tasks.task import Task, flatten
@@ -48,10 +48,11 @@ def check_gradients(graph: ChannelGraph, batch, task: Task) -> None:
     batch = batches.select(batch, torch.arange(min(IMAGES, batches.size(batch))))
     gates = open_gates(graph, batch)
     with torch.enable_grad(), graph.gated(gates), _StoppedGradients() as stopped:
-        task.forward(graph.model, batch)
-    outputs = flatten(gated_outputs(graph, task, batch, gates, "the first batch"))
+        found = task.forward(graph.model, batch)
+    outputs = flatten(checked_outputs(found, task, batch, gates, "the first batch"))
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(WEIGHTINGS, outputs.numel(), generator=generator).to(outputs)
+    weights = weights if stopped.found else weights[:1]  # one backward pass shows whether there is any gradient
     try:
         rows = [torch.autograd.grad(outputs, gates, w.view_as(outputs), retain_graph=True)[0] for w in weights]
     except RuntimeError as error:
