@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, SequentialSampler, Subset
 
 from taylor_pruning.checks import check_weights, describe
 from taylor_pruning.errors import InputError
@@ -60,9 +61,20 @@ class Batches:
 
     @property
     def spread(self):
-        """The loader's method that picks evenly spread images. Raises AttributeError if it has none."""
-        spread, where = self.loader.spread, f"a batch of {self.name}"
+        """A method that picks evenly spread images: the loader's, or of an unshuffled DataLoader without reading the others.
+
+        Raises AttributeError for other loaders.
+        """
+        plain = isinstance(self.loader, DataLoader) and not hasattr(self.loader, "spread")
+        plain = plain and self.loader.batch_size and isinstance(self.loader.sampler, SequentialSampler)
+        spread = self._of_data_set if plain else self.loader.spread
+        where = f"a batch of {self.name}"
         return lambda samples: [self.task.read(batch, where, self.device) for batch in spread(samples)]
+
+    def _of_data_set(self, samples):
+        loader, images = self.loader, self.loader.dataset
+        chosen = Subset(images, range(0, len(images), max(1, len(images) // samples)))
+        return DataLoader(chosen, loader.batch_size, collate_fn=loader.collate_fn)
 
     def set_epoch(self, epoch: int) -> None:
         """Calls the loader's `set_epoch`, if it has one."""

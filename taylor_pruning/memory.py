@@ -106,10 +106,13 @@ class _Live(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.seen, self.now, self.peak = {}, 0, 0
+        self.new: dict = {}  # {operation: whether it makes tensors}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
+        if function not in self.new:  # not views and operations in place, which are half of all
+            self.new[function] = any(returned.alias_info is None for returned in function._schema.returns)
+        for tensor in tree_leaves(result) if self.new[function] else ():
             if isinstance(tensor, Tensor):
                 self._count(tensor.untyped_storage())
         return result

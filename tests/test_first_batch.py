@@ -12,6 +12,7 @@ from taylor_pruning.experiment.data import TensorImages
 from taylor_pruning.experiment.loaders import make_loader
 from taylor_pruning.first_batch import Batches, check_inputs, check_training, device_of
 from taylor_pruning.training.fine_tuning import Recipe
+from taylor_pruning.training.sampling import spread_images
 
 CPU = torch.device("cpu")
 LABELS = torch.arange(33) % 4
@@ -218,3 +219,22 @@ def test_half_precision_prunes_much_as_single_does(images, dtype, settings):
     assert {p.dtype for p in half.model.parameters()} == {dtype}
     for name, scores in single.scores.items():
         torch.testing.assert_close(torch.tensor(half.scores[name]), torch.tensor(scores), rtol=0.1, atol=2e-3)
+
+
+def test_the_monitored_images_of_a_plain_loader_are_read_alone():
+    """A DataLoader in order reads the spread images and no others; they are those that a full pass would give."""
+    read = []
+
+    class Images(torch.utils.data.Dataset):
+        def __len__(self):
+            return 50
+
+        def __getitem__(self, index):
+            read.append(index)
+            return torch.full((3, 2, 2), float(index)), index % 4
+
+    loader = torch.utils.data.DataLoader(Images(), batch_size=8)
+    batches = spread_images(Batches(loader, "the validation loader", torch.device("cpu")), 10)
+    assert read == list(range(0, 50, 5))
+    assert torch.cat([labels for _, labels in batches]).tolist() == [index % 4 for index in read]
+    assert torch.cat([images for images, _ in batches])[:, 0, 0, 0].tolist() == read
