@@ -419,7 +419,7 @@ def sure_network(plain_network, images):
 def test_a_round_that_destroys_the_network_is_tried_in_smaller_steps_and_then_not_taken(
     sure_network, images, labels, above, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr(rounds_module, "compensate", zeroed("8", above=above))
+    monkeypatch.setattr(parts_module, "compensate", zeroed("8", above=above))
     loader = make_loader(torch.utils.data.TensorDataset(images, labels), 6)
     pruning = EnhancedPruning(sure_network, loader, loader, settings=PruningSettings(rounds=2), progress=False)
     result = pruning.prune(60, 2, checkpoint=tmp_path / "rounds")
@@ -438,7 +438,7 @@ def test_a_round_that_destroys_the_network_is_tried_in_smaller_steps_and_then_no
 
 def test_smaller_steps_are_taken_where_they_help(sure_network, images, labels, monkeypatch):
     """Six filters at once destroy the network, three and three do not."""
-    monkeypatch.setattr(rounds_module, "compensate", lambda *arguments, **keywords: CompensationReport())
+    monkeypatch.setattr(parts_module, "compensate", lambda *arguments, **keywords: CompensationReport())
     monkeypatch.setattr(rounds_module, "is_destroyed", lambda state: state.rounds[-1]["filters_removed"] > 4)
     loader = make_loader(torch.utils.data.TensorDataset(images, labels), 6)
     pruning = EnhancedPruning(sure_network, loader, loader, settings=PruningSettings(rounds=1), progress=False)
