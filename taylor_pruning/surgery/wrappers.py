@@ -14,6 +14,11 @@ WRAPPERS = (
     nn.parallel.DistributedDataParallel,
     AveragedModel,
 )  # their attribute `module` is the network
+PLACEHOLDERS = (
+    "FloatFunctional",
+    "QuantStub",
+    "DeQuantStub",
+)  # do nothing before a network is prepared for quantisation
 QUANTISATION = ("torch.ao.quantization", "torch.ao.nn.quantized", "torch.ao.nn.intrinsic", "torch.ao.nn.qat")
 
 
@@ -83,9 +88,10 @@ def _rebuilt(module, done, found):
 def _refuse_module(module, where):
     if isinstance(module, torch.jit.ScriptModule):
         raise InputError(f"{where} is scripted or traced by torch.jit; give the nn.Module that it was made from")
-    if type(module).__module__.startswith(QUANTISATION):
+    kind = type(module)
+    if kind.__module__.startswith(QUANTISATION) and kind.__name__ not in PLACEHOLDERS:
         raise InputError(
-            f"{where} ({type(module).__name__}) is prepared for quantisation; prune the float network first, and prepare the "
+            f"{where} ({kind.__name__}) is prepared for quantisation; prune the float network first, and prepare the "
             "pruned one"
         )
     if isinstance(module, fx.GraphModule) and any(

@@ -209,3 +209,21 @@ def test_the_caller_s_network_is_not_changed():
     before = copy.copy(vars(model)["_modules"])
     unwrapped(model)
     assert vars(model)["_modules"] == before
+
+
+class Quantisable(Network):
+    """A float network with the placeholders that a later preparation for quantisation needs."""
+
+    def __init__(self):
+        super().__init__()
+        self.quant, self.dequant = torch.ao.quantization.QuantStub(), torch.ao.quantization.DeQuantStub()
+        self.add = torch.ao.nn.quantized.FloatFunctional()
+
+    def forward(self, x):
+        y = self.body(self.stem(self.quant(x)))
+        return self.dequant(self.head(self.add.add(y, y.relu()).mean((2, 3))))
+
+
+def test_placeholders_of_quantisation_are_no_obstacle():
+    graph = ChannelGraph(Quantisable().eval(), IMAGES)
+    assert graph.units and graph.remove(graph.units[:1])(IMAGES).isfinite().all()
