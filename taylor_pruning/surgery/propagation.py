@@ -15,7 +15,7 @@ from taylor_pruning.surgery.recorded_calls import operation_name
 
 FACTORIES = set(
     "zeros ones full empty rand randn arange linspace eye new_zeros new_ones new_full new_empty new_tensor tensor randint "
-    "normal scalar_tensor as_tensor new randperm full_like tril_indices".split()
+    "normal scalar_tensor as_tensor new randperm tril_indices".split()
 )
 
 LIKE = set("to type_as expand_as view_as reshape_as broadcast_to".split())
@@ -151,6 +151,8 @@ def _factory(call):
     shape, layers = call.shape, []
     start = 1 if call.operands and call.node.op == "call_method" else 0
     sizes = call.rest(start) or list(call.kwargs.get("size", ()))
+    if sizes and isinstance(sizes[0], (tuple, list)):  # a value to fill it with follows
+        sizes = list(sizes[0])
     for d, size in enumerate(sizes[: len(shape)]):
         if is_tracked(size) and (size.ids is not None or size.widths):
             if size.ids is not None and size.whole and len(size.ids) == shape[d]:

@@ -154,6 +154,13 @@ BLOCKS = {  # name: (block, its output channels, removable filters of the stem, 
     "conv by another class": (Block(lambda s, x: s.b(s.c(x)), c=SamePadded(C, C, 3, stride=2)), C, 8, None, 8),
     "standardised weight": (Block(lambda s, x: s.b(s.c(s.a(x))), c=Standardised(C, C, 3)), C, 8, 0, 8),
     "affine from buffers": (Block(lambda s, x: s.b(F.relu(s.n(s.a(x)))), n=Affine()), C, 8, 8, 8),
+    "constants of the activation's width": (
+        Block(lambda s, x: s.b(s.a(x) + torch.full_like(x, 0.3) + x.new_full((1, x.shape[1], 1, 1), 0.2))),
+        C,
+        8,
+        8,
+        8,
+    ),
     "drop path": (Block(lambda s, x: x + s.d(s.b(s.a(x))), d=DropPath()), C, 8, 8, 8),
     "blur of a buffer": (
         Block(
