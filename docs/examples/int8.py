@@ -65,7 +65,9 @@ def quantise_torch(model: nn.Module, images: Tensor) -> nn.Module:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path, help="pruned_model.pt of a run")
-    parser.add_argument("--calibration", type=Path, required=True, help="a tensor of training images, saved by torch.save")
+    parser.add_argument(
+        "--calibration", type=Path, required=True, help="a tensor of training images, saved by torch.save"
+    )
     parser.add_argument("--output", type=Path, default=Path("pruned_int8.onnx"))
     arguments = parser.parse_args()
     images = torch.load(arguments.calibration, weights_only=True)

@@ -26,7 +26,12 @@ def pruned():
     torch.manual_seed(0)
     layers = []
     for inputs, outputs in ((3, 32), (32, 96), (96, 96)):
-        layers += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(), nn.MaxPool2d(2)]
+        layers += [
+            nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+        ]
     model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(96, 4))
     labels = torch.arange(256) % 4
     colours = 2 * torch.randn(4, 3, 1, 1)
