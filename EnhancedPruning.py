@@ -119,8 +119,8 @@ class EnhancedPruning:
         self.notes += tuple(f"{name} is left whole: {reason}" for name, reason in left_whole.items())
         self.settings = with_times(self.settings, self.graph, self.example, print if progress and is_main() else None)
         amp = self.recipe.resolved(device).amp if self.recipe.amp_validation else None
-        self.measuring = Measuring(self.model, self.val_loader, self.calibration, amp=amp, progress=progress,
-                                   task=self.task)  # fmt: skip
+        self.measuring = Measuring(self.model, self.val_loader, self.calibration, held_out=held_out, amp=amp,
+                                   progress=progress, task=self.task)  # fmt: skip
         self.rankings = Rankings(self.graph, self.calibration, self.compensation, self.settings, progress, self.task)
         self._dense_stage = dense_stage
         self.teacher = self.model if self.recipe.distillation_weight else None

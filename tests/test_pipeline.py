@@ -35,7 +35,7 @@ def progressive(plain_network, images, labels, monkeypatch):
         trained.append(model)
         FineTuning.train_steps(model, *arguments, **keywords)
 
-    def compensate(target, smaller, batches, kept, *, progress, seed):
+    def compensate(target, smaller, batches, kept, **options):
         compensations.append((target, copy.deepcopy(smaller), kept))
         smaller.get_submodule("0").weight.data.mul_(2)
         return CompensationReport()
@@ -390,7 +390,7 @@ def test_repair_and_compensate_say_one_thing():
 def zeroed(*layers, above):
     """A stand-in for compensation that destroys the network as soon as more than `above` filters are gone."""
 
-    def compensate(target, smaller, batches, kept, *, progress, seed):
+    def compensate(target, smaller, batches, kept, **options):
         gone = sum(len(target.get_submodule(name).weight) - len(filters) for name, filters in kept.items())
         with torch.no_grad():
             rare = torch.cat([target(x).argmax(1) for x, _ in batches]).bincount(minlength=4).argmin()
@@ -419,7 +419,7 @@ def sure_network(plain_network, images):
 def test_a_round_that_destroys_the_network_is_tried_in_smaller_steps_and_then_not_taken(
     sure_network, images, labels, above, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr(rounds_module, "compensate", zeroed("8", above=above))
+    monkeypatch.setattr(parts_module, "compensate", zeroed("8", above=above))
     loader = make_loader(torch.utils.data.TensorDataset(images, labels), 6)
     pruning = EnhancedPruning(sure_network, loader, loader, settings=PruningSettings(rounds=2), progress=False)
     result = pruning.prune(60, 2, checkpoint=tmp_path / "rounds")
@@ -438,7 +438,7 @@ def test_a_round_that_destroys_the_network_is_tried_in_smaller_steps_and_then_no
 
 def test_smaller_steps_are_taken_where_they_help(sure_network, images, labels, monkeypatch):
     """Six filters at once destroy the network, three and three do not."""
-    monkeypatch.setattr(rounds_module, "compensate", lambda *arguments, **keywords: CompensationReport())
+    monkeypatch.setattr(parts_module, "compensate", lambda *arguments, **keywords: CompensationReport())
     monkeypatch.setattr(rounds_module, "is_destroyed", lambda state: state.rounds[-1]["filters_removed"] > 4)
     loader = make_loader(torch.utils.data.TensorDataset(images, labels), 6)
     pruning = EnhancedPruning(sure_network, loader, loader, settings=PruningSettings(rounds=1), progress=False)
