@@ -73,6 +73,7 @@ class EnhancedFilterPruner:
         graph: the model's ChannelGraph.
         curvature_path, curvature_reason: "exact" or "hvp", and why; see `curvature_report`.
         predicted_loss_change: of the last plan in nats, see `get_pruning_plan`.
+        removal_history: [(unit, cost in nats)] of the last plan, in order; [] unless it was chosen behind compensation.
         uniform_widths: True where the last plan has them (scoring.collected.Collected.says_little).
         layer_bound_held: False where the last plan could not reach the percentage within the layer bound.
 
@@ -279,13 +280,14 @@ class EnhancedFilterPruner:
         if behind_repair and self.settings.layer_bound is None:
             constraints = dataclasses.replace(constraints, layer_bound=math.inf)  # these costs compare between layers
         selection = Selection(self.graph, percentage, constraints, ledger)
+        self.removal_history = []
         self.uniform_widths = behind_repair and collected.says_little()
         if self.uniform_widths:
             chosen, self.predicted_loss_change = select_uniformly(selection, self.levels()), None
         elif behind_repair:
             costs = self._removal_costs()
             chosen = select_behind_repair(selection, costs)
-            self.predicted_loss_change = costs.total
+            self.predicted_loss_change, self.removal_history = costs.total, costs.history
         else:
             if joint and order > 1:
                 directions, correction = collected.of_order(order), collected.correction(order)
@@ -299,13 +301,12 @@ class EnhancedFilterPruner:
     def _removal_costs(self):
         levels, weights = self.levels(), self.flow_weights()
         levels = levels if weights is None else weigh(levels, weights)
-        found = self.behind_repair
-        return removal_costs(self.model, found.moments, found.fisher, len(self.graph.units), levels)
+        sums = self.behind_repair
+        return removal_costs(self.model, sums.moments, sums.fisher, len(self.graph.units), levels)
 
     def levels(self, order: int | None = None) -> Tensor:
         """[units] what removing each unit alone costs behind compensation, see scoring.collected.Collected.levels."""
-        order = order or self.taylor_order
-        return self._collected(order).levels(order)
+        return self._collected(order or self.taylor_order).levels(order or self.taylor_order)
 
 
 class Rankings:

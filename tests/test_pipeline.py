@@ -35,7 +35,7 @@ def progressive(plain_network, images, labels, monkeypatch):
         trained.append(model)
         FineTuning.train_steps(model, *arguments, **keywords)
 
-    def compensate(target, smaller, batches, kept, *, progress, seed):
+    def compensate(target, smaller, batches, kept, **options):
         compensations.append((target, copy.deepcopy(smaller), kept))
         smaller.get_submodule("0").weight.data.mul_(2)
         return CompensationReport()
@@ -390,7 +390,7 @@ def test_repair_and_compensate_say_one_thing():
 def zeroed(*layers, above):
     """A stand-in for compensation that destroys the network as soon as more than `above` filters are gone."""
 
-    def compensate(target, smaller, batches, kept, *, progress, seed):
+    def compensate(target, smaller, batches, kept, **options):
         gone = sum(len(target.get_submodule(name).weight) - len(filters) for name, filters in kept.items())
         with torch.no_grad():
             rare = torch.cat([target(x).argmax(1) for x, _ in batches]).bincount(minlength=4).argmin()
@@ -471,3 +471,34 @@ def test_fidelity_is_the_divergence_beside_that_of_a_constant_answer(plain_netwo
     assert found["constant_divergence"] == pytest.approx((p * (p / p.mean(0)).log()).sum(1).mean().item())
     assert found["constant_agreement"] == pytest.approx(100 * p.argmax(1).bincount().max().item() / 12)
     assert found["agreement"] == pytest.approx(100 * (p.argmax(1) == q.argmax(1)).double().mean().item())
+
+
+@pytest.mark.usefixtures("costs_count")
+def test_the_trade_of_a_round_leads_from_the_width_before_to_the_width_after_and_sums_to_the_prediction(
+    relu_network, images, labels
+):
+    loader = make_loader(torch.utils.data.TensorDataset(images, labels), 6)
+    settings = PruningSettings(rounds=2, budget="macs", guard=False)
+    result = EnhancedPruning(relu_network, loader, loader, settings=settings, progress=False).prune(50, 2)
+    widths = {name: layer["filters"] for name, layer in result.layers.items()}
+    for record in result.rounds:
+        for name, found in record["trade"].items():
+            assert found["filters"][0] == widths[name] and found["cost"][0] == 0
+            assert found["filters"] == sorted(found["filters"], reverse=True)
+            widths[name] = found["filters"][-1]
+        predicted = sum(found["cost"][-1] for found in record["trade"].values())
+        assert predicted == pytest.approx(record["predicted_loss_change"])
+    first = {graph_layer: layer["kept"] for graph_layer, layer in result.layers.items() if graph_layer in widths}
+    assert all(widths[name] == kept for name, kept in first.items() if name in result.rounds[0]["trade"])
+    assert result.rounds[0]["trade"]
+
+
+def test_the_trade_keeps_few_points_and_the_ends():
+    from types import SimpleNamespace
+
+    units = [SimpleNamespace(filters=(("a", i), ("b", i))) for i in range(300)]
+    graph = SimpleNamespace(units=units, layers={"a": SimpleNamespace(filters=400)})
+    found = choices_module.trade_of(graph, [(u, 0.5) for u in range(300)])
+    assert list(found) == ["a"] and len(found["a"]["cost"]) == choices_module.TRADE_POINTS
+    assert (found["a"]["filters"][0], found["a"]["filters"][-1]) == (400, 100)
+    assert (found["a"]["cost"][0], found["a"]["cost"][-1]) == (0, 150)

@@ -18,6 +18,8 @@ from taylor_pruning.tasks.classification import is_classification
 WIDTHS = ("own", "uniform")
 GUARD = 0.25  # share of its filters that a published criterion leaves every layer, where the budget allows it
 
+TRADE_POINTS = 25  # of every layer and round that results.json keeps
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -27,6 +29,7 @@ class Choice:
         graph: ChannelGraph of the network before the round. plan: {layer: filter indices} in it.
         ranking: what results.json says of the scores (experiment.results.ranking_of), of the dense network alone.
         predicted_loss_change: nats; None where the criterion predicts none.
+        trade: {layer: {"filters", "cost"}}, see `trade_of`; {} where no costs behind compensation chose.
         layer_bound_held: see selection.constraints.Selection. uniform_widths: see EnhancedFilterPruner.
     """
 
@@ -36,6 +39,7 @@ class Choice:
     predicted_loss_change: float | None
     layer_bound_held: bool
     uniform_widths: bool
+    trade: dict
 
 
 class TaylorChoice:
@@ -56,6 +60,7 @@ class TaylorChoice:
         plan = pruner.get_pruning_plan(percentage, ledger)
         lap("select")
         found = pruner.predicted_loss_change, pruner.layer_bound_held, pruner.uniform_widths
+        found = *found, trade_of(pruner.graph, pruner.removal_history)
         return Choice(pruner.graph, plan, ranking, *found)
 
 
@@ -101,7 +106,31 @@ class BaselineChoice:
         lap("select")
         by_layer = {layer: scores_of(scores, info.unit_of) for layer, info in graph.layers.items()}
         return Choice(graph, plan, {"scores": plain_scores(by_layer), "criterion": name}, None, selection.bound_held,
-                      self.select is select_uniformly)  # fmt: skip
+                      self.select is select_uniformly, {})  # fmt: skip
+
+
+def trade_of(graph: ChannelGraph, history: list[tuple[int, float]]) -> dict:
+    """How the predicted cost of every layer grew as it got narrower.
+
+    Args:
+        history: [(unit, cost in nats)] in the order of removal. A unit of several layers counts in the first of them.
+
+    Returns:
+        {layer: {"filters": widths, "cost": sum of the costs so far (nats)}}, at most TRADE_POINTS of each, from the full width
+        on.
+    """
+    trade = {}
+    for unit, cost in history:
+        layer = graph.units[unit].filters[0][0]
+        found = trade.setdefault(layer, {"filters": [graph.layers[layer].filters], "cost": [0.0]})
+        found["filters"].append(found["filters"][-1] - sum(name == layer for name, _ in graph.units[unit].filters))
+        found["cost"].append(found["cost"][-1] + cost)
+    for found in trade.values():
+        last = len(found["cost"]) - 1
+        points = sorted({round(k * last / (TRADE_POINTS - 1)) for k in range(TRADE_POINTS)})
+        for name, values in found.items():
+            found[name] = [values[point] for point in points]
+    return trade
 
 
 def scores_of(scores: Tensor, unit_of: Tensor) -> Tensor:

@@ -9,7 +9,10 @@ that was not measured is None or NaN. Every file is written whole or not at all.
 import math
 from pathlib import Path
 
+import matplotlib
 import numpy as np
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
@@ -37,8 +40,8 @@ from taylor_pruning.report.tables import numbers
 def write_experiment_plots(results: dict, folder) -> list[Path]:
     """Write the plots of one experiment as PNG into `folder` and return their paths.
 
-    Always accuracy.png, filters_per_layer.png and score_distribution.png; oracle.png, gradient_flow.png and
-    flow_vs_score.png where `results` holds what they show.
+    Always accuracy.png, filters_per_layer.png and score_distribution.png; cost_against_width.png, oracle.png,
+    gradient_flow.png and flow_vs_score.png where `results` holds what they show.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -48,6 +51,8 @@ def write_experiment_plots(results: dict, folder) -> list[Path]:
         plots["oracle.png"] = _plot_oracle
     if results.get("gradient_flow"):
         plots |= {"gradient_flow.png": _plot_gradient_flow, "flow_vs_score.png": _plot_flow_and_score}
+    if any(record.get("trade") for record in results["rounds"]):
+        plots["cost_against_width.png"] = _plot_trade
     for name, plot in plots.items():
         plot(results, folder / name)
     return [folder / name for name in plots]
@@ -157,6 +162,39 @@ def _plot_filters(results, path):
         if protected.any():
             handles.append(Patch(hatch="/////", facecolor="white", edgecolor=GREY, label="protected"))
         figure.legend(handles=handles, loc="outside upper center", ncols=3)
+
+
+def _plot_trade(results, path):
+    """Predicted cost of every layer against its width, a line a layer, coloured from the first layer to the last."""
+    lines = trade_lines(results)
+    depth = {name: place for place, name in enumerate(results["layers"])}
+    with saved_figure(path, width=COLUMN_WIDTH, height=3.0) as figure:
+        axes = figure.subplots()
+        colours = matplotlib.colormaps["viridis"]
+        norm = Normalize(0, max(1, len(depth) - 1))
+        for name, (width, cost) in lines.items():
+            colour = colours(norm(depth[name]))
+            axes.plot(width, cost, color=colour, linewidth=0.9)
+            axes.plot(width[-1], cost[-1], "o", color=colour, markersize=3.5)
+        positive_log_axis(axes, "y", np.concatenate([cost[1:] for _, cost in lines.values()]))
+        axes.set_xlim(102, 0)
+        axes.set_xlabel("filters kept (%)")
+        axes.set_ylabel("predicted cost (nats)")
+        bar = figure.colorbar(ScalarMappable(norm, colours), ax=axes, label="layer", fraction=0.05, aspect=30)
+        bar.set_ticks([0, max(1, len(depth) - 1)], labels=["first", "last"])
+        figure.legend(handles=[Line2D([], [], color=GREY, marker="o", markersize=3.5, label="width that was chosen")],
+                      loc="outside upper center")  # fmt: skip
+
+
+def trade_lines(results) -> dict:
+    """{layer: (filters kept in per cent, predicted cost in nats)} over all rounds, from the dense width on."""
+    lines = {}
+    for record in results["rounds"]:
+        for name, found in (record.get("trade") or {}).items():
+            share = 100 * numbers(found["filters"]) / results["layers"][name]["filters"]
+            width, cost = lines.get(name, (share[:1], np.zeros(1)))
+            lines[name] = np.append(width, share[1:]), np.append(cost, cost[-1] + numbers(found["cost"])[1:])
+    return lines
 
 
 def _plot_scores(results, path):

@@ -3,11 +3,17 @@
 import math
 from pathlib import Path
 
-import matplotlib
 import numpy as np
-from matplotlib.patches import Patch
 
-from taylor_pruning.report.figures import COLUMN_WIDTH, DENSE, METHODS, TEXT_WIDTH, layer_axis, saved_figure
+from taylor_pruning.report.figures import (
+    COLUMN_WIDTH,
+    DENSE,
+    METHODS,
+    TEXT_WIDTH,
+    layer_axis,
+    layer_figure_width,
+    saved_figure,
+)
 from taylor_pruning.report.sweep_numbers import (
     COSTS,
     WHEN,
@@ -138,29 +144,30 @@ def _plot_size(sweep, paths):
 
 
 def _plot_layers(sweep, paths):
-    """Heat map layer x percentage of the filters kept, a panel an order (a method where no order was run)."""
+    """Filters kept layer by layer, a panel a percentage and a line an order (a method where no order was run).
+
+    All cells of a percentage removed the same share of the budget, so that the lines differ in where they took it.
+    """
     groups = cells_by_method(sweep)
     finished = [method for method in methods_of(sweep) if any(m == method for _, m in groups)]
     methods = [method for method in finished if method.startswith("order")] or finished
     layers = next(cell["layers"] for cell in finished_cells(sweep) if cell["layers"])
-    percentages = percentages_of(sweep)
-    width = TEXT_WIDTH if len(methods) > 1 else COLUMN_WIDTH
-    height = float(np.clip(0.14 * len(layers), 1.6, 6.5))
-    with saved_figure(*paths, width=width, height=height + 0.9) as figure:
-        panels = figure.subplots(1, len(methods), sharey=True, squeeze=False)[0]
-        colours = matplotlib.colormaps["viridis"].with_extremes(bad="#d9d9d9")
-        for axes, method in zip(panels, methods, strict=True):
-            kept = np.array([_kept(groups.get((percentage, method), []), layers) for percentage in percentages]).T
-            image = axes.imshow(kept, aspect="auto", vmin=0, vmax=100, cmap=colours, interpolation="nearest")
-            axes.set_xticks(range(len(percentages)), [f"{percentage:g}" for percentage in percentages])
-            axes.set_xlabel(f"{removed_label(sweep)} (%)")
-            axes.set_title(METHODS[method].label)
-            axes.grid(False)
-        layer_axis(panels[0].yaxis, list(layers), height)
-        for axes in panels[1:]:
-            axes.tick_params(labelleft=False)
-        figure.colorbar(image, ax=panels, label="filters kept (%)", fraction=0.05, aspect=30)
-        figure.legend(handles=[Patch(color="#d9d9d9", label="protected or not run")], loc="outside upper center")
+    percentages = [p for p in percentages_of(sweep) if any((p, method) in groups for method in methods)]
+    width = layer_figure_width(layers)
+    with saved_figure(*paths, width=width, height=1.5 * len(percentages) + 1.0) as figure:
+        panels = figure.subplots(len(percentages), 1, sharex=True, squeeze=False)[:, 0]
+        for axes, percentage in zip(panels, percentages, strict=True):
+            for method in methods:
+                if cells := groups.get((percentage, method)):
+                    style, kept = METHODS[method], _kept(cells, layers)
+                    axes.plot(kept, color=style.colour, marker=style.marker, linestyle=style.line, linewidth=0.9,
+                              markersize=2.5, label=style.label)  # fmt: skip
+            axes.set_ylim(0, 105)
+            axes.set_xlim(-0.7, len(layers) - 0.3)
+            axes.set_title(f"{percentage:g} % of the {removed_label(sweep)}")
+            axes.set_ylabel("kept (%)")
+        layer_axis(panels[-1].xaxis, list(layers), width - 0.6)
+        _shared_legend(figure, panels)
 
 
 def _kept(cells, layers):

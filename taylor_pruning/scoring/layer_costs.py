@@ -189,7 +189,9 @@ class ReaderCosts:
 
 
 class RemovalCosts:
-    """[units] `marginal`: cost (nats) of removing each unit next, updated by every removal; `total` so far.
+    """[units] `marginal`: cost (nats) of removing each unit next, updated by every removal.
+
+    `total` is the cost of all removals so far, `history` [(unit, its cost)].
 
     Args:
         readers: ReaderCosts of all layers.
@@ -216,11 +218,13 @@ class RemovalCosts:
             self.constant = np.where(read, 0.0, levels)
         self._marginal = self.raw * self.scale + self.constant
         self.marginal = torch.from_numpy(self._marginal)  # the same memory
-        self.total = 0.0
+        self.total, self.history = 0.0, []
 
     def remove(self, unit):
-        """Removes the unit and adds its cost to `total`; only the costs in the layers that read it change."""
-        self.total += float(self._marginal[unit])
+        """Removes the unit and adds its cost to `total` and `history`; only costs in the layers that read it change."""
+        cost = float(self._marginal[unit])
+        self.history.append((unit, cost))
+        self.total += cost
         for index in self.of_unit.get(unit, ()):
             self.readers[index].remove(unit)
             now = self.readers[index].costs()

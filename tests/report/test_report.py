@@ -70,7 +70,10 @@ def make_results(widths=None, rounds=5, epochs=10, seed=0):
     return {
         "arguments": {"model": "vgg16", "taylor_order": 3}, "environment": {}, "model": {"name": "vgg16"},
         "stages": [stage(*made, 1.0 if made[0] == "dense" else 0.52) for made in zip(STAGES, final, strict=True)],
-        "rounds": [{"round": i + 1, "filters_removed": 400, "loss": "divergence", "predicted_loss_change": 0.1,
+        "rounds": [{"trade": {name: {"filters": np.linspace(width * (1 - 0.12 * i), width * (0.88 - 0.12 * i), 25).tolist(),
+                                     "cost": (0.003 * (i + 1) * (place % 4 + 1) * np.linspace(0, 1, 25) ** 2).tolist()}
+                              for place, (name, width) in enumerate(list(widths.items())[:-1])},
+                    "round": i + 1, "filters_removed": 400, "loss": "divergence", "predicted_loss_change": 0.1,
                     "measured_loss_change": 0.2, "label_loss_change": 0.3,
                     "after_selection": {"top1": 92 - 3 * i - 2 * i**0.5, "loss": 0.3 + 0.2 * i},
                     "after_compensation": {"top1": 93 - 1.5 * i, "loss": 0.3 + 0.07 * i}} for i in range(rounds)],
@@ -212,11 +215,21 @@ def test_json_that_cannot_be_written_leaves_the_old_file(tmp_path):
 
 def test_experiment_plots_are_whole(tmp_path):
     paths = ExperimentPlots.write_experiment_plots(make_results(), tmp_path / "new" / "run")
-    names = ("accuracy", "filters_per_layer", "score_distribution", "oracle", "gradient_flow", "flow_vs_score")
+    names = ("accuracy", "filters_per_layer", "score_distribution", "cost_against_width", "oracle", "gradient_flow",
+             "flow_vs_score")  # fmt: skip
     assert {path.name for path in paths} == {f"{name}.png" for name in names}
     assert set(paths) == set((tmp_path / "new" / "run").iterdir())
     for path in paths:
         assert_png(path)
+
+
+def test_the_trade_goes_on_from_round_to_round():
+    """Widths in per cent of the dense ones, costs summed over the rounds; a round that spared the layer changes nothing."""
+    rounds = [{"trade": {"a": {"filters": [8, 7, 6], "cost": [0.0, 0.1, 0.3]}}}, {"trade": {}},
+              {"trade": {"a": {"filters": [6, 4], "cost": [0.0, 0.5]}}}, {"trade": None}]  # fmt: skip
+    width, cost = ExperimentPlots.trade_lines({"rounds": rounds, "layers": {"a": {"filters": 8}}})["a"]
+    np.testing.assert_allclose(width, [100, 87.5, 75, 50])
+    np.testing.assert_allclose(cost, [0, 0.1, 0.3, 0.8])
 
 
 def test_experiment_plots_of_a_bare_run(tmp_path):
