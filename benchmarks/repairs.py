@@ -38,7 +38,8 @@ sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
 from fine_tuning_recipes import Steps
 from measuring import started
-from orders import SUBJECTS, Cell, dense_network, drawn, images_of, loader, prepare
+from orders import drawn
+from orders_data import dense_network, images_of, loader, prepare
 
 import EnhancedPruning as EnhancedPruning_module
 from EnhancedPruning import EnhancedPruning, PruningSettings
@@ -86,7 +87,7 @@ class Work:
     def __init__(self, network, left, seed, arguments):
         self.arguments, self.seed, self.left, self.device = arguments, seed, left, torch.device(arguments.device)
         self.dense = dense_network(network, arguments.models or arguments.data, arguments.scratch, arguments.device)
-        self.draw = drawn(SUBJECTS[network], Cell(network, "order 2", SCORING, seed), arguments)
+        self.draw = drawn(network, SCORING, arguments.compensation_images, seed, arguments)
         monitor = self.draw.compensation[:1]
         self.pruning = EnhancedPruning(
             self.dense, monitor, monitor, calibration=self.draw.scoring, compensation=self.draw.compensation,
@@ -250,7 +251,7 @@ def run(arguments):
     done = {tuple(row[key] for key in keys) for row in results["rows"]}
     for name in arguments.networks:
         dense = dense_network(name, arguments.models or arguments.data, arguments.scratch, arguments.device)
-        tests = drawn(SUBJECTS[name], Cell(name, "order 2", SCORING, 0), arguments).tests["top1"]
+        tests = drawn(name, SCORING, arguments.compensation_images, 0, arguments).tests["top1"]
         results["dense"][name] = evaluate(dense, tests, progress=False).top1
         print(f"{name}, dense: {results['dense'][name]:.2f}", flush=True)
     first = arguments.train_images[0]
