@@ -50,7 +50,7 @@ from taylor_pruning.scoring.oracle import judge_estimates
 from taylor_pruning.selection.greedy import check_reachable
 from taylor_pruning.selection.latency import latency_report, with_times
 from taylor_pruning.surgery.wrappers import unwrapped
-from taylor_pruning.tasks.classification import task_of
+from taylor_pruning.tasks.classification import is_classification, task_of
 from taylor_pruning.tasks.task import Task, example_of
 from taylor_pruning.training.fine_tuning import Recipe, check_recipe, fine_tune, reestimate_batchnorm
 from taylor_pruning.training.measuring import Measuring
@@ -123,7 +123,7 @@ class EnhancedPruning:
                                    progress=progress, task=self.task)  # fmt: skip
         self.rankings = Rankings(self.graph, self.calibration, self.compensation, self.settings, progress, self.task)
         self._dense_stage = dense_stage
-        self.teacher = self.model if self.recipe.distillation_weight else None
+        self.teacher = self.model if is_classification(self.task) and self.recipe.distillation_weight != 0 else None
 
     def run_full_pruning(
         self,

@@ -273,6 +273,15 @@ def test_dropout_in_fine_tuning_follows_the_seed(plain_network, images, labels):
     assert losses[0] == losses[1] != losses[2]
 
 
+def test_a_classifier_is_fine_tuned_towards_the_dense_network_unless_told_otherwise(plain_network, batches):
+    def first_loss(weight):
+        recipe, settings = Recipe(epochs=1, lr=1e-6, distillation_weight=weight), PruningSettings(rounds=1)
+        pruning = EnhancedPruning(plain_network, batches, batches, settings=settings, recipe=recipe, progress=False)
+        return pruning.run_full_pruning(40, 2).fine_tuning[0]["train_loss"]
+
+    assert first_loss(None) == first_loss(0.5) != first_loss(0.0)
+
+
 class CountedLoader:
     """Counts the passes over a list of batches that reach the end."""
 

@@ -27,13 +27,19 @@ class GraphedPass:
     waited for the device, changed a plain attribute of a module, drew random numbers on the host (all of which a replay
     would not do again), or needs more than a quarter of the free memory; and never where a module has hooks, which
     may do anything. `refusal` says which of these it was, and all passes are eager from then on.
+
+    Args:
+        teacher: another network that `run` calls, without gradients.
     """
 
-    def __init__(self, model: nn.Module, run: Callable[[Tensor, Tensor, str], Tensor]):
+    def __init__(
+        self, model: nn.Module, run: Callable[[Tensor, Tensor, str], Tensor], teacher: nn.Module | None = None
+    ):
         self.model, self.run = model, run
+        self.networks = [network for network in (model, teacher) if network is not None]
         self.device = next(model.parameters()).device
         self.stream = torch.cuda.Stream(self.device)
-        self.refusal = "a module has hooks" if _has_hooks(model) else None
+        self.refusal = "a module has hooks" if any(map(_has_hooks, self.networks)) else None
         self._passes: Counter = Counter()
         self._graphs: dict[tuple, _Graph] = {}
 
@@ -53,7 +59,7 @@ class GraphedPass:
 
     def _watched(self, images: Tensor, labels: Tensor, where: str) -> Tensor:
         """An eager pass on the stream of the recording, as that needs; sets `refusal` if it could not be replayed."""
-        current, before = torch.cuda.current_stream(self.device), _host_state(self.model)
+        current, before = torch.cuda.current_stream(self.device), [*map(_host_state, self.networks)]
         allocated = torch.cuda.memory_allocated(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
         self.stream.wait_stream(current)
@@ -64,7 +70,7 @@ class GraphedPass:
         unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         if found:
             self.refusal = "it waits for the device"
-        elif _host_state(self.model) != before:
+        elif [*map(_host_state, self.networks)] != before:
             self.refusal = "it changes attributes of modules or draws random numbers on the host"
         elif needed > MEMORY_SHARE * (torch.cuda.mem_get_info(self.device)[0] + unused):
             self.refusal = "its graph would need too much memory"

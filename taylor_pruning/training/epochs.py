@@ -80,7 +80,7 @@ class Training:
     ):
         self.model, self.checkpoint, self.task = model, checkpoint, task_of(task)
         self.device = next(model.parameters()).device
-        self.recipe = recipe = recipe.resolved(self.device)
+        self.recipe = recipe = recipe.resolved(self.device, teacher is not None)
         self.identity = {**asdict(recipe), "batches per epoch": batches, "processes": world_size()}
         self.steps_per_epoch = math.ceil(batches / recipe.accumulate)
         total, warmup = (self.steps_per_epoch * epochs for epochs in (recipe.epochs, recipe.warmup_epochs))

@@ -77,9 +77,9 @@ class OptimiserSteps:
         self.average = WeightAverage(model, recipe.ema_decay) if recipe.ema_decay else None
         self.network, self._gradient_sync_off = self._training_network()
         graphs = recipe.cuda_graphs and recipe.accumulate == 1 and world_size() == 1
-        graphs &= self.device.type == "cuda" and not recipe.compile and not recipe.distillation_weight
+        graphs &= self.device.type == "cuda" and not recipe.compile
         self.classifies = is_classification(self.task)
-        self._single_pass = GraphedPass(model, self._of_pair) if graphs and self.classifies else None
+        self._single_pass = GraphedPass(model, self._of_pair, teacher) if graphs and self.classifies else None
         self.number, self.classes = 0, 0
 
     def _training_network(self):

@@ -67,9 +67,9 @@ def test_hooks_are_seen(register):
     assert cuda_graphs._has_hooks(model)
 
 
-def steps_of(model, **changes):
-    recipe = Recipe(**{"lr": 0.05, "amp": None, **changes}).resolved(CUDA)
-    return OptimiserSteps(model.to(CUDA).train(), recipe, None, total=40)
+def steps_of(model, teacher=None, **changes):
+    recipe = Recipe(**{"lr": 0.05, "amp": None, **changes}).resolved(CUDA, teacher is not None)
+    return OptimiserSteps(model.to(CUDA).train(), recipe, teacher, total=40)
 
 
 def batches(sizes):
@@ -78,10 +78,13 @@ def batches(sizes):
 
 
 @gpu
-@pytest.mark.parametrize("changes", [{}, {"amp": "bf16"}, {"amp": "fp16", "clip_norm": 1.0}, {"ema_decay": 0.5}])
+@pytest.mark.parametrize("changes", [{}, {"amp": "bf16"}, {"amp": "fp16", "clip_norm": 1.0}, {"ema_decay": 0.5},
+                                     {"teacher": toy_model(seed=3)}])  # fmt: skip
 def test_replayed_steps_equal_eager_ones(changes):
     model = toy_model()
     model[5] = nn.Identity()  # dropout draws other numbers in a graph
+    if "teacher" in changes:
+        changes = {"teacher": changes["teacher"].to(CUDA).eval()}
     eager, replayed = steps_of(copy.deepcopy(model), cuda_graphs=False, **changes), steps_of(model, **changes)
     tolerance = {"rtol": 2e-2, "atol": 1e-3} if "amp" in changes else {"rtol": 1e-3, "atol": 1e-5}
     sizes = [16, 15] * 6 + [7]  # two shapes, each replayed thrice, and a ragged last batch

@@ -25,7 +25,8 @@ def test_what_is_automatic_is_off_on_a_cpu_and_what_is_given_stays():
     cpu = torch.device("cpu")
     recipe = Recipe().resolved(cpu)
     assert (recipe.amp, recipe.channels_last) == (None, False)
-    recipe = Recipe(amp="bf16", channels_last=True)
+    assert (recipe.distillation_weight, Recipe().resolved(cpu, teacher=True).distillation_weight) == (0.0, 0.5)
+    recipe = Recipe(amp="bf16", channels_last=True, distillation_weight=0.2)
     assert recipe.resolved(cpu) == recipe
 
 
