@@ -1,4 +1,4 @@
-"""What repairs, squeezing and distillation are worth at equal numbers of training steps, on CIFAR ResNets.
+"""What repairs and distillation are worth at equal numbers of training steps, on CIFAR ResNets.
 
     python benchmarks/repairs.py --data DIR --device cuda --workers 6 --minutes 4.5 --output repairs.json
     python benchmarks/repairs.py --output repairs.json --minutes 0            # the tables of what there is
@@ -7,17 +7,13 @@ DIR holds cifar10-jpeg.tar.xz, resnet32.th and resnet44.th. A cell (network, sha
 by order 2 in five rounds with compensation (300 images score, 1,000 compensate). A method is how the network that is
 trained came about, and how it is trained:
 
-    layer       compensated, as `--repair layer`              squeeze            the same filters, squeezed and cut
-    network     repaired across layers, `--repair network`    squeeze re-scored  squeezed and scored again in every round
+    layer       compensated, as `--repair layer`
+    network     repaired across layers, `--repair network`
     network@R   the same at the relative rate R
 
-    (nothing)   cross-entropy                                 + logits W         distillation of the logits, weight W
-                                                              + features W       and of the channels that remain at the
-                                                                                 ends of the stages
-
-Every method makes the same number of optimiser steps of 64 images, of which squeezing takes `--squeeze-share`. The rate
-falls along half a cosine; it is constant while squeezing. Printed: top-1 on test images, mean and standard deviation over
-the seeds, and seconds.
+and, behind a plus, `logits W`: distillation of the logits with weight W. Every method makes the same number of optimiser
+steps of 64 images. The rate falls along half a cosine. Printed: top-1 on test images, mean and standard deviation over the
+seeds, and seconds.
 """
 
 import argparse
@@ -41,11 +37,8 @@ from measuring import started
 from orders import drawn
 from orders_data import dense_network, images_of, loader, prepare
 
-import EnhancedPruning as EnhancedPruning_module
 from EnhancedPruning import EnhancedPruning, PruningSettings
 from taylor_pruning.experiment.results import all_filters, remaining
-from taylor_pruning.experiment.rounds import Rounds
-from taylor_pruning.experiment.squeezing import squeeze_and_cut
 from taylor_pruning.repair import network as network_repair
 from taylor_pruning.repair.compensation import compensate
 from taylor_pruning.report.json_files import write_json
@@ -53,8 +46,7 @@ from taylor_pruning.training.evaluation import evaluate
 from taylor_pruning.training.fine_tuning import Recipe
 from taylor_pruning.training.steps import OptimiserSteps, distillation_loss
 
-METHODS = ("layer", "network", "squeeze", "squeeze re-scored", "layer + logits 0.5", "layer + features 1",
-           "network + logits 0.5", "squeeze + logits 0.5")  # fmt: skip
+METHODS = ("layer", "network", "layer + logits 0.5", "network + logits 0.5")
 SCORING = 300
 
 
@@ -71,7 +63,6 @@ def parse_arguments():
     parser.add_argument("--train-images", type=int, nargs="+", default=[2000, 8000])
     parser.add_argument("--compensation-images", type=int, default=1000)
     parser.add_argument("--repair-steps", type=int, default=network_repair.STEPS)
-    parser.add_argument("--squeeze-share", type=float, default=0.5)
     parser.add_argument("--lr", type=float, default=0.02)
     parser.add_argument("--test-images", type=int, default=10000)
     parser.add_argument("--device", default="cpu")
@@ -120,55 +111,18 @@ class Work:
         images = images_of(self.arguments.scratch, "cifar_train")
         return loader(images, index, 64, self.arguments.device, shuffle=True, seed=self.seed, flip=True, padding=4)
 
-    def squeezed(self, rescored, steps, train, recipe, teacher):
-        start = time.perf_counter()
-        settings = {"loss_before": 1.0, "teacher": teacher, "seed": self.seed, "progress": False}
-        if not rescored:
-            graph, plan = self.pruning.graph, self.layer[1]
-            model = squeeze_and_cut(graph, plan, self.pruning.example, train, recipe, steps, **settings)
-        else:
-            model, plan = self._squeezed_in_rounds(steps, train, recipe, settings)
-        return model, plan, time.perf_counter() - start
-
-    def _squeezed_in_rounds(self, steps, train, recipe, settings):
-        pruning, example = self.pruning, self.pruning.example
-
-        class Squeezing(Rounds):
-            def _compensated(self, state, smaller, plan, kept):
-                graph, count = self.rankings.graph_of(state.model), steps // self.settings.rounds
-                settings["round_index"] = len(state.rounds)
-                smaller = squeeze_and_cut(graph, plan, example, train, recipe, count, **settings)
-                return smaller, {"layers": [], "left_alone": {}}
-
-        EnhancedPruning_module.Rounds = Squeezing
-        try:
-            result = pruning.prune(100 - self.left, 2)
-        finally:
-            EnhancedPruning_module.Rounds = Rounds
-        return result.model, result.plan
-
     def row(self, method, count, steps):
         """What one method reaches in a number of steps; None where it has no such state."""
         way, _, taught = method.partition(" + ")
-        kind, _, weight = taught.rpartition(" ")
-        recipe = dataclasses.replace(self.recipe, distillation_weight=0.5 if kind == "features" else float(weight or 0))
-        teacher, train = self.dense if kind else None, Steps(self.train_loader(count), steps)
-        if way.startswith("squeeze"):
-            fading = round(self.arguments.squeeze_share * steps)
-            if not fading:
-                return None
-            passes = self.train_loader(count)
-            found = self.squeezed(way.endswith("re-scored"), fading, passes, recipe, teacher)
-            steps -= fading
-        elif way == "layer":
-            found = self.layer
-        else:
-            found = self.repaired(float(way.partition("@")[2] or network_repair.RATE))
-        model, plan, seconds = copy.deepcopy(found[0]), *found[1:]
+        weight = taught.removeprefix("logits ")
+        recipe = dataclasses.replace(self.recipe, distillation_weight=float(weight or 0))
+        teacher = self.dense if taught else None
+        rate = float(way.partition("@")[2] or network_repair.RATE)
+        found = self.layer if way == "layer" else self.repaired(rate)
+        model, seconds = copy.deepcopy(found[0]), found[2]
         start = time.perf_counter()
         if steps:
-            train.steps = steps
-            self.train(model, plan, train, recipe, teacher, float(weight) if kind == "features" else 0.0)
+            self.train(model, Steps(self.train_loader(count), steps), recipe, teacher)
         seconds += time.perf_counter() - start
         return {"top1": evaluate(model, self.draw.tests["top1"], progress=False).top1, "seconds": seconds}
 
@@ -177,54 +131,14 @@ class Work:
             self.networks[rate] = self.network(rate)
         return self.networks[rate]
 
-    def train(self, model, plan, train, recipe, teacher, features):
+    def train(self, model, train, recipe, teacher):
         torch.manual_seed(self.seed)
-        recipe = recipe.resolved(self.device)
-        if features:
-            steps = FeatureSteps(model, recipe, teacher, len(train), self.remaining(plan), features)
-        else:
-            steps = OptimiserSteps(model, recipe, teacher, total=len(train))
+        steps = OptimiserSteps(model, recipe.resolved(self.device), teacher, total=len(train))
         model.train()
         for batch in train:
             steps.step([batch], ["training"])
         steps.release()
         model.eval()
-
-    def remaining(self, plan):
-        """{end of a stage: channels of the dense network that remain there}"""
-        ends = {f"layer{i}": f"layer{i}.{len(getattr(self.dense, f'layer{i}')) - 1}.conv2" for i in (1, 2, 3)}
-        filters = all_filters(self.pruning.graph)
-        return {stage: sorted(set(filters[conv]) - set(plan.get(conv, ()))) for stage, conv in ends.items()}
-
-
-class FeatureSteps(OptimiserSteps):
-    """Adds `weight` times the squared distance of the remaining channels at the stages' ends, relative to their variance."""
-
-    def __init__(self, model, recipe, teacher, total, remaining, weight):
-        super().__init__(model, dataclasses.replace(recipe, cuda_graphs=False), teacher, total=total)
-        self.remaining, self.weight, self.seen = remaining, weight, ({}, {})
-        self.hooks = [
-            network.get_submodule(stage).register_forward_hook(functools.partial(self._see, seen, stage))
-            for network, seen in zip((model, teacher), self.seen, strict=True)
-            for stage in remaining
-        ]
-
-    @staticmethod
-    def _see(seen, stage, module, inputs, output):
-        seen[stage] = output
-
-    def _loss(self, images, labels, where):
-        loss = super()._loss(images, labels, where)
-        for stage, channels in self.remaining.items():
-            wanted = self.seen[1][stage][:, channels].float()
-            off = (self.seen[0][stage].float() - wanted).square().mean() / wanted.var((0, 2, 3)).mean()
-            loss = loss + self.weight * off
-        return loss
-
-    def release(self):
-        for hook in self.hooks:
-            hook.remove()
-        super().release()
 
 
 def run_cell(network, left, seed, todo, arguments, end):
