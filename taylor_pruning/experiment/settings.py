@@ -169,7 +169,7 @@ class PruningSettings(Constraints):
     )
     memory_limit: str | None = option(
         None,
-        "memory that scoring, compensation and evaluation may take, as 4GB",
+        "memory that scoring and compensation may take, as 4GB",
         "Where other programs need memory too. Results do not depend on it.",
         metavar="BYTES",
         default_text="most of what is free",
