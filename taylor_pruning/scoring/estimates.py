@@ -106,6 +106,11 @@ class InputMoments:
         return torch.cholesky_inverse(torch.linalg.cholesky_ex(covariance)[0]), mean + self.shift.to(mean)
 
 
+def in_single(values):
+    """Values in single precision at least, in which sums and factorisations keep their digits."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 def fold_of(images):
     """[B] fold of every image: a function of its pixels alone, so that an image has one fold in every pass and batch.
 
@@ -153,7 +158,7 @@ def input_moments(model, graph, batches, portions=None, task=None):
 
     def record(reader):
         def read(args):
-            rows = reader.to_rows(args[0])
+            rows = in_single(reader.to_rows(args[0]))
             wanted = ROWS_PER_CHANNEL * rows.shape[2]
             several = len(rows) // len(numbers)  # rows an image, where a forward puts parts of it into the batch
             rows = drawn_positions(rows, numbers.repeat_interleave(several), images_in_all, wanted)

@@ -29,6 +29,7 @@ import torch
 
 from taylor_pruning.distributed import gather_objects
 from taylor_pruning.positions import drawn_positions
+from taylor_pruning.scoring.estimates import in_single
 
 BLOCK = 32  # removed channels that a reader gathers before its matrices are updated
 TINY = np.finfo(np.float64).tiny
@@ -82,7 +83,7 @@ class FisherPart:
                 positions = rows.shape[2]
                 numbers = self.first + torch.arange(len(rows), device=rows.device)
                 rows = drawn_positions(rows[:, None], numbers, self.whole.images, rows.shape[1])[:, 0]
-                share, rows = positions / rows.shape[2], rows.movedim(1, 0).flatten(1)
+                share, rows = positions / rows.shape[2], in_single(rows.movedim(1, 0).flatten(1))
                 self.grams[reader.layer] = self.grams.get(reader.layer, 0) + share * (rows @ rows.mT)
 
         def watch(output):
