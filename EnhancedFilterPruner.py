@@ -19,6 +19,7 @@ are in scoring.taylor, the choice under a budget in selection.greedy.
 
 import copy
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable
 
@@ -30,23 +31,24 @@ from taylor_pruning.errors import InputError, one_of
 from taylor_pruning.experiment.pruned_graph import graph_for
 from taylor_pruning.experiment.settings import TAYLOR_ORDERS, PruningSettings
 from taylor_pruning.first_batch import device_of
-from taylor_pruning.memory import Portions, merged
+from taylor_pruning.memory import Portions
 from taylor_pruning.modes import frozen
 from taylor_pruning.scoring.behind_repair import collect_behind_repair
 from taylor_pruning.scoring.collected import Collected
-from taylor_pruning.scoring.collecting import CLASS_PROBES, Wanted, collect_directions
+from taylor_pruning.scoring.collecting import CLASS_PROBES, Wanted, collect_directions, read_batches
 from taylor_pruning.scoring.curvature import check_scoring, choose_curvature, curvature_report
 from taylor_pruning.scoring.flow import relative_flow, weigh
 from taylor_pruning.scoring.gradient_check import check_gradients
 from taylor_pruning.scoring.layer_costs import removal_costs
 from taylor_pruning.scoring.probes import cross_entropy, probe_derivatives
 from taylor_pruning.scoring.taylor import Directions
+from taylor_pruning.scoring.trials import trial_divergences
 from taylor_pruning.selection.constraints import Ledger, Selection, require_units
-from taylor_pruning.selection.greedy import select_behind_repair, select_by_score, select_jointly, select_uniformly
+from taylor_pruning.selection.corrected import ratios_of, select_corrected
+from taylor_pruning.selection.greedy import select_by_score, select_jointly, select_uniformly
 from taylor_pruning.selection.latency import with_times
 from taylor_pruning.surgery.graph import ChannelGraph
 from taylor_pruning.surgery.parts import PartsGraph
-from taylor_pruning.tasks.batches import split
 from taylor_pruning.tasks.classification import OtherLoss, is_classification, task_of
 from taylor_pruning.tasks.task import Task
 
@@ -74,6 +76,7 @@ class EnhancedFilterPruner:
         curvature_path, curvature_reason: "exact" or "hvp", and why; see `curvature_report`.
         predicted_loss_change: of the last plan in nats, see `get_pruning_plan`.
         removal_history: [(unit, cost in nats)] of the last plan, in order; [] unless it was chosen behind compensation.
+        measured_over_predicted: {layer: ratio} of the trials that corrected it (selection.corrected); {} without any.
         uniform_widths: True where the last plan has them (scoring.collected.Collected.says_little).
         layer_bound_held: False where the last plan could not reach the percentage within the layer bound.
 
@@ -106,13 +109,12 @@ class EnhancedFilterPruner:
         self.settings = settings = with_times(settings, self.graph, example_input)
         self.curvature_path, self.curvature_reason = choose_curvature(self.graph, settings.curvature, self.task)
         self.collected = self.predicted_loss_change = self.layer_bound_held = self.uniform_widths = None
-        self.behind_repair = None
+        self.behind_repair = self.measure = None
 
     # -- collecting --------------------------------------------------------------------------------------------------
 
-    def rank(
-        self, batches: Iterable, compensation: Iterable | None = None, reference: nn.Module | None = None
-    ) -> "EnhancedFilterPruner":
+    def rank(self, batches: Iterable, compensation: Iterable | None = None, reference: nn.Module | None = None,
+             held_out: Iterable | None = None) -> "EnhancedFilterPruner":  # fmt: skip
         """One pass over the calibration images collects what the scores need.
 
         Args:
@@ -122,6 +124,8 @@ class EnhancedFilterPruner:
                 orders 2 and 3 are of the divergence from the network's own predictions, which compensation keeps small.
             reference: with `compensation`, the network whose predictions the predicted loss change compares with; default:
                 `model` itself. A later round compares with the network before all rounds.
+            held_out: such batches of other images: on them a joint selection behind compensation is tried and corrected
+                (selection.corrected), where the settings want it.
 
         Returns:
             self.
@@ -130,13 +134,14 @@ class EnhancedFilterPruner:
             InputError: no images, NaN images or logits, labels outside the logits' range; something that the task does not
                 define, or that needs class logits.
         """
-        batches, compensation, settings = self._read(batches), self._read(compensation or ()), self.settings
+        read = functools.partial(read_batches, self.task, device_of(self.model))
+        batches, compensation, settings = read(batches), read(compensation or ()), self.settings
         if not batches:
             raise InputError("there are no calibration images; pass at least one batch")
         check_scoring(self.task, settings, bool(compensation), self.use_gradient_flow)
         with frozen(self.model):
             check_gradients(self.graph, batches[0], self.task)
-        self.behind_repair = directions = probed = None
+        self.behind_repair = self.measure = directions = probed = None
         by_probes, orders = self.curvature_path == "hvp" and not compensation, TAYLOR_ORDERS
         shared, limit = {"seed": settings.seed, "progress": self.progress}, settings.memory_bytes
         if compensation:
@@ -146,6 +151,9 @@ class EnhancedFilterPruner:
                 joint=joint, reference=None if joint else reference or self.model, flow=self.use_gradient_flow,
                 memory_limit=limit, task=self.task, third_probes=settings.hessian_probes, **shared)  # fmt: skip
             directions, orders, probed = found.directions, found.orders, found.probed
+            if settings.correct_levels and (held_out := read(held_out or ())):
+                self.measure = functools.partial(trial_divergences, self.model, self.graph, found.moments, held_out,
+                                                 self.task, memory_limit=limit, progress=self.progress)  # fmt: skip
         elif self.has_logits:
             probes = max(2, settings.class_probes or CLASS_PROBES)
             wanted = Wanted(probes, flow=self.use_gradient_flow, seed=settings.seed)
@@ -160,13 +168,6 @@ class EnhancedFilterPruner:
             )
         self.collected = Collected(directions, probed, bool(compensation), by_probes, orders)
         return self
-
-    def _read(self, batches):
-        device, task = device_of(self.model), self.task
-        batches = [task.read(batch, f"calibration batch {number}", device) for number, batch in enumerate(batches)]
-        if not task.samples_apart:
-            return [one for batch in batches for one in split(batch, 1)]
-        return merged(batches, device) if self.has_logits else batches
 
     def provides(self, taylor_order: int, use_gradient_flow: bool = False) -> bool:
         """Whether `rank` has collected what `with_order` needs for that order."""
@@ -255,7 +256,8 @@ class EnhancedFilterPruner:
 
         A joint selection goes by the signed loss change given the units chosen already; others, and order 1, go by
         `criterion`. After `rank` with compensation a joint selection, of any order, goes by the closed form of
-        scoring.layer_costs, which starts from `levels`. `predicted_loss_change` (nats) is what is predicted for the whole
+        scoring.layer_costs, which starts from `levels`, and where `rank` had held-out images once more after a trial of
+        every group of layers (selection.corrected). `predicted_loss_change` (nats) is what is predicted for the whole
         plan: of the cross-entropy with the labels (None for order 1) or, after `rank` with compensation, of the divergence
         from the reference.
 
@@ -279,15 +281,17 @@ class EnhancedFilterPruner:
         behind_repair, joint = joint and collected.behind_repair, joint and self.has_logits
         if behind_repair and self.settings.layer_bound is None:
             constraints = dataclasses.replace(constraints, layer_bound=math.inf)  # these costs compare between layers
-        selection = Selection(self.graph, percentage, constraints, ledger)
-        self.removal_history = []
+        selection_of = functools.partial(Selection, self.graph, percentage, constraints, ledger)
+        selection, self.removal_history, self.measured_over_predicted = selection_of(), [], {}
         self.uniform_widths = behind_repair and collected.says_little()
         if self.uniform_widths:
             chosen, self.predicted_loss_change = select_uniformly(selection, self.levels()), None
         elif behind_repair:
-            costs = self._removal_costs()
-            chosen = select_behind_repair(selection, costs)
-            self.predicted_loss_change, self.removal_history = costs.total, costs.history
+            sums = self.behind_repair
+            costs_of = functools.partial(removal_costs, self.model, sums.moments, sums.fisher, len(self.graph.units))
+            found = select_corrected(selection_of, costs_of, self.levels(), self.measure, self.flow_weights())
+            selection, costs, self.measured_over_predicted = found.selection, found.costs, ratios_of(found.trials)
+            chosen, self.predicted_loss_change, self.removal_history = selection.chosen, costs.total, costs.history
         else:
             if joint and order > 1:
                 directions, correction = collected.of_order(order), collected.correction(order)
@@ -297,12 +301,6 @@ class EnhancedFilterPruner:
             self.predicted_loss_change = collected.predicted_loss_change(chosen, order)
         self.layer_bound_held = selection.bound_held
         return chosen
-
-    def _removal_costs(self):
-        levels, weights = self.levels(), self.flow_weights()
-        levels = levels if weights is None else weigh(levels, weights)
-        sums = self.behind_repair
-        return removal_costs(self.model, sums.moments, sums.fisher, len(self.graph.units), levels)
 
     def levels(self, order: int | None = None) -> Tensor:
         """[units] what removing each unit alone costs behind compensation, see scoring.collected.Collected.levels."""
@@ -314,13 +312,13 @@ class Rankings:
 
     Args:
         graph: ChannelGraph of the dense network.
-        calibration, compensation: lists of batches of `task`, see `EnhancedFilterPruner.rank`.
+        calibration, compensation, held_out: lists of batches of `task`, see `EnhancedFilterPruner.rank`.
     """
 
     def __init__(self, graph: ChannelGraph | PartsGraph, calibration: list, compensation: list, settings: PruningSettings,
-                 progress: bool, task: Task | None = None):  # fmt: skip
+                 progress: bool, task: Task | None = None, held_out: list | None = None):  # fmt: skip
         self.graph, self.settings, self.progress, self.task = graph, settings, progress, task_of(task)
-        self.calibration, self.compensation, self._dense = calibration, compensation, {}
+        self.calibration, self.compensation, self.held_out, self._dense = calibration, compensation, held_out, {}
 
     def of(
         self, model: nn.Module, order: int, use_gradient_flow: bool = False, repairs: bool = False
@@ -337,7 +335,7 @@ class Rankings:
     def _ranked(self, model, order, use_gradient_flow, repairs):
         pruner = EnhancedFilterPruner(model, None, order, use_gradient_flow, settings=self.settings, task=self.task,
                                       graph=self.graph_of(model), progress=self.progress)  # fmt: skip
-        return pruner.rank(self.calibration, self.compensation if repairs else None, self.graph.model)
+        return pruner.rank(self.calibration, self.compensation if repairs else None, self.graph.model, self.held_out)
 
     def graph_of(self, model: nn.Module) -> ChannelGraph | PartsGraph:
         """The ChannelGraph of the dense network or of one cut from it, with the settings' excluded layers."""

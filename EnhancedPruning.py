@@ -69,8 +69,8 @@ class EnhancedPruning:
         task: what the network is for, as taylor_pruning.tasks.dense.Segmentation(); default: classification.
         calibration: list of such batches for scoring; default: `calibration_samples` images from `train_loader`.
         compensation: list of such batches for compensation; default: `calibration`.
-        held_out: list of such batches on which a round is judged; default: where `calibration` comes from `train_loader` the
-            images after it, else `calibration` itself.
+        held_out: list of such batches on which a round's choice is tried and the round is judged; default: where
+            `calibration` comes from `train_loader` the images after it, else no choice is tried, and `calibration` judges.
         dense_stage: the dense network's stage where it is known already.
         settings, recipe: PruningSettings, training.fine_tuning.Recipe.
         progress: show progress bars.
@@ -121,7 +121,8 @@ class EnhancedPruning:
         amp = self.recipe.resolved(device).amp if self.recipe.amp_validation else None
         self.measuring = Measuring(self.model, self.val_loader, self.calibration, held_out=held_out, amp=amp,
                                    progress=progress, task=self.task)  # fmt: skip
-        self.rankings = Rankings(self.graph, self.calibration, self.compensation, self.settings, progress, self.task)
+        self.rankings = Rankings(self.graph, self.calibration, self.compensation, self.settings, progress, self.task,
+                                 held_out)  # fmt: skip
         self._dense_stage = dense_stage
         self.teacher = self.model if is_classification(self.task) and self.recipe.distillation_weight != 0 else None
 
@@ -182,6 +183,7 @@ class EnhancedPruning:
         state, store = RoundsState(self.model, all_filters(self.graph)), None
         if checkpoint:
             images = {"calibration": self.calibration, "compensation": self.compensation}
+            images |= {"held-out": self.rankings.held_out} if self.rankings.held_out else {}
             decides = {**self.settings.as_dict(), "pruning_percentage": pruning_percentage, **method}
             if self.settings.fine_tune_between:
                 decides["recipe"] = repr(self.recipe)

@@ -7,8 +7,8 @@
 DIR holds cifar10-jpeg.tar.xz, imagenette.tar, imagenet-one-a-class.tar, resnet32.th, resnet44.th and
 mobilenet_v2_imagenet.pth. Every network is pruned to shares of its multiply-accumulates in rounds, compensated after each,
 with widths left free; labels are needed by order 1 and by fine-tuning alone. Images that score are the first of those that
-compensate. Baselines prune under the same budget and are compensated in the same rounds; "lamp uniform" takes the same share
-of every layer.
+compensate, and the next 100 try every choice. Baselines prune under the same budget and are compensated in the same rounds;
+"lamp uniform" takes the same share of every layer.
 
 A cell is one network, method, number of images, seed and level. Cells run in order of importance, one a worker, and every
 row is on disk when its cell ends. An interrupted cell continues with its next round, an interrupted run with the unfinished
@@ -37,6 +37,7 @@ from EnhancedPruning import EnhancedPruning, PruningSettings
 from taylor_pruning.options import options, value_type
 from taylor_pruning.report.json_files import write_json
 from taylor_pruning.selection.baselines import BASELINES
+from taylor_pruning.training import sampling
 from taylor_pruning.training.fine_tuning import Recipe, evaluate, fine_tune
 from taylor_pruning.training.profile import profile
 
@@ -110,10 +111,11 @@ class Cell:
 
 @dataclass
 class Draw:
-    """The images of one seed: those that score are the first of those that compensate."""
+    """The images of one seed: those that score are the first of those that compensate; held-out ones come next."""
 
     scoring: list
     compensation: list
+    held_out: list
     rest: torch.Tensor  # indices of all others
     tests: dict = field(default_factory=dict)
 
@@ -127,8 +129,9 @@ def drawn(name, images, compensation, seed, arguments):
     order = (blocks[:, None] * classes + torch.arange(classes)).flatten()
     count = compensation or subject.compensation
     scoring = order[: min(images or count, count)]
-    batches = [list(loader(everything, index, subject.batch, device)) for index in (scoring, order[:count])]
-    draw = Draw(*batches, order[count:])
+    held_out, rest = order[count:].split([sampling.HELD_OUT, len(order) - count - sampling.HELD_OUT])
+    batches = [list(loader(everything, index, subject.batch, device)) for index in (scoring, order[:count], held_out)]
+    draw = Draw(*batches, rest)
     for figure, test in subject.tests.items():
         if test == "one_rest":
             draw.tests[figure] = list(loader(everything, draw.rest, 60, device))
@@ -147,7 +150,7 @@ def pruning_of(network, images, compensation, seed, settings, arguments):
     chosen = PruningSettings(**{"seed": seed, "budget": "macs", "compensate": bool(compensation), **dict(settings)})
     monitor = draw.compensation[:1]
     pruning = EnhancedPruning(dense, monitor, monitor, calibration=draw.scoring, compensation=draw.compensation,
-                              settings=chosen, progress=False)  # fmt: skip
+                              held_out=draw.held_out, settings=chosen, progress=False)  # fmt: skip
     return pruning, draw, profile(dense, pruning.example)
 
 

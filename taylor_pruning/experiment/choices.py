@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
@@ -30,7 +30,8 @@ class Choice:
         ranking: what results.json says of the scores (experiment.results.ranking_of), of the dense network alone.
         predicted_loss_change: nats; None where the criterion predicts none.
         trade: {layer: {"filters", "cost"}}, see `trade_of`; {} where no costs behind compensation chose.
-        layer_bound_held: see selection.constraints.Selection. uniform_widths: see EnhancedFilterPruner.
+        layer_bound_held: see selection.constraints.Selection.
+        uniform_widths, measured_over_predicted: see EnhancedFilterPruner.
     """
 
     graph: ChannelGraph
@@ -40,6 +41,7 @@ class Choice:
     layer_bound_held: bool
     uniform_widths: bool
     trade: dict
+    measured_over_predicted: dict = field(default_factory=dict)
 
 
 class TaylorChoice:
@@ -60,7 +62,7 @@ class TaylorChoice:
         plan = pruner.get_pruning_plan(percentage, ledger)
         lap("select")
         found = pruner.predicted_loss_change, pruner.layer_bound_held, pruner.uniform_widths
-        found = *found, trade_of(pruner.graph, pruner.removal_history)
+        found = *found, trade_of(pruner.graph, pruner.removal_history), pruner.measured_over_predicted
         return Choice(pruner.graph, plan, ranking, *found)
 
 

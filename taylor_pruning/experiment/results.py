@@ -24,6 +24,8 @@ class PruningResult:
             layer_bound_held: False where the percentage could not be reached within the layer bound;
             uniform_widths: True where every layer loses the same share, as where images say too little to compare layers;
             trade: {layer: {"filters": widths, "cost": predicted cost of the layer at them (nats)}}, see experiment.choices;
+            measured_over_predicted: {first layer of a group of coupled layers: measured / predicted cost of the first choice in
+                it}, by which the choice was corrected (selection.corrected); {} where it was not;
             loss: what the next two are changes of, on the calibration images: "divergence" from the dense network's
                 predictions with compensation, else the "cross-entropy" (another task: "loss") with the labels;
             predicted_loss_change (nats, None for order 1), measured_loss_change (nats);
@@ -141,6 +143,7 @@ def round_record(number, percentage, choice, plan, before, after, accuracy, comp
         "layer_bound_held": choice.layer_bound_held,
         "uniform_widths": choice.uniform_widths,
         "trade": choice.trade,
+        "measured_over_predicted": choice.measured_over_predicted,
         "loss": loss,
         "predicted_loss_change": choice.predicted_loss_change,
         "measured_loss_change": change[loss],

@@ -13,15 +13,17 @@ from tqdm import tqdm
 
 from taylor_pruning.distributed import gather_objects, is_main, rank, world_size
 from taylor_pruning.errors import InputError
-from taylor_pruning.memory import Portions
+from taylor_pruning.memory import Portions, merged
 from taylor_pruning.modes import frozen
 from taylor_pruning.scoring.flow import unit_gradient_norms
 from taylor_pruning.scoring.gates import gated_outputs, open_gates
 from taylor_pruning.scoring.layer_costs import OutputFisher
 from taylor_pruning.scoring.taylor import Directions, class_basis
 from taylor_pruning.surgery.graph import ChannelGraph
-from taylor_pruning.tasks.classification import Classification
+from taylor_pruning.tasks.batches import split
+from taylor_pruning.tasks.classification import Classification, is_classification
 from taylor_pruning.tasks.directions import random_directions, random_signs
+from taylor_pruning.tasks.task import Task
 
 CLASS_PROBES = 12  # directions of every sample that keep what three orders need of up to 1,000 classes
 
@@ -42,6 +44,17 @@ class Wanted:
     curvature: bool = True
     flow: bool = False
     seed: int = 0
+
+
+def read_batches(task: Task, device: torch.device, batches: Iterable) -> list:
+    """The batches as scoring takes them: on the device, one sample each where the task's samples are not apart.
+
+    Raises InputError if the task cannot read one.
+    """
+    batches = [task.read(batch, f"calibration batch {number}", device) for number, batch in enumerate(batches)]
+    if not task.samples_apart:
+        return [one for batch in batches for one in split(batch, 1)]
+    return merged(batches, device) if is_classification(task) else batches
 
 
 def collect_directions(

@@ -57,6 +57,31 @@ class ChannelEstimate:
         return self.reader.from_rows(rows.add_(self.offset.to(x)), x.shape)
 
 
+class SetEstimate:
+    """Estimates of several of a reader's input channels from all others: what repair makes of their removal together.
+
+        e_S = mean_S - (P_SS)^-1 P_SR (x_R - mean_R)          of the channels S from the channels R that stay
+
+    Args:
+        channels: [n] S, within a group; all groups of a grouped conv hold the same units.
+        reader, precision, mean: see ChannelEstimate.
+    """
+
+    def __init__(self, reader, channels, precision, mean):
+        self.reader, self.channels = reader, moved(channels, precision.device)
+        rows = precision[:, self.channels]
+        self.matrix = -torch.linalg.solve_ex(rows[:, :, self.channels], rows)[0]
+        self.matrix[:, :, self.channels] = 0
+        self.offset = mean[:, self.channels] - self.matrix @ mean
+
+    def __call__(self, x):
+        """The estimates, in the shape of the reader's input x; zero at channels that stay."""
+        rows = self.reader.to_rows(x)
+        found = torch.zeros_like(rows)
+        found[:, :, self.channels] = torch.matmul(self.matrix.to(x), rows).add_(self.offset.to(x))
+        return self.reader.from_rows(found, x.shape)
+
+
 @dataclass
 class InputMoments:
     """Moments of a reader's inputs over (image, position) pairs, one set a fold.
@@ -194,3 +219,18 @@ def channel_estimates(moments, without=None):
     """
     fits = {name: (m.reader, m.precision(without)) for name, m in moments.items()}
     return {name: ChannelEstimate(reader, *fit) for name, (reader, fit) in fits.items() if fit}
+
+
+def set_estimates(moments, sets):
+    """[{layer name: SetEstimate}] of every set of units, of the layers that read some of them, fitted on all folds.
+
+    The sets share no unit, so that all estimates of a layer together take no more memory than its covariance.
+    """
+    found = [{} for _ in sets]
+    for name, m in moments.items():
+        fit = m.precision(dtype=torch.float64)
+        for estimates, units in zip(found, sets, strict=True):
+            channels = m.reader.channels_of(units)
+            if len(channels):
+                estimates[name] = SetEstimate(m.reader, channels, *fit)
+    return found

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from taylor_pruning.surgery.graph import ChannelGraph
+from taylor_pruning.surgery.units import by_layers
 
 WEIGHT_FLOOR = 0.1  # no weight is smaller, so that a weight alone divides no score by more than 10
 
@@ -52,9 +53,10 @@ def unit_gradient_norms(loss: Tensor, gated: Sequence[tuple], units: int, *, ret
 
 def _groups(graph):
     """[units] group index and number of groups: units that have filters in exactly the same layers are one group."""
-    index = {}
-    groups = [index.setdefault(frozenset(name for name, _ in unit.filters), len(index)) for unit in graph.units]
-    return torch.tensor(groups, dtype=torch.long), len(index)
+    groups, index = by_layers(graph.units), torch.empty(len(graph.units), dtype=torch.long)
+    for number, units in enumerate(groups.values()):
+        index[units] = number
+    return index, len(groups)
 
 
 def group_mean(graph: ChannelGraph, values: Tensor) -> Tensor:

@@ -68,6 +68,12 @@ class Reader:
             kinds[len(found)][unit] = found
         return [(torch.tensor([*kind]), torch.tensor([*kind.values()])) for kind in kinds.values()]
 
+    def channels_of(self, units):
+        """[n] channels, within a group, of the units that have some here, sorted."""
+        wanted = torch.as_tensor(units)
+        found = [at[torch.isin(members, wanted)].flatten() for members, at in self.places]
+        return torch.cat(found).sort().values
+
     def to_rows(self, x):
         """The layer's input x [B, channels, ...] or [B, ..., features] as [B, groups, channels of a group, positions]."""
         if self.is_linear:
@@ -98,6 +104,14 @@ def group(items, labels):
     ends = counts.cumsum(0)
     bounds = zip(values.tolist(), (ends - counts).tolist(), ends.tolist(), strict=True)
     return {value: tuple(ordered[start:end]) for value, start, end in bounds}
+
+
+def by_layers(units):
+    """{frozenset of layer names: indices of the units that have filters in exactly these layers}."""
+    found = defaultdict(list)
+    for unit in units:
+        found[frozenset(name for name, _ in unit.filters)].append(unit.index)
+    return dict(found)
 
 
 def gate_sites(places, unit_of_id):

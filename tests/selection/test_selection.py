@@ -12,6 +12,7 @@ from EnhancedFilterPruner import EnhancedFilterPruner
 from taylor_pruning.errors import InputError
 from taylor_pruning.scoring.collecting import Wanted, collect_directions
 from taylor_pruning.scoring.flow import weigh
+from taylor_pruning.scoring.layer_costs import removal_costs
 from taylor_pruning.scoring.taylor import Directions, class_basis
 from taylor_pruning.selection.baselines import BASELINES, baseline_scores
 from taylor_pruning.selection.constraints import Constraints, Ledger, Selection
@@ -292,7 +293,8 @@ def test_selection_behind_repair_is_greedy_on_costs_per_saving(relu_network, ima
     pruner = EnhancedFilterPruner(relu_network, images, order, budget="macs", progress=False)
     pruner.rank(batches, batches)
     chosen = pruner.select(40)
-    costs = pruner._removal_costs()
+    found = pruner.behind_repair
+    costs = removal_costs(pruner.model, found.moments, found.fisher, len(pruner.graph.units), pruner.levels())
     model, total = CostModel(pruner.graph, "macs"), 0.0
     assert torch.allclose(costs.marginal, pruner.levels(order).double())
     selection = Selection(pruner.graph, 40, Constraints("macs", None))
