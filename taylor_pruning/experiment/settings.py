@@ -136,8 +136,8 @@ class PruningSettings(Constraints):
     correct_levels: bool = option(
         True,
         "measure each layer's predicted cost on held-out images and choose again",
-        "It gained 3 points on a ResNet-32 with 35 % of its multiply-accumulates left, and costs one forward of the held-out "
-        "images for every group of layers and round.",
+        "It gained about 3 points on a ResNet-32 with 35 % of its multiply-accumulates left, and costs every round about as "
+        "much as scoring 500 images.",
     )
     guard: bool = option(
         True,

@@ -20,6 +20,9 @@ from taylor_pruning.surgery.nested import map_tensors
 from taylor_pruning.tasks import batches as samples
 from taylor_pruning.tasks.task import Task
 
+FORWARDS = 2000  # of one image in all trials of one choice: about what scoring 500 images takes
+LEAST = 32  # images of every trial, where there are as many
+
 
 @torch.no_grad()
 def trial_divergences(
@@ -35,11 +38,12 @@ def trial_divergences(
 ) -> list[float]:
     """The mean divergence of the outputs from the network's own when each set of units alone is removed and repaired.
 
-    It takes one forward of the batches for every set, and one more.
+    It takes one forward of the images for every set, and one more. Of many images some at equal distances are taken, so that
+    there are FORWARDS in all, but LEAST of every set.
 
     Args:
         moments: scoring.estimates.input_moments of the model; layers without an entry are not repaired.
-        batches: of the task, images that neither scored nor gave the moments.
+        batches: list of the task's batches, of images that neither scored nor gave the moments.
         sets: indices of units; no unit is in two sets.
         memory_limit: bytes, see memory.Portions.
 
@@ -54,7 +58,8 @@ def trial_divergences(
     for closed, units in zip(gates, sets, strict=True):
         closed[units] = 0
     estimates, sums = set_estimates(moments, sets), parameter.new_zeros(len(sets), dtype=torch.float64)
-    portions, count = Portions(parameter.device, memory_limit), 0
+    batches = _some_of(batches, max(LEAST, FORWARDS // max(1, len(sets))))
+    portions, count = Portions(parameter.device, memory_limit), sum(map(samples.size, batches))
     with frozen(model):
         for number, batch in enumerate(tqdm(batches, desc="try", leave=False, disable=not progress or not is_main())):
             for part in portions.slices(samples.size(batch)):
@@ -65,8 +70,16 @@ def trial_divergences(
                     for index in range(len(sets)):
                         with graph.gated(gates[index], estimates=estimates[index]):
                             sums[index] += _divergence(task, task.forward(model, some), own)
-                count += samples.size(some)
     return (sums / count).tolist()
+
+
+def _some_of(batches, count):
+    """So many samples of the batches at equal distances, all of them where they are fewer."""
+    sizes = [samples.size(batch) for batch in batches]
+    total = sum(sizes)
+    drawn = torch.arange(total) * count % total < count
+    picked = zip(batches, (chosen.nonzero().flatten() for chosen in drawn.split(sizes)), strict=True)
+    return [samples.select(batch, chosen) for batch, chosen in picked if len(chosen)]
 
 
 def _divergence(task, outputs, own) -> Tensor:

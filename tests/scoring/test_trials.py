@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from taylor_pruning.errors import InputError
+from taylor_pruning.scoring import trials as trials_module
 from taylor_pruning.scoring.estimates import input_moments
 from taylor_pruning.scoring.trials import trial_divergences
 from taylor_pruning.surgery.graph import ChannelGraph
@@ -21,8 +22,8 @@ def held_out():
     return torch.randn(9, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
 
 
-def trials(model, graph, many, held_out, sets, task=None):
-    moments = input_moments(model, graph, [(many, None)])
+def trials(model, graph, fitted, held_out, sets, task=None):
+    moments = input_moments(model, graph, [(fitted, None)])
     batches = [(part, torch.zeros(len(part), dtype=torch.long)) for part in held_out.split(4)]
     return trial_divergences(model, graph, moments, batches, task or Classification(), sets, progress=False)
 
@@ -114,6 +115,18 @@ def test_batches_and_parts_of_them_do_not_matter_and_the_model_comes_back(networ
         found.append(trial_divergences(network, graph, moments, batches, Classification(), cuts(graph), progress=False))
     assert found[0] == pytest.approx(found[1]) and found[0] == pytest.approx(found[2])
     assert network.training and all(torch.equal(before[k], v) for k, v in network.state_dict().items())
+
+
+def test_of_many_images_some_at_equal_distances_are_taken(many, held_out, monkeypatch):  # noqa: F811
+    torch.manual_seed(0)
+    model = pooled(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 5, 3), nn.ReLU(), width=5).double().eval()
+    graph = ChannelGraph(model, many)
+    some = [trials(model, graph, many, part, cuts(graph)) for part in (held_out, held_out[::3])]
+    monkeypatch.setattr(trials_module, "LEAST", 3)
+    for forwards, expected in ((18, some[0]), (100, some[0]), (6, some[1]), (1, some[1])):
+        monkeypatch.setattr(trials_module, "FORWARDS", forwards)
+        assert trials(model, graph, many, held_out, cuts(graph)) == pytest.approx(expected)
+    assert some[0] != pytest.approx(some[1])
 
 
 def test_the_divergence_is_the_tasks(many, held_out):  # noqa: F811
