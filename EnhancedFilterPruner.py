@@ -59,7 +59,8 @@ class EnhancedFilterPruner:
     """Scores every removable filter of `model` and selects which to remove.
 
     Args:
-        model: `torch.fx` can trace it; it maps images to class logits, or to the outputs of `task`. It comes back as given.
+        model: network that can be traced (see ChannelGraph), from images to class logits or to the outputs of `task`. It
+            comes back as given.
         example_input: [N, C, H, W] tensor like the images, see ChannelGraph.
         taylor_order: 1, 2 or 3.
         use_gradient_flow: multiply the scores by weights from the gradient flow (scoring.flow).

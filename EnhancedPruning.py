@@ -63,7 +63,7 @@ class EnhancedPruning:
     """Prunes and fine-tunes `model`, which comes back as it was given.
 
     Args:
-        model: classifier that `torch.fx` can trace, or a network for `task`.
+        model: classifier that can be traced (see ChannelGraph), or a network for `task`.
         train_loader, val_loader: iterables with a length of (images [B, C, H, W], labels [B]) on the model's device, or of
             batches of `task`.
         task: what the network is for, as taylor_pruning.tasks.dense.Segmentation(); default: classification.

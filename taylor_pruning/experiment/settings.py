@@ -201,6 +201,11 @@ class PruningSettings(Constraints):
             object.__setattr__(self, "compensate", False)
         if self.target:
             object.__setattr__(self, "budget", self.target.kind)
+        if self.prune_modules and self.budget == "latency":
+            given = "target_latency" if self.target_latency else "budget latency"
+            raise InputError(
+                f"{given} and prune_modules exclude each other, as only whole networks are timed; give macs or params"
+            )
         if self.memory_limit is not None:
             parse_bytes(self.memory_limit)
 

@@ -32,7 +32,7 @@ from taylor_pruning.positions import drawn_positions
 from taylor_pruning.scoring.estimates import in_single
 
 BLOCK = 32  # removed channels that a reader gathers before its matrices are updated
-TINY = np.finfo(np.float64).tiny
+TINY, EPSILON = np.finfo(np.float64).tiny, np.finfo(np.float64).eps
 
 
 class OutputFisher:
@@ -197,7 +197,8 @@ class RemovalCosts:
     Args:
         readers: ReaderCosts of all layers.
         levels: [units] cost of removing each unit alone, from exact derivatives. The closed form says how costs grow from
-            there: its cost of a unit is scaled by level / cost at the start. A unit that no reader reads keeps its level.
+            there: its cost of a unit is scaled by level / cost at the start. A unit that no reader reads, or whose closed
+            form is zero but for rounding, keeps its level.
             None: the closed form as it is.
         units: number of units, where there are no levels.
     """
@@ -214,8 +215,8 @@ class RemovalCosts:
                 self.of_unit[unit].append(index)
         self.scale, self.constant = np.ones_like(self.raw), np.zeros_like(self.raw)
         if levels is not None:
-            levels, read = levels.double().cpu().numpy(), self.raw > 0
-            self.scale = np.where(read, levels / np.maximum(self.raw, TINY), 0.0)
+            levels, read = levels.double().cpu().numpy(), self.raw > EPSILON * self.raw.max(initial=0.0)
+            self.scale = np.where(read, levels / np.where(read, self.raw, 1.0), 0.0)
             self.constant = np.where(read, 0.0, levels)
         self._marginal = self.raw * self.scale + self.constant
         self.marginal = torch.from_numpy(self._marginal)  # the same memory

@@ -31,6 +31,7 @@ from taylor_pruning.modes import frozen
 from taylor_pruning.selection.costs import LatencyCosts, units_along
 from taylor_pruning.selection.latency_table import LatencyTable, LayerTimes, NetworkLatency
 from taylor_pruning.surgery.graph import ChannelGraph
+from taylor_pruning.surgery.parts import PartsGraph
 from taylor_pruning.surgery.recorded_calls import operation_name
 
 SHARES = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # of a layer's width at which it is timed
@@ -163,8 +164,11 @@ def measure_latency(
         progress: called with a line of text while layers are timed.
 
     Raises:
-        InputError: the table cannot be read, or one image and the batch give different graphs.
+        InputError: the graph is of parts of a network, the table cannot be read, or one image and the batch give different
+            graphs.
     """
+    if isinstance(graph, PartsGraph):
+        raise InputError("parts of a network cannot be timed, only whole networks; give a budget of macs or params")
     latency = _measured(graph, example, batch_size, table, round_to, progress) if is_main() else None
     return broadcast_object(latency)
 

@@ -194,6 +194,24 @@ def test_a_unit_that_no_layer_reads_keeps_its_level():
     assert costs.marginal.tolist() == [0.5, 0.25]
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("size", [1e-150, 1e-155, 0.0])
+def test_a_unit_whose_readers_have_hardly_any_weight_keeps_its_level(many, size):
+    """Its closed form is rounding, or smaller than a number can be: what it grows by says nothing."""
+    torch.manual_seed(0)
+    model = randomise(NETWORKS["plain"]())
+    graph = ChannelGraph(model, many)
+    reader = graph.readers[0]
+    unit = int(reader.units[0])
+    with torch.no_grad():
+        model.get_submodule(reader.layer).weight[:, reader.units == unit] *= size
+    levels = torch.full((len(graph.units),), 5.0)
+    costs = costs_of(model, graph, many, levels)
+    assert torch.equal(costs.marginal, levels.double())
+    costs.remove(int(reader.units[1]))
+    assert costs.marginal[unit] == 5
+
+
 def test_an_image_has_one_fold_in_every_batch(many):
     whole = fold_of(many)
     assert torch.equal(whole, torch.cat([fold_of(part) for part in many.split(7)]))

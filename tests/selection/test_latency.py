@@ -9,6 +9,7 @@ from conftest import Residual, plain, randomise
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from EnhancedFilterPruner import EnhancedFilterPruner
 from EnhancedPruning import EnhancedPruning, PruningSettings
 from taylor_pruning.errors import InputError
 from taylor_pruning.selection import latency as latency_module
@@ -18,6 +19,7 @@ from taylor_pruning.selection.greedy import select_by_score
 from taylor_pruning.selection.latency import layer_calls, measure_latency, nonnegative_fit
 from taylor_pruning.selection.latency_table import LatencyTable, LayerTimes, NetworkLatency
 from taylor_pruning.surgery.graph import ChannelGraph
+from taylor_pruning.surgery.parts import PartsGraph
 
 
 def inverted(width=16):
@@ -194,6 +196,21 @@ def test_a_budget_of_time_without_times_is_refused(images):
     graph = ChannelGraph(randomise(plain()), images)
     with pytest.raises(InputError, match="measured times"):
         Selection(graph, 30, Constraints("latency"))
+
+
+@pytest.mark.parametrize(
+    ("given", "named"), [({"budget": "latency"}, "budget latency"), ({"target_latency": "50%"}, "target_latency")]
+)
+def test_time_as_the_budget_of_parts_of_a_network_is_refused_by_name(given, named):
+    with pytest.raises(InputError, match=f"{named} and prune_modules exclude each other"):
+        PruningSettings(prune_modules=["backbone"], **given)
+
+
+def test_parts_of_a_network_are_not_timed(images):
+    model = randomise(plain())
+    parts = PartsGraph(nn.Sequential(model), ["0"], lambda network: network(images), len(images))
+    with pytest.raises(InputError, match="parts of a network cannot be timed"):
+        EnhancedFilterPruner(parts.model, images, budget="latency", graph=parts, progress=False)
 
 
 def test_slow_layers_go_first(counted, images):
