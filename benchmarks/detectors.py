@@ -32,18 +32,18 @@ SEGMENTERS = ("deeplabv3_mobilenet_v3_large", "fcn_resnet50")
 
 
 def network(name, pixels):
-    """(network, task, a batch of two images)."""
+    """(network, task, a batch of two images), in double precision."""
     torch.manual_seed(0)
     options = {"weights": None, "weights_backbone": None}
-    images = torch.rand(2, 3, pixels, pixels)
+    images = torch.rand(2, 3, pixels, pixels, dtype=torch.float64)
     if name in SEGMENTERS:
         model = torchvision.models.get_model(name, num_classes=5, **options)
-        return model, Segmentation(), (images, torch.randint(5, (2, pixels, pixels)))
+        return model.double(), Segmentation(), (images, torch.randint(5, (2, pixels, pixels)))
     sizes = {} if name.startswith("ssdlite") else {"min_size": pixels, "max_size": pixels}
     model = torchvision.models.get_model(name, num_classes=5, **options, **sizes)
-    corner = pixels / 4
-    targets = [{"boxes": torch.tensor([[corner, corner, 3 * corner, 3 * corner]]), "labels": torch.tensor([1])}] * 2
-    return model, Detection(), (list(images), targets)
+    box = torch.tensor([[1, 1, 3, 3]], dtype=torch.float64) * pixels / 4
+    targets = [{"boxes": box, "labels": torch.tensor([1])}] * 2
+    return model.double(), Detection(), (list(images), targets)
 
 
 def judged(outputs):

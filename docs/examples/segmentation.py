@@ -1,6 +1,6 @@
 """Segmentation: halve the multiply-accumulates of a small U-shaped network without training it again.
 
-    python docs/examples/segmentation.py                      # trains, prunes by order 2, draws segmentation.png
+    python docs/examples/segmentation.py                      # trains, prunes by order 2, draws segmentation.png; 1 minute
     python docs/examples/segmentation.py --compare            # also order 1 and magnitude, three draws of calibration images
 
 The data are the embedded shapes, whose masks come with the drawing: a class a pixel, background or one of five shapes.
@@ -21,12 +21,14 @@ from torch.utils.data import DataLoader, TensorDataset
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from EnhancedPruning import EnhancedPruning, PruningSettings
-from taylor_pruning.experiment.embedded import embedded_shapes
+from taylor_pruning.experiment.embedded import SHAPES, embedded_shapes
 from taylor_pruning.tasks.dense import Segmentation
 from taylor_pruning.training.fine_tuning import Recipe, fine_tune
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.colors import ListedColormap
+from matplotlib.patches import Patch
 
 
 def block(inputs, outputs):
@@ -68,20 +70,22 @@ def row(name, stage, dense):
 
 
 def draw(path, val, networks):
-    """Images with the masks of every network."""
+    """Images with their masks as drawn and as every network gives them."""
     images, masks = next(iter(val))
-    images, masks = images[:8], masks[:8]
-    figure, axes = plt.subplots(2 + len(networks), len(images), figsize=(10, 5.4))
+    images, masks = images[: 2 * len(SHAPES)], masks[: 2 * len(SHAPES)]  # two of every shape
     shown = (images * 0.25 + 0.45).clip(0, 1).permute(0, 2, 3, 1)
     rows = {"image": shown, "drawn": masks}
     with torch.no_grad():
         rows |= {name: network.eval()(images).argmax(1) for name, network in networks.items()}
+    figure, axes = plt.subplots(len(rows), len(images), figsize=(11, 1.1 * len(rows) + 0.4), layout="constrained")
+    colours = dict(zip(("background", *SHAPES), ("#e8e8e8", *plt.get_cmap("tab10").colors), strict=False))
     for line, (name, pictures) in zip(axes, rows.items(), strict=True):
         line[0].set_ylabel(name)
         for axis, picture in zip(line, pictures, strict=True):
-            axis.imshow(picture, **({} if name == "image" else {"cmap": "tab10", "vmin": 0, "vmax": 9}))
+            axis.imshow(picture, cmap=ListedColormap([*colours.values()]), vmin=0, vmax=len(SHAPES))
             axis.set(xticks=[], yticks=[])
-    figure.tight_layout()
+    figure.legend(handles=[Patch(color=colour, label=name) for name, colour in colours.items()],
+                  loc="outside lower center", ncols=len(colours), frameon=False)  # fmt: skip
     figure.savefig(path, dpi=110)
 
 
@@ -103,14 +107,15 @@ def main():
                                   recipe=Recipe(epochs=0), progress=False)  # fmt: skip
         if draw_number == 0:
             row("dense", pruning.dense_stage(), pruning.dense_stage())
-        results = {"order 2": pruning.prune(50, 2)}
+        results = {"order 2": pruning.prune(taylor_order=2)}
         if arguments.compare:
-            results["order 1"] = pruning.prune(50, 1)
-            results["magnitude, compensated"] = pruning.prune_by_baseline("magnitude", 50, compensate=True)
+            results["order 1"] = pruning.prune(taylor_order=1)
+            results["magnitude, compensated"] = pruning.prune_by_baseline("magnitude", compensate=True)
+        row(f"order 2 unrepaired, draw {draw_number}", results["order 2"].stages[1], pruning.dense_stage())
         for name, result in results.items():
             row(f"{name}, draw {draw_number}", result.stages[-1], pruning.dense_stage())
         if draw_number == 0:
-            draw(arguments.output, val, {"dense": model, "50 % of MACs": results["order 2"].model})
+            draw(arguments.output, val, {"dense": model, "half of MACs": results["order 2"].model})
 
 
 if __name__ == "__main__":
