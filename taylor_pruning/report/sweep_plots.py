@@ -197,8 +197,12 @@ def _plot_steps(sweep, paths):
         return [(point["step"], point["top1"]) for point in cell["accuracy_at_steps"]]
 
     def finish(axes):
+        last = axes.dataLim.xmax
         axes.set_xscale("symlog", linthresh=10)
         axes.set_xlim(left=0)
+        axes.set_xticks([0, *(step for power in range(1, 9) for step in (10**power, 3 * 10**power) if step <= last)])
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.minorticks_off()
 
     _plot_training(sweep, paths, "accuracy_at_steps", of, "training steps", finish)
 
