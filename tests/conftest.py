@@ -1,5 +1,9 @@
 """Small networks and data that the tests share, all in float64 and drawn from fixed seeds."""
 
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported; tensors of tests are too small for threads
+
 import pytest
 import torch
 from torch import nn
