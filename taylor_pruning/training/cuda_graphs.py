@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from taylor_pruning.memory import free_bytes
+
 EAGER_PASSES = 3  # of every batch shape before its graph is recorded; the last of them is watched
 SHAPES = 2  # an epoch has two batch sizes at most, where its images are spread evenly
 MEMORY_SHARE = 0.25  # of the free memory, above which a pass is not recorded: its graph would hold on to all of it
@@ -67,12 +69,11 @@ class GraphedPass:
             facts = self.run(images, labels, where)
         current.wait_stream(self.stream)
         needed = torch.cuda.max_memory_allocated(self.device) - allocated
-        unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         if found:
             self.refusal = "it waits for the device"
         elif [*map(_host_state, self.networks)] != before:
             self.refusal = "it changes attributes of modules or draws random numbers on the host"
-        elif needed > MEMORY_SHARE * (torch.cuda.mem_get_info(self.device)[0] + unused):
+        elif needed > MEMORY_SHARE * free_bytes(self.device):
             self.refusal = "its graph would need too much memory"
         return facts
 

@@ -6,6 +6,7 @@ import time
 import torch
 from torch import Tensor, nn
 
+from taylor_pruning.memory import free_bytes
 from taylor_pruning.modes import modes_kept
 
 BATCH_SIZES = (16, 64, 256)
@@ -27,7 +28,7 @@ def throughput(
         model.eval()
         one_image, bytes_an_image = 0.0, 0.0
         for size in sorted(batch_sizes):
-            if one_image * size > seconds or bytes_an_image * size > _free_bytes(example) / 2:
+            if one_image * size > seconds or bytes_an_image * size > free_bytes(example.device) / 2:
                 break
             images = example.expand(size, *example.shape[1:]).contiguous()
             once, needed = _timed(model, images)
@@ -50,10 +51,3 @@ def _timed(model: nn.Module, images: Tensor) -> tuple[float, int]:
     model(images)
     torch.cuda.synchronize(images.device)
     return time.perf_counter() - start, torch.cuda.max_memory_allocated(images.device) - before
-
-
-def _free_bytes(example: Tensor) -> float:
-    if not example.is_cuda:
-        return float("inf")
-    cached = torch.cuda.memory_reserved(example.device) - torch.cuda.memory_allocated(example.device)
-    return torch.cuda.mem_get_info(example.device)[0] + cached
