@@ -7,6 +7,7 @@ import torch
 
 from taylor_pruning.scoring.flow import weigh
 from taylor_pruning.selection.constraints import Selection
+from taylor_pruning.surgery.units import by_layers
 
 POOL = 64  # units that a joint selection scores after every choice
 
@@ -40,10 +41,8 @@ def select_uniformly(selection, scores):
     Returns:
         the chosen unit indices.
     """
-    ranks, cohorts = torch.empty(len(scores), dtype=torch.float64), {}
-    for unit, counts in enumerate(selection.layer_counts):
-        cohorts.setdefault(frozenset(counts), []).append(unit)
-    for units in cohorts.values():
+    ranks = torch.empty(len(scores), dtype=torch.float64)
+    for units in by_layers(selection.graph.units).values():
         ranks[units] = (scores[units].argsort().argsort().double() + 0.5) / len(units)
     taken = None
     while not selection.done() and len(selection.chosen) != taken:

@@ -33,6 +33,7 @@ from taylor_pruning.selection.latency_table import LatencyTable, LayerTimes, Net
 from taylor_pruning.surgery.graph import ChannelGraph
 from taylor_pruning.surgery.parts import PartsGraph
 from taylor_pruning.surgery.recorded_calls import operation_name
+from taylor_pruning.surgery.units import by_layers
 
 SHARES = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # of a layer's width at which it is timed
 NETWORK_SHARES = (1, 3 / 4, 1 / 2, 1 / 4)  # of the filters, at which the whole network is timed
@@ -223,10 +224,9 @@ def _fitted(latency, graph, example):
 
 def uniform_units(graph: ChannelGraph, share: float) -> list[int]:
     """The first units of every set of layers that shrinks together, of each this share, but never all of them."""
-    cohorts: dict[frozenset, list[int]] = {}
-    for unit in graph.units:
-        cohorts.setdefault(frozenset(name for name, _ in unit.filters), []).append(unit.index)
-    return [u for units in cohorts.values() for u in units[: min(round(share * len(units)), len(units) - 1)]]
+    return [
+        u for units in by_layers(graph.units).values() for u in units[: min(round(share * len(units)), len(units) - 1)]
+    ]
 
 
 def nonnegative_fit(rows: list[list[float]], values: list[float]) -> list[float]:
