@@ -6,7 +6,7 @@ from torch import nn
 
 from taylor_pruning.tasks.classification import task_of
 from taylor_pruning.tasks.task import Task
-from taylor_pruning.training.evaluation import figures, measure
+from taylor_pruning.training.evaluation import main_figures
 
 
 class StepCurve:
@@ -33,5 +33,5 @@ class StepCurve:
 
     def measure(self, step: int, model: nn.Module) -> None:
         """Measures `model`, which has made `step` steps."""
-        found = figures(measure(self.task, model, self.images, description=f"step {step}", progress=False))
-        self.points.append({"step": step, **{name: found[name] for name in (self.task.main, "loss")}})
+        found = main_figures(self.task, model, self.images, description=f"step {step}", progress=False)
+        self.points.append({"step": step, **found})

@@ -47,6 +47,12 @@ def measure(task: Task, model: nn.Module, loader: Iterable, **options) -> Accura
     return metrics if "loss" in metrics else metrics | {"loss": mean_loss(task, model, loader)}
 
 
+def main_figures(task: Task, model: nn.Module, loader: Iterable, **options) -> dict:
+    """{the task's main metric, "loss"} of `measure`, whose `options` these are."""
+    found = figures(measure(task, model, loader, **options))
+    return {name: found[name] for name in (task.main, "loss")}
+
+
 def figures(metrics: Accuracy | Mapping) -> dict:
     """Metrics as a dictionary."""
     return dict(metrics) if isinstance(metrics, Mapping) else asdict(metrics)

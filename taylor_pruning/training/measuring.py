@@ -12,7 +12,7 @@ from taylor_pruning.modes import frozen
 from taylor_pruning.tasks.batches import size, split
 from taylor_pruning.tasks.classification import is_classification, task_of
 from taylor_pruning.tasks.task import Task, example_of
-from taylor_pruning.training.evaluation import Accuracy, figures, measure
+from taylor_pruning.training.evaluation import Accuracy, figures, main_figures, measure
 from taylor_pruning.training.profile import COSTS, profile
 from taylor_pruning.training.sampling import spread_images
 
@@ -69,8 +69,7 @@ class Measuring:
 
     def quick(self, model: nn.Module) -> dict:
         """The main metric and "loss" on the monitored validation images."""
-        found = figures(measure(self.task, model, self.monitor, progress=False))
-        return {name: found[name] for name in (self.task.main, "loss")}
+        return main_figures(self.task, model, self.monitor, progress=False)
 
     def losses(self, model: nn.Module) -> dict:
         """Mean over the calibration images: of the loss with the labels, by its name, and "divergence" from the dense network.
