@@ -115,8 +115,7 @@ class EnhancedPruning:
         held_out = held_out and list(Batches(held_out, "the held-out images", device, self.task))
         self.example = example_of(self.task, self.calibration[0])
         self.graph = graph_for(self.task, self.model, self.calibration[0], self.settings)
-        left_whole = getattr(self.graph, "left_whole", {})
-        self.notes += tuple(f"{name} is left whole: {reason}" for name, reason in left_whole.items())
+        self.notes += tuple(f"{name} is left whole: {reason}" for name, reason in self.graph.left_whole.items())
         self.settings = with_times(self.settings, self.graph, self.example, print if progress and is_main() else None)
         amp = self.recipe.resolved(device).amp if self.recipe.amp_validation else None
         self.measuring = Measuring(self.model, self.val_loader, self.calibration, held_out=held_out, amp=amp,

@@ -15,21 +15,21 @@ class Analysis:
     Args:
         model: the network. traces: {training mode: Trace}; that of training only where it differs.
         example: example_input of the network.
-        prefer_heads: see ChannelGraph.
+        ways: how it is cut where several ways keep the network exact.
 
     Attributes:
-        ids: ChannelIds. layers: Layers.
+        ids: ChannelIds. layers: Layers. ways: as given.
         places: {training mode: [(node, ids along the channels, their dimension, batch dimension)]} where gates are needed.
         nonlinear: names of operations that are not piecewise linear.
     """
 
-    def __init__(self, model, traces, example, prefer_heads):
-        self.model, self.traces, self.example = model, traces, example
+    def __init__(self, model, traces, example, ways):
+        self.model, self.traces, self.example, self.ways = model, traces, example, ways
         self.ids, self.places = ChannelIds(), {}
         parameters = {**dict(model.named_buffers()), **dict(model.named_parameters())}
         for mode, trace in traces.items():
             self.ids.issued, self.ids.depthwise = [], []
-            found = propagate(trace, self.ids, parameters, prefer_heads)
+            found = propagate(trace, self.ids, parameters, ways)
             layers = Layers(self.ids, parameters, trace.batch)
             if mode:
                 self.layers.add_training(layers)

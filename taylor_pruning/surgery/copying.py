@@ -1,10 +1,15 @@
 """Copies a model: with tensors of its own, with the model's, or with smaller ones."""
 
 import copy
+from collections import OrderedDict
 
 import torch
+from torch import nn
 
 from taylor_pruning.errors import InputError
+
+SHARED = (bool, int, float, str, type(None), torch.dtype)  # types of values that never change
+PROTOCOL = ("__new__", "__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__slots__")
 
 
 def copy_of(model, replaced=None):
@@ -16,12 +21,11 @@ def copy_of(model, replaced=None):
     Raises InputError if something in the model cannot be copied.
     """
     memo = dict(replaced or {})
-    for module in model.modules():
-        for value in vars(module).values():
-            for tensor in _computed(value):
-                memo.setdefault(id(tensor), tensor.detach().clone())
+    for tensor in _tensors_of(model):
+        if tensor.grad_fn is not None:  # autograd refuses to copy it
+            memo.setdefault(id(tensor), tensor.detach().clone())
     try:
-        return copy.deepcopy(model, memo)
+        return _copied(model, memo)
     except (RuntimeError, TypeError) as error:
         raise InputError(
             f"{type(model).__name__} cannot be copied ({str(error).splitlines()[0]}); make it hold no locks, "
@@ -29,24 +33,47 @@ def copy_of(model, replaced=None):
         ) from error
 
 
+def _copied(value, memo):
+    """`copy.deepcopy`, which spends most of its time on the twenty dictionaries of a module, nearly all of them empty."""
+    if _is_shared(value):
+        return value
+    if id(value) in memo:
+        return memo[id(value)]
+    kind = type(value)
+    if kind is set and not value:
+        return memo.setdefault(id(value), set())
+    if kind in (dict, OrderedDict):
+        copied = memo[id(value)] = kind()
+        copied.update((copy.deepcopy(key, memo), _copied(item, memo)) for key, item in value.items())
+        return copied
+    if isinstance(value, nn.Module) and all(getattr(kind, n, None) == getattr(nn.Module, n, None) for n in PROTOCOL):
+        copied = memo[id(value)] = kind.__new__(kind)
+        copied.__setstate__({name: _copied(item, memo) for name, item in vars(value).items()})
+        return copied
+    return copy.deepcopy(value, memo)
+
+
+def _is_shared(value):
+    """Whether copies may share the value, because it never changes."""
+    kind = type(value)
+    return kind in SHARED or kind is tuple and all(type(item) in SHARED for item in value)
+
+
 def structure_of(model):
     """A copy of the modules that shares every tensor with the model."""
-    tensors = {}
+    return copy_of(model, {id(tensor): tensor for tensor in _tensors_of(model)})
+
+
+def _tensors_of(model):
+    """All tensors that the modules hold, in nested containers too."""
     for module in model.modules():
         for value in vars(module).values():
-            tensors.update((id(t), t) for t in _tensors(value))
-    return copy_of(model, tensors)
+            yield from _tensors(value)
 
 
 def _tensors(value, depth=0):
-    """All tensors in nested containers."""
     if isinstance(value, torch.Tensor):
         yield value
-    elif isinstance(value, (dict, list, tuple, set)) and depth < 4:
+    elif isinstance(value, (dict, list, tuple, set)) and value and depth < 4:
         for item in value.values() if isinstance(value, dict) else value:
             yield from _tensors(item, depth + 1)
-
-
-def _computed(value):
-    """Those that belong to a graph of autograd and have no deep copy."""
-    return (tensor for tensor in _tensors(value) if tensor.grad_fn is not None)

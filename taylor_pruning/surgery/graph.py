@@ -3,6 +3,7 @@
 import copy
 from collections import OrderedDict, defaultdict
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
@@ -11,12 +12,13 @@ from taylor_pruning.errors import InputError
 from taylor_pruning.surgery.analysis import Analysis, steps
 from taylor_pruning.surgery.cut import cut
 from taylor_pruning.surgery.execution import Execution, blended, call, gate, record
-from taylor_pruning.surgery.layers import kept_linear
 from taylor_pruning.surgery.nested import tensors_in
+from taylor_pruning.surgery.numbering import Numbering
 from taylor_pruning.surgery.plans import exclude_filters, plan_of, units_of
 from taylor_pruning.surgery.proof import CutProof
 from taylor_pruning.surgery.trial_inputs import trial_examples
-from taylor_pruning.surgery.units import LayerInfo, Unit, cost_terms, gate_sites, group, readers_of
+from taylor_pruning.surgery.units import cost_terms, gate_sites, readers_of
+from taylor_pruning.surgery.ways import Ways
 from taylor_pruning.surgery.wrappers import check_example, unwrapped
 
 
@@ -45,6 +47,7 @@ class ChannelGraph:
         readers: tuple of `Reader`s. Depthwise and transposed convs, functional ones and layers without units are none.
         tensors: {(parameter or buffer name, dim): [length] unit index or -1}, every tensor dimension that can shrink.
         smooth_operations: names of operations that are not piecewise linear, () if the network is.
+        left_whole: {} (surgery.parts.PartsGraph: {part: why it cannot be pruned}).
 
     Raises:
         InputError: the network cannot be traced, copied, or run on the example, or a pattern matches no layer.
@@ -54,42 +57,45 @@ class ChannelGraph:
         check_example(example_input)
         model, self.notes = unwrapped(model)
         check_weights(model)
-        self.model = model
+        self.model, self.left_whole = model, {}
         traces = {mode: record(model, example_input, training=mode) for mode in (False, True)}
         if steps(traces[True].graph) == steps(traces[False].graph):
             del traces[True]
         self.executions = {mode: Execution(model, trace) for mode, trace in traces.items()}
         self._example = example_input
         self._trials = trial_examples(example_input, traces[False].graph)
-        self._prune_linear, self._prune_heads = prune_linear, prune_heads
-        analysis = self._analysed(traces, exclude, prune_heads)
-        if analysis.chose and not prune_heads:  # whole heads where only they can go
-            found = sum(len(unit.filters) for unit in self.units)
-            analysis = self._better(analysis, found, traces, exclude)
+        self._asked = prune_linear, prune_heads
+        analysis = self._analysed(traces, exclude, Ways(heads=prune_heads))
         if verify and self._protect_faults(analysis):
             self._build(analysis)
 
-    def _analysed(self, traces, exclude, prefer_heads):
-        analysis = Analysis(self.model, traces, self._example, prefer_heads)
-        exclude_filters(analysis.ids, analysis.layers, exclude)
-        self._build(analysis)
-        return analysis
+    def _analysed(self, traces, exclude, ways):
+        """The analysis by which the most filters may go, of every way to cut that keeps the network exact."""
 
-    def _better(self, first, found, traces, exclude):
-        """Of the two ways to split channels into heads the one with more filters that may go."""
-        second = self._analysed(traces, exclude, prefer_heads=True)
-        if sum(len(unit.filters) for unit in self.units) > found:
-            return second
-        self._build(first)
-        return first
+        def analysed(ways):
+            analysis = Analysis(self.model, traces, self._example, ways)
+            exclude_filters(analysis.ids, analysis.layers, exclude)
+            return analysis, Numbering(analysis.ids, analysis.layers, *self._asked)
 
-    def _build(self, analysis):
-        ids, layers = analysis.ids, analysis.layers
-        self.positions = layers.positions
+        best = analysed(ways)
+        if best[0].chose and not ways.heads:
+            ways = replace(ways, heads=True)
+            best = max(best, analysed(ways), key=lambda found: found[1].filters)
+        if groups := frozenset(best[1].stuck & best[0].ids.grouped):
+            ways = replace(best[0].ways, groups=groups)
+            best = max(best, analysed(ways), key=lambda found: found[1].filters)
+        self._build(*best)
+        return best[0]
+
+    def _build(self, analysis, numbering=None):
+        numbering = numbering or Numbering(analysis.ids, analysis.layers, *self._asked)
+        self.positions = analysis.layers.positions
         self.smooth_operations = tuple(sorted(analysis.nonlinear))
-        self._build_units(ids, layers)
-        self.gate_sites = {mode: gate_sites(of_mode, self._unit_of_id) for mode, of_mode in analysis.places.items()}
-        self.readers = tuple(readers_of(layers, self.tensors))
+        self.units, self.layers, self.tensors = numbering.units, numbering.layers, numbering.tensors
+        self._widths, self._settings = numbering.widths, numbering.settings
+        places = analysis.places.items()
+        self.gate_sites = {mode: gate_sites(of_mode, numbering.unit_of_id) for mode, of_mode in places}
+        self.readers = tuple(readers_of(analysis.layers, self.tensors))
 
     @property
     def sites(self):
@@ -124,44 +130,6 @@ class ChannelGraph:
             return self.on(model)._cut(units)
 
         return CutProof(self.model, self._trials, run_gated, cut_of, [*self.executions])
-
-    def _build_units(self, ids, layers):
-        roots = ids.roots()
-        reason_of = {}
-        for some, reason in ids.reasons:
-            for root in roots[some].unique().tolist():
-                reason_of.setdefault(root, reason)
-        for root, reason in kept_linear(ids, layers, roots, self._prune_linear, self._prune_heads):
-            reason_of.setdefault(root, reason)
-        with_linear = self._prune_linear or self._prune_heads
-        names = [name for name in layers.filters if with_linear or name not in layers.linear]
-        classes = {name: roots[layers.filters[name]] for name in names}
-        for name, of_filter in classes.items():
-            if (of_filter == of_filter[0]).all():
-                reason_of.setdefault(int(of_filter[0]), f"all filters of {name} go together")
-        filters = [(name, index) for name, of_filter in classes.items() for index in range(len(of_filter))]
-        members = group(filters, torch.cat([torch.zeros(0, dtype=torch.long), *classes.values()]))
-        removable = [root for root in members if root not in reason_of]
-        self.units = tuple(Unit(index, members[root]) for index, root in enumerate(removable))
-        unit_of_root = torch.full((ids.count,), -1, dtype=torch.long)
-        unit_of_root[torch.tensor(removable, dtype=torch.long)] = torch.arange(len(removable))
-        self._unit_of_id = unit_of_root[roots]
-        self.tensors = {}
-        for (name, dim), along in ids.tensors.items():
-            units = self._unit_of_id[along]
-            if dim < 2 or bool((units >= 0).any()):
-                self.tensors[name, dim] = units
-        self.widths = {
-            width: (self._unit_of_id[uses[0][0]], uses[0][1])
-            for width, uses in ids.widths.items()
-            if bool((self._unit_of_id[uses[0][0]] >= 0).any())
-        }
-        self.settings = {name: self._unit_of_id[along] for name, along in layers.settings.items()}
-        self.layers = {}
-        for name in names:
-            units = self._unit_of_id[layers.filters[name]]
-            protected = classes[name][units < 0].tolist()
-            self.layers[name] = LayerInfo(len(units), units, reason_of[protected[0]] if protected else None)
 
     def cost_terms(self):
         """Every parameter as a `CostTerm`; a layer's multiply-accumulates are counted at its weight."""
@@ -263,4 +231,4 @@ class ChannelGraph:
     def _cut(self, units):
         stays = torch.ones(len(self.units) + 1, dtype=torch.bool)  # the last entry stands for index -1
         stays[[unit.index for unit in units]] = False
-        return cut(self.model, self.tensors, self.widths, self.settings, stays)
+        return cut(self.model, self.tensors, self._widths, self._settings, stays)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from taylor_pruning.surgery.numbers import is_tracked
+
 LONGEST = 100_000  # a longer dimension of a parameter is a flattened weight, which is left as it is
 
 
@@ -71,6 +73,7 @@ class ChannelIds:
         self.settings = {}  # module with one setting a channel: ids of its channels
         self.widths = {}  # (module name, attribute, index): [(ids, factor)], the attribute is their number over factor
         self.heads = []  # ids of whole heads: a view splits each into a block of channels
+        self.grouped = set()  # names of modules that apply grouped convs, depthwise ones excepted
         self.choices = 0  # views that could follow their channels along more than one dimension
         self.fixed = {}  # (module name, attribute, index): why it must not change
 
@@ -141,18 +144,18 @@ class ChannelIds:
 
     def bind(self, number, ids, reason):
         """After a cut `number` must be how many of `ids` are left; True if its source guarantees that."""
-        widths = getattr(number, "widths", ())
-        counted = getattr(number, "ids", None)
-        factor = getattr(number, "factor", None)
-        if counted is not None:
-            if factor == 1 and len(counted) == len(ids) and not widths:
-                self.unite(counted, ids)
+        if not is_tracked(number):
+            self.protect(ids, reason)
+            return False
+        if number.ids is not None:
+            if number.whole and len(number.ids) == len(ids) and not number.widths:
+                self.unite(number.ids, ids)
                 return True
-            self.protect(counted, reason)
-        elif len(widths) == 1 and factor is not None and factor > 0:
-            self._bind_width(widths[0], ids, factor, reason)
+            self.protect(number.ids, reason)
+        elif len(number.widths) == 1 and number.factor is not None and number.factor > 0:
+            self._bind_width(number.widths[0], ids, number.factor, reason)
             return True
-        elif len(widths) > 1:  # it follows if one of its parts follows, which the proof of a cut decides
+        elif len(number.widths) > 1:  # it follows if one of its parts follows, which the proof of a cut decides
             return True
         self.protect(ids, reason)
         return False
@@ -173,9 +176,13 @@ class ChannelIds:
 
     def keep_number(self, number, reason):
         """`number` enters a computation: the channels that it counts must stay, and its attribute must not change."""
-        if getattr(number, "ids", None) is not None:
+        if is_tracked(number):
             self.protect(number.ids, reason)
-        for width in getattr(number, "widths", ()):
+            self.keep_widths(number, reason)
+
+    def keep_widths(self, number, reason):
+        """The attributes from which `number` is computed must not change."""
+        for width in number.widths:
             self.fixed.setdefault(width, reason)
 
     def issue(self, node, ids, linear):

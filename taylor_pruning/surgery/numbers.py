@@ -99,10 +99,10 @@ def _arithmetic(name, reflected):
             arguments = tuple(getattr(o, "node", None) or o for o in operands)
             node = nodes[0].graph.call_function(function, arguments)
         source, factor = _source(name, *operands)
-        if source is not None and factor is not None:
-            tracked = [source]
-        ids = [o.ids for o in tracked if o.ids is not None]
-        widths = tuple(dict.fromkeys(w for o in tracked for w in o.widths))
+        counted = [source] if source is not None and factor is not None else tracked
+        ids = [o.ids for o in counted if o.ids is not None]
+        named = tracked if ids else counted  # C // self.groups follows C as long as self.groups stays
+        widths = tuple(dict.fromkeys(w for o in named for w in o.widths))
         return number(value, node, torch.cat(ids) if len(ids) > 1 else ids[0] if ids else None, widths, factor)
 
     return method

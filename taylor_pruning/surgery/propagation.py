@@ -45,13 +45,13 @@ class Propagation:
         return exposed
 
 
-def propagate(trace, ids, parameters, prefer_heads=False):
+def propagate(trace, ids, parameters, ways):
     """Run the graph of `trace` on ids.
 
     Args:
         ids: the ChannelIds to fill.
         parameters: {name: parameter or buffer}.
-        prefer_heads: where a view splits channels into heads, whole heads are units.
+        ways: how it is cut where several ways keep the network exact.
     """
     result = Propagation()
     for node in trace.graph.nodes:
@@ -67,7 +67,7 @@ def propagate(trace, ids, parameters, prefer_heads=False):
                 for layer in result.env[source].layers:
                     ids.protect(layer, "output of the network")
         else:
-            result.env[node] = _call(node, info, result, ids, prefer_heads)
+            result.env[node] = _call(node, info, result, ids, ways)
             value = result.env[node]
             if info.source and isinstance(value, Value):
                 info.value = value
@@ -89,7 +89,7 @@ def _has_values(value):
     return bool(found)
 
 
-def _call(node, info, result, ids, prefer_heads):
+def _call(node, info, result, ids, ways):
     env = result.env
     operands = []
 
@@ -112,7 +112,7 @@ def _call(node, info, result, ids, prefer_heads):
         return tuple(sizes_of(ids, args[0]))
     if name == "numel":
         return number(math.prod(args[0].shape), ids=_all_ids(args[0]), factor=None)
-    call = Call(node, name, args, kwargs, ids, info, result.infos, prefer_heads, operands)
+    call = Call(node, name, args, kwargs, ids, info, result.infos, ways, operands)
     if not operands:
         return _without_tensors(call)
     if name in FACTORIES:

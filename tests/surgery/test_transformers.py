@@ -108,6 +108,25 @@ def test_nothing_of_it_goes_by_default(network):
     assert not graph.units and graph.layers.keys() == {"stem"}
 
 
+@pytest.mark.parametrize("norm", [nn.Identity, lambda: nn.LayerNorm(WIDTH)], ids=["free", "normalised"])
+def test_heads_stay_where_their_size_is_computed_from_their_number(norm):
+    """The width of the input over the number of heads: one head less would change the size of all others."""
+
+    class Dividing(Attention):
+        def forward(self, x):
+            b, n, c = x.shape
+            shape = (b, n, 3, self.num_heads, c // self.num_heads)
+            q, k, v = self.qkv(x).reshape(shape).permute(2, 0, 3, 1, 4).unbind(0)
+            return self.proj(((q @ k.transpose(-2, -1)).softmax(-1) @ v).transpose(1, 2).reshape(b, n, -1))
+
+    torch.manual_seed(0)
+    network = Transformer()
+    network.attention, network.norm1 = Dividing(windows=False), norm()
+    graph = ChannelGraph(randomise(network), pictures(1), prune_heads=True, verify=False)  # known without a trial
+    reason = graph.layers["attention.qkv"].reason
+    assert reason is not None and "in reshape (attention)" in reason, reason
+
+
 def test_fewer_heads_are_saved_loaded_and_exported(tmp_path):
     torch.manual_seed(0)
     network = randomise(Transformer(windows=True)).float()

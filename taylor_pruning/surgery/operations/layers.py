@@ -26,7 +26,7 @@ def conv(call):
     if depthwise and inputs is not None:
         outputs = _depthwise(call, inputs, by_row, weight, groups, transposed)
     else:
-        outputs = _mixing(call, x, inputs, (by_row, by_column), weight, int(groups), transposed)
+        outputs = _mixing(call, x, inputs, (by_row, by_column), weight, groups, transposed)
     if bias is not None:
         ids.attach(bias, outputs, bias.reason or f"meets a tensor of fixed size in {call.where}")
     info.source = info.source or bias is not None
@@ -56,20 +56,23 @@ def _mixing(call, x, inputs, weights, weight, groups, transposed):
     by_row, by_column = weights
     own, outputs = (by_row, by_column) if transposed else (by_column, by_row)
     info.reads = True
+    if groups > 1 and transposed:
+        for one in (inputs, own, outputs):
+            ids.protect(one, f"{call.where} is transposed and grouped")
+        outputs = ids.new(call.shape[len(x.shape) - int(call.name[-2]) - 1])
+        ids.protect(outputs, f"{call.where} is transposed and grouped")
+        ids.issue(call.node, outputs, linear=False)
+        return outputs
     if groups > 1:
-        if transposed:
-            for one in (inputs, own, outputs):
-                ids.protect(one, f"{call.where} is transposed and grouped")
-            outputs = ids.new(call.shape[len(x.shape) - int(call.name[-2]) - 1])
-            ids.protect(outputs, f"{call.where} is transposed and grouped")
-            ids.issue(call.node, outputs, linear=False)
-            return outputs
+        ids.grouped.add(call.node.meta["module"])
+        if call.node.meta["module"] in call.ways.groups and inputs is not None and outputs is not None:
+            return _whole_groups(call, inputs, outputs, own, groups)
         if inputs is not None:  # every group must keep as many input channels as the others
-            table = inputs.view(groups, -1)
+            table = inputs.view(int(groups), -1)
             ids.unite(table[:1], table)
             inputs = table[0]
         if outputs is not None:
-            table = outputs.view(groups, -1)
+            table = outputs.view(int(groups), -1)
             ids.unite(table[:1], table)
     if inputs is not None and own is not None:
         ids.unite(inputs, own)
@@ -83,6 +86,18 @@ def _mixing(call, x, inputs, weights, weight, groups, transposed):
         ids.issue(call.node, fixed, linear=False)
     else:
         ids.issue(call.node, outputs, linear=False)
+    return outputs
+
+
+def _whole_groups(call, inputs, outputs, own, groups):
+    """A group of filters goes with all input channels that it reads."""
+    ids, table = call.ids, inputs.view(int(groups), -1)
+    ids.unite(table[:, :1], table)
+    ids.unite(table[:, :1], outputs.view(int(groups), -1))
+    if own is not None:
+        ids.protect(own, f"{call.where} loses whole groups")
+    ids.bind(groups, table[:, 0], f"the number of groups is fixed in {call.where}")
+    ids.issue(call.node, outputs, linear=False)
     return outputs
 
 

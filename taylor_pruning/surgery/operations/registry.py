@@ -6,6 +6,7 @@ from torch import fx
 
 from taylor_pruning.surgery.ids import ChannelIds, Value
 from taylor_pruning.surgery.numbers import is_tracked
+from taylor_pruning.surgery.ways import Ways
 
 RULES = {}  # operation name: rule
 PIECEWISE_LINEAR = set()  # names of operations that are piecewise linear in their tensor
@@ -51,7 +52,7 @@ class Call:
 
     Attributes:
         infos: {node: Info} of all nodes so far.
-        prefer_heads: where a view splits channels into heads, whole heads are units.
+        ways: how it is cut where several ways keep the network exact.
         operands: [(node, value)] of the tensors among the arguments, in order.
         why: the first reason for which something was protected here.
     """
@@ -63,7 +64,7 @@ class Call:
     ids: ChannelIds
     info: Info
     infos: dict
-    prefer_heads: bool = False
+    ways: Ways = Ways()
     operands: list = field(default_factory=list)
     why: str | None = None
 

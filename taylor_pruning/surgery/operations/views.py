@@ -127,8 +127,8 @@ def viewed(call, x, sizes, free):
             call.protect(layer, "is viewed at a fixed size in")
         layers.append(new)
     for d, size in enumerate(sizes):
-        if is_tracked(size) and size.ids is not None and d not in followed:
-            ids.protect(size.ids, f"their number is a size in {call.where}")
+        if is_tracked(size) and d not in followed:
+            ids.keep_number(size, f"their number is a size in {call.where}")
     return call.result(layers)
 
 
@@ -144,8 +144,8 @@ def _choose(call, sizes, dims):
         rest = [d for d in dims if d not in named]
         if any(sizes[d].ids is not None for d in named):
             return []
-        return named[:1] if call.prefer_heads or _is_mixed(call.node, rest[0]) else rest
-    heads = call.prefer_heads or _is_mixed(call.node, dims[-1])
+        return named[:1] if call.ways.heads or _is_mixed(call.node, rest[0]) else rest
+    heads = call.ways.heads or _is_mixed(call.node, dims[-1])
     return [dims[0] if heads else dims[-1]]
 
 
@@ -184,6 +184,7 @@ def _follow(call, layer, before, new, dim, size, free):
     )
     if size.factor is not None and vector is not None and len(vector) == len(size.ids):
         ids.unite(vector, size.ids)
+        ids.keep_widths(size, reason)
     elif not bool(torch.isin(size.ids, layer).all()):
         ids.protect(layer, reason)
         ids.protect(size.ids, reason)

@@ -1,0 +1,75 @@
+"""Numbers the units of a network: which filters go together, which stay and why, and which tensors and numbers follow."""
+
+import torch
+
+from taylor_pruning.surgery.ids import ChannelIds
+from taylor_pruning.surgery.layers import Layers, kept_linear
+from taylor_pruning.surgery.units import LayerInfo, Unit, group
+
+
+class Numbering:
+    """The units of one analysis.
+
+    Args:
+        ids, layers: of surgery.analysis.Analysis. prune_linear, prune_heads: see ChannelGraph.
+
+    Attributes:
+        units, layers, tensors: see ChannelGraph.
+        unit_of_id: [ids] unit index or -1.
+        widths, settings: see surgery.cut.cut.
+        stuck: names of layers whose filters all go together, so that none of them may.
+    """
+
+    def __init__(self, ids: ChannelIds, layers: Layers, prune_linear: bool, prune_heads: bool):
+        roots = ids.roots()
+        with_linear = prune_linear or prune_heads
+        names = [name for name in layers.filters if with_linear or name not in layers.linear]
+        classes = {name: roots[layers.filters[name]] for name in names}
+        reason_of = self._reasons(ids, roots, kept_linear(ids, layers, roots, prune_linear, prune_heads))
+        whole = {name: int(classes[name][0]) for name in names if (classes[name] == classes[name][0]).all()}
+        self.stuck = {name for name, root in whole.items() if root not in reason_of}
+        for name, root in whole.items():
+            reason_of.setdefault(root, f"all filters of {name} go together")
+        filters = [(name, index) for name, of_filter in classes.items() for index in range(len(of_filter))]
+        members = group(filters, torch.cat([torch.zeros(0, dtype=torch.long), *classes.values()]))
+        removable = [root for root in members if root not in reason_of]
+        self.units = tuple(Unit(index, members[root]) for index, root in enumerate(removable))
+        unit_of_root = torch.full((ids.count,), -1, dtype=torch.long)
+        unit_of_root[torch.tensor(removable, dtype=torch.long)] = torch.arange(len(removable))
+        self.unit_of_id = unit_of_root[roots]
+        self._follow(ids, layers)
+        self.layers = {}
+        for name, of_filter in classes.items():
+            units = self.unit_of_id[layers.filters[name]]
+            protected = of_filter[units < 0].tolist()
+            self.layers[name] = LayerInfo(len(units), units, reason_of[protected[0]] if protected else None)
+
+    @staticmethod
+    def _reasons(ids, roots, more):
+        """{class: why it stays}; the first of several reasons counts."""
+        reason_of = {}
+        for some, reason in ids.reasons:
+            for root in roots[some].unique().tolist():
+                reason_of.setdefault(root, reason)
+        for root, reason in more:
+            reason_of.setdefault(root, reason)
+        return reason_of
+
+    def _follow(self, ids, layers):
+        """Which tensors, numbers and settings shrink with which units."""
+        self.tensors = {}
+        for (name, dim), along in ids.tensors.items():
+            units = self.unit_of_id[along]
+            if dim < 2 or bool((units >= 0).any()):
+                self.tensors[name, dim] = units
+        self.widths = {
+            width: (self.unit_of_id[uses[0][0]], uses[0][1])
+            for width, uses in ids.widths.items()
+            if bool((self.unit_of_id[uses[0][0]] >= 0).any())
+        }
+        self.settings = {name: self.unit_of_id[along] for name, along in layers.settings.items()}
+
+    @property
+    def filters(self):
+        """Number of filters that may go."""
+        return sum(len(unit.filters) for unit in self.units)
