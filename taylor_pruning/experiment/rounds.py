@@ -15,6 +15,8 @@ from taylor_pruning.experiment.settings import PruningSettings
 from taylor_pruning.repair.network import repair_network, split
 from taylor_pruning.repair.parts import compensate_parts
 from taylor_pruning.selection.constraints import Ledger
+from taylor_pruning.surgery.parts import parts_of
+from taylor_pruning.tasks.classification import is_classification
 from taylor_pruning.training.fine_tuning import Recipe, train_steps
 from taylor_pruning.training.measuring import Measuring
 from taylor_pruning.training.steps import distillation_loss
@@ -121,16 +123,18 @@ class Rounds:
         if self.settings.repair != "network" or state.repair:
             return state
         seconds, dense, seed = Stopwatch(state.seconds), self.graph.model, self.settings.seed
+        task, options = self.rankings.task, {"progress": self.progress, "seed": seed}
         before = self.measuring.stage("compensated", state.model, state.seconds["compensate"])
         seconds.lap("evaluate")
         images, held_out = split(self.rankings.compensation, seed)
         model = self.graph.remove(removed(self.graph, state.kept))
         if images:
-            options = {"progress": self.progress, "seed": seed}
-            compensate_parts(self.graph, dense, model, images, self.rankings.task, state.kept, **options)
+            compensate_parts(self.graph, dense, model, images, task, state.kept, **options)
             broadcast_state(model)
         loss = functools.partial(distillation_loss, temperature=self.recipe.temperature)
-        report = repair_network(dense, model, images, held_out, loss, seed=seed, progress=self.progress)
+        if not is_classification(task):
+            loss = functools.partial(_mean_divergence, task)
+        report = repair_network(dense, model, images, held_out, loss, task=task, parts=parts_of(self.graph), **options)
         broadcast_state(model)
         if not report.steps:  # nothing was gained: the fit to all images is better
             model = state.model
@@ -166,6 +170,10 @@ class Rounds:
         seconds.lap("train")
         rounds = [*state.rounds[:-1], {**last, "after_training": self.measuring.quick(model)}]
         return dataclasses.replace(state, model=model, rounds=rounds, seconds=seconds.total, losses=None)
+
+
+def _mean_divergence(task, outputs, wanted):
+    return task.divergence(outputs, wanted).mean()
 
 
 def is_destroyed(state: RoundsState) -> bool:

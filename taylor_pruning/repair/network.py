@@ -2,15 +2,16 @@
 
 Least squares of single layers (repair.compensation) cannot trade an error of one layer against another's. From where they
 end, a few hundred steps of Adam lower the divergence of the network's outputs from the dense network's, on the images that
-the layers were fitted to and on their mirror images. BatchNorms keep their statistics meanwhile. Each tensor's rate is a
-share of its size, so that one rate suits all networks; rates fall to zero along half a cosine. Other images judge: the
+the layers were fitted to; a classifier's are also mirrored. BatchNorms keep their statistics meanwhile. Each tensor's rate is
+a share of its size, so that one rate suits all networks; rates fall to zero along half a cosine. Other images judge: the
 weights that diverge least on them are kept, those before the first step included, so that few images do no harm.
 """
 
 import copy
+import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
@@ -22,6 +23,11 @@ from taylor_pruning.distributed import all_reduce_sum, rank, world_size
 from taylor_pruning.errors import InputError
 from taylor_pruning.modes import frozen, modes_kept
 from taylor_pruning.repair.paired_runs import refresh_batchnorms
+from taylor_pruning.surgery.parts import recorded_inputs
+from taylor_pruning.tasks.batches import join, select, size
+from taylor_pruning.tasks.batches import split as in_parts
+from taylor_pruning.tasks.classification import is_classification, task_of
+from taylor_pruning.tasks.task import Task, flatten
 
 STEPS = 300
 IMAGES_A_STEP = 64
@@ -49,20 +55,20 @@ class NetworkRepair:
 
 
 def split(batches: list, seed: int) -> tuple[list, list]:
-    """(batches to fit to, batches that judge) of batches (images, labels), drawn at random; a fifth judges, at most 500.
+    """(batches to fit to, batches that judge), the samples of `batches` drawn at random; a fifth judges, at most 500.
 
     What has been fitted to the images that judge would look better than it is.
     """
-    number = sum(len(images) for images, _ in batches)
+    number = sum(map(size, batches))
     count = min(max(1, int(HELD_OUT * number)), MOST_HELD_OUT)
     judges = torch.randperm(number, generator=torch.Generator().manual_seed(seed)) < count
     parts, first = ([], []), 0
-    for images, labels in batches:
-        chosen = judges[first : first + len(images)].to(images.device)
-        first += len(images)
+    for batch in batches:
+        chosen = judges[first : first + size(batch)]
+        first += size(batch)
         for part, mask in zip(parts, (~chosen, chosen), strict=True):
             if mask.any():
-                part.append((images[mask], labels[mask.to(labels.device)]))
+                part.append(select(batch, mask.nonzero().flatten()))
     return parts
 
 
@@ -71,8 +77,10 @@ def repair_network(
     smaller: nn.Module,
     batches: list,
     held_out: list,
-    loss: Callable[[Tensor, Tensor], Tensor],
+    loss: Callable,
     *,
+    task: Task | None = None,
+    parts: Sequence[str] = ("",),
     steps: int = STEPS,
     seed: int = 0,
     progress: bool = True,
@@ -82,20 +90,23 @@ def repair_network(
     Args:
         dense: the network before any pruning.
         smaller: the pruned network, its layers fitted already.
-        batches: list of (images [B, C, H, W], labels), labels are not used. held_out: others, to which nothing was fitted.
+        batches: list of batches of `task` (default: classification), labels are not used. held_out: others, to which nothing
+            was fitted.
         loss: how far outputs are from the dense network's, loss(outputs, wanted), a mean over the batch. Behind a softmax a
             temperature of 4 gives more accuracy than 1, at which answers that are sure already say little.
-        steps: of 64 images each, or as many as the largest batch has. The dense network runs once over all images and
-            their mirror images.
+        parts: names of the modules that can be traced; their BatchNorms take new statistics at the end.
+        steps: of 64 images each, or as many as the largest batch has. A classifier's dense network runs once over all images
+            and their mirror images; that of another task, whose outputs may be large, runs at every step.
         seed: of the order and the mirroring.
 
     Under torch.distributed every process takes a part of each step's images; gradients are averaged.
 
-    Raises InputError if there are no images, or the dense network answers NaN or Inf.
+    Raises InputError if there are no images, images cannot be joined to batches, or the dense network answers NaN or Inf.
     """
     if not (batches and held_out):
         raise InputError("repair of the network: there is one image or none; give at least two calibration images")
-    start, mine = time.perf_counter(), _Images(dense, batches, held_out, seed)
+    start, task = time.perf_counter(), task_of(task)
+    mine = _Samples(dense, task, batches, held_out, seed)
     with _trainable(smaller) as parameters:
         best, kept, at = mine.judge(smaller, loss), _copy_of(smaller), 0
         before, between = best, math.ceil(steps / JUDGED)
@@ -103,8 +114,8 @@ def repair_network(
         for step in tqdm(range(1, steps + 1), desc="repair", unit="step", leave=False, disable=not progress):
             for group in optimizer.param_groups:
                 group["lr"] = RATE * group["scale"] * _rate_factor(step, steps)
-            part, wanted = mine.draw()
-            loss(smaller(part), wanted).backward()
+            batch, wanted = mine.draw()
+            loss(task.forward(smaller, batch), wanted).backward()
             _average_gradients(parameters)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -114,50 +125,73 @@ def repair_network(
                     best, kept, at = now, _copy_of(smaller), step
         smaller.load_state_dict(kept)
     if at:
-        refresh_batchnorms(smaller, [images for images, _ in batches])
-    used = len(mine.images), len(mine.held_out)
-    return NetworkRepair(before, best, at, steps, *used, time.perf_counter() - start)
+        for name in parts:
+            inputs = [recorded_inputs(smaller, name, functools.partial(task.forward, batch=batch)) for batch in batches]
+            refresh_batchnorms(smaller.get_submodule(name), inputs)
+    seconds = time.perf_counter() - start
+    return NetworkRepair(before, best, at, steps, len(mine.places), mine.held_out_samples, seconds)
 
 
-class _Images:
-    """This process's images with the dense network's answers: batches to train on, and held-out ones that judge."""
+class _Samples:
+    """This process's samples with the dense network's outputs: batches to train on, and held-out ones that judge."""
 
-    def __init__(self, dense: nn.Module, batches: list, held_out: list, seed: int):
+    def __init__(self, dense: nn.Module, task: Task, batches: list, held_out: list, seed: int):
+        self.dense, self.task, self.batches = dense, task, batches
         self.generator = torch.Generator().manual_seed(seed)
-        # views of single images, no copies
-        self.images, self.held_out = ([x for part, _ in parts for x in part] for parts in (batches, held_out))
-        self.at_once = min(IMAGES_A_STEP, max(len(part) for part, _ in batches))
-        with frozen(dense):
-            self.wanted = torch.stack([self._outputs(dense, self.images, mirrored) for mirrored in (False, True)])
-            self.wanted_held_out = self._outputs(dense, self.held_out)
-        if not (torch.isfinite(self.wanted).all() and torch.isfinite(self.wanted_held_out).all()):
-            raise InputError(
-                "repair of the network: the dense network answers NaN or Inf; check the images and its weights"
-            )
+        self.places = [(number, row) for number, batch in enumerate(batches) for row in range(size(batch))]
+        self.at_once = min(IMAGES_A_STEP, max(map(size, batches)))
+        self.held_out = [part for batch in held_out for part in in_parts(batch, self.at_once)]
+        self.held_out_samples = sum(map(size, self.held_out))
+        self.wanted, few = None, [part for batch in batches for part in in_parts(batch, self.at_once)]
+        if is_classification(task):
+            kept = [[self._answers(part, mirror) for part in few] for mirror in (False, True)]
+            self.wanted = torch.stack([torch.cat(outputs) for outputs in kept])
         self.order = torch.empty(0, dtype=torch.long)
 
-    def draw(self) -> tuple[Tensor, Tensor]:
-        """This process's part of the next step's images, each mirrored with probability 1/2, and what is wanted."""
+    def draw(self) -> tuple:
+        """This process's part of the next step's samples, and what is wanted; a classifier's with probability 1/2 mirrored."""
         if len(self.order) < self.at_once:
-            self.order = torch.cat([self.order, torch.randperm(len(self.images), generator=self.generator)])
+            self.order = torch.cat([self.order, torch.randperm(len(self.places), generator=self.generator)])
         chosen, self.order = self.order[: self.at_once], self.order[self.at_once :]
         mirrored = torch.randint(2, (self.at_once,), generator=self.generator)
         mine = slice(rank() % self.at_once, None, world_size())
         chosen, mirrored = chosen[mine], mirrored[mine]
-        images = torch.stack([self.images[i] for i in chosen])
+        batch = self._joined([self.places[i] for i in chosen])
+        if self.wanted is None:
+            return batch, self._answers(batch)
+        images, *rest = batch
         flipped = mirrored.bool().to(images.device).view(-1, *[1] * (images.dim() - 1))
         wanted = self.wanted[mirrored.to(images.device), chosen.to(images.device)]
-        return torch.where(flipped, images.flip(-1), images), wanted
+        return (torch.where(flipped, images.flip(-1), images), *rest), wanted
 
     def judge(self, model: nn.Module, loss: Callable) -> float:
-        """The loss on the held-out images, the same in all processes."""
-        value = loss(self._outputs(model, self.held_out), self.wanted_held_out).double()
-        return (all_reduce_sum(value) / world_size()).item()
+        """The loss on the held-out samples, the same in all processes."""
+        total = 0.0
+        with torch.no_grad():
+            for batch in self.held_out:
+                value = loss(self.task.forward(model, batch), self._answers(batch))
+                total = total + size(batch) * value.double()
+        return (all_reduce_sum(total / self.held_out_samples) / world_size()).item()
+
+    def _joined(self, places):
+        rows = [select(self.batches[number], torch.tensor([row])) for number, row in places]
+        try:
+            return join(rows)
+        except RuntimeError as error:
+            raise InputError(f"repair of the network: images of different sizes fit into no batch ({error})") from error
 
     @torch.no_grad()
-    def _outputs(self, model: nn.Module, images: list[Tensor], mirrored: bool = False) -> Tensor:
-        parts = (torch.stack(images[i : i + self.at_once]) for i in range(0, len(images), self.at_once))
-        return torch.cat([model(part.flip(-1) if mirrored else part) for part in parts])
+    def _answers(self, batch, mirror: bool = False):
+        """The dense network's outputs."""
+        if mirror:
+            batch = (batch[0].flip(-1), *batch[1:])
+        with frozen(self.dense):
+            outputs = self.task.forward(self.dense, batch)
+        if not flatten(outputs).isfinite().all():
+            raise InputError(
+                "repair of the network: the dense network answers NaN or Inf; check the images and its weights"
+            )
+        return outputs
 
 
 def _scale(parameter: nn.Parameter) -> float:

@@ -3,7 +3,7 @@
 import math
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from taylor_pruning.repair.batchnorm import update_statistics
 from taylor_pruning.repair.plan import RepairPlan
@@ -116,11 +116,14 @@ class PairedRuns:
         return state
 
 
-def refresh_batchnorms(model: nn.Module, images: list[Tensor]) -> None:
-    """Gives the BatchNorms of a changed network the statistics of their present inputs, see batchnorm.update_statistics."""
-    plan = RepairPlan(model, model, {}, images[0][:1])
+def refresh_batchnorms(model: nn.Module, inputs: list) -> None:
+    """Gives the BatchNorms of a changed network the statistics of their present inputs, see batchnorm.update_statistics.
+
+    `inputs`: what the network is called with on every batch, a tensor or several in the form of an example_input.
+    """
+    plan = RepairPlan(model, model, {}, map_tensors(inputs[0], lambda tensor: tensor[:1]))
     with torch.no_grad():
-        PairedRuns(plan, [images, images], budget=0).update_batchnorms()
+        PairedRuns(plan, [inputs, inputs], budget=0).update_batchnorms()
 
 
 def _copy(value):

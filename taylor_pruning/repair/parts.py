@@ -1,6 +1,7 @@
 """Compensation of a whole network, or of its pruned parts one after the other, on the batches of a task."""
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -8,7 +9,7 @@ from torch import nn
 from taylor_pruning.modes import frozen
 from taylor_pruning.repair.compensation import CompensationReport, compensate
 from taylor_pruning.surgery.graph import ChannelGraph
-from taylor_pruning.surgery.parts import PartsGraph, example_of_call, recorded_calls
+from taylor_pruning.surgery.parts import PartsGraph, recorded_inputs
 from taylor_pruning.tasks.task import Task
 
 
@@ -46,9 +47,5 @@ def compensate_parts(
 
 def _inputs(model, name, batches, task):
     """[(what the part reads, None)] of every batch, in the order of the batches."""
-    found = []
     with frozen(model), torch.no_grad():
-        for batch in batches:
-            (call,) = recorded_calls(model, [name], lambda network, batch=batch: task.forward(network, batch))[name]
-            found.append((example_of_call(*call), None))
-    return found
+        return [(recorded_inputs(model, name, partial(task.forward, batch=batch)), None) for batch in batches]

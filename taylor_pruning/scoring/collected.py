@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from taylor_pruning.errors import InputError
 from taylor_pruning.scoring.probes import ProbedDerivatives
 from taylor_pruning.scoring.taylor import Directions, loss_change
 
@@ -102,8 +103,17 @@ class Collected:
 
         Returns:
             [units] nats, never negative.
+
+        Raises:
+            InputError: they are all zero under a task, so that they order nothing.
         """
-        return self.squared_first_order() / 2 if order == 1 else self.scores(order)
+        levels = self.squared_first_order() / 2 if order == 1 else self.scores(order)
+        if self.directions is None and not (levels > 0).any():
+            reason = "loss has no slope along any gate; check it, or take order 2"
+            if order > 1:
+                reason = "divergence does not change along any gate; check that it compares the outputs"
+            raise InputError(f"order {order} cannot choose: the task's {reason}")
+        return levels
 
     def predicted_loss_change(self, chosen: list[int], order: int) -> float | None:
         """Loss change (nats) of removing the units together, to first order in the network; None for order 1.

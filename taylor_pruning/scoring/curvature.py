@@ -69,7 +69,6 @@ def check_scoring(task: Task, settings, repairs: bool, use_gradient_flow: bool) 
         "use_gradient_flow": use_gradient_flow,
         "selection='joint' without compensation": settings.selection == "joint" and not repairs,
         "curvature='exact' without compensation": settings.curvature == "exact" and not repairs,
-        "repair='network'": settings.repair == "network",
     }
     for what, asked in needs_logits.items():
         if asked:

@@ -144,6 +144,11 @@ class PartsGraph:
         return copy_of(self.model, replaced)
 
 
+def parts_of(graph: ChannelGraph | PartsGraph) -> list[str]:
+    """Names of the modules that a graph has traced; "" for the whole network."""
+    return list(graph.parts) if isinstance(graph, PartsGraph) else [""]
+
+
 @torch.no_grad()
 def recorded_calls(model: nn.Module, names: Iterable[str], run: Callable) -> dict[str, list]:
     """{name: [(args, kwargs) of every call]} of submodules while run(model) runs, in the order of their first call."""
@@ -162,6 +167,12 @@ def recorded_calls(model: nn.Module, names: Iterable[str], run: Callable) -> dic
             for hook in hooks:
                 hook.remove()
     return calls
+
+
+def recorded_inputs(model: nn.Module, name: str, run: Callable):
+    """What a submodule, or with the name "" the network, is called with once while run(model) runs, as an example_input."""
+    (call,) = recorded_calls(model, [name], run)[name]
+    return example_of_call(*call)
 
 
 def example_of_call(args: tuple, kwargs: dict):

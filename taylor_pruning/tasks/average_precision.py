@@ -1,18 +1,20 @@
 """Mean average precision of detections as COCO computes it (Lin et al. 2014, arXiv:1405.0312; cocodataset.org/#detection-eval).
 
 Precision is made to fall with recall and averaged at 101 recalls from 0 to 1, for every class that occurs and IoU thresholds
-0.5, 0.55, ..., 0.95; of an image the 100 surest detections count. Objects of all sizes count, and none is a crowd.
+0.5, 0.55, ..., 0.95; of an image the 100 surest detections of a class count. Objects of all sizes count, and none is a crowd.
 """
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchvision.ops import box_iou
 
-THRESHOLDS = torch.linspace(0.5, 0.95, 10, dtype=torch.float64)
-RECALLS = torch.linspace(0, 1, 101, dtype=torch.float64)
-DETECTIONS = 100  # of an image
+# numpy's grids, as pycocotools has them: a recall of 57/100 lies below its 0.5700000000000001
+THRESHOLDS = torch.from_numpy(np.linspace(0.5, 0.95, 10))
+RECALLS = torch.from_numpy(np.linspace(0, 1, 101))
+DETECTIONS = 100  # of an image and class
 
 
 def average_precision(detections: Sequence[dict], targets: Sequence[dict]) -> dict[str, float]:
@@ -25,7 +27,7 @@ def average_precision(detections: Sequence[dict], targets: Sequence[dict]) -> di
     classes = sorted({int(label) for target in targets for label in target["labels"]})
     if not classes:
         return {"map": float("nan"), "map50": float("nan")}
-    surest = [image["scores"].argsort(descending=True, stable=True)[:DETECTIONS] for image in detections]
+    surest = [image["scores"].argsort(descending=True, stable=True) for image in detections]
     by_class = torch.stack([_of_class(detections, targets, surest, label) for label in classes])
     return {"map": 100 * by_class.mean().item(), "map50": 100 * by_class[:, 0].mean().item()}
 
@@ -34,7 +36,7 @@ def _of_class(detections, targets, surest, label) -> Tensor:
     """[thresholds] average precision of one class."""
     scores, right, objects = [], [], 0
     for said, target, kept in zip(detections, targets, surest, strict=True):
-        kept = kept[said["labels"][kept] == label]
+        kept = kept[said["labels"][kept] == label][:DETECTIONS]
         boxes = target["boxes"][target["labels"] == label]
         objects += len(boxes)
         scores.append(said["scores"][kept].double())

@@ -104,20 +104,28 @@ class Regression(Task):
     Args:
         scale: what an error is measured in for loss and divergence, one number or one an output [...]. Errors of outputs with
             different units count alike when each is divided by its own spread. The metric "mae" is not scaled.
+        ignore_nan: targets that are NaN are unknown, as depth that a sensor did not see; loss and metric leave them out.
     """
 
     name, main, larger_is_better = "regression", "mae", False
 
-    def __init__(self, scale: float | Tensor = 1.0):
-        self.scale = torch.as_tensor(scale)
+    def __init__(self, scale: float | Tensor = 1.0, ignore_nan: bool = False):
+        self.scale, self.ignore_nan = torch.as_tensor(scale), ignore_nan
         if not (self.scale > 0).all():
             raise InputError("scale must be above 0: what an error is measured in")
 
     def read(self, batch, where, device=None):
         batch = super().read(batch, where, device)
         inputs, targets = _pair(batch, where, "numbers [B, ...]")
-        if len(targets) != len(inputs) or not targets.isfinite().all():
-            raise InputError(f"the targets of {where} are {[*targets.shape]}; give finite numbers, one row an image")
+        if len(targets) != len(inputs):
+            raise InputError(
+                f"the targets of {where} are {[*targets.shape]} for {len(inputs)} images; give one row an image"
+            )
+        usable = ~targets.isinf() if self.ignore_nan else targets.isfinite()
+        if not usable.all():
+            raise InputError(
+                f"the targets of {where} hold NaN or Inf; give finite numbers, or Regression(ignore_nan=True) where NaN says unknown"
+            )
         return inputs, targets
 
     def check(self, outputs, batch, where):
@@ -129,27 +137,31 @@ class Regression(Task):
                 f"the network gives {shape} for {where}, but the targets are {[*targets.shape]}; give as many"
             )
 
-    def _errors(self, outputs, wanted):
-        return (outputs - wanted.reshape(outputs.shape).to(outputs)) / self.scale.to(outputs)
+    def _squares(self, outputs, wanted):
+        errors = (outputs - wanted.reshape(outputs.shape).to(outputs)) / self.scale.to(outputs)
+        return errors.square().reshape(len(outputs), -1)
 
     def loss(self, outputs: Tensor, batch) -> Tensor:
-        return self._errors(outputs, batch[1]).square().reshape(len(outputs), -1).mean(1)
+        known = ~batch[1].reshape(len(outputs), -1).isnan()
+        return (self._squares(outputs, batch[1].nan_to_num()) * known).sum(1) / known.sum(1).clamp_min(1)
 
     def divergence(self, outputs: Tensor, dense_outputs: Tensor) -> Tensor:
-        return self._errors(outputs, dense_outputs).square().reshape(len(outputs), -1).mean(1)
+        return self._squares(outputs, dense_outputs).mean(1)
 
     def projection(self, outputs: Tensor, signs: Tensor) -> Tensor:
         scaled = outputs * signs.to(outputs).reshape(outputs.shape) / self.scale.to(outputs)
         return scaled.reshape(len(outputs), -1).sum(1) * (2 / outputs[0].numel()) ** 0.5
 
     def statistics(self, outputs: Tensor, batch) -> Tensor:
-        errors = outputs.double() - batch[1].reshape(outputs.shape).double()
-        rows = errors.reshape(len(errors), -1).abs().mean(1)
-        return torch.stack([rows.sum(), self.loss(outputs, batch).double().sum(), rows.new_tensor(len(rows))])
+        errors = (outputs.double() - batch[1].reshape(outputs.shape).double()).abs()
+        known = ~errors.isnan()
+        counts = errors.new_tensor([len(outputs), known.sum()])
+        return torch.stack([errors[known].sum(), self.loss(outputs, batch).double().sum(), *counts])
 
     def metrics(self, sums: Tensor) -> dict[str, float]:
-        mae, loss, images = sums.tolist()
-        return {"mae": mae / images, "loss": loss / images, "images": int(images)}
+        """mae: mean absolute error over all known numbers; loss; images."""
+        error, loss, images, known = sums.tolist()
+        return {"mae": error / max(known, 1), "loss": loss / images, "images": int(images)}
 
 
 def _pair(batch, where, labels):

@@ -32,11 +32,11 @@ def batch_facts(loss: Tensor, images: Tensor, labels: Tensor, *more: Tensor) -> 
     return torch.stack([loss.detach(), *images.detach().aminmax(), *labels.aminmax(), *more])
 
 
-def input_facts(loss: Tensor, batch) -> Tensor:
-    """[5] like `batch_facts`, for a batch of any structure, whose labels its task checks itself."""
-    numbers = [t.detach() for t in tensors_in(batch) if t.is_floating_point() and t.numel()]
-    low, high = (torch.stack(ends).to(loss) for ends in zip(*(t.aminmax() for t in numbers), strict=True))
-    return torch.stack([loss.detach(), low.min(), high.max(), *loss.new_zeros(2)])
+def input_facts(loss: Tensor, inputs) -> Tensor:
+    """[5] like `batch_facts`, for what a network of any task reads; the task checks its labels itself, which may hold NaN."""
+    numbers = [t.detach() for t in tensors_in(inputs) if t.is_floating_point() and t.numel()]
+    ends = torch.stack([torch.stack(t.aminmax()).to(loss) for t in numbers] or [loss.new_zeros(2)])
+    return torch.stack([loss.detach(), ends[:, 0].min(), ends[:, 1].max(), *loss.new_zeros(2)])
 
 
 @dataclass(frozen=True)

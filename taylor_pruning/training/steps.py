@@ -145,7 +145,7 @@ class OptimiserSteps:
         """Adds `share` times the gradient of the mean loss of a batch to the gradients; returns its `batch_facts`."""
         loss = self._cross_entropy(*batch, where) if self.classifies else self._task_loss(batch)
         self.scaler.scale(loss * share).backward()
-        return batch_facts(loss, *batch) if self.classifies else input_facts(loss, batch)
+        return batch_facts(loss, *batch) if self.classifies else input_facts(loss, self.task.inputs(batch))
 
     def _task_loss(self, batch) -> Tensor:
         """Training loss of one batch of any task, mean over its samples."""

@@ -1,4 +1,4 @@
-"""Detection: average precision by hand, divergence and directions of the heads, parts of detectors, a detector through the
+"""Detection: divergence and directions of the heads, parts of detectors, a detector through the
 pipeline."""
 
 import pytest
@@ -10,8 +10,8 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.ssd import SSD
 
 from EnhancedPruning import EnhancedPruning, InputError, PruningSettings
-from taylor_pruning.surgery.parts import PartsGraph
-from taylor_pruning.tasks.average_precision import average_precision
+from taylor_pruning.repair.network import repair_network
+from taylor_pruning.surgery.parts import PartsGraph, parts_of
 from taylor_pruning.tasks.detection import Detection
 from taylor_pruning.tasks.task import flatten
 from taylor_pruning.training.fine_tuning import Recipe
@@ -151,6 +151,25 @@ def test_a_detector_is_pruned_repaired_and_fine_tuned():
     assert last["measured_loss_change"] > 0
 
 
+def test_a_detector_is_repaired_across_its_parts():
+    """Images of two sizes, and so outputs of two."""
+    model, task, loader = detector("retinanet").eval(), Detection(), [batch(2), batch(3)]
+    for module in model.modules():  # what is said depends on the image
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight)
+    loader[1] = [image[:, :24] for image in loader[1][0]], loader[1][1]
+    names = ["backbone", "head"]
+    graph = PartsGraph(model, names, lambda network: task.forward(network, loader[0]), 2)
+    smaller = graph.remove(graph.plan_of(range(0, len(graph.units), 4)))
+
+    def loss(outputs, wanted):
+        return task.divergence(outputs, wanted).mean()
+
+    options = {"task": task, "parts": parts_of(graph), "steps": 10, "progress": False}
+    report = repair_network(model, smaller, loader, [batch(6)], loss, **options)
+    assert report.loss_after < report.loss_before and report.images == 5 and report.held_out == 6
+
+
 def test_what_cannot_be_traced_is_left_whole_and_named():
     loader = [batch(2)]
     settings = PruningSettings(rounds=1, prune_modules=["backbone", "roi_heads.box_head", "rpn"])
@@ -189,32 +208,3 @@ def test_modules_that_cannot_be_pruned_are_refused_by_name(modules, message):
 def test_batches_that_are_no_detection_are_refused(change, message):
     with pytest.raises(InputError, match=message):
         Detection().read(change(*batch(2)), "the first batch")
-
-
-def test_average_precision_by_hand():
-    box = torch.tensor([[0.0, 0.0, 10.0, 10.0]])
-    target = [{"boxes": box, "labels": torch.tensor([1])}]
-
-    def said(boxes, scores):
-        return [
-            {
-                "boxes": torch.tensor(boxes),
-                "labels": torch.ones(len(boxes), dtype=torch.long),
-                "scores": torch.tensor(scores),
-            }
-        ]
-
-    perfect = [0.0, 0.0, 10.0, 10.0]
-    assert average_precision(said([perfect], [0.9]), target) == {"map": pytest.approx(100), "map50": pytest.approx(100)}
-    shifted = [0.0, 0.0, 10.0, 7.2]  # IoU 0.72: right at 5 of 10 thresholds
-    assert average_precision(said([shifted], [0.9]), target)["map"] == pytest.approx(50)
-    wrong_first = said([[50.0, 50.0, 60.0, 60.0], perfect], [0.9, 0.8])  # precision 1/2 at every recall
-    assert average_precision(wrong_first, target)["map"] == pytest.approx(50)
-    twice = said([perfect, perfect], [0.9, 0.8])  # the second finds nothing new
-    assert average_precision(twice, target)["map"] == pytest.approx(100)
-    two = [
-        {"boxes": torch.cat([box, box + 20]), "labels": torch.tensor([1, 1])}
-    ]  # half of the objects: 51 of 101 recalls
-    assert average_precision(said([perfect], [0.9]), two)["map"] == pytest.approx(100 * 51 / 101)
-    nothing = [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long), "scores": torch.zeros(0)}]
-    assert average_precision(nothing, target)["map"] == 0

@@ -6,6 +6,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from EnhancedPruning import EnhancedPruning, InputError, PruningSettings
+from taylor_pruning.repair.network import split
 from taylor_pruning.tasks.classification import MultiLabel
 from taylor_pruning.tasks.dense import Regression, Segmentation
 from taylor_pruning.tasks.task import Task
@@ -55,6 +56,20 @@ def test_a_task_runs_through_all_stages_with_its_own_metrics(name):
     assert last["loss"] == "divergence" and last["measured_loss_change"] > 0 and last["predicted_loss_change"] > 0
     assert last["after_compensation"].keys() == {task.main, "loss"}
     assert {task.main, "train_loss"} <= result.fine_tuning[0].keys()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_repair_across_layers_follows_the_divergence_of_a_task(name):
+    task, _, _ = CASES[name]
+    pruning = pipeline(name, settings=PruningSettings(rounds=1, repair="network"))
+    result = pruning.prune(50, 2)
+    assert [stage["stage"] for stage in result.stages] == ["dense", "pruned", "compensated", "repaired"]
+    images = torch.cat([images for images, _ in split(pruning.compensation, 0)[1]])
+    assert len(images) == result.repair["held_out"] == 4
+    with torch.no_grad():
+        divergence = task.divergence(result.model.eval()(images), pruning.model.eval()(images)).mean().item()
+    assert divergence == pytest.approx(result.repair["loss_after"], rel=1e-3)
+    assert result.repair["loss_after"] < result.repair["loss_before"]
 
 
 def test_the_weights_of_the_best_epoch_stay_where_a_small_metric_is_good():
