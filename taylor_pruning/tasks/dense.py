@@ -124,7 +124,7 @@ class Regression(Task):
         usable = ~targets.isinf() if self.ignore_nan else targets.isfinite()
         if not usable.all():
             raise InputError(
-                f"the targets of {where} hold NaN or Inf; give finite numbers, or Regression(ignore_nan=True) where NaN says unknown"
+                f"the targets of {where} hold NaN or Inf; give finite numbers, or ignore_nan=True where NaN is for unknown"
             )
         return inputs, targets
 

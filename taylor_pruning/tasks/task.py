@@ -32,8 +32,8 @@ class Task:
         name: what messages call the task.
         main: name of the metric by which networks are compared. larger_is_better: whether that metric grows.
         loss_name: what the loss with labels is called in results.
-        samples_apart: False where `loss` cannot tell what each sample of a batch contributes, as that of torchvision's detectors;
-            scores then take batches of one sample. A loss that compares samples with each other leaves this at True.
+        samples_apart: False where `loss` cannot tell the samples of a batch apart, as with torchvision's detectors; scores then
+            take batches of one sample. A loss that compares samples with each other leaves this at True.
     """
 
     name = "task"
