@@ -31,6 +31,7 @@ sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
 from cifar_resnets import CIFAR_RESNETS, cifar_resnet
 from measuring import measured, started
+from torch_pruning_peers import PEERS, peer_scores
 
 from EnhancedFilterPruner import Rankings
 from EnhancedPruning import EnhancedPruning, PruningSettings
@@ -89,49 +90,6 @@ def parse_arguments():
     parser.add_argument("--criteria", nargs="+", help="substrings of the criteria to run (default: all)")
     parser.add_argument("--output", default="compare_criteria.json")
     return parser.parse_args()
-
-
-# --------------------------------------------------------------------------------------------------- Torch-Pruning
-
-PEERS = {
-    "TP magnitude": ("GroupMagnitudeImportance", {}),
-    "TP LAMP": ("LAMPImportance", {}),
-    "TP FPGM": ("FPGMImportance", {}),
-    "TP BN scale": ("BNScaleImportance", {}),
-    "TP Taylor": ("GroupTaylorImportance", {}),
-    "TP Hessian": ("GroupHessianImportance", {}),
-}
-
-
-def peer_scores(name, graph, batches):
-    """[units] importance by Torch-Pruning, from its own dependency groups: the sum over the filters of a unit."""
-    import torch_pruning as tp
-
-    model = graph.model
-    kind, arguments = PEERS[name]
-    importance = getattr(tp.importance, kind)(**arguments)
-    model.requires_grad_(True).zero_grad()
-    for images, labels in batches if kind == "GroupTaylorImportance" else ():
-        (F.cross_entropy(model(images), labels, reduction="sum") / sum(len(y) for _, y in batches)).backward()
-    for images, labels in batches[:1] if kind == "GroupHessianImportance" else ():
-        for image, label in zip(images.split(1), labels.split(1), strict=True):
-            model.zero_grad()  # the Hessian's diagonal from squared per-sample gradients, as its documentation says
-            F.cross_entropy(model(image), label).backward()
-            importance.accumulate_grad(model)
-    dependencies = tp.DependencyGraph().build_dependency(model, example_inputs=batches[0][0][:1])
-    scores = torch.zeros(len(graph.units), dtype=torch.float64)
-    modules = dict(model.named_modules())
-    shifted = {layer for u in graph.units if len({i for _, i in u.filters}) > 1 for layer, _ in u.filters}
-    for layer, info in graph.layers.items():
-        if not info.removable.any():
-            continue
-        group = dependencies.get_pruning_group(modules[layer], tp.prune_conv_out_channels, list(range(info.filters)))
-        if layer in shifted:  # padding moves channels to other indices, which Torch-Pruning does not follow
-            group._group = [item for item in group._group[:2] if item.root_idxs == list(range(info.filters))]
-        values = importance(group).double()
-        scores.index_add_(0, info.unit_of[info.removable], values[info.removable])
-    model.zero_grad(set_to_none=True)
-    return scores
 
 
 # --------------------------------------------------------------------------------------------------- one seed

@@ -11,9 +11,13 @@ trained came about, and how it is trained:
     network     repaired across layers, `--repair network`
     network@R   the same at the relative rate R
 
+    TP NAME           Torch-Pruning's criterion NAME of torch_pruning_peers.py, in one cut, with widths as it ranks
+    TP NAME, uniform  the same share of every layer
+    TP NAME, sparse S half of the steps learn sparsely before the cut, with the share S of the published shrinkage
+
 and, behind a plus, `logits W`: distillation of the logits with weight W. Every method makes the same number of optimiser
-steps of 64 images. The rate falls along half a cosine. Printed: top-1 on test images, mean and standard deviation over the
-seeds, and seconds.
+steps of 64 images. The rate falls along half a cosine; it is constant while learning sparsely. `lr R`, behind another plus,
+is another rate. Printed: top-1 on test images, mean and standard deviation over the seeds, and seconds.
 """
 
 import argparse
@@ -36,6 +40,7 @@ from fine_tuning_recipes import Steps
 from measuring import started
 from orders import drawn
 from orders_data import dense_network, images_of, loader, prepare
+from torch_pruning_peers import learn_sparsely, peer_scores
 
 from EnhancedPruning import EnhancedPruning, PruningSettings
 from taylor_pruning.experiment.results import all_filters, remaining
@@ -113,27 +118,52 @@ class Work:
 
     def row(self, method, count, steps):
         """What one method reaches in a number of steps; None where it has no such state."""
-        way, _, taught = method.partition(" + ")
-        weight = taught.removeprefix("logits ")
-        recipe = dataclasses.replace(self.recipe, distillation_weight=float(weight or 0))
-        teacher = self.dense if taught else None
-        rate = float(way.partition("@")[2] or network_repair.RATE)
-        found = self.layer if way == "layer" else self.repaired(rate)
-        model, seconds = copy.deepcopy(found[0]), found[2]
-        start = time.perf_counter()
+        way, *more = method.split(" + ")
+        given = dict(text.split() for text in more)
+        weight, lr = float(given.get("logits", 0)), float(given.get("lr", self.recipe.lr))
+        recipe = dataclasses.replace(self.recipe, distillation_weight=weight, lr=lr)
+        teacher = self.dense if weight else None
+        train, start, steps_before = self.train_loader(count), time.perf_counter(), 0
+        if way.startswith("TP"):
+            steps_before = steps // 2 if ", sparse" in way else 0
+            found = self.peer(way, Steps(train, steps_before), recipe, teacher), None, 0.0
+        else:
+            rate = float(way.partition("@")[2] or network_repair.RATE)
+            found = self.layer if way == "layer" else self.repaired(rate)
+            start = time.perf_counter()
+        model = copy.deepcopy(found[0])
         if steps:
-            self.train(model, Steps(self.train_loader(count), steps), recipe, teacher)
-        seconds += time.perf_counter() - start
+            self.train(model, Steps(train, steps - steps_before), recipe, teacher)
+        seconds = found[2] + time.perf_counter() - start
         return {"top1": evaluate(model, self.draw.tests["top1"], progress=False).top1, "seconds": seconds}
+
+    def peer(self, way, train, recipe, teacher):
+        """The network that a criterion of Torch-Pruning cuts, `train` being the steps of its sparse learning."""
+        name, *options = way.split(", ")
+        share = [float(option.removeprefix("sparse ")) for option in options if option.startswith("sparse")]
+        pruning, widths = self.pruning, "uniform" if "uniform" in options else "own"
+        if len(train):
+            model = copy.deepcopy(self.dense).requires_grad_(True)
+            learn = functools.partial(
+                learn_sparsely, name, model, self.pruning.example, steps=len(train), share=share[0]
+            )
+            self.train(model, train, recipe, teacher, constant=True, prepare=learn)
+            monitor = self.draw.compensation[:1]
+            pruning = EnhancedPruning(model, monitor, monitor, calibration=self.draw.scoring,
+                                      settings=self.pruning.settings, progress=False)  # fmt: skip
+        scores = functools.partial(peer_scores, name, batches=self.draw.scoring)
+        return pruning.prune_by_baseline(scores, 100 - self.left, widths=widths).model
 
     def repaired(self, rate):
         if rate not in self.networks:
             self.networks[rate] = self.network(rate)
         return self.networks[rate]
 
-    def train(self, model, train, recipe, teacher):
+    def train(self, model, train, recipe, teacher, constant=False, prepare=lambda optimizer: None):
         torch.manual_seed(self.seed)
-        steps = OptimiserSteps(model, recipe.resolved(self.device), teacher, total=len(train))
+        total = None if constant else len(train)
+        steps = OptimiserSteps(model, recipe.resolved(self.device), teacher, total=total)
+        prepare(optimizer=steps.optimizer)
         model.train()
         for batch in train:
             steps.step([batch], ["training"])

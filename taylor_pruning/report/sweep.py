@@ -29,6 +29,7 @@ from taylor_pruning.report.sweep_numbers import (
     removed_label,
 )
 from taylor_pruning.report.sweep_plots import write_sweep_plots
+from taylor_pruning.report.sweep_steps import steps_to_reach
 from taylor_pruning.report.tables import cost_unit, numbers, text_table
 
 CSV_COLUMNS = ("percentage", "method", "taylor_order", "seed", "stage", "top1", "top5", "loss", "parameters", "macs",
@@ -102,31 +103,17 @@ def _markdown_table(header, rows, labels=1):
 
 
 def _steps_rows(sweep):
-    """Rows: percentage, the highest top-1 before training, and after how many steps every method has it."""
-    groups = {
-        key: [cell for cell in cells if cell.get("accuracy_at_steps")] for key, cells in cells_by_method(sweep).items()
-    }
-    for percentage in percentages_of(sweep):
-        curves = {method: _mean_curve(groups.get((percentage, method), [])) for method in methods_of(sweep)}
-        started = {method: curve[0] for method, curve in curves.items() if 0 in curve}
-        if not started:
-            continue
-        best = max(started, key=started.get)
-        reached = [_first_step(curve, started[best]) for curve in curves.values()]
-        yield [f"{percentage:g} %", f"{started[best]:.1f} ({METHODS[best].label})", *reached]
+    """Rows: percentage, the top-1 of the best order before training, and after how many steps every method has it."""
+    for found in steps_to_reach(sweep):
+        texts = [_reached(found, method) for method in methods_of(sweep)]
+        yield [f"{found.percentage:g} %", f"{found.top1:.1f} ({METHODS[found.best].label})", *texts]
 
 
-def _mean_curve(cells):
-    """{step: mean top-1 over the cells}, of steps that all cells have."""
-    runs = [{point["step"]: point["top1"] for point in cell["accuracy_at_steps"]} for cell in cells]
-    steps = sorted(set.intersection(*map(set, runs))) if runs else []
-    return {step: float(np.mean([run[step] for run in runs])) for step in steps}
-
-
-def _first_step(curve, wanted):
-    if not curve:
+def _reached(found, method):
+    if method not in found.steps:
         return "-"
-    return next((str(step) for step, top1 in curve.items() if top1 >= wanted), f"more than {max(curve)}")
+    step = found.steps[method]
+    return f"more than {found.last[method]}" if step is None else str(step)
 
 
 def _full_rows(sweep):
@@ -160,7 +147,7 @@ def _markdown(sweep):
     ]  # fmt: skip
     if steps := list(_steps_rows(sweep)):
         header = [removed_label(sweep), "top-1 to reach", *(METHODS[method].label for method in methods_of(sweep))]
-        parts[4:4] = ["## Training steps until a method has what the best one has before training",
+        parts[4:4] = ["## Training steps until a method has what the best order has before training",
                       _markdown_table(header, steps),
                       "Means over seeds, on at most 500 validation images, at 0, 10, 30, 100, 300, ... steps."]  # fmt: skip
     failed = [cell for cell in sweep["cells"] if cell["status"] != "done"]

@@ -28,6 +28,7 @@ from taylor_pruning.report.sweep_numbers import (
     removed_label,
     stage_at,
 )
+from taylor_pruning.report.sweep_steps import mean_curve, steps_to_reach
 from taylor_pruning.report.tables import cost_unit, numbers
 
 
@@ -184,33 +185,51 @@ def _plot_fine_tuning(sweep, paths):
     def of(cell):
         return enumerate([stage_at(cell, "before").get("top1"), *(epoch["top1"] for epoch in cell["fine_tuning"])])
 
-    def finish(axes):
+    def finish(axes, percentage):
         axes.xaxis.get_major_locator().set_params(integer=True, nbins=5)
 
     _plot_training(sweep, paths, "fine_tuning", of, "epoch", finish, sweep["dense"].get("top1"))
 
 
 def _plot_steps(sweep, paths):
-    """Top-1 over the optimiser steps, on a few validation images (the dense network's top-1 is of all)."""
+    """Top-1 over the optimiser steps, on a few validation images (the dense network's top-1 is of all).
+
+    A dotted line is what the best order has before training; a ring, with a line down to the number of steps, is where
+    another method has it.
+    """
+    aims = {found.percentage: found for found in steps_to_reach(sweep)}
 
     def of(cell):
         return [(point["step"], point["top1"]) for point in cell["accuracy_at_steps"]]
 
-    def finish(axes):
-        last = axes.dataLim.xmax
+    def finish(axes, percentage):
+        aim, bottom = aims[percentage], axes.get_ylim()[0]
+        best = "best order" if aim.best.startswith("order") else "best method"
+        axes.axhline(aim.top1, color=DENSE, linestyle=":", linewidth=0.8, zorder=1, label=f"{best}, untrained")
+        for method, step in aim.steps.items():
+            if step:
+                top1 = mean_curve([c for c in groups[percentage, method] if c.get("accuracy_at_steps")])[step]
+                colour = METHODS[method].colour
+                axes.plot(step, top1, "o", markersize=8, markerfacecolor="none", color=colour)
+                axes.vlines(step, bottom, top1, color=colour, linestyle=":", linewidth=0.8)
+        axes.set_ylim(bottom=bottom)
         axes.set_xscale("symlog", linthresh=10)
-        axes.set_xlim(left=0)
-        axes.set_xticks([0, *(step for power in range(1, 9) for step in (10**power, 3 * 10**power) if step <= last)])
+        axes.set_xlim(left=-0.4)  # whole markers at 0
+        axes.set_xticks(sorted(ticks))  # the same in all panels, which share them
         axes.xaxis.set_major_formatter("{x:g}")
         axes.minorticks_off()
 
+    groups, last = cells_by_method(sweep), max(max(found.last.values()) for found in aims.values())
+    ticks = {0, last, *(step for found in aims.values() for step in found.steps.values() if step)}
+    ticks |= {step for power in range(1, 9) for step in (10**power, 3 * 10**power) if step <= last / 1.25}
     _plot_training(sweep, paths, "accuracy_at_steps", of, "training steps", finish)
 
 
 def _plot_training(sweep, paths, key, points_of, label, finish, dense=None):
     """A panel a percentage with a curve a method, of the cells that have `key`.
 
-    `points_of` maps a cell to its points (x, top-1), `finish` is called with every panel, `dense` is a line in all.
+    `points_of` maps a cell to its points (x, top-1), `finish` is called with every panel and its percentage, `dense` is a
+    line in all.
     """
     groups = {k: [cell for cell in cells if cell.get(key)] for k, cells in cells_by_method(sweep).items()}
     percentages = sorted({percentage for (percentage, _), cells in groups.items() if cells})
@@ -225,7 +244,7 @@ def _plot_training(sweep, paths, key, points_of, label, finish, dense=None):
                 if p == percentage and cells:
                     _curve(axes, [dict(points_of(cell)) for cell in cells], METHODS[method])
             axes.set_title(f"{percentage:g} % of the {removed_label(sweep)}")
-            finish(axes)
+            finish(axes, percentage)
         for axes in panels.flat[len(percentages) :]:
             axes.remove()
         for axes in panels.flat[max(0, len(percentages) - columns) : len(percentages)]:
