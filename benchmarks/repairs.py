@@ -49,7 +49,7 @@ from taylor_pruning.repair.compensation import compensate
 from taylor_pruning.report.json_files import write_json
 from taylor_pruning.training.evaluation import evaluate
 from taylor_pruning.training.fine_tuning import Recipe
-from taylor_pruning.training.steps import OptimiserSteps, distillation_loss
+from taylor_pruning.training.steps import OptimiserSteps, distillation_losses
 
 METHODS = ("layer", "network", "layer + logits 0.5", "network + logits 0.5")
 SCORING = 300
@@ -67,8 +67,9 @@ def parse_arguments():
     parser.add_argument("--steps", type=int, nargs="+", default=[0, 30, 125, 500], help="optimiser steps")
     parser.add_argument("--train-images", type=int, nargs="+", default=[2000, 8000])
     parser.add_argument("--compensation-images", type=int, default=1000)
-    parser.add_argument("--repair-steps", type=int, default=network_repair.STEPS)
+    parser.add_argument("--repair-passes", type=float, default=network_repair.PASSES)
     parser.add_argument("--lr", type=float, default=0.02)
+    parser.add_argument("--amp", choices=("bf16",), help="train in mixed precision; on a CPU, channels-last too")
     parser.add_argument("--test-images", type=int, default=10000)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--workers", type=int, default=1, help="processes that share the device")
@@ -89,7 +90,8 @@ class Work:
             self.dense, monitor, monitor, calibration=self.draw.scoring, compensation=self.draw.compensation,
             settings=PruningSettings(seed=seed, budget="macs"), progress=False,
         )  # fmt: skip
-        self.recipe, self.networks = Recipe(epochs=1, lr=arguments.lr), {}
+        precision = {"amp": arguments.amp, "channels_last": True} if arguments.amp else {}
+        self.recipe, self.networks = Recipe(epochs=1, lr=arguments.lr, **precision), {}
 
     @functools.cached_property
     def layer(self):
@@ -105,9 +107,9 @@ class Work:
         repaired = self.pruning.graph.remove(plan)
         compensate(self.dense, repaired, images[0], kept, progress=False, seed=self.seed)
         network_repair.RATE = rate
-        loss = functools.partial(distillation_loss, temperature=4.0)
-        report = network_repair.repair_network(self.dense, repaired, *images, loss, seed=self.seed,
-                                               steps=self.arguments.repair_steps, progress=False)  # fmt: skip
+        losses = functools.partial(distillation_losses, temperature=4.0)
+        report = network_repair.repair_network(self.dense, repaired, *images, losses, seed=self.seed,
+                                               passes=self.arguments.repair_passes, progress=False)  # fmt: skip
         print(f"    repair: loss {report.loss_before:.3f} -> {report.loss_after:.3f} at {report.steps}", flush=True)
         return repaired if report.steps else model, plan, seconds + time.perf_counter() - start
 

@@ -19,7 +19,7 @@ from taylor_pruning.surgery.parts import parts_of
 from taylor_pruning.tasks.classification import is_classification
 from taylor_pruning.training.fine_tuning import Recipe, train_steps
 from taylor_pruning.training.measuring import Measuring
-from taylor_pruning.training.steps import distillation_loss
+from taylor_pruning.training.steps import distillation_losses
 
 SMALLER_STEPS = 2  # rounds that are split in all, before the guard ends them
 
@@ -131,10 +131,12 @@ class Rounds:
         if images:
             compensate_parts(self.graph, dense, model, images, task, state.kept, **options)
             broadcast_state(model)
-        loss = functools.partial(distillation_loss, temperature=self.recipe.temperature)
-        if not is_classification(task):
-            loss = functools.partial(_mean_divergence, task)
-        report = repair_network(dense, model, images, held_out, loss, task=task, parts=parts_of(self.graph), **options)
+        losses = task.divergence
+        if is_classification(task):
+            losses = functools.partial(distillation_losses, temperature=self.recipe.temperature)
+        report = repair_network(
+            dense, model, images, held_out, losses, task=task, parts=parts_of(self.graph), **options
+        )
         broadcast_state(model)
         if not report.steps:  # nothing was gained: the fit to all images is better
             model = state.model
@@ -170,10 +172,6 @@ class Rounds:
         seconds.lap("train")
         rounds = [*state.rounds[:-1], {**last, "after_training": self.measuring.quick(model)}]
         return dataclasses.replace(state, model=model, rounds=rounds, seconds=seconds.total, losses=None)
-
-
-def _mean_divergence(task, outputs, wanted):
-    return task.divergence(outputs, wanted).mean()
 
 
 def is_destroyed(state: RoundsState) -> bool:

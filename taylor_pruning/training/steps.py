@@ -22,11 +22,11 @@ from taylor_pruning.training.cuda_graphs import GraphedPass
 from taylor_pruning.training.recipe import AMP_DTYPES, Recipe, lr_factor
 
 
-def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(softmax(teacher / T) || softmax(logits / T)), mean over the batch (Hinton et al. 2015). Both [B, K]."""
+def distillation_losses(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """[B] T^2 KL(softmax(teacher / T) || softmax(logits / T)) of each sample (Hinton et al. 2015). Both [B, K]."""
     log_p = F.log_softmax(logits / temperature, dim=1)
     log_q = F.log_softmax(teacher_logits / temperature, dim=1)
-    return temperature**2 * F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
+    return temperature**2 * F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(1)
 
 
 class OptimiserSteps:
@@ -178,7 +178,7 @@ class OptimiserSteps:
                 f"the teacher has {teacher_logits.shape[1]} outputs and the model {logits.shape[1]}; "
                 "distillation needs a teacher of the same classes"
             )
-        soft = distillation_loss(logits, teacher_logits.to(logits.dtype), recipe.temperature)
+        soft = distillation_losses(logits, teacher_logits.to(logits.dtype), recipe.temperature).mean()
         return (1 - recipe.distillation_weight) * loss + recipe.distillation_weight * soft
 
     def release(self) -> None:

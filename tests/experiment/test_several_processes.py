@@ -24,7 +24,7 @@ from taylor_pruning.experiment.loaders import make_loader
 from taylor_pruning.experiment.models import network
 from taylor_pruning.repair.network import repair_network
 from taylor_pruning.scoring.collecting import _of_all_processes
-from taylor_pruning.training.steps import distillation_loss
+from taylor_pruning.training.steps import distillation_losses
 
 ROOT = Path(__file__).parents[2]
 QUICK = ["--model", "vgg7_bn", "--fine-tune-epochs", "1", "--rounds", "1", "--batch-size", "8", "--workers", "0",
@@ -135,8 +135,10 @@ def one_repair():
     smaller = copy.deepcopy(dense)
     smaller[0].weight.data.mul_(0.7)
     images = torch.randn(80, 3, 8, 8, dtype=torch.float64)
-    loss = functools.partial(distillation_loss, temperature=4.0)
-    report = repair_network(dense, smaller, [(images[:64], None)], [(images[64:], None)], loss, steps=8, progress=False)
+    losses = functools.partial(distillation_losses, temperature=4.0)
+    report = repair_network(
+        dense, smaller, [(images[:64], None)], [(images[64:], None)], losses, passes=2, progress=False
+    )
     return {"losses": (report.loss_before, report.loss_after), "steps": report.steps, "state": smaller.state_dict()}
 
 

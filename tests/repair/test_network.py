@@ -13,43 +13,53 @@ from taylor_pruning.repair import network as network_module
 from taylor_pruning.repair.compensation import compensate
 from taylor_pruning.repair.network import repair_network, split
 from taylor_pruning.surgery.graph import ChannelGraph
-from taylor_pruning.training.steps import distillation_loss
+from taylor_pruning.training.steps import distillation_losses
 
-LOSS = functools.partial(distillation_loss, temperature=4.0)
+LOSSES = functools.partial(distillation_losses, temperature=4.0)
 
 
-def images(number):
-    x = torch.randn(number, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+def images(number, seed=1):
+    x = torch.randn(number, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
     return [(part, torch.zeros(len(part), dtype=torch.long)) for part in x.split(30)]
+
+
+def case(name, seed, number):
+    """(dense network, its images in batches, function that fits a pruned network to some batches)"""
+    torch.manual_seed(seed)
+    dense = randomise(NETWORKS[name]()).float()
+    list(dense.modules())[-1].weight.data.mul_(20)  # answers that differ between images
+    batches = images(number, seed + 1)
+    graph = ChannelGraph(dense, batches[0][0][:1])
+    plan = graph.plan_of([0, 1, 6])
+    kept = {
+        name: [i for i in range(layer.filters) if i not in plan.get(name, ())] for name, layer in graph.layers.items()
+    }
+
+    def fitted(some):
+        smaller = graph.remove(plan)
+        compensate(dense, smaller, some, kept, progress=False)
+        return smaller
+
+    return dense, batches, fitted
 
 
 @pytest.fixture(params=NETWORKS)
 def compensated(request):
     """(dense, compensated network, the images of its fit)"""
-    torch.manual_seed(0)
-    dense = randomise(NETWORKS[request.param]()).float()
-    list(dense.modules())[-1].weight.data.mul_(20)  # answers that differ between images
-    batches = images(120)
-    graph = ChannelGraph(dense, batches[0][0][:1])
-    plan = graph.plan_of([0, 1, 6])
-    smaller = graph.remove(plan)
-    kept = {
-        name: [i for i in range(layer.filters) if i not in plan.get(name, ())] for name, layer in graph.layers.items()
-    }
-    compensate(dense, smaller, batches, kept, progress=False)
-    return dense, smaller, batches
+    dense, batches, fitted = case(request.param, 2, 400)
+    return dense, fitted(batches), batches
 
 
 def loss_on(dense, smaller, x):
     with torch.no_grad():
-        return LOSS(smaller(x), dense(x)).item()
+        return LOSSES(smaller(x), dense(x)).mean().item()
 
 
 def test_the_network_answers_more_like_the_dense_one_on_new_images(compensated):
     dense, smaller, batches = compensated
     x = torch.randn(200, 3, 8, 8, generator=torch.Generator().manual_seed(5))
     before, state = loss_on(dense, smaller, x), copy.deepcopy(dense.state_dict())
-    report = repair_network(dense, smaller, *split(batches, 0), LOSS, progress=False)
+    report = repair_network(dense, smaller, *split(batches, 2), LOSSES, progress=False)
     assert loss_on(dense, smaller, x) < 0.99 * before  # the layers were fitted already
     assert report.loss_after < report.loss_before and 0 < report.steps <= report.of_steps
     assert all(torch.equal(tensor, state[name]) for name, tensor in dense.state_dict().items())
@@ -60,8 +70,30 @@ def test_the_weights_stay_where_no_step_lowers_the_loss_on_the_held_out_images(c
     dense, smaller, batches = compensated
     before = copy.deepcopy(smaller.state_dict())
     monkeypatch.setattr(network_module, "RATE", 10.0)
-    report = repair_network(dense, smaller, *split(batches, 0), LOSS, progress=False)
+    report = repair_network(dense, smaller, *split(batches, 2), LOSSES, progress=False)
     assert report.steps == 0 and report.loss_after == report.loss_before
+    assert all(torch.equal(tensor, before[name]) for name, tensor in smaller.state_dict().items())
+
+
+@pytest.mark.parametrize(("name", "seed"), [("plain", 0), ("residual", 1)])
+def test_fifty_images_do_no_harm(name, seed):
+    """Ten images judge, and find a gain by chance: the network is no worse than the fit to all fifty."""
+    dense, batches, fitted = case(name, seed, 50)
+    some, judging = split(batches, seed)
+    smaller = fitted(some)
+    report = repair_network(dense, smaller, some, judging, LOSSES, passes=40, progress=False)
+    chosen = smaller if report.steps else fitted(batches)  # as experiment.rounds.Rounds.repaired chooses
+    x = torch.randn(3000, 3, 8, 8, generator=torch.Generator().manual_seed(500))
+    assert loss_on(dense, chosen, x) <= 1.01 * loss_on(dense, fitted(batches), x)
+
+
+def test_a_gain_on_a_single_image_counts_for_nothing():
+    dense, batches, fitted = case("residual", 0, 9)
+    some, judging = split(batches, 0)
+    smaller = fitted(some)
+    before = copy.deepcopy(smaller.state_dict())
+    report = repair_network(dense, smaller, some, judging, LOSSES, passes=40, progress=False)
+    assert report.held_out == 1 and report.steps == 0
     assert all(torch.equal(tensor, before[name]) for name, tensor in smaller.state_dict().items())
 
 
@@ -76,8 +108,8 @@ def test_a_fifth_of_the_images_judges_and_no_image_does_both():
 def test_training_starts_at_the_repaired_network(compensated):
     """In training mode, which normalises by the batch, the network gives what it gives in evaluation."""
     dense, smaller, batches = compensated
-    fitted, judging = split(batches, 0)
-    repair_network(dense, smaller, fitted, judging, LOSS, progress=False)
+    fitted, judging = split(batches, 2)
+    assert repair_network(dense, smaller, fitted, judging, LOSSES, progress=False).steps
     x = torch.cat([x for x, _ in fitted])
     with torch.no_grad():
         torch.testing.assert_close(copy.deepcopy(smaller).train()(x), smaller(x), rtol=1e-3, atol=1e-3)
@@ -90,9 +122,21 @@ def test_a_network_without_batchnorm_and_with_frozen_weights_is_repaired():
     smaller[0].weight.mul_(0.7)
     batches = [(torch.randn(60, 3, 8, 8, dtype=torch.float64), torch.zeros(60))]
     before = loss_on(dense, smaller, batches[0][0])
-    repair_network(dense, smaller, *split(batches, 0), LOSS, progress=False)
+    repair_network(dense, smaller, *split(batches, 0), LOSSES, progress=False)
     assert loss_on(dense, smaller, batches[0][0]) < 0.5 * before
     assert not any(p.requires_grad for p in smaller.parameters())
+
+
+def test_the_cost_is_bounded_by_passes_over_the_images(compensated):
+    dense, smaller, batches = compensated
+    trained = []
+
+    def losses(outputs, wanted):
+        trained.append(len(outputs) * outputs.requires_grad)
+        return LOSSES(outputs, wanted)
+
+    report = repair_network(dense, smaller, *split(batches, 0), losses, passes=2, progress=False)
+    assert report.images == 320 and report.of_steps == 40 and sum(trained) == 2 * 320
 
 
 NANS = [(torch.full((4, 3, 8, 8), torch.nan), torch.zeros(4))]
@@ -104,4 +148,4 @@ NANS = [(torch.full((4, 3, 8, 8), torch.nan), torch.zeros(4))]
 def test_images_that_cannot_repair_are_refused(batches, message):
     dense = randomise(plain()).float()
     with pytest.raises(InputError, match=message):
-        repair_network(dense, copy.deepcopy(dense), *split(batches, 0), LOSS, progress=False)
+        repair_network(dense, copy.deepcopy(dense), *split(batches, 0), LOSSES, progress=False)

@@ -162,11 +162,8 @@ def test_a_detector_is_repaired_across_its_parts():
     graph = PartsGraph(model, names, lambda network: task.forward(network, loader[0]), 2)
     smaller = graph.remove(graph.plan_of(range(0, len(graph.units), 4)))
 
-    def loss(outputs, wanted):
-        return task.divergence(outputs, wanted).mean()
-
-    options = {"task": task, "parts": parts_of(graph), "steps": 10, "progress": False}
-    report = repair_network(model, smaller, loader, [batch(6)], loss, **options)
+    options = {"task": task, "parts": parts_of(graph), "passes": 6, "progress": False}
+    report = repair_network(model, smaller, loader, [batch(6)], task.divergence, **options)
     assert report.loss_after < report.loss_before and report.images == 5 and report.held_out == 6
 
 
