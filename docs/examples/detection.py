@@ -71,18 +71,20 @@ def draw(path, val, networks):
                 axis.set_title(SHAPES[label - 1], fontsize=8, pad=2)
             axis.set(xticks=[], yticks=[])
     figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=3000, help="training images")
+    parser.add_argument("--validation-images", type=int, default=300)
     parser.add_argument("--epochs", type=int, default=8, help="epochs of the dense network")
     parser.add_argument("--output", type=Path, default=Path("detection.png"))
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     torch.manual_seed(0)
-    train, val = loader(arguments.images, 0, 25, True), loader(300, 1, 50, False)
+    train, val = loader(arguments.images, 0, 25, True), loader(arguments.validation_images, 1, 50, False)
     model, task = detector(), Detection()
-    recipe = Recipe(epochs=arguments.epochs, lr=0.1, warmup_epochs=1, clip_norm=5.0, accuracy_at_steps=False)
+    recipe = Recipe(epochs=arguments.epochs, lr=0.1, warmup_epochs=min(1, arguments.epochs / 2), clip_norm=5.0, accuracy_at_steps=False)
     fine_tune(model, train, val, recipe, task=task, progress=False)
 
     settings = PruningSettings(budget="params", rounds=2, prune_modules=["backbone", "head"])

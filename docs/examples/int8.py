@@ -62,14 +62,14 @@ def quantise_torch(model: nn.Module, images: Tensor) -> nn.Module:
     return convert_pt2e(prepared)
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path, help="pruned_model.pt of a run")
     parser.add_argument(
         "--calibration", type=Path, required=True, help="a tensor of training images, saved by torch.save"
     )
     parser.add_argument("--output", type=Path, default=Path("pruned_int8.onnx"))
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     images = torch.load(arguments.calibration, weights_only=True)
     quantise_onnx(load_pruned(arguments.model), images, arguments.output)
     before, after = (path.stat().st_size for path in (arguments.model, arguments.output))

@@ -72,16 +72,18 @@ def draw(path, networks):
             axis.plot(x[i] + radius[i] * corners.cos(), y[i] + radius[i] * corners.sin(), "w", linewidth=1.5)
             axis.set(xticks=[], yticks=[], xlim=(0, 32), ylim=(32, 0))
     figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=3000, help="training images")
+    parser.add_argument("--validation-images", type=int, default=600)
     parser.add_argument("--epochs", type=int, default=12, help="epochs of the dense network")
     parser.add_argument("--output", type=Path, default=Path("regression.png"))
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     torch.manual_seed(0)
-    train, val = loader(arguments.images, 0, 50, True), loader(600, 1, 100, False)
+    train, val = loader(arguments.images, 0, 50, True), loader(arguments.validation_images, 1, 100, False)
     model, task = network(), Regression()
     fine_tune(model, train, val, Recipe(epochs=arguments.epochs, lr=0.02), task=task, progress=False)
 
