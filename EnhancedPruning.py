@@ -100,7 +100,8 @@ class EnhancedPruning:
         self.train_loader = Batches(train_loader, "the training loader", device, self.task)
         self.val_loader = Batches(val_loader, "the validation loader", device, self.task)
         self.settings, self.recipe, self.progress = settings or PruningSettings(), recipe or Recipe(), progress
-        self.task.require("evaluate", "every stage needs")
+        for name in ("evaluate", "main"):
+            self.task.require(name, "every stage needs")
         check_scoring(self.task, self.settings, self.settings.compensate, use_gradient_flow=False)
         check_inputs(self.model, [self.train_loader, self.val_loader])
         if calibration:

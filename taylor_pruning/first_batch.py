@@ -124,6 +124,7 @@ def check_inputs(model: nn.Module, loaders: Iterable[Batches]) -> None:
             _refuse_probabilities(outputs)
         else:
             _check_losses(task, outputs, batch, where)
+            _check_metrics(task, model, batch, where)
 
 
 @contextmanager
@@ -158,6 +159,18 @@ def _check_losses(task, outputs, batch, where):
             raise InputError(f"{name} of the task {task.name} is NaN or infinite for {where}")
     if "divergence" in values and (values["divergence"].abs() > TINY).any():
         raise InputError(f"divergence of the task {task.name} is not 0 where both outputs are the same; let it be")
+
+
+def _check_metrics(task, model, batch, where):
+    """Raises InputError if the task's evaluation, where it defines one, does not give its main metric."""
+    if not task.defines("evaluate"):
+        return
+    with frozen(model), torch.no_grad():
+        metrics = task.evaluate(model, [batch])
+    if task.main not in metrics:
+        raise InputError(
+            f"the task {task.name} gives {', '.join(map(str, metrics))} for {where}, but its main metric is {task.main}"
+        )
 
 
 def _refuse_probabilities(outputs):

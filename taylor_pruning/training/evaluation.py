@@ -41,7 +41,8 @@ def measure(task: Task, model: nn.Module, loader: Iterable, **options) -> Accura
     if is_classification(task):
         return evaluate(model, loader, **options)
     check_weights(model)
-    metrics = dict(task.evaluate(model, loader))
+    with modes_kept(model), torch.no_grad():
+        metrics = dict(task.evaluate(model.eval(), loader))
     if task.main not in metrics:
         raise InputError(f"the task {task.name} compares networks by {task.main!r}, which its evaluate does not give")
     return metrics if "loss" in metrics else metrics | {"loss": mean_loss(task, model, loader)}

@@ -9,7 +9,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBo
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.ssd import SSD
 
-from EnhancedPruning import EnhancedPruning, InputError, PruningSettings
+from EnhancedPruning import EnhancedPruning, InputError, PruningSettings, load_pruned, save_pruned
 from taylor_pruning.repair.network import repair_network
 from taylor_pruning.surgery.parts import PartsGraph, parts_of
 from taylor_pruning.tasks.detection import Detection
@@ -71,7 +71,7 @@ KINDS = ("fasterrcnn", "retinanet", "fcos", "ssd")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_pruned_part_of_a_detector_keeps_the_law_and_the_whole_runs_and_trains(kind):
+def test_the_pruned_part_of_a_detector_keeps_the_law_and_the_whole_runs_trains_and_is_saved(kind, tmp_path):
     model, task, few = detector(kind).eval(), Detection(), batch(2)
     graph = PartsGraph(model, ["backbone"], lambda network: task.forward(network, few), 2)
     plan = graph.plan_of(range(0, len(graph.units), 3))
@@ -84,7 +84,10 @@ def test_the_pruned_part_of_a_detector_keeps_the_law_and_the_whole_runs_and_trai
         cut = task.forward(smaller, few)["heads"]
     torch.testing.assert_close(flatten(cut), flatten(closed), rtol=1e-5, atol=1e-5)
     assert sum(p.numel() for p in smaller.backbone.parameters()) < sum(p.numel() for p in model.backbone.parameters())
-    assert isinstance(smaller(few[0])[0]["boxes"], torch.Tensor)
+    save_pruned(tmp_path / "detector.pt", smaller)
+    loaded = load_pruned(tmp_path / "detector.pt", factory=lambda: detector(kind))
+    for found, again in zip(smaller(few[0]), loaded(few[0]), strict=True):
+        torch.testing.assert_close(again, found)
     smaller.train()
     loss = task.loss(task.forward(smaller, few), few)
     loss.mean().backward()

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 from EnhancedPruning import EnhancedPruning, InputError, PruningSettings, load_pruned, save_pruned
 from taylor_pruning.tasks.dense import Regression
 from taylor_pruning.tasks.task import Task
+from taylor_pruning.training.evaluation import measure
 from taylor_pruning.training.fine_tuning import Recipe
 
 generator = torch.Generator().manual_seed(0)
@@ -78,7 +79,7 @@ class KindAndBox(Task):
         return kl + squares(outputs["box"], dense_outputs["box"])
 
     def evaluate(self, model, loader):
-        right = [model.eval()(images)["kind"].argmax(1) == wanted["kind"] for images, wanted in loader]
+        right = [model(images)["kind"].argmax(1) == wanted["kind"] for images, wanted in loader]
         return {"right": 100 * torch.cat(right).double().mean().item()}
 
 
@@ -114,7 +115,7 @@ class Embedding(Task):
         return squares(outputs, dense_outputs)
 
     def evaluate(self, model, loader):
-        found = [(model.eval()(images), labels) for images, labels in loader]
+        found = [(model(images), labels) for images, labels in loader]
         embeddings, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
         nearest = (embeddings @ embeddings.mT).fill_diagonal_(-9).argmax(1)
         return {"recall": 100 * (labels[nearest] == labels).double().mean().item()}
@@ -171,6 +172,18 @@ def test_a_task_of_ones_own_is_pruned_trained_saved_and_loaded(case, tmp_path):
             for model in (result.model.eval(), load_pruned(tmp_path / "small.pt", factory=network))
         )
     torch.testing.assert_close(again, outputs)
+
+
+class Careless(Denoising):
+    def evaluate(self, model, loader):
+        model.eval()
+        return super().evaluate(model, loader)
+
+
+def test_an_evaluation_that_leaves_the_network_in_evaluation_mode_changes_no_training():
+    model = maps(3).train()
+    measure(Careless(), model, DataLoader(IMAGES, 8))
+    assert all(module.training for module in model.modules())
 
 
 def test_unknown_targets_change_neither_loss_nor_metric():

@@ -100,6 +100,18 @@ class NoMetrics(Regression):
     statistics = Task.statistics
 
 
+class NoLoss(Regression):
+    loss = Task.loss
+
+
+class NoMain(Regression):
+    main = None
+
+
+class OtherMain(Regression):
+    main = "rmse"
+
+
 class Offset(Regression):
     def divergence(self, outputs, dense_outputs):
         return super().divergence(outputs, dense_outputs) + 1
@@ -115,6 +127,12 @@ class MeanLoss(Regression):
     [
         (NoDivergence(), "does not define divergence, which compensation needs"),
         (NoMetrics(), "does not define evaluate, which every stage needs"),
+        (NoLoss(), "does not define loss, which the scores need"),
+        (NoMain(), "does not define main, which every stage needs"),
+        (
+            OtherMain(),
+            "gives mae, loss, images for the first batch of the training loader, but its main metric is rmse",
+        ),
         (Offset(), "is not 0 where both outputs are the same"),
         (MeanLoss(), "give one number a sample"),
         (Segmentation, "give an instance"),
