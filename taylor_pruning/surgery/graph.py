@@ -73,7 +73,7 @@ class ChannelGraph:
         """The analysis by which the most filters may go, of every way to cut that keeps the network exact."""
 
         def analysed(ways):
-            analysis = Analysis(self.model, traces, self._example, ways)
+            analysis = Analysis(self.model, traces, self._trials, ways)
             exclude_filters(analysis.ids, analysis.layers, exclude)
             return analysis, Numbering(analysis.ids, analysis.layers, *self._asked)
 

@@ -38,6 +38,15 @@ def map_tensors(value, function, kinds=torch.Tensor):
 
 
 def tensors_in(value):
-    found = []
-    map_tensors(value, lambda t: found.append(t) or t)
-    return found
+    """All tensors in nested lists, tuples, dicts and dataclasses, in the order of `map_tensors`."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        items = value.values()
+    elif isinstance(value, (list, tuple)):
+        items = value
+    elif dataclasses.is_dataclass(value) and not isinstance(value, (type, Slot)):
+        items = [getattr(value, item.name) for item in dataclasses.fields(value)]
+    else:
+        return []
+    return [tensor for item in items for tensor in tensors_in(item)]

@@ -21,9 +21,8 @@ from taylor_pruning.modes import set_mode
 from taylor_pruning.surgery.copying import copy_of
 from taylor_pruning.surgery.execution import call
 from taylor_pruning.surgery.nested import map_tensors
-from taylor_pruning.surgery.trial_inputs import random_inputs
+from taylor_pruning.surgery.trial_inputs import FORWARD_ERRORS, random_inputs
 
-FORWARD_ERRORS = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError, ArithmeticError)
 TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-6}  # largest relative difference that counts as none
 DOUBTFUL = (
     1e-5  # above this in float32, float64 decides where the network runs in it: deep random ones amplify rounding
@@ -118,22 +117,25 @@ class CutProof:
     @staticmethod
     def _classes(units, share):
         """{layers: (units of the class, those cut on trial)}; with a share below 1 no layer loses all its filters."""
-        classes, left = defaultdict(list), Counter()
+        classes, counts, left = defaultdict(list), {}, Counter()
         for unit in units:
-            names = [name for name, _ in unit.filters]
-            classes[frozenset(names)].append(unit)
-            left.update(names)
+            names = tuple(name for name, _ in unit.filters)
+            if names not in counts:
+                counts[names] = Counter(names)
+            classes[frozenset(counts[names])].append((unit, counts[names]))
+            for name, count in counts[names].items():
+                left[name] += count
         draw, trials = random.Random(0), {}
         for layers, members in classes.items():
-            chosen = members
-            if share < 1:
-                chosen = []
-                for unit in draw.sample(members, len(members)):
-                    names = Counter(name for name, _ in unit.filters)
-                    if len(chosen) < share * len(members) and all(left[name] > names[name] for name in names):
-                        chosen.append(unit)
-                        left.subtract(names)
-            trials[layers] = members, chosen
+            chosen = []
+            for unit, own in draw.sample(members, len(members)) if share < 1 else members:
+                if share == 1 or all(left[name] > count for name, count in own.items()):
+                    chosen.append(unit)
+                    for name, count in own.items():
+                        left[name] -= count
+                if len(chosen) >= share * len(members):
+                    break
+            trials[layers] = [unit for unit, _ in members], chosen
         return trials
 
     def _compare(self, units, dtype, example):
@@ -212,8 +214,8 @@ def is_trivial(tensor: torch.Tensor) -> bool:
     """Whether it is a vector (a bias, a norm's scale) or has one value everywhere, as initialisation leaves it."""
     if not tensor.numel() or sum(size > 1 for size in tensor.shape) < 2:
         return True
-    first = tensor[(0,) * tensor.dim()]
-    return bool((tensor[(0,) * (tensor.dim() - 1)] == first).all()) and bool((tensor == first).all())
+    first, last = tensor[(0,) * tensor.dim()], tensor[(-1,) * tensor.dim()]
+    return first.item() == last.item() and bool((tensor == first).all())
 
 
 @torch.no_grad()

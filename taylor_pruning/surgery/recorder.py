@@ -140,8 +140,9 @@ class Recorder(TorchFunctionMode):
                 fits = name != "batch_norm" or all(t.shape == x.shape[1:2] for t in tensors[1:])
                 if fits and not getattr(func, "__name__", "").endswith("_") and not kwargs.get("dtype"):
                     return torch.empty_like(x)
-            if name == "linear" and x.ndim and x.shape[-1] == args[1].shape[-1] and args[1].ndim == 2:
-                return x.new_empty((*x.shape[:-1], args[1].shape[0]))
+            weight = args[1] if len(args) > 1 else kwargs.get("weight")
+            if name == "linear" and x.ndim and x.shape[-1] == weight.shape[-1] and weight.ndim == 2:
+                return x.new_empty((*x.shape[:-1], weight.shape[0]))
             plain = name in ("add", "mul", "sub") and not kwargs and not func.__name__.endswith("_")
             if plain and x.is_floating_point() and all(t.shape == x.shape and t.dtype == x.dtype for t in tensors):
                 return torch.empty_like(x)

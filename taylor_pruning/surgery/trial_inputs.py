@@ -11,6 +11,7 @@ import torch
 from taylor_pruning.surgery.nested import map_tensors, tensors_in
 from taylor_pruning.surgery.recorded_calls import operation_name
 
+FORWARD_ERRORS = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError, ArithmeticError)
 LEAST_MAP = 2  # pixels: attention over one position or a statistic of one pixel would hide faults
 STEP = 32  # a smaller side stays a multiple of this one, or of what it has in common with the example's
 

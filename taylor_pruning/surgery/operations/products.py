@@ -136,9 +136,11 @@ def attention(call):
         along = set(varying(axis.layer))
         if along <= {d}:
             continue
-        if along & {d, labels.index("s"), labels.index("l")} or 2 not in axis.carriers:
+        if along & {d, labels.index("s"), labels.index("l")}:
             call.protect(axis.layer, "is no axis of the values in")
             continue
+        if 2 not in axis.carriers:  # heads of queries that share their values: a closed one still gives their mean
+            call.info.source = True
         layer = axis.layer.select(labels.index("s"), 0).select(d, 0)
         layers.append(layer.expand(call.shape))
     return call.result(layers, reason)

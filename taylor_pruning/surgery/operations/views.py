@@ -70,7 +70,7 @@ def view_as(call):
 @rule("flatten ravel", linear=True)
 def flatten(call):
     x = call.values()[0]
-    return call.result([layer.reshape(call.shape) for layer in x.layers])
+    return call.result([layer.reshape(call.shape) for layer in _one_of_each(call, x.layers)])
 
 
 def sizes_of(ids, value):
@@ -99,7 +99,7 @@ def viewed(call, x, sizes, free):
     """
     ids, shape, layers = call.ids, call.shape, []
     followed = set()
-    for layer in x.layers:
+    for layer in _one_of_each(call, x.layers):
         before = varying(layer)
         new = layer.reshape(shape)
         new = ids.value(shape, (new,)).layers
@@ -132,6 +132,22 @@ def viewed(call, x, sizes, free):
     return call.result(layers)
 
 
+def _one_of_each(call, layers):
+    """Of two axes of channels that the view merges into one (heads by values), the one that may shrink; the other is protected.
+
+    The product of both cannot: the next layer would have to lose rows and columns of a table.
+    """
+    kept = {}
+    for layer in sorted(layers, key=varying, reverse=not call.ways.heads) if len(layers) > 1 else layers:
+        alike = kept.setdefault(tuple(varying(layer.reshape(call.shape))), [])
+        if alike and not bool(torch.isin(squash(alike[0])[0], squash(layer)[0]).any()):
+            call.ids.choices += 1
+            call.protect(layer, "is merged with other channels in")
+        else:
+            alike.append(layer)
+    return [layer for layers in kept.values() for layer in layers]
+
+
 def _is_open(size):
     return is_tracked(size) and (size.ids is not None or bool(size.widths)) or size == -1
 
@@ -140,11 +156,8 @@ def _choose(call, sizes, dims):
     """Of several dimensions that could shrink, the one that does."""
     call.ids.choices += 1
     named = [d for d in dims if is_tracked(sizes[d])]
-    if len(named) < len(dims):  # -1 and a computed one: no number in the code says which
-        rest = [d for d in dims if d not in named]
-        if any(sizes[d].ids is not None for d in named):
-            return []
-        return named[:1] if call.ways.heads or _is_mixed(call.node, rest[0]) else rest
+    if len(named) < len(dims) and any(sizes[d].ids is not None for d in named):
+        return []  # -1 and a size of other channels: no number in the code says which
     heads = call.ways.heads or _is_mixed(call.node, dims[-1])
     return [dims[0] if heads else dims[-1]]
 
@@ -185,7 +198,7 @@ def _follow(call, layer, before, new, dim, size, free):
     if size.factor is not None and vector is not None and len(vector) == len(size.ids):
         ids.unite(vector, size.ids)
         ids.keep_widths(size, reason)
-    elif not bool(torch.isin(size.ids, layer).all()):
+    elif not size.widths and not bool(torch.isin(size.ids, layer).all()):
         ids.protect(layer, reason)
         ids.protect(size.ids, reason)
 
@@ -214,7 +227,8 @@ def expand(call):
 
 @rule("repeat tile", linear=True)
 def repeat(call):
-    x, times = call.values()[0], call.rest(1)
+    x, times = call.values()[0], call.rest(1) or list(call.kwargs.get("dims", call.kwargs.get("repeats", ())))
+    times = [1] * (len(x.shape) - len(times)) + times  # only `tile` may name fewer dimensions
     layers = [layer.repeat(*map(int, times)) if layer.numel() else layer for layer in x.layers]
     shift = len(call.shape) - len(x.shape)
     for d, n in enumerate(times):
