@@ -2,6 +2,7 @@
 
     pip install -r benchmarks/requirements.txt
     python benchmarks/zoo.py --kind cnn --markdown docs/networks.md
+    python benchmarks/zoo.py --kind hybrid --prune-linear --prune-heads --markdown docs/networks.md
     python benchmarks/zoo.py resnet50 seresnet18 --peer
 
 Every network has random weights, norms and biases, float64, and the smallest image that it runs on. 30 % of its units, drawn at
@@ -15,6 +16,7 @@ whether the result runs.
 import argparse
 import gc
 import sys
+import textwrap
 import time
 from collections import Counter
 from pathlib import Path
@@ -29,15 +31,17 @@ from taylor_pruning.surgery.proof import difference, draw_anew, tensors_of
 
 SHARE = 0.3  # of the units, at random
 EXACT = 1e-6
+MOST = 90  # per cent of the filters
 SIDES = (64, 96, 128, 160, 224, 256)
 KINDS = {  # patterns of timm's names, where one of every family is enough to know it
-    "cnn": """resnet10t resnet18 resnet26t resnetaa34d resnetblur18 seresnet18 ecaresnet26t ecaresnetlight resnet50_gn
+    "cnn": """
+        resnet10t resnet18 resnet26t resnetaa34d resnetblur18 seresnet18 ecaresnet26t ecaresnetlight resnet50_gn
         resnetv2_18 resnetv2_50x1_bit resnetv2_50d_gn resnetv2_50d_evos resnetv2_50d_frn resnest14d resnest50d_1s4x24d
-        res2net50_14w_8s res2next50 regnetx_002 regnety_002 regnetv_040 regnety_040_sgn efficientnet_b0 efficientnet_lite0
-        efficientnet_b0_gn efficientnet_b0_g16_evos efficientnet_cc_b0_4e efficientnet_es efficientnet_blur_b0
-        efficientnet_x_b3 efficientnetv2_rw_t tf_efficientnet_b0 tf_efficientnetv2_b0 tf_mixnet_s mnasnet_050 spnasnet_100
-        fbnetc_100 mobilenetv1_100 mobilenetv2_035 mobilenet_edgetpu_v2_xs tinynet_e test_efficientnet_ln
-        mobilenetv3_small_050 tf_mobilenetv3_small_minimal_100 lcnet_035 mobilenetv4_conv_small_035
+        res2net50_14w_8s res2next50 regnetx_002 regnety_002 regnetv_040 regnety_040_sgn efficientnet_b0
+        efficientnet_lite0 efficientnet_b0_gn efficientnet_b0_g16_evos efficientnet_cc_b0_4e efficientnet_es
+        efficientnet_blur_b0 efficientnet_x_b3 efficientnetv2_rw_t tf_efficientnet_b0 tf_efficientnetv2_b0 tf_mixnet_s
+        mnasnet_050 spnasnet_100 fbnetc_100 mobilenetv1_100 mobilenetv2_035 mobilenet_edgetpu_v2_xs tinynet_e
+        test_efficientnet_ln mobilenetv3_small_050 tf_mobilenetv3_small_minimal_100 lcnet_035 mobilenetv4_conv_small_035
         mobilenetv4_hybrid_medium_075 ghostnet_050 ghostnetv3_050 dla34 dla46_c dla46x_c dla60_res2net hrnet_w18_small
         ese_vovnet19b_slim_dw vovnet39a eca_vovnet39b cspresnet50 cspdarknet53 darknet17 darknetaa53 cs3darknet_focus_s
         cspnext_tiny repvgg_a0 mobileone_s0 gernet_s eca_resnext26ts gcresnext26ts seresnet33ts resnet51q resnet50_clip
@@ -46,13 +50,31 @@ KINDS = {  # patterns of timm's names, where one of every family is enough to kn
         selecsls42 legacy_xception xception41 inception_v3 inception_v4 nasnetalarge dpn48b dpn68 legacy_seresnet18
         legacy_seresnext26_32x4d skresnet18 hardcorenas_a rexnet_100 densenet121 vgg11_bn hgnet_tiny lcnetv2_small
         inception_next_atto repvit_m0_9 starnet_s050 fasternet_t0 rdnet_tiny convmixer_768_32 visformer_tiny
-        poolformer_s12 convformer_s18 focalnet_tiny_srf""",
-    "hybrid": """coatnet_nano_rw_224 coatnet_bn_0_rw_224 coatnext_nano_rw_224 maxvit_pico_rw_256 maxxvit_rmlp_nano_rw_256
+        poolformer_s12 convformer_s18 focalnet_tiny_srf seresnext26d_32x4d seresnetaa50d ecaresnet50t
+        ecaresnext26t_32x4d eca_resnet33ts gcresnet33ts resnext26ts resnet32ts resnetrs50 resnetblur50d resnet26d
+        resnetv2_50t resnest26d res2net50d resnet50_clip_gap cspresnext50 cspresnet50w cs3sedarknet_xdw cs3edgenet_x
+        sedarknet21 xception41p xception65 inception_resnet_v2 tf_efficientnet_lite0 tf_efficientnet_cc_b0_4e
+        gc_efficientnetv2_rw_t efficientnet_b0_g8_gn mixnet_s fbnetv3_b semnasnet_050 mnasnet_small
+        mobilenetv3_large_075 mobilenetv4_conv_medium mobilenetv4_conv_aa_medium mobilenet_edgetpu_100 ghostnetv2_100
+        repghostnet_050 hrnet_w18_small_v2 dla60x_c dla60_res2next ese_vovnet39b_evos ese_vovnet57b hgnetv2_b0 dpn68b
+        legacy_seresnet50 skresnext50_32x4d gernet_m bat_resnext26ts lamhalobotnet50ts_256 sebotnet33ts_256
+        botnet50ts_256 eca_botnext26ts_256 sehalonet33ts lambda_resnet26rpt_256 convnext_atto_ols convnext_atto_rms
+        convnextv2_femto dm_nfnet_f0 nf_resnet26 nf_seresnet26 nfnet_l0 regnetz_005 regnetz_b16 regnetz_b16_evos
+        densenetblur121d vgg11 lcnetv2_base mambaout_femto starnet_s1 fasternet_t1 inception_next_tiny repvit_m1
+        convmixer_1024_20_ks9_p14 poolformerv2_s12 selecsls60b hardcorenas_f rexnetr_100 visformer_small
+    """,
+    "hybrid": """
+        coatnet_nano_rw_224 coatnet_bn_0_rw_224 coatnext_nano_rw_224 maxvit_pico_rw_256 maxxvit_rmlp_nano_rw_256
         mobilevit_xxs mobilevitv2_050 edgenext_xx_small fastvit_t8 efficientvit_b0 levit_128s efficientformer_l1
         efficientformerv2_s0 shvit_s1 swiftformer_xs nextvit_small lowformer_b0 iformer_t efficientvim_m1 pvt_v2_b0
         davit_tiny gcvit_xxtiny vit_tiny_r_s16_p8_224 vit_tiny_patch16_224 deit_tiny_patch16_224
-        swin_tiny_patch4_window7_224 mixer_s32_224 resmlp_12_224 gmlp_ti16_224 caformer_s18 xcit_nano_12_p16_224 pit_ti_224
-        coat_lite_tiny crossvit_9_240 mvitv2_tiny sequencer2d_s vitamin_small_224 twins_svt_small nest_tiny hiera_tiny_224""",
+        swin_tiny_patch4_window7_224 mixer_s32_224 resmlp_12_224 gmlp_ti16_224 caformer_s18 xcit_nano_12_p16_224
+        pit_ti_224 coat_lite_tiny crossvit_9_240 mvitv2_tiny sequencer2d_s vitamin_small_224 twins_svt_small nest_tiny
+        hiera_tiny_224 cpubone_nano csatv2 tiny_vit_5m_224 efficientvit_m0 efficientvit_l1 swinv2_tiny_window8_256
+        swinv2_cr_tiny_ns_224 eva02_tiny_patch14_224 cait_xxs24_224 volo_d1_224 convit_tiny tnt_s_patch16_224
+        twins_pcpvt_small coat_tiny vit_relpos_small_patch16_224 vit_small_patch16_rope_224 vit_tiny_patch16_dinov3_qkvb
+        deit_tiny_distilled_patch16_224 hieradet_small levit_conv_128s gmixer_12_224
+    """,
 }
 
 
@@ -148,6 +170,35 @@ def peer(name):
     return "runs"
 
 
+def section(kind, rows):
+    """The rows as a part of docs/networks.md."""
+    counts = Counter(row[1] for row in rows)
+    lines = [f"{len(rows)} networks: {counts['exact']} exact, {counts['protected']} with nothing to remove, "
+             f"{counts['refused']} refused, {counts['wrong']} wrong."]  # fmt: skip
+    if kind == "cnn":
+        most = [row for row in rows if row[1] == "exact" and float(row[2]) >= MOST]
+        lines[0] += f" In {len(most)} of them at least {MOST} % of the filters can go:"
+        lines += ["", textwrap.fill(", ".join(row[0] for row in most) + ".", 120, break_on_hyphens=False), ""]
+        lines += ["The others, with the share of filters that can go and the most frequent reason why others may not:"]
+        lines += ["", "| network | filters that can go | reason |", "|---|---|---|"]
+        lines += [f"| {row[0]} | {row[2] or 0} % | {row[5]} |" for row in rows if row not in most]
+    else:
+        lines += ["", "| network | filters and linear outputs that can go | CPU seconds | MB above the model | "
+                  "most frequent reason for the rest |", "|---|---|---|---|---|"]  # fmt: skip
+        lines += [f"| {row[0]} | {row[2] or 0} % | {row[3]} | {row[4]} | {row[5]} |" for row in sorted(rows)]
+    return "\n".join(lines)
+
+
+def write_section(path, kind, rows):
+    """Replaces what stands in the file between the markers of that kind."""
+    text = path.read_text()
+    before, start, rest = text.partition(f"<!-- zoo {kind} -->\n")
+    _, end, after = rest.partition(f"\n<!-- end of zoo {kind} -->")
+    if not start or not end:
+        raise SystemExit(f"{path} has no markers <!-- zoo {kind} --> and <!-- end of zoo {kind} -->")
+    path.write_text(before + start + section(kind, rows) + end + after)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("names", nargs="*", help="timm's names; default: those of --kind")
@@ -155,24 +206,21 @@ def main():
     parser.add_argument("--prune-linear", action="store_true")
     parser.add_argument("--prune-heads", action="store_true")
     parser.add_argument("--peer", action="store_true", help="Torch-Pruning beside it")
-    parser.add_argument("--markdown", type=Path, help="write the table there")
+    parser.add_argument("--markdown", type=Path, help="write the table between the markers of that file")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     options = {"prune_linear": arguments.prune_linear, "prune_heads": arguments.prune_heads}
-    header = ["network", "result", "removable filters, %", "s", "MB", "main reason for the rest"]
-    header += ["Torch-Pruning"] * arguments.peer
     rows = []
     for name in arguments.names or KINDS[arguments.kind].split():
         rows.append(check(name, options) + ([peer(name)] if arguments.peer else []))
         print("  ".join(rows[-1]), flush=True)
     verdicts = Counter(row[1] for row in rows)
-    most = sum(row[1] == "exact" and float(row[2]) >= 90 for row in rows)
+    most = sum(row[1] == "exact" and float(row[2]) >= MOST for row in rows)
     summary = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items())
-    summary = f"{len(rows)} networks: {summary}; {most} with 90 % of their filters or more."
+    summary = f"{len(rows)} networks: {summary}; {most} with {MOST} % of their filters or more."
     print(summary)
     if arguments.markdown:
-        lines = [f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows]]
-        arguments.markdown.write_text(summary + "\n\n" + "\n".join(lines) + "\n")
+        write_section(arguments.markdown, arguments.kind, rows)
 
 
 if __name__ == "__main__":

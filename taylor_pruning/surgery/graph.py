@@ -58,9 +58,11 @@ class ChannelGraph:
         model, self.notes = unwrapped(model)
         check_weights(model)
         self.model, self.left_whole = model, {}
-        traces = {mode: record(model, example_input, training=mode) for mode in (False, True)}
-        if steps(traces[True].graph) == steps(traces[False].graph):
-            del traces[True]
+        traces = {False: record(model, example_input)}
+        if traces[False].reads_mode:
+            training = record(model, example_input, training=True)
+            if steps(training.graph) != steps(traces[False].graph):
+                traces[True] = training
         self.executions = {mode: Execution(model, trace) for mode, trace in traces.items()}
         self._example = example_input
         self._trials = trial_examples(example_input, traces[False].graph)

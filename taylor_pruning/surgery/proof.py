@@ -221,17 +221,18 @@ def is_trivial(tensor: torch.Tensor) -> bool:
 @torch.no_grad()
 def draw_anew(model: nn.Module, spared=()):
     """Random values for every trivial parameter and vector buffer: none keeps zero or one, none that is positive as a
-    whole, like a variance, loses that. Parameters whose ids are in `spared` keep theirs."""
+    whole, like a variance (which is zero behind a constant), loses that. Parameters whose ids are in `spared` keep theirs."""
     generator = torch.Generator().manual_seed(1)
     buffers = [b for b in model.buffers() if b.numel() > 1 and sum(size > 1 for size in b.shape) == 1]
-    for tensor in (*(p for p in model.parameters() if id(p) not in spared and is_trivial(p)), *buffers):
+    trivial = [p for p in model.parameters() if id(p) not in spared and is_trivial(p)]
+    for tensor, may_be_variance in (*((p, False) for p in trivial), *((b, True) for b in buffers)):
         if not tensor.is_floating_point() or not tensor.numel():
             continue
         uniform, normal = torch.rand(tensor.shape, generator=generator), torch.randn(tensor.shape, generator=generator)
         scale = tensor.float().square().mean().sqrt().item()
         if not scale > 0 or not math.isfinite(scale):
             scale = 1 / math.sqrt(max(1, tensor[0].numel())) if tensor.dim() > 1 else 1.0
-        positive = bool((tensor >= 0).all()) and bool((tensor > 0).any())
+        positive = bool((tensor >= 0).all()) and (may_be_variance or bool((tensor > 0).any()))
         shift = 0.1 * scale * normal.abs() if positive else 0.3 * scale * normal
         tensor.copy_(tensor * (0.5 + uniform).to(tensor) + shift.to(tensor))
 

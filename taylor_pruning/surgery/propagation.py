@@ -18,6 +18,8 @@ FACTORIES = set(
     "normal scalar_tensor as_tensor new randperm tril_indices".split()
 )
 
+RULE_ERRORS = (TypeError, ValueError, RuntimeError, LookupError, AttributeError)
+
 LIKE = set("to type_as expand_as view_as reshape_as broadcast_to".split())
 
 
@@ -120,7 +122,12 @@ def _call(node, info, result, ids, ways):
     if name not in PIECEWISE_LINEAR and not info.constant:
         info.nonlinear = name
     rule = RULES.get(name)
-    return call.unknown() if rule is None else rule(call)
+    if rule is None:
+        return call.unknown()
+    try:
+        return rule(call)
+    except RULE_ERRORS:  # what the rule has united so far can only protect more
+        return call.unknown(f"passes through {call.where}, called in a form that is not known")
 
 
 def _is_tensor(value):

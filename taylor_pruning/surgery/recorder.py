@@ -1,6 +1,8 @@
 """The mode that sees every call of torch while a forward runs, and records it."""
 
+import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +34,9 @@ SHAPE_KEPT = set(  # the result is like the first argument; running them on meta
     leaky_relu sigmoid tanh softplus dropout softmax log_softmax clamp prelu exp neg abs sqrt square""".split()
 )
 WRAPPERS = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+FLAG_ONLY = {  # these hand `training` to one operation, which is recorded in either mode
+    str(Path(nn.__file__).parent / "modules" / name) for name in ("batchnorm.py", "dropout.py")
+}
 TRACE_ERRORS = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError, NotImplementedError)
 
 
@@ -47,6 +52,7 @@ class Recorder(TorchFunctionMode):
         self.looked = False  # one of them has looked at values
         self.opaque = ()  # names of modules that run as one operation each
         self.failed = None  # name of the innermost module in which an error arose
+        self.mode_read = False  # whether the forward asks for the mode in which its modules are
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -162,7 +168,14 @@ class Recorder(TorchFunctionMode):
     def modules(self, model):
         """While open, the recorder knows which module runs, and runs the `opaque` ones as one operation each."""
         names = {id(module): name for name, module in model.named_modules()}
-        call = nn.Module.__call__
+        call, attribute = nn.Module.__call__, nn.Module.__getattr__
+        modes = {id(module): vars(module).pop("training", None) for module in model.modules()}
+
+        def watched_attribute(module, name):  # is asked for what is no plain attribute, as `training` is not now
+            if name != "training" or id(module) not in modes:
+                return attribute(module, name)
+            self.mode_read = self.mode_read or sys._getframe(1).f_code.co_filename not in FLAG_ONLY
+            return modes[id(module)]
 
         def traced_call(module, *args, **kwargs):
             name = names.get(id(module), self.path[-1])
@@ -183,12 +196,13 @@ class Recorder(TorchFunctionMode):
         marked = fx._symbolic_trace._wrapped_fns_to_patch if self.on_values else {}
         saved = [(scope, name, scope[name]) for (_, name), scope in marked.items() if name in scope]
         try:
-            nn.Module.__call__ = traced_call
+            nn.Module.__call__, nn.Module.__getattr__ = traced_call, watched_attribute
             for scope, name, function in saved:
                 scope[name] = wrapped_call(function)
             yield
         finally:
-            nn.Module.__call__ = call
+            nn.Module.__call__, nn.Module.__getattr__ = call, attribute
+            self.mode_read = self.mode_read or any(hasattr(module, "training") for module in model.modules())
             for scope, name, function in saved:
                 scope[name] = function
 

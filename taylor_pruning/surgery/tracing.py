@@ -33,6 +33,7 @@ class Trace:
         inputs: the example with a `Slot` in the place of every tensor.
         output: what the forward returned, with a `Slot` in the place of every tensor.
         batch: the size of the batch in the shapes of the nodes.
+        reads_mode: whether the forward may do other steps in the other mode of training.
     """
 
     graph: fx.Graph
@@ -40,6 +41,7 @@ class Trace:
     inputs: object = None
     output: object = None
     batch: int = 0
+    reads_mode: bool = True
 
 
 def trace(model, args, kwargs, rules, training=False):
@@ -144,4 +146,5 @@ def _record(recorder, model, args, kwargs, training):
         map_tensors((args, kwargs), lambda t: Slot(next(counter))),
         structure,
         recorder.nodes.batch,
+        recorder.mode_read,
     )

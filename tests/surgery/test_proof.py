@@ -11,6 +11,7 @@ from torch import nn
 
 from taylor_pruning.errors import InputError
 from taylor_pruning.surgery.graph import ChannelGraph
+from taylor_pruning.surgery.operations import RULES
 from taylor_pruning.surgery.proof import CutProof, _MeanDraws, difference, draw_anew, tensors_of
 
 
@@ -115,6 +116,7 @@ def test_new_values_keep_variances_positive_and_leave_no_default():
     model = Chain()
     weights = [p.clone() for p in model.parameters() if p.dim() > 1]
     nn.init.zeros_(model.norms[0].weight)
+    model.norms[1].running_var.zero_()  # behind a constant
     draw_anew(model)
     for norm in model.norms:
         assert (norm.running_var > 0).all() and (norm.weight != 1).all() and (norm.bias != 0).all()
@@ -195,3 +197,14 @@ def test_what_a_forward_has_kept_for_evaluation_is_computed_again():
         gates = torch.arange(8).double() % 2
         with graph.gated(gates):
             torch.testing.assert_close(smaller(x), model(x))
+
+
+def test_a_rule_that_fails_protects_what_meets_the_operation(monkeypatch):
+    def rule(call):
+        raise IndexError("an argument that it expects is not there")
+
+    monkeypatch.setitem(RULES, "tanh", rule)
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), nn.ReLU(), nn.Conv2d(6, 6, 1), nn.Tanh(), nn.Conv2d(6, 2, 1))
+    graph = ChannelGraph(model, torch.zeros(1, 3, 4, 4))
+    assert graph.layers["2"].reason == "passes through tanh (3), called in a form that is not known"
+    assert graph.layers["0"].reason is None

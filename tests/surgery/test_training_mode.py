@@ -1,0 +1,66 @@
+"""The forward is recorded a second time, in training mode, only where it asks for the mode."""
+
+import pytest
+import torch
+from conftest import randomise
+from torch import nn
+
+from taylor_pruning.surgery import graph as graphs
+from taylor_pruning.surgery.execution import record
+from taylor_pruning.surgery.graph import ChannelGraph
+
+
+class Doubling(nn.Module):
+    def forward(self, x):
+        return x * 2 if self.training else x
+
+
+class Passing(Doubling):
+    """Attributes by a method of its own."""
+
+    def __getattr__(self, name):
+        return super().__getattr__(name)
+
+
+class Freezing(nn.Sequential):
+    """Sets the mode of a part before it runs it."""
+
+    def forward(self, x):
+        self[0].eval()
+        return super().forward(x)
+
+
+def hooked():
+    module = nn.ReLU()
+    module.register_forward_hook(lambda module, args, output: output * 2 if module.training else output)
+    return module
+
+
+PARTS = {
+    "norm and dropout": (lambda: nn.Sequential(nn.BatchNorm2d(6), nn.Dropout(0.5), nn.ReLU()), False, 1),
+    "a branch": (Doubling, True, 2),
+    "own attributes": (Passing, True, 2),
+    "a hook": (hooked, True, 2),
+    "sets the mode": (lambda: Freezing(nn.BatchNorm2d(6)), True, 1),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_the_mode_is_recorded_where_it_is_asked_for(name, monkeypatch):
+    part, reads, graphs_kept = PARTS[name]
+    torch.manual_seed(0)
+    model = randomise(nn.Sequential(nn.Conv2d(3, 6, 1), part(), nn.Conv2d(6, 2, 1)))
+    x = torch.randn(2, 3, 4, 4, dtype=torch.double)
+    modes = []
+    monkeypatch.setattr(graphs, "record", lambda *args, **more: modes.append(more) or record(*args, **more))
+    graph = ChannelGraph(model, x[:1])
+    assert len(modes) == 1 + reads and len(graph.executions) == graphs_kept
+    assert all(not module.training for module in model.modules())
+    before = torch.nn.Module.__getattr__
+    model.train()
+    expected = graph.remove(graph.units[:2]).train()(x)
+    gates = torch.ones(6, dtype=torch.double).index_fill(0, torch.arange(2), 0)
+    if graphs_kept == 2:
+        with graph.gated(gates):
+            torch.testing.assert_close(model(x), expected)
+    assert torch.nn.Module.__getattr__ is before
