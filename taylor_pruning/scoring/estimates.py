@@ -13,6 +13,7 @@ fitted on the other folds. A layer with few rows a channel (a classifier after p
 almost everything on the images that fitted it, and would be emptied.
 """
 
+from collections import defaultdict
 from dataclasses import dataclass, field
 
 import torch
@@ -162,9 +163,13 @@ def by_fold(batches):
     folds = folds_of(batches).split(sizes)
     for fold in range(FOLDS):
         chosen = [(f == fold).nonzero().flatten() for f in folds]
-        picked = [samples.select(batch, i) for batch, i in zip(batches, chosen, strict=True) if len(i)]
+        picked = defaultdict(list)  # by the size of their images: others cannot be joined
+        for batch, i in zip(batches, chosen, strict=True):
+            if len(i):
+                picked[tuple(getattr(samples.images(batch), "shape", ())[1:])].append(samples.select(batch, i))
         if picked:
-            yield fold, samples.split(samples.join(picked), max(sizes))
+            joined = [samples.join(alike) for alike in picked.values()]
+            yield fold, [part for batch in joined for part in samples.split(batch, max(sizes))]
 
 
 def input_moments(model, graph, batches, portions=None, task=None):

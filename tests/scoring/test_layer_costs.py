@@ -221,6 +221,9 @@ def test_an_image_has_one_fold_in_every_batch(many):
     labels = torch.arange(len(many))
     seen = [y for _, part in by_fold([(many[:50], labels[:50]), (many[50:], labels[50:])]) for _, y in part]
     assert torch.cat(seen).sort().values.equal(labels) and max(map(len, seen)) <= 50
+    cropped = [(many[:50], labels[:50]), (many[50:, :, 1:], labels[50:])]
+    seen = [(x.shape[2], y) for _, part in by_fold(cropped) for x, y in part]
+    assert all((y < 50).all() == (height == many.shape[2]) for height, y in seen) and len(seen) == 2 * FOLDS
 
 
 def test_estimates_are_of_the_other_folds(many):
