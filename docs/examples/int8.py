@@ -1,10 +1,12 @@
 """int8 after pruning, by onnxruntime's quantiser or by PyTorch's own tools: files a quarter as large.
 
     python docs/examples/int8.py results/run/pruned_model.pt --calibration images.pt --output pruned_int8.onnx
+    python docs/examples/int8.py results/run/pruned_model.pt --calibration images.pt --output pruned_int8.pt2
 
 `pruned_model.pt` is what a pruning run has saved; `images.pt` a tensor [N, C, H, W] of some hundred training images,
 normalised as for the network, from which the ranges of activations are taken. Both tools quantise statically: weights by
-channel and symmetric, activations as a whole. Quantise after pruning and fine-tuning, and measure again.
+channel and symmetric, activations as a whole. Quantise after pruning and fine-tuning, and measure again. The file's ending
+says which tool: .onnx onnxruntime's, .pt2 PyTorch's, to be read by `torch.export.load(path).module()`.
 """
 
 import argparse
@@ -45,7 +47,7 @@ def quantise_onnx(model: nn.Module, images: Tensor, path: str | Path) -> None:
 
 
 def quantise_torch(model: nn.Module, images: Tensor) -> nn.Module:
-    """`model` in int8 by PyTorch 2 export quantisation (torchao), for torch.compile on x86 CPUs."""
+    """`model` in int8 by PyTorch 2 export quantisation (torchao), for torch.compile on x86 CPUs or `save_torch`."""
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
         X86InductorQuantizer,
@@ -53,13 +55,26 @@ def quantise_torch(model: nn.Module, images: Tensor) -> nn.Module:
     )
 
     batch = {0: torch.export.Dim("batch")}
-    exported = torch.export.export(model.eval(), (images[:2],), dynamic_shapes=(batch,)).module()
+    exported = torch.export.export(model.eval(), (images[:2],), dynamic_shapes=(batch,), strict=True).module()
     quantiser = X86InductorQuantizer().set_global(get_default_x86_inductor_quantization_config())
     prepared = prepare_pt2e(exported, quantiser)
     with torch.no_grad():
         for part in images.split(BATCH):
             prepared(part)
-    return convert_pt2e(prepared)
+    quantised = convert_pt2e(prepared)
+    read = {node.target for node in quantised.graph.nodes if node.op == "get_attr"}
+    for name in [name for name, _ in quantised.named_parameters() if name not in read]:
+        owner, _, attribute = name.rpartition(".")
+        delattr(
+            quantised.get_submodule(owner), attribute
+        )  # a weight in floating point, which the int8 one has replaced
+    return quantised
+
+
+def save_torch(quantised: nn.Module, images: Tensor, path: str | Path) -> None:
+    """Writes what `quantise_torch` gives as a .pt2 file."""
+    program = torch.export.export(quantised, (images[:2],), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    torch.export.save(program, path)
 
 
 def main(argv=None):
@@ -71,7 +86,11 @@ def main(argv=None):
     parser.add_argument("--output", type=Path, default=Path("pruned_int8.onnx"))
     arguments = parser.parse_args(argv)
     images = torch.load(arguments.calibration, weights_only=True)
-    quantise_onnx(load_pruned(arguments.model), images, arguments.output)
+    model = load_pruned(arguments.model)
+    if arguments.output.suffix == ".pt2":
+        save_torch(quantise_torch(model, images), images, arguments.output)
+    else:
+        quantise_onnx(model, images, arguments.output)
     before, after = (path.stat().st_size for path in (arguments.model, arguments.output))
     print(f"{arguments.output}: {after / 1e3:.0f} kB, {100 * after / before:.0f} % of {arguments.model}")
 

@@ -65,9 +65,15 @@ def test_the_onnx_file_is_as_accurate_and_a_quarter_as_large(recipe, pruned, tmp
     assert sizes[0] < 0.32 * sizes[1]
 
 
-def test_pytorchs_own_tools_give_an_int8_network_that_is_as_accurate(recipe, pruned):
+def test_pytorchs_own_tools_give_an_int8_network_that_is_as_accurate_and_a_quarter_as_large(recipe, pruned, tmp_path):
     pytest.importorskip("torchao")
     model, images, labels = pruned
     smaller = recipe.quantise_torch(model, images[:96])
+    recipe.save_torch(smaller, images, tmp_path / "int8.pt2")
+    loaded = torch.export.load(tmp_path / "int8.pt2").module()
     with torch.no_grad():
-        assert abs(accuracy(smaller(images), labels) - accuracy(model(images), labels)) <= 1
+        outputs = loaded(images)
+        assert abs(accuracy(outputs, labels) - accuracy(model(images), labels)) <= 1
+        torch.testing.assert_close(outputs, smaller(images))
+    bytes_of = [sum(t.nbytes for t in network.state_dict().values()) for network in (smaller, model)]
+    assert bytes_of[0] < 0.3 * bytes_of[1]
