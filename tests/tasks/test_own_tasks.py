@@ -174,6 +174,42 @@ def test_a_task_of_ones_own_is_pruned_trained_saved_and_loaded(case, tmp_path):
     torch.testing.assert_close(again, outputs)
 
 
+class Killed(Exception):
+    pass
+
+
+class Loader(list):
+    """Batches; training is killed before its second epoch where `breaks` is set."""
+
+    breaks = False
+
+    def set_epoch(self, epoch):
+        if epoch == 2 and self.breaks:
+            raise Killed
+
+
+def test_a_killed_run_of_a_task_goes_on_where_it_was(tmp_path):
+    task, network, samples = CASES["two heads"]
+    settings, recipe = PruningSettings(target_macs="50%", rounds=1), Recipe(epochs=3, lr=0.01)
+    loader = Loader(DataLoader(samples, 8))
+
+    def run(checkpoint):
+        torch.manual_seed(0)
+        pruning = EnhancedPruning(
+            network(), loader, loader, task=task, settings=settings, recipe=recipe, progress=False
+        )
+        return pruning.run_full_pruning(checkpoint=tmp_path / checkpoint, resume=True)
+
+    whole = run("whole.pt")
+    loader.breaks = True
+    with pytest.raises(Killed):
+        run("killed.pt")
+    loader.breaks = False
+    again = run("killed.pt")
+    assert [e["train_loss"] for e in again.fine_tuning] == [e["train_loss"] for e in whole.fine_tuning]
+    torch.testing.assert_close(again.model.state_dict(), whole.model.state_dict(), rtol=0, atol=0)
+
+
 class Careless(Denoising):
     def evaluate(self, model, loader):
         model.eval()
