@@ -1,7 +1,7 @@
 """Segmentation: halve the multiply-accumulates of a small U-Net without training it again.
 
     python docs/examples/segmentation.py                      # trains, prunes by order 2, draws segmentation.png; 2 CPU minutes
-    python docs/examples/segmentation.py --compare            # also order 1 and magnitude, on three draws of images; 6 CPU minutes
+    python docs/examples/segmentation.py --compare            # also order 1 and magnitude, on three draws; 6 CPU minutes
 
 The data are the embedded shapes, whose masks come with the drawing: a class a pixel, background or one of five shapes.
 Everything that is not classification is one argument, `task=Segmentation()`.
