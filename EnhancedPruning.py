@@ -120,7 +120,7 @@ class EnhancedPruning:
         self.settings = with_times(self.settings, self.graph, self.example, print if progress and is_main() else None)
         amp = self.recipe.resolved(device).amp if self.recipe.amp_validation else None
         self.measuring = Measuring(self.model, self.val_loader, self.calibration, held_out=held_out, amp=amp,
-                                   progress=progress, task=self.task)  # fmt: skip
+                                   memory_limit=self.settings.memory_bytes, progress=progress, task=self.task)  # fmt: skip
         self.rankings = Rankings(self.graph, self.calibration, self.compensation, self.settings, progress, self.task,
                                  held_out)  # fmt: skip
         self._dense_stage = dense_stage
@@ -251,9 +251,9 @@ class EnhancedPruning:
         if self.settings.reestimate_batchnorm:
             reestimate_batchnorm(model, self.calibration, self.task)
             before = None
-        history = fine_tune(model, self.train_loader, self.val_loader, recipe, teacher=self.teacher, before=before,
-                            monitor=self.measuring.monitor, checkpoint=checkpoint, resume=resume, task=self.task,
-                            progress=self.progress)  # fmt: skip
+        history = fine_tune(model, self.train_loader, self.measuring.validation, recipe, teacher=self.teacher,
+                            before=before, monitor=self.measuring.monitor, checkpoint=checkpoint, resume=resume,
+                            memory_limit=self.settings.memory_bytes, task=self.task, progress=self.progress)  # fmt: skip
         stages = [*result.stages, self.measuring.stage("fine-tuned", model, time.perf_counter() - start, history.best)]
         flow = result.gradient_flow and flow_with_stage(result.gradient_flow, "fine-tuned", self._flow_report(model))
         return dataclasses.replace(
@@ -286,12 +286,14 @@ class EnhancedPruning:
     def _result(self, state):
         """The PruningResult of a pruned network before fine-tuning."""
         plan, seconds = removed(self.graph, state.kept), state.seconds
-        stages = [self.dense_stage(), self.measuring.stage("pruned", self.graph.remove(plan), sum(seconds.values()))]
+        names = {"repair": "repaired", "compensate": "compensated", "train": "trained"}
+        step = next((step for step in names if step in seconds), None)  # the last change is what is there now
+        cut = self.graph.remove(plan) if step else state.model
+        stages = [self.dense_stage(), self.measuring.stage("pruned", cut, sum(seconds.values()))]
         repair = dict(state.repair) if state.repair else None
         if repair:
             stages.append(repair.pop("before"))
-        names = {"repair": "repaired", "compensate": "compensated", "train": "trained"}
-        if step := next((step for step in names if step in seconds), None):  # the last change is what is there now
+        if step:
             stages.append(self.measuring.stage(names[step], state.model, seconds[step]))
         result = PruningResult(state.model, stages, state.rounds, layer_table(self.graph, state.kept), plan, seconds)
         times = self.settings.times and latency_report(self.rankings.graph_of(state.model), self.graph, self.settings.times,

@@ -5,8 +5,10 @@ import torch
 
 from EnhancedFilterPruner import EnhancedFilterPruner
 from taylor_pruning.errors import InputError
-from taylor_pruning.memory import PROBE, Portions, _Live, free_bytes, parse_bytes
+from taylor_pruning.memory import ENOUGH_FORWARD, PROBES, Portions, _Live, free_bytes, parse_bytes
 from taylor_pruning.repair.compensation import compensate
+from taylor_pruning.surgery.graph import ChannelGraph
+from taylor_pruning.training.measuring import Measuring
 
 CPU = torch.device("cpu")
 
@@ -53,13 +55,13 @@ def test_parts_cover_a_batch_and_follow_the_limit():
             covered = part.stop
             sizes.append(part.stop - part.start)
         assert covered == images
-    assert sizes == [PROBE, 50 - PROBE, 7]
+    assert sizes == [*PROBES, 50 - sum(PROBES), 7]
 
 
 def test_a_small_limit_makes_small_parts_and_one_image_always_runs():
     for limit, expected in ((0, 1), (None, 50)):
         portions = Portions(CPU, limit)
-        for part in portions.slices(PROBE):
+        for part in portions.slices(PROBES[0]):
             with portions.measured(part):
                 torch.zeros(part.stop - part.start, 250).exp()
         assert min(50, portions.size) == expected
@@ -80,3 +82,33 @@ def test_scores_and_compensation_do_not_depend_on_the_limit(plain_network, image
             compensate(plain_network, smaller, batches, kept, progress=False, memory_limit=limit)
         found.append((pruner.scores(), pruner.select(30), *smaller.state_dict().values()))
     torch.testing.assert_close(found[0], found[1], rtol=1e-8, atol=1e-10)
+
+
+def test_evaluation_does_not_depend_on_the_limit(plain_network, images, labels):
+    """One byte: every image by itself, in the float64 of the network."""
+    seen = []
+    plain_network.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    found = []
+    for limit in (1, 2**40):
+        measuring = Measuring(plain_network, [(images, labels)], [(images, labels)], memory_limit=limit, progress=False)
+        smaller = ChannelGraph(plain_network, images[:1]).remove({"0": [1, 2]})
+        found.append(measuring.quick(smaller) | measuring.losses(smaller) | measuring.fidelity(smaller))
+    assert 1 in seen and max(seen) > PROBES[0]
+    assert found[0] == pytest.approx(found[1], rel=1e-9)
+
+
+def test_what_does_not_grow_with_the_images_counts_little_in_the_second_part():
+    portions = Portions(CPU, limit=None, backward=False)
+    for part in portions.slices(100):
+        with portions.measured(part):
+            torch.zeros(2**20), torch.zeros(part.stop - part.start, 2**10)
+    assert portions.bytes_an_image < 2**22 / 4 / 3
+
+
+def test_a_cpu_takes_parts_that_are_small_enough_for_its_allocator(monkeypatch):
+    monkeypatch.setattr("torch.get_num_threads", lambda: 1)
+    portions = Portions(CPU, backward=False)
+    for part in portions.slices(50):
+        with portions.measured(part):
+            torch.empty(part.stop - part.start, ENOUGH_FORWARD // 40)
+    assert portions.size == 10

@@ -17,10 +17,11 @@ import time
 from dataclasses import asdict, dataclass, field
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from taylor_pruning.errors import InputError
-from taylor_pruning.memory import fitting
+from taylor_pruning.memory import fitting, held_bytes, merged
 from taylor_pruning.modes import frozen
 from taylor_pruning.repair.paired_runs import PairedRuns
 from taylor_pruning.repair.plan import RepairPlan
@@ -64,8 +65,8 @@ def compensate(
         kept: {layer name: indices of the filters of `dense` that `smaller` still has, in its order}. A layer that is not
             named has all its filters, or is depthwise.
         activation_budget: bytes of activations that may be held between two layers; where the networks need more, they
-            run again from the last place that fitted (at most once for every layer). Default: what a training step on the
-            largest batch would hold, but 256 MB at least; on a GPU, or with a memory limit, half of the memory that is left.
+            run again from the last place that fitted (at most once for every layer). Default: half of the memory that is left,
+            on a CPU without a limit 1 GB at most.
         memory_limit: bytes, see memory.Portions; batches that do not fit are split. On a GPU they are joined as far as they
             fit, so that it does not wait between small ones. The result does not depend on it.
         seed: of that draw, and of the output positions that are drawn where a layer has many: over all images 16,384,
@@ -84,12 +85,10 @@ def compensate(
         raise InputError("compensation: there are no calibration images; give at least one batch")
     plan = RepairPlan(dense, smaller, kept or {}, map_tensors(batches[0][0], lambda tensor: tensor[:1]))
     report.left_alone.update(plan.left_alone)
-    if smaller_batches is None:
-        with frozen(dense):
-            batches, budget = fitting(dense, batches, memory_limit, copies=2)
-        activation_budget = budget if activation_budget is None else activation_budget
     inputs = [[images for images, _ in given] for given in (batches, smaller_batches or batches)]
-    runs = PairedRuns(plan, inputs, activation_budget)
+    if activation_budget is None:
+        activation_budget = held_bytes(next(dense.parameters()).device, memory_limit)
+    runs = PairedRuns(plan, _fitting(dense, inputs, memory_limit), activation_budget)
     for layer in tqdm(plan.layers, desc="compensate", unit="layer", leave=False, disable=not progress):
         reason = fit_layer(layer, runs, seed, report)
         if reason:
@@ -98,6 +97,17 @@ def compensate(
         runs.update_batchnorms()
     report.seconds = time.perf_counter() - start
     return report
+
+
+def _fitting(dense, inputs, limit):
+    """The inputs of both networks in batches that fit into memory; those that are no plain tensors stay as they are."""
+    if not all(isinstance(batch, Tensor) for given in inputs for batch in given):
+        return inputs
+    first, device = inputs[0][0], next(dense.parameters()).device
+    with frozen(dense):
+        size = fitting(lambda part: dense(first[part]), len(first), device, limit, copies=2)
+    joined = [[images for images, _ in merged([(x, None) for x in given], device, size)] for given in inputs]
+    return [[part for batch in given for part in batch.split(size)] for given in joined]
 
 
 def fit_layer(layer, runs, seed, report):

@@ -5,25 +5,25 @@ import math
 import torch
 from torch import fx, nn
 
+from taylor_pruning.positions import STEP
 from taylor_pruning.repair.batchnorm import update_statistics
 from taylor_pruning.repair.plan import RepairPlan
 from taylor_pruning.surgery.execution import evaluate, inputs_of
 from taylor_pruning.surgery.nested import map_tensors
 
-STATISTICS_ROWS = 16384  # inputs a channel that a batch gives to the statistics of a BatchNorm
-ACTIVATION_BUDGET = 2**28  # bytes that may be held in any case
+STATISTICS_ROWS = 2**18  # inputs a channel, over all images, that make the statistics of a BatchNorm
 
 
 class PairedRuns:
     """Runs both networks over all batches, layer after layer, from activations held since the last layer.
 
     A network's state is {node name: value}. States are held where all batches together fit the budget; else the networks
-    run again from the last layer at which they did. On the way the inputs of BatchNorms are summed up (of a batch, images
-    enough for 16,384 positions); what counts is the last run on every batch, when all layers before have been fitted.
+    run again from the last layer at which they did. On the way the inputs of BatchNorms are summed up, of images enough for
+    STATISTICS_ROWS positions; what counts is the last run on every batch, when all layers before have been fitted.
     """
 
     def __init__(self, plan, inputs, budget):
-        """`inputs`: for both networks, what every batch calls it with."""
+        """`inputs`: for both networks, what every batch calls it with. `budget`: bytes of states that may be held."""
         self.plan = plan
         self.inputs = [
             [network.flat(*inputs_of(batch)) for batch in given]
@@ -32,24 +32,10 @@ class PairedRuns:
         self.images = [len(tensors[0]) for tensors in self.inputs[0]]  # of every batch
         places = [node.name for node in plan.networks[0].trace.graph.nodes if node.op == "placeholder"]
         self.places = {name: index for index, name in enumerate(places)}
-        self.first = map_tensors(inputs[0][0], lambda tensor: tensor[:1].clone())
-        self.budget = max(ACTIVATION_BUDGET, self._training_bytes()) if budget is None else budget
+        self.budget = budget
         self.starts = (0, 0)
         self.states = [({}, {}) for _ in self.images]
         self.sums = {name: [None] * len(self.images) for name in plan.batchnorms}  # by batch
-
-    def _training_bytes(self):
-        """Bytes of all activations of the dense network on its largest batch."""
-        held = {}  # the tensors stay alive: a freed one would leave its address to the next
-
-        def hold(value):
-            fx.node.map_aggregate(value, lambda t: held.setdefault(t.data_ptr(), t) if torch.is_tensor(t) else t)
-            return value
-
-        network = self.plan.networks[0]
-        nodes = [n for n in network.trace.graph.nodes if n.op not in ("get_attr", "output")]
-        network.run(*inputs_of(self.first), change=dict.fromkeys(nodes, hold))
-        return sum(tensor.nbytes for tensor in held.values()) * max(self.images)
 
     def to(self, layer):
         """For every batch: (dense state with the layer's output, smaller state just before the layer).
@@ -100,8 +86,7 @@ class PairedRuns:
         for position in range(start, end):
             node = plan.order[k][position]
             if k == 1 and node.name in self.sums:
-                x = value_of(node.all_input_nodes[0])
-                x = x[: -(-STATISTICS_ROWS // math.prod(x.shape[2:]))].movedim(1, 0).flatten(1)
+                x = self._some(value_of(node.all_input_nodes[0]), batch).movedim(1, 0).flatten(1)
                 sums = (values.sum(1, dtype=torch.float64) for values in (x, x.square()))
                 self.sums[node.name][batch] = x.shape[1], *sums
             if node.op == "placeholder":
@@ -114,6 +99,15 @@ class PairedRuns:
             for name in plan.last_use[position]:
                 state.pop(name, None)
         return state
+
+    def _some(self, x, batch):
+        """The rows of x [rows, channels, ...] of the images that make statistics: the same in batches of any size."""
+        several = len(x) // self.images[batch]  # rows an image, where a forward puts parts of it into the batch
+        count, total = -(-STATISTICS_ROWS // math.prod(x.shape[2:])), several * sum(self.images)
+        if count >= total:
+            return x
+        number = several * sum(self.images[:batch]) + torch.arange(len(x))
+        return x[(number * STEP % total < count).nonzero().flatten().to(x.device)]
 
 
 def refresh_batchnorms(model: nn.Module, inputs: list) -> None:

@@ -89,7 +89,7 @@ def collect_behind_repair(
     """
     task, device = task_of(task), next(model.parameters()).device
     wanted, orders = wanted_of(order, class_probes, flow=flow, seed=seed)
-    moments = input_moments(model, graph, compensation, Portions(device, memory_limit), task)
+    moments = input_moments(model, graph, compensation, Portions(device, memory_limit, backward=False), task)
     images = sum(map(size, batches))
     fisher = OutputFisher((m.reader for m in moments.values()), images) if joint else None
     parts, first, portions = [], 0, Portions(device, memory_limit)

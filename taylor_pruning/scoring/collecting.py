@@ -1,6 +1,5 @@
 """Collects the per-sample logit directions of every unit from calibration images, in one or several processes."""
 
-import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -9,15 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
-from tqdm import tqdm
 
-from taylor_pruning.distributed import gather_objects, is_main, rank, world_size
 from taylor_pruning.errors import InputError
 from taylor_pruning.memory import Portions, merged
 from taylor_pruning.modes import frozen
 from taylor_pruning.scoring.flow import unit_gradient_norms
 from taylor_pruning.scoring.gates import gated_outputs, open_gates
 from taylor_pruning.scoring.layer_costs import OutputFisher
+from taylor_pruning.scoring.passes import over_batches
 from taylor_pruning.scoring.taylor import Directions, class_basis
 from taylor_pruning.surgery.graph import ChannelGraph
 from taylor_pruning.tasks.batches import split
@@ -94,49 +92,15 @@ def collect_directions(
     batches = list(batches)
     if not batches:
         raise InputError("there are no calibration images; pass at least one batch")
+    collect = partial(_collect, model, graph, wanted, estimates, reference, fisher)
     portions = portions or Portions(batches[0][0].device)
-    firsts = itertools.accumulate((len(images) for images, _ in batches), initial=first)
-    numbered = [(number, start, *batch) for (number, batch), start in zip(enumerate(batches), firsts, strict=False)]
-    collect, mine, parts = (
-        partial(_collect, model, graph, wanted, estimates, reference, fisher),
-        numbered[rank() :: world_size()],
-        [],
-    )
     with frozen(model), frozen(model if reference is None else reference):
-        for number, start, images, labels in tqdm(
-            mine, desc="score", leave=False, disable=not progress or not is_main()
-        ):
-            parts.append((number, Directions.join([*_in_portions(collect, portions, images, labels, number, start)])))
-    return Directions.join(_of_all_processes(parts)).to(batches[0][0].device)
+        parts = over_batches(collect, batches, portions, first=first, progress=progress)
+    return Directions.join(parts).to(batches[0][0].device)
 
 
-def _of_all_processes(parts):
-    """The parts [(batch number, Directions)] of all processes by batch number, on the CPU where there are several."""
-    if world_size() > 1:  # a tensor that is sent keeps its device, which is another one in every process
-        parts = [(number, part.to("cpu")) for number, part in parts]
-    parts = [part for share in gather_objects(parts) for part in share]
-    return [part for _, part in sorted(parts, key=lambda part: part[0])]
-
-
-def _in_portions(collect, portions, images, labels, number, first):
-    """The directions of one batch, a part at a time; `first`: how many images of the pass come before the batch."""
-    for part in portions.slices(len(images)):
-        with portions.measured(part):
-            yield _collect_part(collect, images[part], labels[part], number, first + part.start)
-
-
-def _collect_part(collect, images, labels, number, first):
-    try:
-        return collect(images, labels, number, first)
-    except torch.OutOfMemoryError as error:
-        if len(images) == 1:
-            raise InputError("one image does not fit into GPU memory for scoring; lower --image-size") from error
-    half = len(images) // 2  # outside of the except block, which would keep the failed pass alive
-    split = ((images[:half], labels[:half], first), (images[half:], labels[half:], first + half))
-    return Directions.join([_collect_part(collect, x, y, number, start) for x, y, start in split])
-
-
-def _collect(model, graph, wanted, estimates, reference, fisher, images, labels, number, first):
+def _collect(model, graph, wanted, estimates, reference, fisher, batch, where, first):
+    images, labels = batch
     gates, gated = open_gates(graph, images), []
     part = None if fisher is None else fisher.part(first)
 
@@ -145,7 +109,6 @@ def _collect(model, graph, wanted, estimates, reference, fisher, images, labels,
             gated.append((site, get_gradient_edge(output)))
 
     outputs = None if part is None else part.outputs
-    where, batch = f"calibration batch {number}", (images, labels)
     logits = gated_outputs(graph, Classification(), batch, gates, where, record, estimates, outputs)
     fixed, signs = logits.detach(), random_signs(wanted.seed, first, *logits.shape)
     random = random_directions(fixed, signs)

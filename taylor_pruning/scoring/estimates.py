@@ -13,6 +13,7 @@ fitted on the other folds. A layer with few rows a channel (a classifier after p
 almost everything on the images that fitted it, and would be emptied.
 """
 
+import itertools
 from collections import defaultdict
 from dataclasses import dataclass, field
 
@@ -24,6 +25,7 @@ from taylor_pruning.positions import drawn_positions
 from taylor_pruning.surgery.execution import moved
 from taylor_pruning.tasks import batches as samples
 from taylor_pruning.tasks.classification import Classification
+from taylor_pruning.tasks.portions import in_portions
 
 RIDGE = 1e-2  # relative to the mean variance; the ratio of channels to rows is added
 FOLDS = 4
@@ -183,7 +185,8 @@ def input_moments(model, graph, batches, portions=None, task=None):
         task: default classification.
     """
     task = task or Classification()
-    found, calls, forwards = {}, dict.fromkeys((reader.layer for reader in graph.readers), 0), 0
+    found, calls = {}, dict.fromkeys((reader.layer for reader in graph.readers), 0)
+    numbers, counts, forwards = None, [], 0  # of the samples of one forward, sorted by fold
     folds, images_in_all = folds_of(batches), sum(map(samples.size, batches))
 
     def record(reader):
@@ -204,16 +207,19 @@ def input_moments(model, graph, batches, portions=None, task=None):
 
     reads = {node: record(reader) for reader in graph.readers for node in reader.nodes}
     device = next(model.parameters()).device
-    portions, first = portions or Portions(device), 0
+    portions = portions or Portions(device, backward=False)
+    firsts = itertools.accumulate(map(samples.size, batches), initial=0)
+
+    def forward(part, first):
+        nonlocal numbers, counts, forwards
+        fold = folds[first : first + samples.size(part)]
+        order, counts = fold.argsort(stable=True), fold.bincount(minlength=FOLDS).tolist()
+        numbers, forwards = (first + order).to(device), forwards + 1
+        task.forward(model, samples.select(part, order))
+
     with frozen(model), torch.no_grad(), graph.executed(read=reads):
-        for batch in batches:
-            for part in portions.slices(samples.size(batch)):
-                fold = folds[first : first + part.stop - part.start]
-                order, counts = fold.argsort(stable=True), fold.bincount(minlength=FOLDS).tolist()
-                numbers = (first + order).to(device)
-                with portions.measured(part):
-                    task.forward(model, samples.select(batch, order + part.start))
-                first, forwards = first + len(fold), forwards + 1
+        for start, batch in zip(firsts, batches, strict=False):
+            in_portions(lambda part, before, start=start: forward(part, start + before), batch, portions)
     return {name: moments for name, moments in found.items() if calls[name] == forwards}
 
 

@@ -8,24 +8,22 @@ that its second derivative along a gate is exactly that of the outputs' change v
 phi is the slope of the loss with labels, which order 1 goes by. The third derivative t of D is probed (scoring.probes).
 """
 
-import itertools
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from functools import partial
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
-from taylor_pruning.distributed import gather_objects, is_main, rank, world_size
 from taylor_pruning.memory import Portions
 from taylor_pruning.modes import frozen
 from taylor_pruning.scoring.gates import gated_outputs, open_gates
 from taylor_pruning.scoring.layer_costs import OutputFisher
+from taylor_pruning.scoring.passes import over_batches
 from taylor_pruning.scoring.probes import check_third_derivative, probed_third
 from taylor_pruning.surgery.graph import ChannelGraph
 from taylor_pruning.surgery.nested import map_tensors
-from taylor_pruning.tasks.batches import select, size
+from taylor_pruning.tasks.batches import size
 from taylor_pruning.tasks.directions import random_signs
 from taylor_pruning.tasks.task import Task, flatten
 
@@ -68,22 +66,13 @@ def output_derivatives(
     batches = list(batches)
     if order == 3:
         check_third_derivative(graph)
-    portions = portions or Portions(next(model.parameters()).device)
-    firsts = itertools.accumulate(map(size, batches), initial=first)  # samples that come before
-    mine, parts = list(zip(range(len(batches)), firsts, batches, strict=False))[rank() :: world_size()], []
     derivatives = partial(
         _derivatives, graph, task, order, directions if order > 1 else 0, probes, estimates, fisher, seed
     )
+    portions = portions or Portions(next(model.parameters()).device)
     with frozen(model), torch.enable_grad():
-        for number, start, batch in tqdm(mine, desc="score", leave=False, disable=not progress or not is_main()):
-            for part in portions.slices(size(batch)):
-                some = select(batch, torch.arange(part.start, part.stop))
-                with portions.measured(part):
-                    parts.append(
-                        (start + part.start, derivatives(some, f"calibration batch {number}", start + part.start))
-                    )
-    parts = sorted((part for share in gather_objects(parts) for part in share), key=lambda part: part[0])
-    return {name: torch.cat([found[name] for _, found in parts]) for name in parts[0][1]}
+        parts = over_batches(derivatives, batches, portions, first=first, progress=progress)
+    return {name: torch.cat([found[name] for found in parts]) for name in parts[0]}
 
 
 def _derivatives(graph, task, order, directions, probes, estimates, fisher, seed, batch, where, first):

@@ -18,6 +18,7 @@ from taylor_pruning.scoring.estimates import InputMoments, set_estimates
 from taylor_pruning.surgery.graph import ChannelGraph
 from taylor_pruning.surgery.nested import map_tensors
 from taylor_pruning.tasks import batches as samples
+from taylor_pruning.tasks.portions import in_portions
 from taylor_pruning.tasks.task import Task
 
 FORWARDS = 2000  # of one image in all trials of one choice: about what scoring 500 images takes
@@ -59,17 +60,19 @@ def trial_divergences(
         closed[units] = 0
     estimates, sums = set_estimates(moments, sets), parameter.new_zeros(len(sets), dtype=torch.float64)
     batches = _some_of(batches, max(LEAST, FORWARDS // max(1, len(sets))))
-    portions, count = Portions(parameter.device, memory_limit), sum(map(samples.size, batches))
+    count, portions = sum(map(samples.size, batches)), Portions(parameter.device, memory_limit, backward=False)
+
+    def try_all(part, where):
+        own = task.forward(model, part)
+        task.check(own, part, where)
+        for index in range(len(sets)):
+            with graph.gated(gates[index], estimates=estimates[index]):
+                sums[index] += _divergence(task, task.forward(model, part), own)
+
     with frozen(model):
         for number, batch in enumerate(tqdm(batches, desc="try", leave=False, disable=not progress or not is_main())):
-            for part in portions.slices(samples.size(batch)):
-                some = samples.select(batch, torch.arange(part.start, part.stop))
-                with portions.measured(part):
-                    own = task.forward(model, some)
-                    task.check(own, some, f"held-out batch {number}")
-                    for index in range(len(sets)):
-                        with graph.gated(gates[index], estimates=estimates[index]):
-                            sums[index] += _divergence(task, task.forward(model, some), own)
+            where = f"held-out batch {number}"
+            in_portions(lambda part, _, where=where: try_all(part, where), batch, portions)
     return (sums / count).tolist()
 
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from taylor_pruning.tasks.classification import task_of
 from taylor_pruning.tasks.task import Task
-from taylor_pruning.training.evaluation import main_figures
+from taylor_pruning.training.evaluation import main_figures, measure
 
 
 class StepCurve:
@@ -14,14 +14,14 @@ class StepCurve:
 
     Args:
         images: list of batches (images, labels); under torch.distributed this process's share.
-        last: number of the last step. task: default classification.
+        last: number of the last step. task: default classification. memory_limit: see training.evaluation.evaluate.
 
     Attributes:
         points: one dictionary a measurement, {"step", "top1" (per cent; the task's main metric by its name), "loss" (nats)}.
     """
 
-    def __init__(self, images: list, last: int, task: Task | None = None):
-        self.images, self.last, self.task = images, last, task_of(task)
+    def __init__(self, images: list, last: int, task: Task | None = None, memory_limit: int | None = None):
+        self.images, self.last, self.task, self.memory_limit = images, last, task_of(task), memory_limit
         self.points: list[dict] = []
 
     def due(self, step: int) -> bool:
@@ -33,5 +33,6 @@ class StepCurve:
 
     def measure(self, step: int, model: nn.Module) -> None:
         """Measures `model`, which has made `step` steps."""
-        found = main_figures(self.task, model, self.images, description=f"step {step}", progress=False)
-        self.points.append({"step": step, **found})
+        options = {"memory_limit": self.memory_limit, "description": f"step {step}", "progress": False}
+        found = measure(self.task, model, self.images, **options)
+        self.points.append({"step": step, **main_figures(self.task, found)})

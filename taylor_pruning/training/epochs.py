@@ -77,8 +77,9 @@ class Training:
         constant_lr: bool = False,
         monitor: list | None = None,
         task: Task | None = None,
+        memory_limit: int | None = None,
     ):
-        self.model, self.checkpoint, self.task = model, checkpoint, task_of(task)
+        self.model, self.checkpoint, self.task, self.memory_limit = model, checkpoint, task_of(task), memory_limit
         self.device = next(model.parameters()).device
         self.recipe = recipe = recipe.resolved(self.device, teacher is not None)
         self.identity = {**asdict(recipe), "batches per epoch": batches, "processes": world_size()}
@@ -87,7 +88,7 @@ class Training:
         self.steps = OptimiserSteps(model, recipe, teacher, total=None if constant_lr else total, warmup=warmup,
                                     task=self.task)  # fmt: skip
         curve = monitor and recipe.accuracy_at_steps and recipe.epochs
-        self.curve = StepCurve(monitor, total, self.task) if curve else None
+        self.curve = StepCurve(monitor, total, self.task, memory_limit) if curve else None
         self.history = History([], 0, self.curve.points if self.curve else [])
         self.keep_weights()
         self.saved_epoch: int | None = None
@@ -153,7 +154,8 @@ class Training:
         model = self.steps.evaluated_model
         broadcast_buffers(model)
         amp = self.recipe.amp if self.recipe.amp_validation else None
-        return measure(self.task, model, loader, amp=amp, description=description, progress=progress)
+        return measure(self.task, model, loader, amp=amp, description=description, progress=progress,
+                       memory_limit=self.memory_limit)  # fmt: skip
 
     def measure(self) -> None:
         """Adds a point to the curve, if there is one."""

@@ -12,9 +12,11 @@ from tqdm import tqdm
 from taylor_pruning.checks import check_logits, check_weights, nonfinite_weight
 from taylor_pruning.distributed import all_reduce_sum, is_main
 from taylor_pruning.errors import InputError
+from taylor_pruning.memory import Portions
 from taylor_pruning.modes import modes_kept
 from taylor_pruning.tasks.batches import size
 from taylor_pruning.tasks.classification import is_classification, task_of
+from taylor_pruning.tasks.portions import in_portions
 from taylor_pruning.tasks.task import Task
 from taylor_pruning.training.checks import BatchLog, batch_facts, valid_labels
 from taylor_pruning.training.recipe import AMP_DTYPES
@@ -30,8 +32,12 @@ class Accuracy:
     images: int
 
 
-def measure(task: Task, model: nn.Module, loader: Iterable, **options) -> Accuracy | dict:
+def measure(
+    task: Task, model: nn.Module, loader: Iterable, *, memory_limit: int | None = None, **options
+) -> Accuracy | dict:
     """The metrics of a network on a loader: an Accuracy by `evaluate`, whose `options` these are, or what the task evaluates.
+
+    Batches are split so that a classifier stays within `memory_limit` (memory.Portions); a task evaluates them as they are.
 
     The dictionary of another task always has "loss", the mean of its loss over the samples where it does not give one.
 
@@ -39,7 +45,7 @@ def measure(task: Task, model: nn.Module, loader: Iterable, **options) -> Accura
         InputError: as `evaluate`, or the task does not give its main metric.
     """
     if is_classification(task):
-        return evaluate(model, loader, **options)
+        return evaluate(model, loader, memory_limit=memory_limit, **options)
     check_weights(model)
     with modes_kept(model), torch.no_grad():
         metrics = dict(task.evaluate(model.eval(), loader))
@@ -48,9 +54,9 @@ def measure(task: Task, model: nn.Module, loader: Iterable, **options) -> Accura
     return metrics if "loss" in metrics else metrics | {"loss": mean_loss(task, model, loader)}
 
 
-def main_figures(task: Task, model: nn.Module, loader: Iterable, **options) -> dict:
-    """{the task's main metric, "loss"} of `measure`, whose `options` these are."""
-    found = figures(measure(task, model, loader, **options))
+def main_figures(task: Task, metrics: Accuracy | Mapping) -> dict:
+    """{the task's main metric, "loss"} of the metrics."""
+    found = figures(metrics)
     return {name: found[name] for name in (task.main, "loss")}
 
 
@@ -78,28 +84,34 @@ def evaluate(
     loader: Iterable[tuple[Tensor, Tensor]],
     *,
     amp: str | None = None,
+    memory_limit: int | None = None,
     description: str = "evaluate",
     progress: bool = True,
 ) -> Accuracy:
     """Accuracy of `model` (images [B, C, H, W] -> logits [B, K]) over all (images, labels) of `loader`, in eval mode.
 
     `amp`: "bf16" or "fp16" for mixed precision, None for the precision of the weights; losses are float64 in any case.
-    One pass, in which the host waits for a GPU once every 32 batches. Under torch.distributed the counts of all processes
-    are summed. The modes of the model come back as they were.
+    One pass, in which the host waits for a GPU once every 32 batches; batches are split so that it stays within
+    `memory_limit` (memory.Portions). Under torch.distributed the counts of all processes are summed. The modes of the
+    model come back as they were.
     Raises InputError on an empty loader, NaN weights, NaN images, or labels outside the logits' range.
     """
     check_weights(model)
     device = next(model.parameters()).device
-    log, batches = BatchLog(device), []
+    log, batches, portions = BatchLog(device), [], Portions(device, memory_limit, backward=False)
+
+    def forward(part, _):
+        with torch.autocast(device.type, AMP_DTYPES[amp], enabled=amp is not None):
+            return model(part[0]), *part
+
     with modes_kept(model):
         model.eval()
         bar = tqdm(loader, desc=description, leave=False, disable=not (progress and is_main()))
-        for index, (images, labels) in enumerate(bar):
+        for index, batch in enumerate(bar):
             where = f"{description}: batch {index}"
-            with torch.autocast(device.type, AMP_DTYPES[amp], enabled=amp is not None):
-                logits = model(images)
-            check_logits(logits, len(labels), where)
-            log.add(_facts(logits, images, labels), classes=logits.shape[1], count=len(labels), where=where)
+            for logits, images, labels in in_portions(forward, batch, portions):
+                check_logits(logits, len(labels), where)
+                log.add(_facts(logits, images, labels), classes=logits.shape[1], count=len(labels), where=where)
             if log.due:
                 batches += _checked(log)
         batches += _checked(log)

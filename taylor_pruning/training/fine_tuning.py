@@ -39,6 +39,7 @@ def fine_tune(
     before: Accuracy | dict | None = None,
     monitor: list | None = None,
     task: Task | None = None,
+    memory_limit: int | None = None,
     checkpoint: Path | None = None,
     resume: bool = False,
     description: str = "fine-tune",
@@ -51,7 +52,8 @@ def fine_tune(
     `train_loader.set_epoch(epoch)`, where there is one, sets order and augmentation, epochs count from 1. The given
     weights compete as epoch 0, so the result is never worse than they are on the validation images; `before` is their
     accuracy where it is known. `monitor`: batches on which accuracy is measured at some steps (training.curve), this
-    process's share. With an EMA, its weights are the ones validated and kept.
+    process's share. With an EMA, its weights are the ones validated and kept. `memory_limit`: bytes within which validation
+    stays, see training.evaluation.evaluate; training itself takes what a batch needs.
 
     `checkpoint` is written after every epoch. `resume=True` continues from it (from the start if there is no such file),
     on CPU with the same bits as an unbroken run if the loader has `set_epoch`. Under torch.distributed each process calls
@@ -66,7 +68,8 @@ def fine_tune(
     with modes_kept(model, *([] if teacher is None else [teacher])):
         if teacher is not None:
             teacher.eval()
-        run = Training(model, recipe, teacher, len(train_loader), checkpoint, monitor=monitor, task=task)
+        run = Training(model, recipe, teacher, len(train_loader), checkpoint, monitor=monitor, task=task,
+                       memory_limit=memory_limit)  # fmt: skip
         try:
             if resume and checkpoint and checkpoint.exists():
                 run.load()

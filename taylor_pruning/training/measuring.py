@@ -5,16 +5,18 @@ import time
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
+from taylor_pruning.memory import Portions
 from taylor_pruning.modes import frozen
 from taylor_pruning.tasks.batches import size, split
 from taylor_pruning.tasks.classification import is_classification, task_of
+from taylor_pruning.tasks.portions import in_portions
 from taylor_pruning.tasks.task import Task, example_of
 from taylor_pruning.training.evaluation import Accuracy, figures, main_figures, measure
 from taylor_pruning.training.profile import COSTS, profile
-from taylor_pruning.training.sampling import spread_images
+from taylor_pruning.training.sampling import are_all_images, spread_images
 
 OF_STAGE = ("stage", "seconds", *COSTS)  # entries of a stage that are no metrics
 MONITOR_IMAGES = 500  # validation images on which every round is evaluated
@@ -28,9 +30,13 @@ class Measuring:
         val_loader: validation images, of which MONITOR_IMAGES at equal distances evaluate a round.
         calibration: list of batches (images, labels) on which losses are measured.
         held_out: such batches that neither score nor repair; None: `calibration`.
-        amp: precision of evaluation, see training.evaluation.evaluate.
+        amp: precision of evaluation. memory_limit: bytes. See training.evaluation.evaluate.
         progress: show progress bars.
         task: default classification.
+
+    Attributes:
+        monitor: list of batches that evaluate a round.
+        validation: all validation images; the monitored ones, which are in memory, where these are all.
     """
 
     def __init__(
@@ -41,23 +47,25 @@ class Measuring:
         *,
         held_out: list | None = None,
         amp: str | None = None,
+        memory_limit: int | None = None,
         progress: bool = True,
         task: Task | None = None,
     ):
         self.dense, self.val_loader, self.calibration = dense, val_loader, calibration
-        self.amp, self.progress, self.task = amp, progress, task_of(task)
+        self.amp, self.memory_limit, self.progress, self.task = amp, memory_limit, progress, task_of(task)
         self.monitor = spread_images(val_loader, MONITOR_IMAGES)
+        whole = are_all_images(val_loader, MONITOR_IMAGES) and len(self.monitor) == len(val_loader)
+        self.validation = self.monitor if whole else val_loader
         self.held_out = held_out or calibration
-        self._dense_predictions = self._dense_held_out = None
+        self._dense_predictions = self._dense_held_out = self._last = None
 
     def stage(
         self, name: str, model: nn.Module, seconds: float | None = None, accuracy: Accuracy | dict | None = None
     ) -> dict:
         """Metrics on all validation images, unless they are known, and costs of one network, as in results.json."""
-        start = time.perf_counter()
+        start, (measured, known) = time.perf_counter(), self._last or (None, None)
         if accuracy is None:
-            options = {"amp": self.amp, "description": name, "progress": self.progress}
-            accuracy = measure(self.task, model, self.val_loader, **options)
+            accuracy = known if measured is model else self._measure(model, self.validation, name, self.progress)
         seconds = time.perf_counter() - start if seconds is None else seconds
         costs = profile(model, example_of(self.task, self.calibration[0]))
         return {"stage": name, **figures(accuracy), **costs, "seconds": seconds}
@@ -67,9 +75,18 @@ class Measuring:
         metrics = {name: value for name, value in stage.items() if name not in OF_STAGE}
         return Accuracy(**metrics) if is_classification(self.task) else metrics
 
+    def _measure(self, model, loader, description, progress):
+        options = {"description": description, "progress": progress, "memory_limit": self.memory_limit}
+        return measure(self.task, model, loader, amp=self.amp, **options)
+
     def quick(self, model: nn.Module) -> dict:
-        """The main metric and "loss" on the monitored validation images."""
-        return main_figures(self.task, model, self.monitor, progress=False)
+        """The main metric and "loss" on the monitored validation images.
+
+        Where these are all, `stage` takes what was measured here last, if it is asked for that network next.
+        """
+        found = self._measure(model, self.monitor, "a round", progress=False)
+        self._last = (model, found) if self.validation is self.monitor else None
+        return main_figures(self.task, found)
 
     def losses(self, model: nn.Module) -> dict:
         """Mean over the calibration images: of the loss with the labels, by its name, and "divergence" from the dense network.
@@ -79,12 +96,13 @@ class Measuring:
         if not is_classification(self.task):
             return self._task_losses(model)
         if self._dense_predictions is None:
-            self._dense_predictions = log_probabilities(self.dense, self.calibration)
-        answers = log_probabilities(model, self.calibration)
+            self._dense_predictions = self._predictions(self.dense, self.calibration)
+        dense = self._dense_predictions
+        answers = dense if model is self.dense else self._predictions(model, self.calibration)
         labels = torch.cat([labels for _, labels in self.calibration]).cpu()
         return {
             "cross-entropy": F.nll_loss(answers, labels).item(),
-            "divergence": F.kl_div(answers, self._dense_predictions, reduction="batchmean", log_target=True).item(),
+            "divergence": F.kl_div(answers, dense, reduction="batchmean", log_target=True).item(),
         }
 
     def fidelity(self, model: nn.Module) -> dict | None:
@@ -98,8 +116,8 @@ class Measuring:
         if not is_classification(self.task):
             return None
         if self._dense_held_out is None:
-            self._dense_held_out = log_probabilities(self.dense, self.held_out)
-        dense, answers = self._dense_held_out, log_probabilities(model, self.held_out)
+            self._dense_held_out = self._predictions(self.dense, self.held_out)
+        dense, answers = self._dense_held_out, self._predictions(model, self.held_out)
         mean = (torch.logsumexp(dense, 0) - math.log(len(dense))).expand_as(dense)
         return {
             "divergence": F.kl_div(answers, dense, reduction="batchmean", log_target=True).item(),
@@ -110,22 +128,32 @@ class Measuring:
         }
 
     @torch.no_grad()
+    def _predictions(self, model, batches):
+        """[N, K] log-probabilities of all images, in evaluation mode, float64 on the CPU."""
+        portions = Portions(next(model.parameters()).device, self.memory_limit, backward=False)
+
+        def forward(part, _):
+            return F.log_softmax(model(part[0]).cpu().double(), 1)
+
+        with frozen(model):
+            return torch.cat([found for batch in batches for found in in_portions(forward, batch, portions)])
+
+    @torch.no_grad()
     def _task_losses(self, model):
         task, sums, samples = self.task, {}, 0
         apart = self.calibration if task.samples_apart else (x for batch in self.calibration for x in split(batch, 1))
+        portions = Portions(next(model.parameters()).device, self.memory_limit, backward=False)
+
+        def losses_of(part, _):
+            outputs = task.forward(model, part)
+            found = {task.loss_name: task.loss(outputs, part)}
+            if task.defines("divergence"):
+                found["divergence"] = task.divergence(outputs, task.forward(self.dense, part))
+            return found
+
         with frozen(model), frozen(self.dense):
             for batch in apart:
-                outputs = task.forward(model, batch)
-                found = {task.loss_name: task.loss(outputs, batch)}
-                if task.defines("divergence"):
-                    found["divergence"] = task.divergence(outputs, task.forward(self.dense, batch))
-                sums = {name: sums.get(name, 0.0) + losses.double().sum().item() for name, losses in found.items()}
+                for found in in_portions(losses_of, batch, portions):
+                    sums = {name: sums.get(name, 0.0) + losses.double().sum().item() for name, losses in found.items()}
                 samples += size(batch)
         return {name: total / samples for name, total in sums.items()}
-
-
-@torch.no_grad()
-def log_probabilities(model: nn.Module, batches: Iterable) -> Tensor:
-    """[N, K] log-probabilities of all images, in evaluation mode, float64 on the CPU."""
-    with frozen(model):
-        return torch.cat([F.log_softmax(model(images).cpu().double(), 1) for images, _ in batches])

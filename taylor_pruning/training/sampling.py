@@ -55,3 +55,8 @@ def spread_images(loader: Iterable, samples: int) -> list:
     if not batches:
         raise InputError("there are no validation images")
     return batches
+
+
+def are_all_images(loader: Iterable, samples: int) -> bool:
+    """Whether `spread_images` takes every image of the loader."""
+    return not hasattr(loader, "dataset") or len(loader.dataset) < 2 * samples

@@ -256,13 +256,16 @@ def test_batchnorms_hold_the_statistics_of_their_present_inputs(budget):
         torch.testing.assert_close(norm.running_var, x.var((0, 2, 3), unbiased=False))
 
 
-def test_the_budget_is_what_training_on_the_largest_batch_holds():
-    """Image, conv, ReLU, conv, BatchNorm, ReLU and linear layer; flatten is a view."""
-    model = NETWORKS["plain"]()
-    plan = RepairPlan(model, model, {}, images(2)[0][0])
-    runs = paired_runs.PairedRuns(plan, [[x for x, _ in images(50)]] * 2, None)
-    floats = 81 * (3 + 2 * 8 + 3 * 6) + 5
-    assert runs._training_bytes() == 4 * 30 * floats and runs.budget == paired_runs.ACTIVATION_BUDGET
+def test_statistics_of_some_images_do_not_depend_on_the_batches(monkeypatch):
+    monkeypatch.setattr(paired_runs, "STATISTICS_ROWS", 81 * 10)
+    model = randomised(Residual()).double()
+    plan, found = random_plan(model), []
+    x = torch.cat([part for part, _ in images(100, dtype=torch.float64)])
+    for size in (100, 7):
+        smaller, kept = cut(model, plan)
+        compensate(model, smaller, [(part, None) for part in x.split(size)], kept, progress=False)
+        found.append({name: tensor for name, tensor in smaller.state_dict().items() if "running" in name})
+    torch.testing.assert_close(*found, rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize("shared", ["running_mean", "weight"])
