@@ -9,7 +9,6 @@ alternate, `--repeats` times each. Printed: the ratio of each median to the dens
 import argparse
 import statistics
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -21,16 +20,13 @@ from taylor_pruning.selection.baselines import magnitude
 from taylor_pruning.selection.constraints import Constraints, Selection
 from taylor_pruning.selection.greedy import select_by_score
 from taylor_pruning.surgery.graph import ChannelGraph
+from taylor_pruning.timing import seconds_of
 from taylor_pruning.training.profile import profile
 
 
 @torch.no_grad()
 def milliseconds(model, images):
-    start = time.perf_counter()
-    model(images)
-    if images.is_cuda:
-        torch.cuda.synchronize()
-    return 1000 * (time.perf_counter() - start)
+    return 1000 * seconds_of(lambda: model(images), images.device)
 
 
 def main():

@@ -7,8 +7,10 @@
 Noise images, random weights with the BatchNorm statistics of these images, one process, one row at a time. A pass has weight
 gradients, as in training, and runs in the layout and precision of the model. Printed are seconds (on a CPU those of the
 processor, which other programs disturb least; on a GPU those of the clock), the same in passes, the largest memory beyond
-what was held before relative to that of a pass, and how often the host waited for a value of the device (a count of
-operations, the same on every device). Everything runs once before it is measured on a GPU.
+what was held before relative to that of a pass, the multiply-adds of convolutions and matrix products relative to those of
+a pass (a count, which no other program disturbs), and how often the host waited for a value of the device. Everything runs
+once before it is measured on a GPU. The row of a whole round is EnhancedPruning.prune with default settings and one round,
+with half as many validation images: the dense network is evaluated, the cut one before and after its repair.
 """
 
 import argparse
@@ -20,12 +22,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from EnhancedFilterPruner import EnhancedFilterPruner
+from EnhancedPruning import EnhancedPruning, PruningSettings
 from taylor_pruning.experiment.models import build_model
-from taylor_pruning.memory import peak_of
+from taylor_pruning.memory import keep_freed_memory, peak_of
 from taylor_pruning.repair.compensation import compensate
 from taylor_pruning.surgery.graph import ChannelGraph
 
@@ -46,7 +50,10 @@ class HostWaits(TorchDispatchMode):
 class Table:
     def __init__(self, device):
         self.device, self.reference = device, None
-        print("| network | what | seconds | passes | memory | host waits |\n|---|---|---|---|---|---|", flush=True)
+        print(
+            "| network | what | seconds | passes | work | memory | host waits |\n|---|---|---|---|---|---|---|",
+            flush=True,
+        )
 
     def clock(self):
         if self.device.type == "cuda":
@@ -62,14 +69,15 @@ class Table:
         start = self.clock()
         action(given)
         seconds = self.clock() - start
-        given, waits = prepare(), HostWaits()
-        with peak_of(self.device) as taken, waits if self.device.type == "cuda" else contextlib.nullcontext():
+        given, waits, work = prepare(), HostWaits(), FlopCounterMode(display=False)
+        counted = waits if self.device.type == "cuda" else contextlib.nullcontext()
+        with peak_of(self.device) as taken, work, counted:
             action(given)
-        found = seconds, taken()
+        found = seconds, work.get_total_flops(), taken()
         self.reference = self.reference or found
-        ratios = [a / max(b, 1e-9) for a, b in zip(found, self.reference, strict=True)]
+        ratios = " | ".join(f"{a / max(b, 1e-9):.2f}" for a, b in zip(found, self.reference, strict=True))
         count = waits.count if self.device.type == "cuda" else "-"
-        print(f"| {network} | {what} | {seconds:.3f} | {ratios[0]:.2f} | {ratios[1]:.2f} | {count} |", flush=True)
+        print(f"| {network} | {what} | {seconds:.3f} | {ratios} | {count} |", flush=True)
         if profile:
             given = prepare()
             activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
@@ -110,6 +118,14 @@ def measure(name, arguments, device):
         compensate(model, smaller, batches, kept, progress=False)
 
     table.row(name, "compensation", repair, lambda: graph.remove(plan), arguments.profile)
+    settings = PruningSettings(rounds=1)
+
+    def pipeline():
+        half = batches[: -(-len(batches) // 2)]
+        return EnhancedPruning(model, batches, half, calibration=batches, settings=settings, progress=False)
+
+    if arguments.whole:
+        table.row(name, "a whole round", lambda pruning: pruning.prune(arguments.percentage, arguments.order), pipeline)
 
 
 def main():
@@ -122,8 +138,10 @@ def main():
     parser.add_argument("--order", type=int, default=2)
     parser.add_argument("--percentage", type=float, default=50.0)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--whole", action="store_true", help="also a whole round, with tracing and evaluation")
     parser.add_argument("--profile", action="store_true", help="also print what operations take")
     arguments = parser.parse_args()
+    keep_freed_memory()  # as the command line does
     device = torch.device(arguments.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
     print(f"{name}, torch {torch.__version__}, {arguments.images} images of {arguments.image_size} pixels, "

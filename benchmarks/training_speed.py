@@ -8,7 +8,8 @@ trains in the same precision and memory layout with fused SGD and the same cosin
 nothing. Both train vgg16_bn in its form for 32 pixels, on noise, in turn, `--repeats` times. A repeat is a training of
 `--epochs` epochs, of which the first (memory, algorithms, CUDA graphs) is not counted but shown. Printed: medians of images
 a second (wall clock), the ratio of each repeat's medians (median and range), and on a CPU the ratio of CPU seconds, which
-other programs disturb less. On CUDA also `fine_tune` without CUDA graphs. The last lines compare epochs of the
+other programs disturb less. On CUDA also `fine_tune` without CUDA graphs; with `--distil` also with the dense network's
+soft labels, which take its forward in every step. The last lines compare epochs of the
 two networks.
 """
 
@@ -90,10 +91,10 @@ def bare_training(model: nn.Module, data: BareImages, recipe: Recipe, batch_size
 # ---------------------------------------------------------------------------------------------------- comparison
 
 
-def networks() -> dict[str, nn.Module]:
+def networks(name: str) -> dict[str, nn.Module]:
     """The dense network, and one in which all layers keep the same share of their filters."""
     torch.manual_seed(0)
-    dense = build_model("vgg16_bn", CLASSES, image_size=SIZE, weights="none").model
+    dense = build_model(name, CLASSES, image_size=SIZE, weights="none").model
     example = torch.zeros(1, 3, SIZE, SIZE)
     graph = ChannelGraph(dense, example)
     share = math.sqrt(SMALL_MACS) * 0.98  # MACs go with the square, but the first layer's
@@ -120,7 +121,7 @@ class Times:
 
 
 def contenders(
-    model: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe, batch_size: int
+    model: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe, batch_size: int, teacher: nn.Module | None
 ) -> dict[str, Callable]:
     """{name: a training of a copy of the model that returns the seconds of its epochs}."""
     device = images.device
@@ -128,13 +129,17 @@ def contenders(
     loader = make_loader(noise, batch_size, shuffle=True, seed=0, device=device)
     one_image = [(torch.zeros(1, 3, SIZE, SIZE, device=device), labels[:1])]
 
-    def ours(**changes) -> list[float]:
+    def ours(teacher=None, **changes) -> list[float]:
         changed = Recipe(**{**vars(recipe), **changes})
-        history = fine_tune(copy.deepcopy(model), loader, one_image, changed, before=KNOWN, progress=False)
+        history = fine_tune(
+            copy.deepcopy(model), loader, one_image, changed, teacher=teacher, before=KNOWN, progress=False
+        )
         return [epoch["seconds"] for epoch in history.epochs[1:]]
 
     bare = BareImages(images, labels)
     found = {"fine_tune": ours, "bare loop": lambda: bare_training(copy.deepcopy(model), bare, recipe, batch_size)}
+    if teacher is not None:
+        found["distilled"] = lambda: ours(teacher, distillation_weight=0.5)
     if device.type == "cuda":
         found["without graphs"] = lambda: ours(cuda_graphs=False)
     return found
@@ -145,8 +150,9 @@ def ratio(ours: list[float], theirs: list[float]) -> str:
     return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
-def compare(model: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe, arguments, batch_size: int) -> dict:
-    trainings = contenders(model, images, labels, recipe, batch_size)
+def compare(model: nn.Module, teacher: nn.Module | None, images: Tensor, labels: Tensor, recipe: Recipe, arguments,
+            batch_size: int) -> dict:  # fmt: skip
+    trainings = contenders(model, images, labels, recipe, batch_size, teacher)
     times = {name: Times() for name in trainings}
     for repeat in range(arguments.repeats):
         for name in sorted(trainings, reverse=repeat % 2 == 1):
@@ -162,6 +168,8 @@ def main():
     parser.add_argument("--amp", choices=("auto", "none", "bf16", "fp16"), default="auto")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--distil", action="store_true", help="also train with the dense network's soft labels")
+    parser.add_argument("--model", default="vgg16_bn")
     arguments = parser.parse_args()
     if arguments.epochs < 2:
         parser.error("--epochs must be at least 2: the first is not counted")
@@ -179,10 +187,11 @@ def main():
     )
     print("|---|---|---|---|---|---|---|---|")
     seconds = {}
-    for network, model in networks().items():
-        model.to(device)
+    models = {network: model.to(device) for network, model in networks(arguments.model).items()}
+    teacher = models["dense"] if arguments.distil else None
+    for network, model in models.items():
         for size in arguments.batch_sizes:
-            times = compare(model, images, labels, recipe, arguments, size)
+            times = compare(model, teacher, images, labels, recipe, arguments, size)
             bare = times.pop("bare loop")
             seconds[network, size] = arguments.images / statistics.median(times["fine_tune"].images_per_second)
             for trainer, found in times.items():

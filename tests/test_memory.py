@@ -1,5 +1,10 @@
 """What fits into memory: the count of live bytes, parts of batches, limits in words."""
 
+import os
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -112,3 +117,27 @@ def test_a_cpu_takes_parts_that_are_small_enough_for_its_allocator(monkeypatch):
         with portions.measured(part):
             torch.empty(part.stop - part.start, ENOUGH_FORWARD // 40)
     assert portions.size == 10
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="of the C library of Linux")
+def test_freed_memory_is_used_again():
+    """In a process of its own: page faults of a large block that is taken and freed, before and after."""
+    body = """
+import resource
+from taylor_pruning.memory import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        bytearray(2**26)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+first = faults()
+keep_freed_memory()
+faults()
+print(first, faults())
+"""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC", "GLIBC"))}
+    found = subprocess.run([sys.executable, "-c", body], capture_output=True, text=True, check=True, env=environment)
+    before, after = map(int, found.stdout.split())
+    assert after < before / 10

@@ -14,6 +14,7 @@ from taylor_pruning.errors import InputError
 from taylor_pruning.experiment.command import Command
 from taylor_pruning.experiment.setup import choose_device, environment
 from taylor_pruning.files import remove_leftovers
+from taylor_pruning.memory import keep_freed_memory
 from taylor_pruning.report.json_files import plain, write_json
 from taylor_pruning.training.fine_tuning import Interrupted, TrainingDiverged
 
@@ -41,6 +42,7 @@ def run_guarded(command: Command, run) -> int:
             raise InputError(
                 "the command line runs on Linux and macOS; on Windows use WSL, or EnhancedPruning from Python"
             )
+        keep_freed_memory()
         device = init_distributed(choose_device(command.run.device))
         with open_folder(folder, command):
             return run(command, folder, device)

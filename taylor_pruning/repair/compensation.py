@@ -53,6 +53,7 @@ def compensate(
     memory_limit=None,
     seed=0,
     smaller_batches=None,
+    recorded=None,
 ):
     """Refit the layers of `smaller`, in place, so that it answers as `dense` does on the calibration images.
 
@@ -62,6 +63,7 @@ def compensate(
         batches: list of (images [B, C, H, W], labels), labels are not used; a fifth of the images, drawn at
             random, chooses the ridge. Networks of several inputs get a tuple or dictionary of them in the place of the images.
         smaller_batches: what `smaller` reads in their place, where that is something else.
+        recorded: the dense network's surgery.execution.Execution on such inputs, where it has been traced already.
         kept: {layer name: indices of the filters of `dense` that `smaller` still has, in its order}. A layer that is not
             named has all its filters, or is depthwise.
         activation_budget: bytes of activations that may be held between two layers; where the networks need more, they
@@ -83,7 +85,7 @@ def compensate(
     report = CompensationReport()
     if not batches:
         raise InputError("compensation: there are no calibration images; give at least one batch")
-    plan = RepairPlan(dense, smaller, kept or {}, map_tensors(batches[0][0], lambda tensor: tensor[:1]))
+    plan = RepairPlan(dense, smaller, kept or {}, map_tensors(batches[0][0], lambda tensor: tensor[:1]), recorded)
     report.left_alone.update(plan.left_alone)
     inputs = [[images for images, _ in given] for given in (batches, smaller_batches or batches)]
     if activation_budget is None:

@@ -31,7 +31,9 @@ def compensate_parts(
         graph: of the dense network. batches: of the task. kept: {layer in the whole network: kept filters of `dense`}.
     """
     if isinstance(graph, ChannelGraph):
-        return compensate(dense, smaller, [(task.inputs(batch), None) for batch in batches], kept, **options)
+        recorded = graph.executions[False] if graph.model is dense else None
+        inputs = [(task.inputs(batch), None) for batch in batches]
+        return compensate(dense, smaller, inputs, kept, recorded=recorded, **options)
     report = CompensationReport()
     for number, name in enumerate(graph.parts):
         inputs = _inputs(dense, name, batches, task)

@@ -20,8 +20,10 @@ class RepairPlan:
     The other operand of a sum that a layer is to match is computed before the layer.
     """
 
-    def __init__(self, dense, smaller, kept, example):
-        self.networks = [Execution(model, record(model, example)) for model in (dense, smaller)]
+    def __init__(self, dense, smaller, kept, example, recorded=None):
+        """`recorded`: the dense network's Execution on inputs like the example, where there is one."""
+        recorded = recorded or Execution(dense, record(dense, example))
+        self.networks = [recorded, Execution(smaller, record(smaller, example))]
         nodes = [list(network.trace.graph.nodes) for network in self.networks]
         if [(n.op, n.name) for n in nodes[0]] != [(n.op, n.name) for n in nodes[1]]:
             raise InputError(

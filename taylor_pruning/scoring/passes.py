@@ -12,7 +12,9 @@ from taylor_pruning.tasks.batches import size
 from taylor_pruning.tasks.portions import in_portions
 
 
-def over_batches(work: Callable, batches: Sequence, portions: Portions, *, first: int = 0, progress: bool = True) -> list:
+def over_batches(
+    work: Callable, batches: Sequence, portions: Portions, *, first: int = 0, progress: bool = True
+) -> list:
     """[work(part of a batch, what messages call the batch, number of samples before the part)], in the order of the samples.
 
     Under torch.distributed all processes get all results, as they come from the CPU where there are several.

@@ -15,8 +15,6 @@ times are interpolated linearly. (Tables of measured layers: Shen et al. 2022, H
 import itertools
 import math
 import platform
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,12 +32,11 @@ from taylor_pruning.surgery.graph import ChannelGraph
 from taylor_pruning.surgery.parts import PartsGraph
 from taylor_pruning.surgery.recorded_calls import operation_name
 from taylor_pruning.surgery.units import by_layers
+from taylor_pruning.timing import median_milliseconds
 
 SHARES = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # of a layer's width at which it is timed
 NETWORK_SHARES = (1, 3 / 4, 1 / 2, 1 / 4)  # of the filters, at which the whole network is timed
-# A time is the least of several passes, so that other programs, which come and go, count little. In a pass it is the median
-# of a few runs, each of as many calls as fill 2 ms.
-PASSES, RUNS, SECONDS_A_RUN = 3, 3, 2e-3
+PASSES = 3  # whose least time counts, so that other programs, which come and go, count little
 
 
 @dataclass(frozen=True)
@@ -271,23 +268,6 @@ def latency_report(graph: ChannelGraph, dense: ChannelGraph, latency: NetworkLat
         "batch_size": latency.batch_size,
         "device": latency.device,
     }
-
-
-@torch.no_grad()
-def median_milliseconds(call: Callable[[], object], device: torch.device) -> float:
-    """Median of RUNS runs, each of as many calls in a row as SECONDS_A_RUN allows, after two calls to warm up."""
-
-    def seconds(calls):
-        start = time.perf_counter()
-        for _ in range(calls):
-            call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return (time.perf_counter() - start) / calls
-
-    seconds(1)
-    calls = max(1, round(SECONDS_A_RUN / seconds(1)))
-    return 1000 * statistics.median(seconds(calls) for _ in range(RUNS))
 
 
 def device_name(device: torch.device) -> str:

@@ -1,8 +1,6 @@
 """What a network costs: parameters, multiply-accumulates, bytes on disk, milliseconds."""
 
 import io
-import statistics
-import time
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +9,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from taylor_pruning.modes import frozen
 from taylor_pruning.surgery.execution import call
 from taylor_pruning.surgery.nested import tensors_in
+from taylor_pruning.timing import median_milliseconds
 from taylor_pruning.training.throughput import throughput
 
 COSTS = ("parameters", "macs", "file_bytes", "latency_ms", "images_per_second")  # of `profile`
 LATENCY_RUNS = 15
-WARM_UP_RUNS = 3
 
 
 def profile(model: nn.Module, example: Tensor) -> dict:
@@ -43,14 +41,7 @@ def profile(model: nn.Module, example: Tensor) -> dict:
         }
 
 
-def latency(model: nn.Module, example: Tensor, runs: int = LATENCY_RUNS) -> float:
-    """Median wall-clock milliseconds of a forward, after three that do not count."""
-    times, devices = [], {tensor.device for tensor in tensors_in(example) if tensor.is_cuda}
-    for run in range(runs + WARM_UP_RUNS):
-        start = time.perf_counter()
-        call(model, example)
-        for device in devices:
-            torch.cuda.synchronize(device)
-        if run >= WARM_UP_RUNS:
-            times.append(1000 * (time.perf_counter() - start))
-    return statistics.median(times)
+def latency(model: nn.Module, example: Tensor) -> float:
+    """Median wall-clock milliseconds of a forward, see timing.median_milliseconds."""
+    device = next((tensor.device for tensor in tensors_in(example) if tensor.is_cuda), torch.device("cpu"))
+    return median_milliseconds(lambda: call(model, example), device, LATENCY_RUNS)

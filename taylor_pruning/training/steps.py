@@ -58,8 +58,7 @@ class OptimiserSteps:
         self.model, self.recipe, self.teacher, self.task = model, recipe, teacher, task_of(task)
         self.total, self.warmup = total, warmup
         self.device = next(model.parameters()).device
-        if recipe.channels_last:
-            model.to(memory_format=torch.channels_last)
+        self._set_layout(torch.channels_last)
         self.optimizer = torch.optim.SGD(
             [parameter for parameter in model.parameters() if parameter.requires_grad],
             lr=recipe.lr,
@@ -182,10 +181,16 @@ class OptimiserSteps:
         return (1 - recipe.distillation_weight) * loss + recipe.distillation_weight * soft
 
     def release(self) -> None:
-        """Give the model back to its owner: no gradients, contiguous weights."""
+        """Give model and teacher back to their owner: no gradients, contiguous weights."""
         self.optimizer.zero_grad(set_to_none=True)
-        if self.recipe.channels_last:
-            self.model.to(memory_format=torch.contiguous_format)
+        self._set_layout(torch.contiguous_format)
+
+    def _set_layout(self, layout: torch.memory_format) -> None:
+        """Gives the weights of the model, and of a teacher that runs beside it, the layout, where the recipe wants another."""
+        taught = self.teacher is not None and self.recipe.distillation_weight
+        for network in (self.model, self.teacher) if taught else (self.model,):
+            if self.recipe.channels_last:
+                network.to(memory_format=layout)
 
     def state(self) -> dict:
         """All that the next step depends on, the random generators apart."""

@@ -1,13 +1,13 @@
 """Images a second at several batch sizes. The latency of one image measures launches on a GPU, this measures arithmetic."""
 
 import statistics
-import time
 
 import torch
 from torch import Tensor, nn
 
 from taylor_pruning.memory import free_bytes
 from taylor_pruning.modes import modes_kept
+from taylor_pruning.timing import seconds_of
 
 BATCH_SIZES = (16, 64, 256)
 RUNS = 5
@@ -42,12 +42,9 @@ def throughput(
 def _timed(model: nn.Module, images: Tensor) -> tuple[float, int]:
     """Seconds of one forward, and bytes of a GPU's memory that it took."""
     if not images.is_cuda:
-        start = time.perf_counter()
-        model(images)
-        return time.perf_counter() - start, 0
+        return seconds_of(lambda: model(images), images.device), 0
     torch.cuda.synchronize(images.device)
     torch.cuda.reset_peak_memory_stats(images.device)
-    before, start = torch.cuda.memory_allocated(images.device), time.perf_counter()
-    model(images)
-    torch.cuda.synchronize(images.device)
-    return time.perf_counter() - start, torch.cuda.max_memory_allocated(images.device) - before
+    before = torch.cuda.memory_allocated(images.device)
+    seconds = seconds_of(lambda: model(images), images.device)
+    return seconds, torch.cuda.max_memory_allocated(images.device) - before

@@ -55,10 +55,14 @@ def test_one_step_follows_the_documented_loss(clip_norm):
         torch.testing.assert_close(new, old - step, rtol=1e-10, atol=1e-12)
 
 
-def test_teacher_teaches_in_eval_mode_and_is_untouched():
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_teacher_teaches_in_eval_mode_and_is_untouched(channels_last):
     teacher = toy_model(seed=1).train()
-    before = copy.deepcopy(teacher)
-    fine_tune(toy_model(), *toy_loaders(), Recipe(epochs=1, distillation_weight=0.5), teacher=teacher, progress=False)
+    before, layouts = copy.deepcopy(teacher), []
+    teacher[0].register_forward_pre_hook(lambda module, _: layouts.append(module.weight.is_contiguous()))
+    recipe = Recipe(epochs=1, distillation_weight=0.5, channels_last=channels_last)
+    fine_tune(toy_model(), *toy_loaders(), recipe, teacher=teacher, progress=False)
+    assert set(layouts) == {not channels_last} and all(p.is_contiguous() for p in teacher.parameters())
     assert states_equal(teacher, before)  # in train mode its BatchNorm statistics would move
     assert all(parameter.grad is None for parameter in teacher.parameters())
     assert all(module.training for module in teacher.modules())

@@ -1,0 +1,28 @@
+"""Wall-clock times of calls on a device."""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+# A time is the median of a few runs, each of as many calls as fill 2 ms.
+RUNS, SECONDS_A_RUN = 3, 2e-3
+
+
+def seconds_of(call: Callable[[], object], device: torch.device, calls: int = 1) -> float:
+    """Seconds of a call, the mean of so many in a row; a GPU has then finished them."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - start) / calls
+
+
+@torch.no_grad()
+def median_milliseconds(call: Callable[[], object], device: torch.device, runs: int = RUNS) -> float:
+    """Median of the runs, after two calls to warm up."""
+    seconds_of(call, device)
+    calls = max(1, round(SECONDS_A_RUN / seconds_of(call, device)))
+    return 1000 * statistics.median(seconds_of(call, device, calls) for _ in range(runs))
