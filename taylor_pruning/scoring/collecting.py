@@ -105,11 +105,12 @@ def _collect(model, graph, wanted, estimates, reference, fisher, batch, where, f
     part = None if fisher is None else fisher.part(first)
 
     def record(site, output):
-        if wanted.flow and output.requires_grad:
+        if output.requires_grad:
             gated.append((site, get_gradient_edge(output)))
 
     outputs = None if part is None else part.outputs
-    logits = gated_outputs(graph, Classification(), batch, gates, where, record, estimates, outputs)
+    on_gate = record if wanted.flow else None
+    logits = gated_outputs(graph, Classification(), batch, gates, where, on_gate, estimates, outputs, once=True)
     fixed, signs = logits.detach(), random_signs(wanted.seed, first, *logits.shape)
     random = random_directions(fixed, signs)
     basis, sampled = class_basis(

@@ -29,16 +29,17 @@ def gated_outputs(
     on_gate: Callable | None = None,
     estimates: Mapping | None = None,
     outputs: Mapping | None = None,
+    once: bool = False,
 ):
     """The task's outputs under the gates, in the dtype of the gates; logits [B, K] of a classifier.
 
     Args:
-        where: what error messages call the batch. on_gate, estimates, outputs: see ChannelGraph.gated.
+        where: what error messages call the batch. on_gate, estimates, outputs, once: see ChannelGraph.gated.
 
     Raises:
         InputError: inputs or outputs are not finite, labels out of range, or no gradient leads from the outputs to a gate.
     """
-    with torch.enable_grad(), graph.gated(gates, on_gate, estimates, outputs):
+    with torch.enable_grad(), graph.gated(gates, on_gate, estimates, outputs, once):
         found = task.forward(graph.model, batch)
     return checked_outputs(found, task, batch, gates, where)
 

@@ -78,7 +78,7 @@ def output_derivatives(
 def _derivatives(graph, task, order, directions, probes, estimates, fisher, seed, batch, where, first):
     gates, part = open_gates(graph, batch), None if fisher is None else fisher.part(first)
     watched = None if part is None else part.outputs
-    outputs = gated_outputs(graph, task, batch, gates, where, estimates=estimates, outputs=watched)
+    outputs = gated_outputs(graph, task, batch, gates, where, estimates=estimates, outputs=watched, once=order < 3)
     (phi,) = torch.autograd.grad(task.loss(outputs, batch).sum(), gates, retain_graph=True)
     h = torch.zeros_like(phi, dtype=torch.float64)
     for draw in range(max(directions, part is not None)):

@@ -1,8 +1,10 @@
 """Runs a recorded graph on data, with gates, and with estimates in the place of closed channels."""
 
+import inspect
 from collections import defaultdict
 
 import torch
+import torch.nn.functional as F
 from torch import fx
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -68,6 +70,49 @@ class _Blend(torch.autograd.Function):
         return gradient, (gradient * ctx.found).sum_to_size(ctx.shape), None, None
 
 
+class _OpenGatedNorm(torch.autograd.Function):
+    """A batch_norm with fixed statistics whose channels are multiplied by gates of 1, differentiable once.
+
+    Nothing is multiplied, and nothing is kept but the input: the gates' derivatives follow from sums over it.
+    """
+
+    @staticmethod
+    def forward(ctx, x, factor, scale, shift, norm):
+        ctx.save_for_backward(x, factor, scale, shift)
+        return norm(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        if torch.is_grad_enabled():  # create_graph
+            raise RuntimeError("gates that are differentiated once have no second derivative; leave `once` out")
+        x, factor, scale, shift = ctx.saved_tensors
+        rows, of_channels = gradient.flatten(2), (-1, *(1,) * (x.dim() - 2))
+        along = (rows * x.flatten(2)).sum(2) * scale + rows.sum(2) * shift
+        return gradient * scale.view(of_channels), along.to(factor.dtype), None, None, None
+
+
+def gated_norm(open_gates, site):
+    """A function for `Execution.run`'s `calls`: torch.nn.functional.batch_norm under gates of 1, differentiable once.
+
+    Args:
+        open_gates: [batch, units + 1] ones. site: surgery.units.GateSite.
+    """
+
+    def call(args, kwargs):
+        given = _BATCH_NORM.bind(*args, **kwargs)
+        given.apply_defaults()
+        x, mean, var, weight, bias, training, _, eps = given.args
+        if training or site.dim != 1 or site.batch_dim != 0 or len(x) != len(open_gates):
+            return gate(open_gates, site.dim, site.batch_dim, site.units, F.batch_norm(*args, **kwargs))
+        scale = (var + eps).rsqrt() if weight is None else (var + eps).rsqrt() * weight
+        shift = -mean * scale if bias is None else bias - mean * scale
+        factor = _of_units(open_gates, site.units)
+        return _OpenGatedNorm.apply(x, factor, scale, shift, lambda x: F.batch_norm(x, *args[1:], **kwargs))
+
+    return call
+
+
+_BATCH_NORM = inspect.signature(F.batch_norm)
 _MOVED = WeakTensorKeyDictionary()  # index tensors of graphs: {the tensor on the CPU: {device: the same there}}
 
 
@@ -118,15 +163,16 @@ class Execution:
             )
         return given
 
-    def run(self, args, kwargs=None, change=None, read=None):
+    def run(self, args, kwargs=None, change=None, read=None, calls=None):
         """The output of the network.
 
         Args:
             change: {node: function}, called with the node's result; its result takes the place.
             read: {node: function} called with the list of the node's positional arguments; the result takes their place.
+            calls: {node: function} called with the node's (args, kwargs) in the place of what it calls.
         """
         inputs = iter(self.flat(tuple(args), dict(kwargs or {})))
-        change, read, env, named = change or {}, read or {}, {}, self.tensors()
+        change, read, calls, env, named = change or {}, read or {}, calls or {}, {}, self.tensors()
         outer = torch.is_grad_enabled()
         try:
             for node in self.trace.graph.nodes:
@@ -138,7 +184,7 @@ class Execution:
                 elif node.op == "output":
                     return self._output([env[source] for source in node.args[0]])
                 else:
-                    value = evaluate(self.model, node, env.__getitem__, read.get(node), outer)
+                    value = evaluate(self.model, node, env.__getitem__, read.get(node), outer, calls.get(node))
                 if node in change:
                     value = change[node](value)
                 env[node] = value
@@ -159,11 +205,13 @@ class Execution:
         return tensor
 
 
-def evaluate(model, node, value_of, read=None, grad=True):
-    """The result of one call of the graph; `value_of` gives the value of every node that it reads."""
+def evaluate(model, node, value_of, read=None, grad=True, instead=None):
+    """The result of one call of the graph; `value_of` gives the value of every node that it reads. See `Execution.run`."""
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), value_of)
     if read is not None:
         args = read(args)
+    if instead is not None:
+        return instead(args, kwargs)
     if node.op == "call_method":
         return getattr(args[0], node.target)(*args[1:], **kwargs)
     if node.op == "call_module":

@@ -6,12 +6,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 
 from taylor_pruning.checks import check_weights
 from taylor_pruning.errors import InputError
 from taylor_pruning.surgery.analysis import Analysis, steps
 from taylor_pruning.surgery.cut import cut
-from taylor_pruning.surgery.execution import Execution, blended, call, gate, record
+from taylor_pruning.surgery.execution import Execution, blended, call, gate, gated_norm, record
 from taylor_pruning.surgery.nested import tensors_in
 from taylor_pruning.surgery.numbering import Numbering
 from taylor_pruning.surgery.plans import exclude_filters, plan_of, units_of
@@ -138,7 +139,7 @@ class ChannelGraph:
         return cost_terms(self.model, self.tensors, self.positions)
 
     @contextmanager
-    def gated(self, gates, on_gate=None, estimates=None, outputs=None):
+    def gated(self, gates, on_gate=None, estimates=None, outputs=None, once=False):
         """While open, forwards of the model run its graph, in which every unit's channels are multiplied by its gate.
 
         Where the forward differs in training mode, the graph is that of the mode in which the model is.
@@ -149,6 +150,8 @@ class ChannelGraph:
             estimates: {layer name: scoring.estimates.ChannelEstimate}; there the layer reads, in place of a channel whose
                 gate is closed, what its other channels say of it.
             outputs: {node: function}, called with the node's result before any gate; its result takes the place.
+            once: all gates are 1, [batch, units], and the outputs are differentiated along them alone, once. That takes less
+                time and memory.
         """
         open_gates = torch.cat([gates, gates.new_ones(*gates.shape[:-1], 1)], -1)  # index -1: no gate
         changes = defaultdict(list)
@@ -174,19 +177,25 @@ class ChannelGraph:
                 reads.update(
                     (node, blended(estimates[reader.layer], open_gates, any_closed, 0)) for node in reader.nodes
                 )
-        change = {**(outputs or {}), **{node: change_of(node, sites) for node, sites in changes.items()}}
-        with self.executed(change, reads):
+        norms = {}
+        if once and on_gate is None:
+            single = {
+                node: sites[0] for node, sites in changes.items() if node.target is F.batch_norm and len(sites) == 1
+            }
+            norms = {node: gated_norm(open_gates, site) for node, site in single.items() if node not in (outputs or {})}
+        change = {node: change_of(node, sites) for node, sites in changes.items() if node not in norms}
+        with self.executed({**(outputs or {}), **change}, reads, norms):
             yield self
 
     def _mode(self):
         return self.model.training and True in self.executions
 
     @contextmanager
-    def executed(self, change=None, read=None):
-        """While open, forwards of the model run its graph; see `Execution.run` for `change` and `read`."""
+    def executed(self, change=None, read=None, calls=None):
+        """While open, forwards of the model run its graph; see `Execution.run` for `change`, `read` and `calls`."""
 
         def forward(*args, **kwargs):
-            return self.executions[self._mode()].run(args, kwargs, change, read)
+            return self.executions[self._mode()].run(args, kwargs, change, read, calls)
 
         before = dict(vars(self.model))
         try:  # hooks of the network itself are a part of its graph

@@ -103,7 +103,7 @@ class PartsGraph:
         return cost_terms(self.model, self.tensors, self.positions)
 
     @contextmanager
-    def gated(self, gates, on_gate=None, estimates=None, outputs=None):
+    def gated(self, gates, on_gate=None, estimates=None, outputs=None, once=False):
         """As of ChannelGraph: while open, forwards of the whole network multiply the units' channels by their gates."""
         with ExitStack() as stack:
             for name, part in self.parts.items():
@@ -114,7 +114,7 @@ class PartsGraph:
                         own[reader.layer].reader = reader
                 seen = None if on_gate is None else _shifting(on_gate, offset)
                 some = gates[..., offset : offset + len(part.units)]
-                stack.enter_context(part.gated(some, seen, own, outputs))
+                stack.enter_context(part.gated(some, seen, own, outputs, once))
             yield self
 
     @contextmanager
