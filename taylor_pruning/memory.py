@@ -68,10 +68,19 @@ def keep_freed_memory() -> None:
     It would return large blocks to the system and get them back page by page, which took a third of the CPU time of training
     on photographs. For programs of our own alone: it holds for the whole process.
     """
-    if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-        for parameter in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD) if mallopt else ():
-            mallopt(parameter, KEPT)
+    for parameter in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
+        _of_c_library("mallopt", parameter, KEPT)
+
+
+def return_freed_memory() -> None:
+    """Gives freed memory back to the system, also what lies between blocks in use: for the end of a step of a run."""
+    _of_c_library("malloc_trim", 0)
+
+
+def _of_c_library(name: str, *arguments: int) -> None:
+    """Calls a function of glibc; other C libraries do without."""
+    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), name):
+        getattr(library, name)(*arguments)
 
 
 def used_bytes(device: torch.device) -> int:

@@ -12,6 +12,7 @@ from taylor_pruning.experiment.checkpoint import RoundsState
 from taylor_pruning.experiment.choices import BaselineChoice, TaylorChoice
 from taylor_pruning.experiment.results import Stopwatch, all_filters, remaining, removed, round_record
 from taylor_pruning.experiment.settings import PruningSettings
+from taylor_pruning.memory import return_freed_memory
 from taylor_pruning.repair.network import repair_network, split
 from taylor_pruning.repair.parts import compensate_parts
 from taylor_pruning.selection.constraints import Ledger
@@ -96,6 +97,7 @@ class Rounds:
         ledger = Ledger.open(self.graph, self.settings.constraints)
         ledger.record(removed(self.graph, state.kept))
         choice = choose(state.model, percentage, ledger, seconds.lap)
+        return_freed_memory()
         plan = broadcast_object(choice.plan)
         smaller, kept = choice.graph.remove(plan), remaining(state.kept, plan)
         check_equal_shapes(smaller)
@@ -105,6 +107,7 @@ class Rounds:
         report = None
         if repairs:
             smaller, report = self._compensated(state, smaller, plan, kept)
+            return_freed_memory()
             seconds.lap("compensate")
             after["compensation"] = self.measuring.quick(smaller)
         losses, before = self.measuring.losses(smaller), state.losses or self.measuring.losses(state.model)
