@@ -7,8 +7,8 @@
 Noise images, random weights with the BatchNorm statistics of these images, one process, one row at a time. A pass has weight
 gradients, as in training, and runs in the layout and precision of the model. Printed are seconds (on a CPU those of the
 processor, which other programs disturb least; on a GPU those of the clock), the same in passes, the largest memory beyond
-what was held before relative to that of a pass, the multiply-adds of convolutions and matrix products relative to those of
-a pass (a count, which no other program disturbs), and how often the host waited for a value of the device. Everything runs
+what was held before relative to that of a pass, the multiply-adds of convolutions and matrix products relative to three
+forwards (a count, which no other program disturbs), and how often the host waited for a value of the device. Everything runs
 once before it is measured on a GPU. The row of a whole round is EnhancedPruning.prune with default settings and one round,
 with half as many validation images: the dense network is evaluated, the cut one before and after its repair.
 """
@@ -48,8 +48,10 @@ class HostWaits(TorchDispatchMode):
 
 
 class Table:
-    def __init__(self, device):
-        self.device, self.reference = device, None
+    """`pass_flops`: of a forward and backward pass; PyTorch counts too many for weights of grouped convolutions."""
+
+    def __init__(self, device, pass_flops):
+        self.device, self.pass_flops, self.reference = device, pass_flops, None
         print(
             "| network | what | seconds | passes | work | memory | host waits |\n|---|---|---|---|---|---|---|",
             flush=True,
@@ -73,7 +75,7 @@ class Table:
         counted = waits if self.device.type == "cuda" else contextlib.nullcontext()
         with peak_of(self.device) as taken, work, counted:
             action(given)
-        found = seconds, work.get_total_flops(), taken()
+        found = seconds, work.get_total_flops() if self.reference else self.pass_flops, taken()
         self.reference = self.reference or found
         ratios = " | ".join(f"{a / max(b, 1e-9):.2f}" for a, b in zip(found, self.reference, strict=True))
         count = waits.count if self.device.type == "cuda" else "-"
@@ -95,8 +97,10 @@ def measure(name, arguments, device):
     batches = list(zip(images.split(arguments.batch_size), labels.split(arguments.batch_size), strict=True))
     with torch.no_grad():
         model(batches[0][0])
-    model.eval()
-    graph, table = ChannelGraph(model, images[:1]), Table(device)
+        model.eval()
+        with FlopCounterMode(display=False) as work:
+            model(images[:1])
+    graph, table = ChannelGraph(model, images[:1]), Table(device, 3 * len(images) * work.get_total_flops())
 
     def passes(_):
         for x, y in batches:
