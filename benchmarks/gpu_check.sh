@@ -2,7 +2,7 @@
 # What needs a GPU, in one go of at most 10 minutes: tests, training speed, the cost of a round, a run, two processes.
 #
 #     bash benchmarks/gpu_check.sh OUTPUT_FOLDER [IMAGE_FOLDER]
-#     DEVICE=cpu bash benchmarks/gpu_check.sh OUTPUT_FOLDER        # tiny sizes, to try the script itself
+#     DEVICE=cpu PATIENCE=5 bash benchmarks/gpu_check.sh OUTPUT_FOLDER    # tiny sizes, five times the limits: tries the script
 #
 # Every part has its own time limit and fails alone. Its lines appear as they come and are kept in OUTPUT_FOLDER, so that a
 # part that is cut off keeps what it has measured; a summary stands at the end, and the exit code is 1 where a part failed.
@@ -20,7 +20,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4} PYTHONUNBUFFERED=1 XDG_CACHE_HOME="
 failed=0
 
 part() { # part NAME SECONDS COMMAND...: runs it, its output to the screen and to NAME.txt, one line to the summary
-    local name=$1 limit=$2 start=$SECONDS code verdict
+    local name=$1 limit=$(($2 * ${PATIENCE:-1})) start=$SECONDS code verdict
     shift 2
     echo "== $name"
     timeout --kill-after=5 "$limit" "$@" 2>&1 | tee "$out/$name.txt"
