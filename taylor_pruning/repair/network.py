@@ -129,9 +129,7 @@ def repair_network(
                     best, kept, at = now, _copy_of(smaller), step
         smaller.load_state_dict(kept)
     if at:
-        for name in parts:
-            inputs = [recorded_inputs(smaller, name, functools.partial(task.forward, batch=batch)) for batch in batches]
-            refresh_batchnorms(smaller.get_submodule(name), inputs)
+        _refresh_batchnorms(smaller, parts, task, batches)
     seconds = time.perf_counter() - start
     used = len(mine.places), sum(map(size, mine.held_out))
     return NetworkRepair(before.mean().item(), best.mean().item(), at, steps, *used, seconds)
@@ -200,6 +198,12 @@ class _Samples:
 def _is_sure(gains: Tensor) -> bool:
     """Whether a mean gain [samples] is more than chance; of a single sample it never is."""
     return len(gains) > 1 and (gains.mean() > SURE * gains.std() / math.sqrt(len(gains))).item()
+
+
+def _refresh_batchnorms(model: nn.Module, parts: Sequence[str], task: Task, batches: list) -> None:
+    for name in parts:
+        inputs = [recorded_inputs(model, name, functools.partial(task.forward, batch=batch)) for batch in batches]
+        refresh_batchnorms(model.get_submodule(name), inputs)
 
 
 def _scale(parameter: nn.Parameter) -> float:
