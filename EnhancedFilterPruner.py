@@ -43,9 +43,8 @@ from taylor_pruning.scoring.layer_costs import removal_costs
 from taylor_pruning.scoring.probes import cross_entropy, probe_derivatives
 from taylor_pruning.scoring.taylor import Directions
 from taylor_pruning.scoring.trials import trial_divergences
+from taylor_pruning.selection.chosen import chosen_behind_repair, chosen_by_score, chosen_jointly, chosen_uniformly
 from taylor_pruning.selection.constraints import Ledger, Selection, require_units
-from taylor_pruning.selection.corrected import ratios_of, select_corrected
-from taylor_pruning.selection.greedy import select_by_score, select_jointly, select_uniformly
 from taylor_pruning.selection.latency import with_times
 from taylor_pruning.surgery.graph import ChannelGraph
 from taylor_pruning.surgery.parts import PartsGraph
@@ -75,11 +74,7 @@ class EnhancedFilterPruner:
     Attributes:
         graph: the model's ChannelGraph.
         curvature_path, curvature_reason: "exact" or "hvp", and why; see `curvature_report`.
-        predicted_loss_change: of the last plan in nats, see `get_pruning_plan`.
-        removal_history: [(unit, cost in nats)] of the last plan, in order; [] unless it was chosen behind compensation.
-        measured_over_predicted: {layer: ratio} of the trials that corrected it (selection.corrected); {} without any.
-        uniform_widths: True where the last plan has them (scoring.collected.Collected.says_little).
-        layer_bound_held: False where the last plan could not reach the percentage within the layer bound.
+        chosen: selection.chosen.Chosen, what the last plan is made of; None before the first.
 
     Raises:
         InputError: an argument outside its range, a network that cannot be traced or has no removable filter.
@@ -109,8 +104,7 @@ class EnhancedFilterPruner:
         require_units(self.graph)
         self.settings = settings = with_times(settings, self.graph, example_input)
         self.curvature_path, self.curvature_reason = choose_curvature(self.graph, settings.curvature, self.task)
-        self.collected = self.predicted_loss_change = self.layer_bound_held = self.uniform_widths = None
-        self.behind_repair = self.measure = None
+        self.collected = self.behind_repair = self.measure = self.chosen = None
 
     # -- collecting --------------------------------------------------------------------------------------------------
 
@@ -258,9 +252,9 @@ class EnhancedFilterPruner:
         A joint selection goes by the signed loss change given the units chosen already; others, and order 1, go by
         `criterion`. After `rank` with compensation a joint selection, of any order, goes by the closed form of
         scoring.layer_costs, which starts from `levels`, and where `rank` had held-out images once more after a trial of
-        every group of layers (selection.corrected). `predicted_loss_change` (nats) is what is predicted for the whole
-        plan: of the cross-entropy with the labels (None for order 1) or, after `rank` with compensation, of the divergence
-        from the reference.
+        every group of layers (selection.corrected). `chosen.predicted_loss_change` (nats) is what is predicted for the
+        whole plan: of the cross-entropy with the labels (None for order 1) or, after `rank` with compensation, of the
+        divergence from the reference.
 
         Args:
             percentage: of the budget in the settings (default: of the filters that may be removed), in (0, 100),
@@ -279,29 +273,21 @@ class EnhancedFilterPruner:
         """Like `get_pruning_plan`; returns the indices of the chosen units."""
         order, constraints = self.taylor_order, self.settings.constraints
         collected, joint = self._collected(order), self.settings.selection != "independent"
-        behind_repair, joint = joint and collected.behind_repair, joint and self.has_logits
-        if behind_repair and self.settings.layer_bound is None:
+        closed_form, weights = joint and collected.behind_repair, self.flow_weights()
+        if closed_form and self.settings.layer_bound is None:
             constraints = dataclasses.replace(constraints, layer_bound=math.inf)  # these costs compare between layers
         selection_of = functools.partial(Selection, self.graph, percentage, constraints, ledger)
-        selection, self.removal_history, self.measured_over_predicted = selection_of(), [], {}
-        self.uniform_widths = behind_repair and collected.says_little()
-        if self.uniform_widths:
-            chosen, self.predicted_loss_change = select_uniformly(selection, self.levels()), None
-        elif behind_repair:
+        if closed_form and collected.says_little():
+            self.chosen = chosen_uniformly(selection_of(), self.levels())
+        elif closed_form:
             sums = self.behind_repair
             costs_of = functools.partial(removal_costs, self.model, sums.moments, sums.fisher, len(self.graph.units))
-            found = select_corrected(selection_of, costs_of, self.levels(), self.measure, self.flow_weights())
-            selection, costs, self.measured_over_predicted = found.selection, found.costs, ratios_of(found.trials)
-            chosen, self.predicted_loss_change, self.removal_history = selection.chosen, costs.total, costs.history
+            self.chosen = chosen_behind_repair(selection_of, costs_of, self.levels(), self.measure, weights)
+        elif joint and self.has_logits and order > 1:
+            self.chosen = chosen_jointly(selection_of(), collected, order, weights)
         else:
-            if joint and order > 1:
-                directions, correction = collected.of_order(order), collected.correction(order)
-                chosen = select_jointly(selection, directions, order, correction, self.flow_weights())
-            else:
-                chosen = select_by_score(selection, self.criterion()[0])
-            self.predicted_loss_change = collected.predicted_loss_change(chosen, order)
-        self.layer_bound_held = selection.bound_held
-        return chosen
+            self.chosen = chosen_by_score(selection_of(), self.criterion()[0], collected, order)
+        return self.chosen.units
 
     def levels(self, order: int | None = None) -> Tensor:
         """[units] what removing each unit alone costs behind compensation, see scoring.collected.Collected.levels."""

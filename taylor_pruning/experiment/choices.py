@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from taylor_pruning.errors import InputError, one_of
 from taylor_pruning.experiment.results import plain_scores, ranking_of
 from taylor_pruning.selection.baselines import NEED_DIRECTIONS, baseline_scores
+from taylor_pruning.selection.chosen import Chosen
 from taylor_pruning.selection.constraints import Constraints, Ledger, Selection
 from taylor_pruning.selection.greedy import select_by_score, select_uniformly
 from taylor_pruning.surgery.graph import ChannelGraph
@@ -28,20 +29,15 @@ class Choice:
     Attributes:
         graph: ChannelGraph of the network before the round. plan: {layer: filter indices} in it.
         ranking: what results.json says of the scores (experiment.results.ranking_of), of the dense network alone.
-        predicted_loss_change: nats; None where the criterion predicts none.
+        chosen: the units of the plan, and what is predicted of them.
         trade: {layer: {"filters", "cost"}}, see `trade_of`; {} where no costs behind compensation chose.
-        layer_bound_held: see selection.constraints.Selection.
-        uniform_widths, measured_over_predicted: see EnhancedFilterPruner.
     """
 
     graph: ChannelGraph
     plan: dict[str, list[int]]
     ranking: dict
-    predicted_loss_change: float | None
-    layer_bound_held: bool
-    uniform_widths: bool
-    trade: dict
-    measured_over_predicted: dict = field(default_factory=dict)
+    chosen: Chosen
+    trade: dict = field(default_factory=dict)
 
 
 class TaylorChoice:
@@ -61,9 +57,7 @@ class TaylorChoice:
         lap("score")
         plan = pruner.get_pruning_plan(percentage, ledger)
         lap("select")
-        found = pruner.predicted_loss_change, pruner.layer_bound_held, pruner.uniform_widths
-        found = *found, trade_of(pruner.graph, pruner.removal_history), pruner.measured_over_predicted
-        return Choice(pruner.graph, plan, ranking, *found)
+        return Choice(pruner.graph, plan, ranking, pruner.chosen, trade_of(pruner.graph, pruner.chosen.removal_history))
 
 
 class BaselineChoice:
@@ -104,11 +98,12 @@ class BaselineChoice:
             scores, name = baseline_scores(self.criterion, graph, directions, self.seed), self.criterion
         lap("score")
         selection = Selection(graph, percentage, self.constraints, ledger)
-        plan = graph.plan_of(self.select(selection, scores))
+        units, uniform = self.select(selection, scores), self.select is select_uniformly
         lap("select")
         by_layer = {layer: scores_of(scores, info.unit_of) for layer, info in graph.layers.items()}
-        return Choice(graph, plan, {"scores": plain_scores(by_layer), "criterion": name}, None, selection.bound_held,
-                      self.select is select_uniformly, {})  # fmt: skip
+        ranking = {"scores": plain_scores(by_layer), "criterion": name}
+        chosen = Chosen(units, None, layer_bound_held=selection.bound_held, uniform_widths=uniform)
+        return Choice(graph, graph.plan_of(units), ranking, chosen)
 
 
 def trade_of(graph: ChannelGraph, history: list[tuple[int, float]]) -> dict:

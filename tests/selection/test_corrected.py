@@ -147,10 +147,10 @@ def test_the_pipeline_tries_the_choice_on_its_held_out_images(images, labels, he
         selection_of, costs_of = parts_of(pruner, 25)
         first = select_corrected(selection_of, costs_of, pruner.levels())
         expected = ratios_of(group_trials(first.selection, first.costs, measure_of(pruner, held_out)))
-        assert ratios[0] == pytest.approx(expected) == pruner.measured_over_predicted
+        assert ratios[0] == pytest.approx(expected) == pruner.chosen.measured_over_predicted
         assert set(ratios[0]) <= set(pruner.graph.layers)
-    assert pruner.predicted_loss_change == pytest.approx(sum(cost for _, cost in pruner.removal_history))
-    assert len(chosen) == len(pruner.removal_history)
+    assert pruner.chosen.predicted_loss_change == pytest.approx(sum(cost for _, cost in pruner.chosen.removal_history))
+    assert len(chosen) == len(pruner.chosen.removal_history)
     without = run()[1]
     assert [record["measured_over_predicted"] for record in without.rounds] == [{}, {}]
     if not wanted:

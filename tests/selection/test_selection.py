@@ -106,7 +106,7 @@ def test_predicted_loss_change_is_close_to_the_measured(plain_network, images, l
     smaller = pruner.graph.remove(pruner.get_pruning_plan(34))
     with torch.no_grad():
         true = F.cross_entropy(smaller(images), labels) - F.cross_entropy(plain_network(images), labels)
-    assert pruner.predicted_loss_change == pytest.approx(true.item(), rel=1e-6, abs=1e-9)
+    assert pruner.chosen.predicted_loss_change == pytest.approx(true.item(), rel=1e-6, abs=1e-9)
 
 
 @pytest.mark.parametrize("percentage", [10, 30, 50, 90])
@@ -308,7 +308,7 @@ def test_selection_behind_repair_is_greedy_on_costs_per_saving(relu_network, ima
         costs.remove(unit)
         model.remove(unit)
     assert sorted(selection.chosen) == chosen
-    assert pruner.predicted_loss_change == pytest.approx(total)
+    assert pruner.chosen.predicted_loss_change == pytest.approx(total)
 
 
 def test_what_units_save_is_what_removing_them_saves(resnet):
@@ -379,7 +379,7 @@ def test_where_answers_hardly_depend_on_the_image_widths_are_uniform(images, bat
     pruner = EnhancedFilterPruner(model, images, 2, budget="macs", progress=False).rank(batches, batches)
     plan = pruner.get_pruning_plan(40)
     shares = [len(gone) / pruner.graph.layers[name].filters for name, gone in plan.items()]
-    assert pruner.uniform_widths == (scale < 1) == (max(shares) - min(shares) < 0.05)
+    assert pruner.chosen.uniform_widths == (scale < 1) == (max(shares) - min(shares) < 0.05)
     uniform = Selection(pruner.graph, 40, Constraints("macs"))
     if scale < 1:
         assert pruner.select(40) == select_uniformly(uniform, pruner.levels())
