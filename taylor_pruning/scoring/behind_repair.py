@@ -4,8 +4,8 @@
 2. A second one, fold by fold, scores every image with the estimates that the other folds gave. At order 2 there is one
    backward pass, along one random direction w of the logits (tasks.directions): the derivatives along the gates are one
    unbiased sample of all second derivatives, and the gradients at the layers' outputs give the Fisher matrices of the
-   closed form (scoring.layer_costs). Order 1 takes the direction p - e_y besides, for its first-order terms, and order 3
-   all class directions, because a third moment needs them.
+   closed form (scoring.layer_costs). Order 1 has the direction p - e_y in its place: it knows the slope of the loss alone,
+   also in the Fisher matrices. Order 3 takes all class directions, because a third moment needs them.
 """
 
 from collections.abc import Sequence

@@ -78,8 +78,8 @@ def collect_directions(
         batches: sequence of (images [B, ...], labels [B]) on the model's device.
         estimates: see ChannelGraph.gated; directions are then of removing a unit and repairing the layers that read it.
         reference: network whose probabilities `Directions.reference` takes, or None.
-        fisher: sums up the Fisher matrices of the readers' outputs along the way, where the one direction is random; else
-            from one more backward pass.
+        fisher: sums up the Fisher matrices of the readers' outputs: along a random direction or, where no curvature is
+            wanted, along p - e_y. That is one more backward pass, unless it is the only direction.
         first: number of the first image, for random draws; other numbers give other draws.
         portions: parts of batches that fit into memory; None: what is free.
 
@@ -112,7 +112,8 @@ def _collect(model, graph, wanted, estimates, reference, fisher, batch, where, f
     on_gate = record if wanted.flow else None
     logits = gated_outputs(graph, Classification(), batch, gates, where, on_gate, estimates, outputs, once=True)
     fixed, signs = logits.detach(), random_signs(wanted.seed, first, *logits.shape)
-    random = random_directions(fixed, signs)
+    slope = fixed.softmax(1) - F.one_hot(labels, fixed.shape[1])
+    vector = random_directions(fixed, signs) if wanted.curvature else slope
     basis, sampled = class_basis(
         fixed, labels if wanted.gradient else None, wanted.probes, signs if wanted.curvature else None
     )
@@ -120,14 +121,14 @@ def _collect(model, graph, wanted, estimates, reference, fisher, batch, where, f
     if wanted.flow:
         flow = unit_gradient_norms(F.cross_entropy(logits, labels, reduction="sum"), gated, len(graph.units))
     columns, scale = [*basis.unbind(2)], None
-    if part is not None and len(columns) == 1 and wanted.curvature and not wanted.gradient and basis.shape[1] > 2:
-        # the one direction is the random one but for its length, which matters to the Fisher matrices
-        scale = (columns[0] * random).sum(1) / random.square().sum(1).clamp_min(torch.finfo(random.dtype).tiny)
+    if part is not None and len(columns) == 1 and wanted.curvature != wanted.gradient and basis.shape[1] > 2:
+        # the one direction is the vector but for its length, which matters to the Fisher matrices
+        scale = (columns[0] * vector).sum(1) / vector.square().sum(1).clamp_min(torch.finfo(vector.dtype).tiny)
         columns = []
     found = []
     if part is not None:
         with part:
-            (along,) = torch.autograd.grad(logits, gates, random, retain_graph=bool(columns))
+            (along,) = torch.autograd.grad(logits, gates, vector, retain_graph=bool(columns))
         found = [] if scale is None else [along * scale[:, None]]
     for index, column in enumerate(columns, 1):
         found += torch.autograd.grad(logits, gates, column, retain_graph=index < len(columns))

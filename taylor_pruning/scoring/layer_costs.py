@@ -4,7 +4,8 @@ A reader (a layer that reads the channels of units) has channels x and outputs W
 
     G = mean over images, sum over positions, of g g^T,     g = gradient at the reader's outputs of w.z,
     w a random direction of the task (tasks.directions), so that E[(w.v)^2] is the curvature of its divergence along any
-    change v of the outputs; for logits, w = A s with A A^T = diag(p) - p p^T and random signs s.
+    change v of the outputs; for logits, w = A s with A A^T = diag(p) - p p^T and random signs s. At order 1 w.z is the
+    loss with labels: the empirical Fisher matrix, the same in expectation where labels are drawn from p.
 
 With P = (Cov(x) + ridge)^-1 and Q = sum over kernel offsets o of W_o^T G W_o, removing the channels S and refitting W on
 those that stay by least squares leaves a residual of covariance (P_SS)^-1, and costs
@@ -36,7 +37,7 @@ TINY, EPSILON = np.finfo(np.float64).tiny, np.finfo(np.float64).eps
 
 
 class OutputFisher:
-    """Sums up G [outputs, outputs] of every reader in backward passes along random directions w.
+    """Sums up G [outputs, outputs] of every reader in backward passes along directions w.
 
     Of a layer with many positions some are drawn for every image (positions), and stand for all.
 

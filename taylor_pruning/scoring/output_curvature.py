@@ -53,7 +53,8 @@ def output_derivatives(
             get the same result.
         order: 1 leaves out h, 3 adds t. directions, probes: random draws a sample.
         estimates: see ChannelGraph.gated; derivatives are then of what the repair of the layers behind cannot replace.
-        fisher: sums up the Fisher matrices of the readers' outputs along the first direction.
+        fisher: sums up the Fisher matrices of the readers' outputs, along the first direction or, at order 1, along the
+            slope of the loss.
         first: number of the first sample, for random draws.
         portions: parts of batches that fit into memory; None: what is free.
 
@@ -79,13 +80,14 @@ def _derivatives(graph, task, order, directions, probes, estimates, fisher, seed
     gates, part = open_gates(graph, batch), None if fisher is None else fisher.part(first)
     watched = None if part is None else part.outputs
     outputs = gated_outputs(graph, task, batch, gates, where, estimates=estimates, outputs=watched, once=order < 3)
-    (phi,) = torch.autograd.grad(task.loss(outputs, batch).sum(), gates, retain_graph=True)
+    with part if part is not None and order == 1 else nullcontext():
+        (phi,) = torch.autograd.grad(task.loss(outputs, batch).sum(), gates, retain_graph=True)
     h = torch.zeros_like(phi, dtype=torch.float64)
-    for draw in range(max(directions, part is not None)):
+    for draw in range(directions):
         signs = random_signs(DRAWS * seed + draw, first, *flatten(outputs).shape)
         with part if part is not None and draw == 0 else nullcontext():
             (along,) = torch.autograd.grad(task.projection(outputs, signs).sum(), gates, retain_graph=True)
-        h += along.double().square() / max(directions, 1)
+        h += along.double().square() / directions
     if part is not None:
         part.commit(size(batch))
     found = {"phi": phi.double().cpu(), "h": h.cpu()}

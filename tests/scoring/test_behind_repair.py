@@ -48,12 +48,12 @@ def test_one_random_direction_ranks_as_the_exact_curvature_does(ten_classes):
 
 
 def test_the_fisher_matrices_do_not_depend_on_how_many_directions_the_scores_take(ten_classes):
-    one, nine, first = (
-        collected(ten_classes, order, class_probes=n).fisher for order, n in ((2, 1), (2, 9), (1, None))
+    one, nine, third = (
+        collected(ten_classes, order, class_probes=n).fisher for order, n in ((2, 1), (2, 9), (3, None))
     )
     for name, gram in one.items():
         torch.testing.assert_close(gram, nine[name])
-        torch.testing.assert_close(gram, first[name])
+        torch.testing.assert_close(gram, third[name])
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def test_nothing_depends_on_the_batches(ten_classes, order):
         torch.testing.assert_close(gram, split.fisher[name])
 
 
-@pytest.mark.parametrize(("order", "backward"), [(1, 2), (2, 1), (3, 6)])
+@pytest.mark.parametrize(("order", "backward"), [(1, 1), (2, 1), (3, 6)])
 def test_an_order_takes_the_passes_that_it_needs(ten_classes, order, backward, monkeypatch):
     """Images that go forward and backward, the check of gradients on a few images apart."""
     model, images, labels = ten_classes

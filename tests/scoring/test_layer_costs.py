@@ -4,9 +4,11 @@ import pytest
 import torch
 from conftest import randomise
 from torch import nn
+from torch.nn import functional as F
 
 from EnhancedFilterPruner import EnhancedFilterPruner
 from taylor_pruning.scoring import estimates, layer_costs
+from taylor_pruning.scoring.behind_repair import collect_behind_repair
 from taylor_pruning.scoring.collecting import Wanted, collect_directions
 from taylor_pruning.scoring.estimates import FOLDS, by_fold, channel_estimates, fold_of, input_moments
 from taylor_pruning.scoring.layer_costs import OutputFisher, RemovalCosts, removal_costs
@@ -171,6 +173,21 @@ def test_fisher_is_that_of_the_predictions(many):
     p = model(image).detach().softmax(1)[0]
     exact = torch.einsum("kop,kl,lqp->oq", jacobian, p.diag() - p.outer(p), jacobian)
     assert (found - exact).norm() < 0.1 * exact.norm()
+
+
+def test_order_1_knows_the_slope_of_the_loss_alone(many):
+    """Its Fisher matrix is that of the given labels, from one backward pass, which gives the first-order terms too."""
+    torch.manual_seed(0)
+    model, labels = randomise(NETWORKS["plain"]()), torch.arange(len(many)) % 4
+    graph = ChannelGraph(model, many)
+    found = collect_behind_repair(model, graph, [(many, labels)], [(many, labels)], 1, progress=False)
+    y = model[2](model[1](model[0](many))).detach().requires_grad_()
+    (slopes,) = torch.autograd.grad(F.cross_entropy(model[3:](y), labels, reduction="sum"), y)
+    assert torch.allclose(found.fisher["2"], torch.einsum("nohw,nphw->op", slopes, slopes) / len(many))
+    assert found.directions.coordinates.shape[2] == 1
+    exact = collect_behind_repair(model, graph, [(many, labels)], [(many, labels)], 2, class_probes=3, progress=False)
+    phi, expected = (d.directions.moments(order=1)[0] for d in (found, exact))
+    assert torch.allclose(phi, expected)
 
 
 def test_levels_are_the_first_costs_and_the_closed_form_says_how_they_grow(many):
