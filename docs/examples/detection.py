@@ -66,7 +66,7 @@ def draw(path, val, networks):
     for line, (name, found) in zip(axes, rows.items(), strict=True):
         line[0].set_ylabel(name)
         for axis, image, boxes in zip(line, images, found, strict=True):
-            axis.imshow((image * 0.25 + 0.45).clip(0, 1).permute(1, 2, 0), extent=(0, 32, 32, 0))
+            axis.imshow((image * 0.25 + 0.45).clip(0, 1).permute(1, 2, 0).numpy(), extent=(0, 32, 32, 0))
             for (x1, y1, x2, y2), label in zip(boxes["boxes"][:1].tolist(), boxes["labels"][:1].tolist(), strict=True):
                 axis.add_patch(plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor="w", linewidth=1.5))
                 axis.set_title(SHAPES[label - 1], fontsize=8, pad=2)

@@ -67,9 +67,10 @@ def draw(path, networks):
     for line, (name, turned) in zip(axes, angles.items(), strict=True):
         line[0].set_ylabel(name)
         for i, axis in enumerate(line):
-            axis.imshow((data.images[i] * 0.25 + 0.45).clip(0, 1).permute(1, 2, 0), extent=(0, 32, 32, 0))
+            axis.imshow((data.images[i] * 0.25 + 0.45).clip(0, 1).permute(1, 2, 0).numpy(), extent=(0, 32, 32, 0))
             corners = turned[i] + math.pi + 2 * math.pi * torch.arange(4) / 3
-            axis.plot(x[i] + radius[i] * corners.cos(), y[i] + radius[i] * corners.sin(), "w", linewidth=1.5)
+            outline = x[i] + radius[i] * corners.cos(), y[i] + radius[i] * corners.sin()
+            axis.plot(*(ends.numpy() for ends in outline), "w", linewidth=1.5)
             axis.set(xticks=[], yticks=[], xlim=(0, 32), ylim=(32, 0))
     figure.savefig(path, dpi=110)
     plt.close(figure)

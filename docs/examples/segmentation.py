@@ -109,7 +109,7 @@ def draw_masks(path, val, networks):
     for line, (name, pictures) in zip(axes, rows.items(), strict=True):
         line[0].set_ylabel(name)
         for axis, picture in zip(line, pictures, strict=True):
-            axis.imshow(picture, cmap=ListedColormap([*colours.values()]), vmin=0, vmax=len(SHAPES))
+            axis.imshow(picture.numpy(), cmap=ListedColormap([*colours.values()]), vmin=0, vmax=len(SHAPES))
             axis.set(xticks=[], yticks=[])
     figure.legend(handles=[Patch(color=colour, label=name) for name, colour in colours.items()],
                   loc="outside lower center", ncols=len(colours), frameon=False)  # fmt: skip
