@@ -55,8 +55,9 @@ class PruningSettings(Constraints):
             rate. Compensation then fits to the network before the round's cut, because a fit to the dense network would
             undo the training.
         reestimate_batchnorm: new BatchNorm statistics from the calibration images before fine-tuning.
-        memory_limit: what the process may hold, as "4GB", on the GPU where there is one; None: most of what is free. Batches
-            are split so that scoring, compensation and evaluation stay within it; results do not depend on it.
+        memory_limit: what the process may hold, as "4GB", on the GPU where there is one; None: most of what is free, on a
+            CPU no more than is fast (memory.ENOUGH). Batches are split so that scoring, compensation and evaluation stay
+            within it; results do not depend on it.
         seed: of every random draw: probes, positions and images of a fit, random scores, dropout.
 
     Raises:
@@ -177,10 +178,10 @@ class PruningSettings(Constraints):
     )
     memory_limit: str | None = option(
         None,
-        "memory that scoring and compensation may take, as 4GB",
+        "memory within which scoring, compensation and evaluation stay, as 4GB",
         "Where other programs need memory too. Results do not depend on it.",
         metavar="BYTES",
-        default_text="most of what is free",
+        default_text="most of what is free on a GPU; on a CPU less, where more would not be faster",
     )
     seed: int = option(
         0,
