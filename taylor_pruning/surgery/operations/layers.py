@@ -55,25 +55,18 @@ def _mixing(call, x, inputs, weights, weight, groups, transposed):
     ids, info = call.ids, call.info
     by_row, by_column = weights
     own, outputs = (by_row, by_column) if transposed else (by_column, by_row)
-    info.reads = True
-    if groups > 1 and transposed:
-        for one in (inputs, own, outputs):
-            ids.protect(one, f"{call.where} is transposed and grouped")
-        outputs = ids.new(call.shape[len(x.shape) - int(call.name[-2]) - 1])
-        ids.protect(outputs, f"{call.where} is transposed and grouped")
-        ids.issue(call.node, outputs, linear=False)
-        return outputs
-    if groups > 1:
-        ids.grouped.add(call.node.meta["module"])
-        if call.node.meta["module"] in call.ways.groups and inputs is not None and outputs is not None:
+    info.reads, module = True, call.node.meta["module"]
+    if groups > 1 and not transposed:
+        ids.grouped.add(module)
+        if module in call.ways.groups and inputs is not None and outputs is not None:
             return _whole_groups(call, inputs, outputs, own, groups)
-        if inputs is not None:  # every group must keep as many input channels as the others
-            table = inputs.view(int(groups), -1)
-            ids.unite(table[:1], table)
-            inputs = table[0]
-        if outputs is not None:
-            table = outputs.view(int(groups), -1)
-            ids.unite(table[:1], table)
+    if groups > 1:  # every group must keep as many channels as the others
+        inputs = _of_one_group(ids, inputs, groups)
+        if transposed:
+            own = _of_one_group(ids, own, groups)
+            outputs = None if outputs is None else outputs.repeat(int(groups))
+        else:
+            _of_one_group(ids, outputs, groups)
     if inputs is not None and own is not None:
         ids.unite(inputs, own)
     else:
@@ -87,6 +80,15 @@ def _mixing(call, x, inputs, weights, weight, groups, transposed):
     else:
         ids.issue(call.node, outputs, linear=False)
     return outputs
+
+
+def _of_one_group(ids, channels, groups):
+    """The channels of the first group, with which those of all others are united."""
+    if channels is None:
+        return None
+    table = channels.view(int(groups), -1)
+    ids.unite(table[:1], table)
+    return table[0]
 
 
 def _whole_groups(call, inputs, outputs, own, groups):
