@@ -50,18 +50,12 @@ KINDS = {  # patterns of timm's names, where one of every family is enough to kn
         selecsls42 legacy_xception xception41 inception_v3 inception_v4 nasnetalarge dpn48b dpn68 legacy_seresnet18
         legacy_seresnext26_32x4d skresnet18 hardcorenas_a rexnet_100 densenet121 vgg11_bn hgnet_tiny lcnetv2_small
         inception_next_atto repvit_m0_9 starnet_s050 fasternet_t0 rdnet_tiny convmixer_768_32 visformer_tiny
-        poolformer_s12 convformer_s18 focalnet_tiny_srf seresnext26d_32x4d seresnetaa50d ecaresnet50t
-        ecaresnext26t_32x4d eca_resnet33ts gcresnet33ts resnext26ts resnet32ts resnetrs50 resnetblur50d resnet26d
-        resnetv2_50t resnest26d res2net50d resnet50_clip_gap cspresnext50 cspresnet50w cs3sedarknet_xdw cs3edgenet_x
-        sedarknet21 xception41p xception65 inception_resnet_v2 tf_efficientnet_lite0 tf_efficientnet_cc_b0_4e
-        gc_efficientnetv2_rw_t efficientnet_b0_g8_gn mixnet_s fbnetv3_b semnasnet_050 mnasnet_small
-        mobilenetv3_large_075 mobilenetv4_conv_medium mobilenetv4_conv_aa_medium mobilenet_edgetpu_100 ghostnetv2_100
-        repghostnet_050 hrnet_w18_small_v2 dla60x_c dla60_res2next ese_vovnet39b_evos ese_vovnet57b hgnetv2_b0 dpn68b
-        legacy_seresnet50 skresnext50_32x4d gernet_m bat_resnext26ts lamhalobotnet50ts_256 sebotnet33ts_256
-        botnet50ts_256 eca_botnext26ts_256 sehalonet33ts lambda_resnet26rpt_256 convnext_atto_ols convnext_atto_rms
-        convnextv2_femto dm_nfnet_f0 nf_resnet26 nf_seresnet26 nfnet_l0 regnetz_005 regnetz_b16 regnetz_b16_evos
-        densenetblur121d vgg11 lcnetv2_base mambaout_femto starnet_s1 fasternet_t1 inception_next_tiny repvit_m1
-        convmixer_1024_20_ks9_p14 poolformerv2_s12 selecsls60b hardcorenas_f rexnetr_100 visformer_small
+        poolformer_s12 convformer_s18 focalnet_tiny_srf seresnext26d_32x4d ecaresnext26t_32x4d eca_resnet33ts
+        gcresnet33ts resnetrs50 resnetblur50d cspresnext50 cs3sedarknet_xdw tf_efficientnet_lite0 gc_efficientnetv2_rw_t
+        efficientnet_b0_g8_gn fbnetv3_b semnasnet_050 mnasnet_small mobilenetv3_large_075 mobilenetv4_conv_aa_medium
+        ghostnetv2_100 repghostnet_050 hrnet_w18_small_v2 dla60x_c hgnetv2_b0 skresnext50_32x4d bat_resnext26ts
+        sebotnet33ts_256 eca_botnext26ts_256 sehalonet33ts convnextv2_femto nf_resnet26 nf_seresnet26 nfnet_l0
+        regnetz_005 regnetz_b16_evos lcnetv2_base mambaout_femto repvit_m1 poolformerv2_s12 rexnetr_100
     """,
     "hybrid": """
         coatnet_nano_rw_224 coatnet_bn_0_rw_224 coatnext_nano_rw_224 maxvit_pico_rw_256 maxxvit_rmlp_nano_rw_256
@@ -71,9 +65,8 @@ KINDS = {  # patterns of timm's names, where one of every family is enough to kn
         swin_tiny_patch4_window7_224 mixer_s32_224 resmlp_12_224 gmlp_ti16_224 caformer_s18 xcit_nano_12_p16_224
         pit_ti_224 coat_lite_tiny crossvit_9_240 mvitv2_tiny sequencer2d_s vitamin_small_224 twins_svt_small nest_tiny
         hiera_tiny_224 cpubone_nano csatv2 tiny_vit_5m_224 efficientvit_m0 efficientvit_l1 swinv2_tiny_window8_256
-        swinv2_cr_tiny_ns_224 eva02_tiny_patch14_224 cait_xxs24_224 volo_d1_224 convit_tiny tnt_s_patch16_224
-        twins_pcpvt_small coat_tiny vit_relpos_small_patch16_224 vit_small_patch16_rope_224 vit_tiny_patch16_dinov3_qkvb
-        deit_tiny_distilled_patch16_224 hieradet_small levit_conv_128s gmixer_12_224
+        swinv2_cr_tiny_ns_224 eva02_tiny_patch14_224 convit_tiny tnt_s_patch16_224 twins_pcpvt_small
+        vit_relpos_small_patch16_224 hieradet_small levit_conv_128s gmixer_12_224
     """,
 }
 

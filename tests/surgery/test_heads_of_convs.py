@@ -60,3 +60,11 @@ def test_an_outer_product_loses_channels_of_one_factor():
     torch.manual_seed(0)
     graph = check_law(Bilinear().double().eval(), images(), seeds=(0,))
     assert [int(graph.layers[name].removable.sum()) for name in "ab"] == [0, C]
+
+
+def test_a_weight_that_is_flattened_for_a_while_keeps_rows_and_columns():
+    block = Block(
+        lambda s, x: s.b(F.conv2d(s.a(x), s.w.flatten().tanh().view_as(s.w))), w=nn.Parameter(torch.randn(C, C, 1, 1))
+    )
+    graph = check_law(around(block), images(), seeds=(0,))
+    assert all(graph.layers[name].reason is None for name in ("stem.0", "block.a", "block.w", "block.b"))

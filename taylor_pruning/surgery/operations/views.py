@@ -137,10 +137,13 @@ def _one_of_each(call, layers):
 
     The product of both cannot: the next layer would have to lose rows and columns of a table.
     """
+    if len(layers) < 2 or call.info.constant:  # the rows and columns of a weight are told apart again behind it
+        return layers
     kept = {}
-    for layer in sorted(layers, key=varying, reverse=not call.ways.heads) if len(layers) > 1 else layers:
-        alike = kept.setdefault(tuple(varying(layer.reshape(call.shape))), [])
-        if alike and not bool(torch.isin(squash(alike[0])[0], squash(layer)[0]).any()):
+    for layer in sorted(layers, key=varying, reverse=not call.ways.heads):
+        dims = tuple(varying(layer.reshape(call.shape)))
+        alike = kept.setdefault(dims, [])
+        if dims and alike and not bool(torch.isin(squash(alike[0])[0], squash(layer)[0]).any()):
             call.ids.choices += 1
             call.protect(layer, "is merged with other channels in")
         else:
