@@ -251,6 +251,13 @@ BLOCKS = {  # name: (block, its output channels, removable filters of the stem, 
     "reshape_as": (Block(lambda s, x: s.b(s.a(x).flatten(2).reshape_as(x))), C, 8, 8, 8),
     "addcmul": (Block(lambda s, x: torch.addcmul(s.a(x), s.b(x), s.t), t=parameter(C, 1, 1)), C, 8, 8, 8),
     "pad of channels": (Block(lambda s, x: s.b(x) + F.pad(s.c(x), (0, 0, 0, 0, 2, 2)), c=conv(C, 4, 1)), C, 8, None, 4),
+    "maximum of padded space": (
+        Block(lambda s, x: s.b(F.max_pool2d(F.pad(s.a(x).relu(), (0, 1, 0, 1), value=float("-inf")), 3, 2))),
+        C,
+        8,
+        8,
+        8,
+    ),
     "softmax over branches": (
         Block(
             lambda s, x: (lambda y: (y * y.mean((3, 4), keepdim=True).softmax(1)).sum(1))(

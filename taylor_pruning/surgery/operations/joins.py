@@ -88,8 +88,8 @@ def pad(call):
             for i, size in enumerate(sizes):
                 own.append(int(size) if rank - 1 - i // 2 in along else 0)
             layers.append(torch.nn.functional.pad(small, own, value=int(fixed)).expand(call.shape))
-            call.info.source = bool(value)
-    call.info.source = call.info.source or bool(value)
+    # what a maximum never takes is no new value; a gate there would make nan of it
+    call.info.source = bool(value) and math.isfinite(value)
     return call.result(layers)
 
 
