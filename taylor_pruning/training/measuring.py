@@ -54,7 +54,7 @@ class Measuring:
         self.dense, self.val_loader, self.calibration = dense, val_loader, calibration
         self.amp, self.memory_limit, self.progress, self.task = amp, memory_limit, progress, task_of(task)
         self.monitor = spread_images(val_loader, MONITOR_IMAGES)
-        whole = are_all_images(val_loader, MONITOR_IMAGES) and len(self.monitor) == len(val_loader)
+        whole = are_all_images(self.monitor, val_loader, MONITOR_IMAGES)
         self.validation = self.monitor if whole else val_loader
         self.held_out = held_out or calibration
         self._dense_predictions = self._dense_held_out = self._last = None

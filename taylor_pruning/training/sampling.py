@@ -57,6 +57,8 @@ def spread_images(loader: Iterable, samples: int) -> list:
     return batches
 
 
-def are_all_images(loader: Iterable, samples: int) -> bool:
-    """Whether `spread_images` takes every image of the loader."""
-    return not hasattr(loader, "dataset") or len(loader.dataset) < 2 * samples
+def are_all_images(taken: list, loader: Iterable, samples: int) -> bool:
+    """Whether what `spread_images` has taken is all that the loader gives, which may drop its last batch."""
+    if not hasattr(loader, "dataset"):
+        return True
+    return len(loader.dataset) < 2 * samples and len(taken) == len(loader)
