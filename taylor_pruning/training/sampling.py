@@ -59,6 +59,7 @@ def spread_images(loader: Iterable, samples: int) -> list:
 
 def are_all_images(taken: list, loader: Iterable, samples: int) -> bool:
     """Whether what `spread_images` has taken is all that the loader gives, which may drop its last batch."""
-    if not hasattr(loader, "dataset"):
+    counted = hasattr(loader, "dataset")
+    if not counted and not hasattr(loader, "spread"):
         return True
-    return len(loader.dataset) < 2 * samples and len(taken) == len(loader)
+    return len(taken) == len(loader) and not (counted and len(loader.dataset) >= 2 * samples)
