@@ -98,8 +98,8 @@ def repair_network(
             temperature of 4 gives more accuracy than 1, at which answers that are sure already say little.
         parts: names of the modules that can be traced; their BatchNorms take new statistics at the end.
         passes: over the images, in steps of 16, or of as many as the largest batch has. A classifier's dense network runs
-            once over all images and their mirror images; that of another task, whose outputs may be large, runs at every step.
-            `smaller` runs 11 times over the held-out images.
+            once over all images and their mirror images; that of another task, whose outputs may be large, runs at every step
+            and whenever `smaller` is judged, 11 times in all.
         seed: of the order and the mirroring.
 
     Under torch.distributed every process takes a part of each step's images; gradients are averaged.
@@ -145,7 +145,9 @@ class _Samples:
         self.at_once = min(IMAGES_A_STEP, max(map(size, batches)))
         self.held_out = [part for batch in held_out for part in in_parts(batch, self.at_once)]
         self.wanted, few = None, [part for batch in batches for part in in_parts(batch, self.at_once)]
+        self.wanted_held_out = None
         if is_classification(task):
+            self.wanted_held_out = [self._answers(part) for part in self.held_out]
             kept = [[self._answers(part, mirror) for part in few] for mirror in (False, True)]
             self.wanted = torch.stack([torch.cat(outputs) for outputs in kept])
         self.order = torch.empty(0, dtype=torch.long)
@@ -169,9 +171,9 @@ class _Samples:
     @torch.no_grad()
     def judge(self, model: nn.Module, losses: Callable) -> Tensor:
         """[held-out samples of all processes] the losses, the same in all processes."""
-        found = [
-            losses(self.task.forward(model, batch), self._answers(batch)).double().cpu() for batch in self.held_out
-        ]
+        wanted = self.wanted_held_out or map(self._answers, self.held_out)
+        pairs = zip(self.held_out, wanted, strict=True)
+        found = [losses(self.task.forward(model, batch), answers).double().cpu() for batch, answers in pairs]
         return torch.cat(gather_objects(torch.cat(found)))
 
     def _joined(self, places):
