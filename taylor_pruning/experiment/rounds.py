@@ -126,20 +126,18 @@ class Rounds:
         if self.settings.repair != "network" or state.repair:
             return state
         seconds, dense, seed = Stopwatch(state.seconds), self.graph.model, self.settings.seed
-        task, options = self.rankings.task, {"progress": self.progress, "seed": seed}
+        task = self.rankings.task
         before = self.measuring.stage("compensated", state.model, state.seconds["compensate"])
         seconds.lap("evaluate")
         images, held_out = split(self.rankings.compensation, seed)
         model = self.graph.remove(removed(self.graph, state.kept))
         if images:
-            compensate_parts(self.graph, dense, model, images, task, state.kept, **options)
-            broadcast_state(model)
+            self._fit(dense, model, images, state.kept)
         losses = task.divergence
         if is_classification(task):
             losses = functools.partial(distillation_losses, temperature=self.recipe.temperature)
-        report = repair_network(
-            dense, model, images, held_out, losses, task=task, parts=parts_of(self.graph), **options
-        )
+        report = repair_network(dense, model, images, held_out, losses, task=task, parts=parts_of(self.graph), seed=seed,
+                                progress=self.progress)  # fmt: skip
         broadcast_state(model)
         if not report.steps:  # nothing was gained: the fit to all images is better
             model = state.model
@@ -154,12 +152,14 @@ class Rounds:
             target, kept = state.model, remaining(all_filters(self.rankings.graph_of(state.model)), plan)
         else:
             smaller = self.graph.remove(removed(self.graph, kept))
-        task, batches = self.rankings.task, self.rankings.compensation
-        limit = self.settings.memory_bytes
-        options = {"progress": self.progress, "memory_limit": limit, "seed": self.settings.seed}
-        report = compensate_parts(self.graph, target, smaller, batches, task, kept, **options)
+        return smaller, self._fit(target, smaller, self.rankings.compensation, kept).as_dict()
+
+    def _fit(self, target, smaller, batches, kept):
+        """Fits the layers of `smaller` to `target`, in all processes alike; returns the report on every layer."""
+        options = {"progress": self.progress, "memory_limit": self.settings.memory_bytes, "seed": self.settings.seed}
+        report = compensate_parts(self.graph, target, smaller, batches, self.rankings.task, kept, **options)
         broadcast_state(smaller)
-        return smaller, report.as_dict()
+        return report
 
     def _trained(self, state):
         """The state after the training that lies between two rounds; without any, and for the dense network, as it is."""
