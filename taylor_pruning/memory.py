@@ -28,10 +28,8 @@ from torch.utils._pytree import tree_leaves
 from taylor_pruning.distributed import world_size
 from taylor_pruning.errors import InputError
 
-PROBES = (
-    4,
-    16,
-)  # images of the first parts; what does not grow with them, as a matrix of channels, counts less in the second
+# Images of the first parts; what does not grow with them, as a matrix of channels, counts less in the second.
+PROBES = (4, 16)
 SHARE = 0.8  # of the free memory that a pass may take
 # Bytes that a pass takes on a CPU of one or two threads, in proportion on others, even where more are free. The C library
 # maps large tensors anew each time, page by page: forward and backward of MobileNetV2 at 224 pixels took 2.2 s of a CPU for

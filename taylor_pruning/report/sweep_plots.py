@@ -208,7 +208,7 @@ def _plot_steps(sweep, paths):
         axes.axhline(aim.top1, color=DENSE, linestyle=":", linewidth=0.8, zorder=1, label=f"{best}, untrained")
         for method, step in aim.steps.items():
             if step:
-                top1 = mean_curve([c for c in groups[percentage, method] if c.get("accuracy_at_steps")])[step]
+                top1 = mean_curve(groups[percentage, method])[step]
                 colour = METHODS[method].colour
                 axes.plot(step, top1, "o", markersize=8, markerfacecolor="none", color=colour)
                 axes.vlines(step, bottom, top1, color=colour, linestyle=":", linewidth=0.8)

@@ -112,8 +112,9 @@ def _collect(model, graph, wanted, estimates, reference, fisher, batch, where, f
     on_gate = record if wanted.flow else None
     logits = gated_outputs(graph, Classification(), batch, gates, where, on_gate, estimates, outputs, once=True)
     fixed, signs = logits.detach(), random_signs(wanted.seed, first, *logits.shape)
-    slope = fixed.softmax(1) - F.one_hot(labels, fixed.shape[1])
-    vector = random_directions(fixed, signs) if wanted.curvature else slope
+    vector = (
+        random_directions(fixed, signs) if wanted.curvature else fixed.softmax(1) - F.one_hot(labels, fixed.shape[1])
+    )
     basis, sampled = class_basis(
         fixed, labels if wanted.gradient else None, wanted.probes, signs if wanted.curvature else None
     )
