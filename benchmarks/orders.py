@@ -2,13 +2,15 @@
 
     python benchmarks/orders.py --data DIR --device cuda --workers 6 --minutes 4 --output orders.json
     python benchmarks/orders.py --data DIR --networks resnet32 --levels 50 30 15 --no-compensate --output orders.json
-    python benchmarks/orders.py --output orders.json --minutes 0            # tables and plot of what there is
+    python benchmarks/orders.py --data DIR --networks mobilenet_v2 --levels 75 50 35 --images 240 --seeds 0 --set rounds=2 \
+        --methods "order 1" "order 2" "order 3" lamp magnitude "TP LAMP" "TP Taylor" --output trade-off.json
+    python benchmarks/orders.py --output orders.json --minutes 0            # tables and plots of what there is
 
 DIR holds cifar10-jpeg.tar.xz, imagenette.tar, imagenet-one-a-class.tar, resnet32.th, resnet44.th and
 mobilenet_v2_imagenet.pth. Every network is pruned to shares of its multiply-accumulates in rounds, compensated after each,
 with widths left free; labels are needed by order 1 and by fine-tuning alone. Images that score are the first of those that
 compensate, and the next 100 try every choice. Baselines prune under the same budget and are compensated in the same rounds;
-"lamp uniform" takes the same share of every layer.
+"lamp uniform" takes the same share of every layer, and "TP ..." are Torch-Pruning's criteria.
 
 A cell is one network, method, number of images, seed and level. Cells run in order of importance, one a worker, and every
 row is on disk when its cell ends. An interrupted cell continues with its next round, an interrupted run with the unfinished
@@ -23,7 +25,7 @@ import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -31,7 +33,8 @@ import torch
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
 from orders_data import HELD_OUT, SUBJECTS, dense_network, images_of, loader, prepare, train_vgg
-from orders_report import plot, print_tables
+from orders_report import plot, plot_trade_off, print_tables
+from torch_pruning_peers import PEERS, peer_scores
 
 from EnhancedPruning import EnhancedPruning, PruningSettings
 from taylor_pruning.options import options, value_type
@@ -42,7 +45,7 @@ from taylor_pruning.training.fine_tuning import Recipe, evaluate, fine_tune
 from taylor_pruning.training.profile import profile
 
 ORDERS = [f"order {order}" for order in (1, 2, 3)]
-CRITERIA = [name + widths for name in sorted(BASELINES) for widths in ("", " uniform")]
+CRITERIA = [name + widths for name in (*sorted(BASELINES), *PEERS) for widths in ("", " uniform")]
 
 
 def parse_arguments():
@@ -151,7 +154,7 @@ def pruning_of(network, images, compensation, seed, settings, arguments):
     monitor = draw.compensation[:1]
     pruning = EnhancedPruning(dense, monitor, monitor, calibration=draw.scoring, compensation=draw.compensation,
                               held_out=draw.held_out, settings=chosen, progress=False)  # fmt: skip
-    return pruning, draw, profile(dense, pruning.example)
+    return pruning, draw
 
 
 def tuned(model, subject, draw, arguments, seed):
@@ -183,17 +186,22 @@ def run_cell(cell, arguments):
     start, subject = time.perf_counter(), SUBJECTS[cell.network]
     names = ("data", "scratch", "device", "test_images")
     key = tuple((name, getattr(arguments, name)) for name in names)
-    pruning, draw, before = pruning_of(cell.network, cell.images, cell.compensation, cell.seed, cell.settings, key)
+    pruning, draw = pruning_of(cell.network, cell.images, cell.compensation, cell.seed, cell.settings, key)
     if cell.method in ORDERS:
         rounds = Path(arguments.scratch) / "rounds" / f"{str(cell).replace(' ', '-').replace('/', '-')}.pt"
         rounds.parent.mkdir(parents=True, exist_ok=True)
         result = pruning.prune(100 - cell.left, int(cell.method[-1]), checkpoint=rounds, resume=True)
     else:
-        name, *uniform = cell.method.split()
-        widths = "uniform" if uniform else "own"
-        result = pruning.prune_by_baseline(name, 100 - cell.left, widths=widths, compensate=bool(cell.compensation))
-    model, after = result.model, profile(result.model, pruning.example)
+        name = cell.method.removesuffix(" uniform")
+        criterion = partial(peer_scores, name, batches=draw.scoring) if name in PEERS else name
+        widths = "own" if name == cell.method else "uniform"
+        result = pruning.prune_by_baseline(
+            criterion, 100 - cell.left, widths=widths, compensate=bool(cell.compensation)
+        )
+    model = result.model
+    before, after = profile(pruning.model, pruning.example), profile(model, pruning.example)
     row = {**asdict(cell), "macs": after["macs"] / before["macs"], "params": after["parameters"] / before["parameters"],
+           "latency": after["latency_ms"] / before["latency_ms"],
            "widths": {name: layer["kept"] for name, layer in result.layers.items()},
            "rounds": [{key: r[f"{key}_loss_change"] for key in ("predicted", "measured")} for r in result.rounds],
            "seconds": dict(result.seconds),
@@ -243,7 +251,7 @@ def cells(arguments):
                 for left in arguments.levels or subject.levels:
                     for method in arguments.methods:
                         images = min(number, subject.max_scoring)
-                        if method not in ORDERS and not method.startswith("molchanov"):
+                        if method not in ORDERS and not method.startswith(("molchanov", "TP")):
                             images = None
                         found.append(Cell(name, method, images, seed, left, compensation, settings))
     return list(dict.fromkeys(found))
@@ -252,10 +260,8 @@ def cells(arguments):
 def show(row):
     figures = ", ".join(f"{key} {row[key]:.1f}" for key in row if key.endswith("top1"))
     parts = ", ".join(f"{step} {seconds:.0f}" for step, seconds in row["seconds"].items() if seconds >= 1)
-    print(
-        f"{Cell.of(row)}, {100 * row['macs']:.1f} % of the MACs: {figures} ({row['wall seconds']:.0f} s: {parts})",
-        flush=True,
-    )
+    costs = f"{100 * row['macs']:.1f} % of the MACs, {100 * row['latency']:.0f} % of the latency"
+    print(f"{Cell.of(row)}, {costs}: {figures} ({row['wall seconds']:.0f} s: {parts})", flush=True)
 
 
 def run(arguments):
@@ -305,6 +311,7 @@ def main():
     print_tables(results)
     if results["rows"]:
         plot(results, Path(arguments.output).with_suffix(".png"))
+        plot_trade_off(results, Path(arguments.output).with_suffix(".trade-off.png"))
 
 
 if __name__ == "__main__":

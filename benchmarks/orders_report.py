@@ -1,4 +1,4 @@
-"""Tables and the plot of orders.py from its rows."""
+"""Tables and plots of orders.py from its rows."""
 
 import statistics
 from dataclasses import dataclass
@@ -83,3 +83,55 @@ def plot(results, path):
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def plot_trade_off(results, path):
+    """Top-1 against what is left of the MACs and of the latency of one image, before and after fine-tuning.
+
+    One column a network and cost; of several numbers of scoring images the largest is drawn.
+    Solid lines: repaired; dashed: cut alone.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in results["rows"] if "latency" in row]
+    columns = [(name, cost) for name in dict.fromkeys(row["network"] for row in rows) for cost in ("macs", "latency")]
+    if not columns:
+        return
+    figure, axes = plt.subplots(2, len(columns), figsize=(4.6 * len(columns), 7.5), squeeze=False, sharey="row")
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    for line, (value, label) in enumerate((("top1", "no training"), ("tuned top1", "after fine-tuning"))):
+        for axis, (network, cost) in zip(axes[line], columns, strict=True):
+            for color, method in enumerate(methods):
+                for repaired, style in ((True, "-"), (False, "--")):
+                    here = [r for r in rows if (r["network"], r["method"]) == (network, method) and value in r]
+                    points = _means([r for r in here if bool(r["compensation"]) == repaired], cost, value)
+                    if points:
+                        name = method if repaired else f"{method}, not repaired"
+                        axis.plot(*zip(*points, strict=True), style, marker="o", color=f"C{color}", label=name)
+            dense = results["dense"].get(network, {}).get("top1")
+            if dense is not None:
+                axis.axhline(dense, color="grey", linewidth=0.8)
+                axis.annotate(
+                    "dense", (1, dense), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7
+                )
+            axis.set_xlabel(f"left of the {'MACs' if cost == 'macs' else 'latency of one image'} (%)")
+            axis.set_ylabel(f"top-1, {label} (%)")
+            axis.set_title(network, fontsize=9)
+    axes[0, 0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _means(rows, cost, value):
+    """[(cost in %, value)] of every level that was asked for, ascending: means over seeds with the most scoring images."""
+    points = []
+    for left in {row["left"] for row in rows}:
+        level = [row for row in rows if row["left"] == left]
+        most = max(row["images"] or 0 for row in level)
+        level = [row for row in level if (row["images"] or 0) == most]
+        points.append((100 * statistics.mean(row[cost] for row in level), statistics.mean(row[value] for row in level)))
+    return sorted(points)
