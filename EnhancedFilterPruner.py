@@ -41,6 +41,7 @@ from taylor_pruning.scoring.flow import relative_flow, weigh
 from taylor_pruning.scoring.gradient_check import check_gradients
 from taylor_pruning.scoring.layer_costs import removal_costs
 from taylor_pruning.scoring.probes import cross_entropy, probe_derivatives
+from taylor_pruning.scoring.shrinkage import shrunk
 from taylor_pruning.scoring.taylor import Directions
 from taylor_pruning.scoring.trials import trial_divergences
 from taylor_pruning.selection.chosen import chosen_behind_repair, chosen_by_score, chosen_jointly, chosen_uniformly
@@ -48,6 +49,7 @@ from taylor_pruning.selection.constraints import Ledger, Selection, require_unit
 from taylor_pruning.selection.latency import with_times
 from taylor_pruning.surgery.graph import ChannelGraph
 from taylor_pruning.surgery.parts import PartsGraph
+from taylor_pruning.surgery.units import by_layers
 from taylor_pruning.tasks.classification import OtherLoss, is_classification, task_of
 from taylor_pruning.tasks.task import Task
 
@@ -290,8 +292,13 @@ class EnhancedFilterPruner:
         return self.chosen.units
 
     def levels(self, order: int | None = None) -> Tensor:
-        """[units] what removing each unit alone costs behind compensation, see scoring.collected.Collected.levels."""
-        return self._collected(order or self.taylor_order).levels(order or self.taylor_order)
+        """[units] what removing each unit alone costs behind compensation (nats), see scoring.collected.Collected.levels.
+
+        Those of one layer, or of layers that are coupled, are shrunk towards their mean (scoring.shrinkage).
+        """
+        order = order or self.taylor_order
+        collected = self._collected(order)
+        return shrunk(collected.levels(order), collected.level_errors(order), by_layers(self.graph.units).values())
 
 
 class Rankings:

@@ -115,6 +115,12 @@ class Collected:
             raise InputError(f"order {order} cannot choose: the task's {reason}")
         return levels
 
+    def level_errors(self, order: int) -> Tensor:
+        """[units] standard errors of `levels`, float64 on the CPU; those of another task at order 3 are those of order 2."""
+        if self.directions is not None:
+            return self.of_order(order).level_error(order).cpu()
+        return ((self.probed.phi_squared_error if order == 1 else self.probed.h_error) / 2).cpu()
+
     def predicted_loss_change(self, chosen: list[int], order: int) -> float | None:
         """Loss change (nats) of removing the units together, to first order in the network; None for order 1.
 

@@ -16,6 +16,7 @@ almost everything on the images that fitted it, and would be emptied.
 import itertools
 from collections import defaultdict
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -85,6 +86,14 @@ class SetEstimate:
         return self.reader.from_rows(found, x.shape)
 
 
+class Precision(NamedTuple):
+    """P = (C + ridge)^-1 [groups, channels, channels], mean [groups, channels, 1] and ridge [groups] of a reader's inputs."""
+
+    matrix: torch.Tensor
+    mean: torch.Tensor
+    ridge: torch.Tensor
+
+
 @dataclass
 class InputMoments:
     """Moments of a reader's inputs over (image, position) pairs, one set a fold.
@@ -117,10 +126,7 @@ class InputMoments:
         self.products[fold] += rows @ rows.mT
 
     def precision(self, without=None, dtype=None):
-        """(P [groups, channels, channels], mean [groups, channels, 1]) of all folds, or of all but one; None without rows.
-
-        In the precision of the sums, or in that of `dtype`.
-        """
+        """`Precision` of all folds, or of all but one; None without rows. Its dtype is that of the sums, or `dtype`."""
         kept = [fold for fold in range(FOLDS) if fold != without and self.rows[fold]]
         if not kept:
             return None
@@ -129,9 +135,11 @@ class InputMoments:
         mean = total[:, :, None]
         covariance.baddbmm_(mean, mean.mT, alpha=-1)
         diagonal = covariance.diagonal(dim1=1, dim2=2)
-        ridge = (RIDGE + covariance.shape[1] / rows) * diagonal.mean(1, keepdim=True)
-        diagonal += ridge.clamp_min(torch.finfo(covariance.dtype).tiny ** 0.5)
-        return torch.cholesky_inverse(torch.linalg.cholesky_ex(covariance)[0]), mean + self.shift.to(mean)
+        ridge = (RIDGE + covariance.shape[1] / rows) * diagonal.mean(1)
+        ridge = ridge.clamp_min(torch.finfo(covariance.dtype).tiny ** 0.5)
+        diagonal += ridge[:, None]
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(covariance)[0])
+        return Precision(inverse, mean + self.shift.to(mean), ridge)
 
 
 def in_single(values):
@@ -229,7 +237,7 @@ def channel_estimates(moments, without=None):
     Where no other fold has images there is no estimate: a closed channel is then zero.
     """
     fits = {name: (m.reader, m.precision(without)) for name, m in moments.items()}
-    return {name: ChannelEstimate(reader, *fit) for name, (reader, fit) in fits.items() if fit}
+    return {name: ChannelEstimate(reader, fit.matrix, fit.mean) for name, (reader, fit) in fits.items() if fit}
 
 
 def set_estimates(moments, sets):
@@ -243,5 +251,5 @@ def set_estimates(moments, sets):
         for estimates, units in zip(found, sets, strict=True):
             channels = m.reader.channels_of(units)
             if len(channels):
-                estimates[name] = SetEstimate(m.reader, channels, *fit)
+                estimates[name] = SetEstimate(m.reader, channels, fit.matrix, fit.mean)
     return found

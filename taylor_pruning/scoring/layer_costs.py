@@ -8,12 +8,13 @@ A reader (a layer that reads the channels of units) has channels x and outputs W
     loss with labels: the empirical Fisher matrix, the same in expectation where labels are drawn from p.
 
 With P = (Cov(x) + ridge)^-1 and Q = sum over kernel offsets o of W_o^T G W_o, removing the channels S and refitting W on
-those that stay by least squares leaves a residual of covariance (P_SS)^-1, and costs
+those that stay by least squares leaves a residual of covariance (P_SS)^-1 - ridge, and costs
 
-    cost(S) = 1/2 tr(Q_SS (P_SS)^-1)                                                                        [nats]
+    cost(S) = 1/2 tr(Q_SS ((P_SS)^-1 - ridge))                                                              [nats]
 
-(Optimal Brain Surgeon, Hassibi & Stork 1993, of a layer's inputs in the Fisher metric). One set T after the other: with
-b = -(P_TT)^-1 P_T., the cost is 1/2 tr(Q_TT (P_TT)^-1), then
+(Optimal Brain Surgeon, Hassibi & Stork 1993, of a layer's inputs in the Fisher metric). The ridge is no variance of the
+channels: left in, it would hide how their residuals go together. One set T after the other: with b = -(P_TT)^-1 P_T., the
+cost is 1/2 tr(Q_TT (P_TT)^-1) less 1/2 ridge tr(Q_TT) of the Q before any removal, then
 
     Q <- Q + b^T Q_T. + Q_.T b + b^T Q_TT b,     P <- P + P_.T b,     rows and columns T vanish.
 
@@ -32,6 +33,7 @@ from taylor_pruning.distributed import gather_objects
 from taylor_pruning.positions import drawn_positions
 from taylor_pruning.scoring.estimates import in_single
 
+RIDGE_LEFT = 1e-2  # share of the ridge that stays in the costs: a level is divided by its cost, which may be rounding
 BLOCK = 32  # removed channels that a reader gathers before its matrices are updated
 TINY, EPSILON = np.finfo(np.float64).tiny, np.finfo(np.float64).eps
 
@@ -126,10 +128,10 @@ class ReaderCosts:
 
     Args:
         places: [(units [n], their channels [n, m])], see surgery.units.Reader.
-        precision, output_cost: P and Q [groups, channels, channels], float64.
+        precision, output_cost: P and Q [groups, channels, channels], float64. ridge: [groups] that P contains.
     """
 
-    def __init__(self, places, precision, output_cost):
+    def __init__(self, places, precision, output_cost, ridge):
         self.p, self.q = (matrix.to("cpu", copy=True).numpy() for matrix in (precision, output_cost))
         places = [(units.numpy(), at.numpy()) for units, at in places]
         self.places = {
@@ -139,6 +141,7 @@ class ReaderCosts:
         # P_T., b and Q_T. + Q_TT b / 2 of removed channels that the matrices do not show yet: [3, groups, rows, channels]
         self.pending, self.filled = np.empty((3, len(self.p), rows, self.p.shape[2])), 0
         self.diagonals = [np.diagonal(matrix, axis1=1, axis2=2).copy() for matrix in (self.p, self.q)]
+        self.of_ridge = (1 - RIDGE_LEFT) * ridge.cpu().numpy() @ self.diagonals[1]  # [channels]
         self.singles = [(units, at[:, 0]) for units, at in places if at.shape[1] == 1]
         self.kinds = []  # units of several channels: their indices, channels [n, m], blocks of P and Q
         for units, at in places:
@@ -150,10 +153,11 @@ class ReaderCosts:
         found = []
         if self.singles:
             p, q = self.diagonals
-            costs = (q / np.maximum(p, TINY)).sum(0) / 2
+            costs = ((q / np.maximum(p, TINY)).sum(0) - self.of_ridge) / 2
             found += [(units, costs[at]) for units, at in self.singles]
-        for units, _, p, q in self.kinds:
-            found.append((units, np.linalg.solve(p, q).trace(axis1=2, axis2=3).sum(0) / 2))
+        for units, at, p, q in self.kinds:
+            costs = np.linalg.solve(p, q).trace(axis1=2, axis2=3).sum(0) - self.of_ridge[at].sum(1)
+            found.append((units, costs / 2))
         return found
 
     def remove(self, unit):
@@ -249,7 +253,7 @@ def removal_costs(model, moments, fisher, units, levels=None):
     weights, costs = dict(model.named_parameters(remove_duplicate=False)), []
     for layer, m in moments.items():
         if layer in fisher:
-            precision, _ = m.precision(dtype=torch.float64)
+            inverse, _, ridge = m.precision(dtype=torch.float64)
             weight = weights[f"{layer}.weight" if layer else "weight"]
-            costs.append(ReaderCosts(m.reader.places, precision, output_costs(m.reader, weight, fisher[layer])))
+            costs.append(ReaderCosts(m.reader.places, inverse, output_costs(m.reader, weight, fisher[layer]), ridge))
     return RemovalCosts(costs, levels, units)

@@ -34,10 +34,11 @@ SKEW = 1 / math.sqrt(2)
 
 @dataclass
 class ProbedDerivatives:
-    """[units] float64 means over samples of phi, phi^2, h, t and the standard errors of h and t (t: None below order 3)."""
+    """[units] float64 means over samples of phi, phi^2, h, t and their standard errors (t: None below order 3)."""
 
     phi: Tensor
     phi_squared: Tensor
+    phi_squared_error: Tensor
     h: Tensor
     h_error: Tensor
     t: Tensor | None = None
@@ -46,7 +47,8 @@ class ProbedDerivatives:
     @classmethod
     def of_samples(cls, phi: Tensor, h: Tensor, t: Tensor | None = None) -> "ProbedDerivatives":
         """From the derivatives of every sample, [N, units] each."""
-        return cls(phi.mean(0), phi.square().mean(0), *mean_and_error(h), *(mean_and_error(t) if t is not None else ()))
+        third = mean_and_error(t) if t is not None else ()
+        return cls(phi.mean(0), *mean_and_error(phi.square()), *mean_and_error(h), *third)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

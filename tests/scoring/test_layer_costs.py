@@ -79,7 +79,8 @@ def no_ridge(monkeypatch):
     def precision(self, without=None, dtype=None):
         rows = sum(self.rows)
         mean = (self.total.sum(0) / rows)[:, :, None]
-        return torch.linalg.inv(self.products.sum(0) / rows - mean @ mean.mT), mean + self.shift
+        inverse = torch.linalg.inv(self.products.sum(0) / rows - mean @ mean.mT)
+        return estimates.Precision(inverse, mean + self.shift, mean.new_zeros(len(mean)))
 
     monkeypatch.setattr(estimates.InputMoments, "precision", precision)
 
@@ -203,6 +204,26 @@ def test_levels_are_the_first_costs_and_the_closed_form_says_how_they_grow(many)
     rest = torch.arange(1, len(levels))
     assert torch.allclose(scaled.marginal[rest], (factor * plain.marginal)[rest])
     assert not torch.allclose(scaled.marginal[rest], levels.double()[rest])
+
+
+def test_the_ridge_is_no_variance_of_the_channels(many, monkeypatch):
+    """A set costs what ridge regression on the other channels leaves of it, penalty included, and no ridge of its own."""
+    monkeypatch.setattr(layer_costs, "RIDGE_LEFT", 0.0)
+    monkeypatch.setattr(estimates, "RIDGE", 3.0)
+    torch.manual_seed(0)
+    model = randomise(NETWORKS["plain"]())
+    graph = ChannelGraph(model, many)
+    costs, fisher = costs_of(model, graph, many), fisher_of_outputs(model, graph, many)
+    reader = graph.readers[0]
+    chosen = reader.units[:3].tolist()
+    for unit in chosen:
+        costs.remove(unit)
+    rows = reader.to_rows(inputs_of(model, reader.layer, many)).movedim(1, 3).flatten(2).movedim(1, 0).flatten(1)
+    c = torch.cov(rows, correction=0)
+    ridge = (3.0 + len(c) / rows.shape[1]) * c.diagonal().mean()
+    inner = torch.linalg.solve(c[3:, 3:] + ridge * torch.eye(len(c) - 3, dtype=c.dtype), c[3:, :3])
+    q = layer_costs.output_costs(reader, model.get_submodule(reader.layer).weight, fisher[reader.layer])[0, :3, :3]
+    assert costs.total == pytest.approx((q * (c[:3, :3] - c[:3, 3:] @ inner)).sum().item() / 2, rel=1e-6)
 
 
 def test_a_unit_that_no_layer_reads_keeps_its_level():

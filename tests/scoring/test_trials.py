@@ -137,7 +137,7 @@ def test_the_divergence_is_the_tasks(many, held_out):  # noqa: F811
     moments = input_moments(model, graph, [(many, None)], task=task)
     batches = [(held_out, torch.zeros(len(held_out), 4))]
     (value,) = trial_divergences(model, graph, moments, batches, task, [units], progress=False)
-    precision, mean = moments["6"].precision()
+    precision, mean, _ = moments["6"].precision()
     with torch.no_grad():
         x = inputs_of(model, "6", held_out)
         gone = torch.isin(torch.arange(5), torch.tensor(units) - 6)

@@ -1,0 +1,61 @@
+import math
+
+import pytest
+import torch
+
+from EnhancedFilterPruner import EnhancedFilterPruner
+from taylor_pruning.scoring import taylor
+from taylor_pruning.scoring.shrinkage import shrunk
+from taylor_pruning.scoring.taylor import loss_change
+from taylor_pruning.surgery.units import by_layers
+
+
+def test_values_without_noise_stay_and_pure_noise_becomes_the_mean():
+    values = torch.tensor([1.0, 2.0, 3.0, 6.0, 100.0], dtype=torch.float64)
+    nothing = torch.zeros(5, dtype=torch.float64)
+    assert torch.equal(shrunk(values, nothing, [[0, 1, 2, 3]]), values)
+    loud = shrunk(values, nothing + 10, [[0, 1, 2, 3]])
+    assert torch.allclose(loud, torch.tensor([3.0, 3.0, 3.0, 3.0, 100.0], dtype=torch.float64))
+
+
+def test_the_factor_is_that_of_james_and_stein():
+    values = torch.tensor([1.0, 2.0, 3.0, 6.0, 8.0], dtype=torch.float64)
+    errors = torch.tensor([0.0, 1.0, 1.0, 2.0, 2.0], dtype=torch.float64)
+    factor = 1 - 2 / 4 * 2.0 / 8.5  # mean squared error 2, variance 8.5
+    assert torch.allclose(shrunk(values, errors, [range(5)]), 4 + factor * (values - 4))
+
+
+@pytest.mark.parametrize("values, error", [([1.0, 2.0, 9.0], 3.0), ([2.0] * 6, 3.0), ([1.0, 2.0, 3.0, 9.0], math.nan)])
+def test_few_or_equal_values_and_unknown_errors_change_nothing(values, error):
+    values = torch.tensor(values, dtype=torch.float64)
+    assert torch.equal(shrunk(values, torch.full_like(values, error), [range(len(values))]), values)
+
+
+def test_what_a_choice_of_the_smallest_says_it_costs_is_what_it_costs():
+    """Squares of heavy-tailed effects that most samples do not show: the smallest of the raw means are far too small."""
+    generator = torch.Generator().manual_seed(0)
+    true = torch.empty(400, dtype=torch.float64).exponential_(generator=generator) * 0.3 + 1
+    shown = torch.rand(60, 400, dtype=torch.float64, generator=generator) < 0.02
+    samples = true * shown / 0.02
+    values, errors = samples.mean(0), samples.std(0) / math.sqrt(60)
+    better = shrunk(values, errors, [range(400)])
+    for estimate, low, high in ((values, 0.0, 0.3), (better, 0.75, 1.1)):
+        chosen = estimate.argsort()[:100]
+        assert low <= (estimate[chosen].sum() / true[chosen].sum()).item() <= high
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_levels_are_shrunk_by_the_standard_error_over_images(relu_network, images, labels, order, monkeypatch):
+    monkeypatch.setattr(taylor, "BLOCK", 50)  # a few images at once
+    batches = [(images, labels)]
+    pruner = EnhancedFilterPruner(relu_network, images, order, progress=False).rank(batches, batches)
+    found = pruner.collected.of_order(order)
+    of_samples = loss_change(order, *found.moments(order=order)).double()
+    if order == 1:
+        of_samples = of_samples.square() / 2
+    errors = of_samples.std(0) / math.sqrt(len(images))
+    assert torch.allclose(pruner.collected.levels(order).double(), of_samples.mean(0))
+    assert torch.allclose(pruner.collected.level_errors(order), errors)
+    expected = shrunk(of_samples.mean(0), errors, by_layers(pruner.graph.units).values())
+    assert torch.allclose(pruner.levels().double(), expected)
+    assert not torch.allclose(expected, of_samples.mean(0))
