@@ -131,14 +131,14 @@ class PruningSettings(Constraints):
         "none; layer: by least squares after every round, as --compensate; network: then also steps on all weights towards "
         "the dense network's outputs, without labels; auto: layer, or none with --no-compensate",
         "network costs about as much as five passes of training over the compensation images. On a ResNet-32 with 35 % of "
-        "its multiply-accumulates left it gained 4 to 5 points with 1,000 --compensation-samples and nothing with 300.",
+        "its multiply-accumulates left it gained 4 to 5 points with 1,000 --compensation-samples.",
         choices=REPAIRS,
     )
     correct_levels: bool = option(
         False,
         "measure each layer's predicted cost on held-out images and choose again",
-        "With few rounds: three corrected ones reached what five do without, 4 to 6 points more than three without. With "
-        "five it gained nothing. It costs every round as much as scoring 500 images.",
+        "Where the calibration images say little about each class, or with few rounds: see the measurements. On a ResNet-32 with "
+        "five rounds it gained nothing. It costs every round as much as scoring 500 images.",
     )
     guard: bool = option(
         True,
