@@ -282,9 +282,7 @@ class EnhancedFilterPruner:
         if closed_form and collected.says_little():
             self.chosen = chosen_uniformly(selection_of(), self.levels())
         elif closed_form:
-            sums = self.behind_repair
-            costs_of = functools.partial(removal_costs, self.model, sums.moments, sums.fisher, len(self.graph.units))
-            self.chosen = chosen_behind_repair(selection_of, costs_of, self.levels(), self.measure, weights)
+            self.chosen = chosen_behind_repair(selection_of, self._removal_costs, self.levels(), self.measure, weights)
         elif joint and self.has_logits and order > 1:
             self.chosen = chosen_jointly(selection_of(), collected, order, weights)
         else:
@@ -294,11 +292,19 @@ class EnhancedFilterPruner:
     def levels(self, order: int | None = None) -> Tensor:
         """[units] what removing each unit alone costs behind compensation (nats), see scoring.collected.Collected.levels.
 
-        Those of one layer, or of layers that are coupled, are shrunk towards their mean (scoring.shrinkage).
+        Where the closed form is known they are shrunk towards it, within each group of coupled layers (scoring.shrinkage).
         """
         order = order or self.taylor_order
         collected = self._collected(order)
-        return shrunk(collected.levels(order), collected.level_errors(order), by_layers(self.graph.units).values())
+        levels = collected.levels(order)
+        if self.behind_repair is None or self.behind_repair.fisher is None:
+            return levels
+        expected = torch.from_numpy(self._removal_costs().raw).clamp_min(0).to(levels)
+        return shrunk(levels, collected.level_errors(order).to(levels), expected, by_layers(self.graph.units).values())
+
+    def _removal_costs(self, levels=None):
+        found = self.behind_repair
+        return removal_costs(self.model, found.moments, found.fisher, len(self.graph.units), levels)
 
 
 class Rankings:

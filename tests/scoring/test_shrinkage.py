@@ -5,30 +5,40 @@ import torch
 
 from EnhancedFilterPruner import EnhancedFilterPruner
 from taylor_pruning.scoring import taylor
+from taylor_pruning.scoring.layer_costs import removal_costs
 from taylor_pruning.scoring.shrinkage import shrunk
 from taylor_pruning.scoring.taylor import loss_change
 from taylor_pruning.surgery.units import by_layers
 
+VALUES = torch.tensor([1.0, 2.0, 3.0, 6.0, 8.0], dtype=torch.float64)
+EXPECTED = torch.tensor([10.0, 20.0, 20.0, 10.0, 40.0], dtype=torch.float64)
 
-def test_values_without_noise_stay_and_pure_noise_becomes_the_mean():
-    values = torch.tensor([1.0, 2.0, 3.0, 6.0, 100.0], dtype=torch.float64)
+
+def test_values_without_noise_stay_and_pure_noise_becomes_what_is_expected():
     nothing = torch.zeros(5, dtype=torch.float64)
-    assert torch.equal(shrunk(values, nothing, [[0, 1, 2, 3]]), values)
-    loud = shrunk(values, nothing + 10, [[0, 1, 2, 3]])
-    assert torch.allclose(loud, torch.tensor([3.0, 3.0, 3.0, 3.0, 100.0], dtype=torch.float64))
+    assert torch.equal(shrunk(VALUES, nothing, EXPECTED, [[0, 1, 2, 3]]), VALUES)
+    loud = shrunk(VALUES, nothing + 10, EXPECTED, [[0, 1, 2, 3]])
+    assert torch.allclose(loud, torch.tensor([2.0, 4.0, 4.0, 2.0, 8.0], dtype=torch.float64))
 
 
 def test_the_factor_is_that_of_james_and_stein():
-    values = torch.tensor([1.0, 2.0, 3.0, 6.0, 8.0], dtype=torch.float64)
     errors = torch.tensor([0.0, 1.0, 1.0, 2.0, 2.0], dtype=torch.float64)
-    factor = 1 - 2 / 4 * 2.0 / 8.5  # mean squared error 2, variance 8.5
-    assert torch.allclose(shrunk(values, errors, [range(5)]), 4 + factor * (values - 4))
+    target = EXPECTED / 5
+    factor = 1 - 2 / 4 * 2.0 / (VALUES - target).square().mean()  # mean squared error 2
+    assert torch.allclose(shrunk(VALUES, errors, EXPECTED, [range(5)]), target + factor * (VALUES - target))
+
+
+def test_a_unit_of_which_nothing_is_expected_keeps_its_value():
+    errors, expected = torch.full((6,), 9.0, dtype=torch.float64), torch.cat([EXPECTED, EXPECTED[:1] * 0])
+    found = shrunk(torch.cat([VALUES, VALUES[:1]]), errors, expected, [range(6)])
+    assert torch.equal(found[:5], shrunk(VALUES, errors[:5], EXPECTED, [range(5)])) and found[5] == VALUES[0]
 
 
 @pytest.mark.parametrize("values, error", [([1.0, 2.0, 9.0], 3.0), ([2.0] * 6, 3.0), ([1.0, 2.0, 3.0, 9.0], math.nan)])
-def test_few_or_equal_values_and_unknown_errors_change_nothing(values, error):
+def test_few_values_or_those_expected_and_unknown_errors_change_nothing(values, error):
     values = torch.tensor(values, dtype=torch.float64)
-    assert torch.equal(shrunk(values, torch.full_like(values, error), [range(len(values))]), values)
+    same = torch.ones_like(values)
+    assert torch.equal(shrunk(values, torch.full_like(values, error), same, [range(len(values))]), values)
 
 
 def test_what_a_choice_of_the_smallest_says_it_costs_is_what_it_costs():
@@ -38,7 +48,7 @@ def test_what_a_choice_of_the_smallest_says_it_costs_is_what_it_costs():
     shown = torch.rand(60, 400, dtype=torch.float64, generator=generator) < 0.02
     samples = true * shown / 0.02
     values, errors = samples.mean(0), samples.std(0) / math.sqrt(60)
-    better = shrunk(values, errors, [range(400)])
+    better = shrunk(values, errors, torch.ones_like(values), [range(400)])
     for estimate, low, high in ((values, 0.0, 0.3), (better, 0.75, 1.1)):
         chosen = estimate.argsort()[:100]
         assert low <= (estimate[chosen].sum() / true[chosen].sum()).item() <= high
@@ -56,6 +66,8 @@ def test_levels_are_shrunk_by_the_standard_error_over_images(relu_network, image
     errors = of_samples.std(0) / math.sqrt(len(images))
     assert torch.allclose(pruner.collected.levels(order).double(), of_samples.mean(0))
     assert torch.allclose(pruner.collected.level_errors(order), errors)
-    expected = shrunk(of_samples.mean(0), errors, by_layers(pruner.graph.units).values())
+    found = pruner.behind_repair
+    closed_form = removal_costs(pruner.model, found.moments, found.fisher, len(pruner.graph.units)).marginal
+    expected = shrunk(of_samples.mean(0), errors, closed_form, by_layers(pruner.graph.units).values())
     assert torch.allclose(pruner.levels().double(), expected)
     assert not torch.allclose(expected, of_samples.mean(0))
