@@ -10,37 +10,22 @@ from taylor_pruning.scoring.shrinkage import shrunk
 from taylor_pruning.scoring.taylor import loss_change
 from taylor_pruning.surgery.units import by_layers
 
-VALUES = torch.tensor([1.0, 2.0, 3.0, 6.0, 7.0], dtype=torch.float64)
-EXPECTED = torch.tensor([10.0, 20.0, 20.0, 40.0, 10.0], dtype=torch.float64)
-
-
-def regression(values, expected):
-    design = torch.stack([torch.ones_like(expected), expected], 1)
-    return design @ torch.linalg.lstsq(design, values[:, None]).solution[:, 0]
+VALUES = torch.tensor([1.0, 2.0, 3.0, 6.0, 8.0], dtype=torch.float64)
+EXPECTED = torch.tensor([10.0, 20.0, 20.0, 10.0, 40.0], dtype=torch.float64)
 
 
 def test_values_without_noise_stay_and_pure_noise_becomes_what_is_expected():
-    nothing, group = torch.zeros(6, dtype=torch.float64), [[1, 2, 3, 4, 5]]
-    values, expected = (torch.cat([tensor[:1] * 9, tensor]) for tensor in (VALUES, EXPECTED))
-    assert torch.equal(shrunk(values, nothing, expected, group), values)
-    loud = shrunk(values, nothing + 10, expected, group)
-    assert loud[0] == values[0] and torch.allclose(loud[1:], regression(VALUES, EXPECTED))
+    nothing = torch.zeros(5, dtype=torch.float64)
+    assert torch.equal(shrunk(VALUES, nothing, EXPECTED, [[0, 1, 2, 3]]), VALUES)
+    loud = shrunk(VALUES, nothing + 10, EXPECTED, [[0, 1, 2, 3]])
+    assert torch.allclose(loud, torch.tensor([2.0, 4.0, 4.0, 2.0, 8.0], dtype=torch.float64))
 
 
 def test_the_factor_is_that_of_james_and_stein():
     errors = torch.tensor([0.0, 1.0, 1.0, 2.0, 2.0], dtype=torch.float64)
-    target = regression(VALUES, EXPECTED)
-    factor = 1 - 2.0 / (VALUES - target).square().sum()  # mean squared error 2, one degree of freedom
+    target = EXPECTED / 5
+    factor = 1 - 2 / 4 * 2.0 / (VALUES - target).square().mean()  # mean squared error 2
     assert torch.allclose(shrunk(VALUES, errors, EXPECTED, [range(5)]), target + factor * (VALUES - target))
-
-
-@pytest.mark.parametrize("expected, target", [([5.0, 4.0, 3.0, 2.0, 1.0], 4.0), ([10.0, 11.0, 12.0, 13.0, 14.0], None)])
-def test_nothing_that_is_expected_is_negative_or_falls_where_the_closed_form_rises(expected, target):
-    """The slope is 0, or the intercept is: values that rise from 1 to 9 while 10 to 14 are expected."""
-    expected = torch.tensor(expected, dtype=torch.float64)
-    values = torch.tensor([1.0, 2.0, 3.0, 5.0, 9.0], dtype=torch.float64)
-    found = shrunk(values, torch.full_like(values, 99.0), expected, [range(5)])
-    assert torch.allclose(found, expected * (4 / 12) if target is None else torch.full_like(values, target))
 
 
 def test_a_unit_of_which_nothing_is_expected_keeps_its_value():
@@ -49,9 +34,7 @@ def test_a_unit_of_which_nothing_is_expected_keeps_its_value():
     assert torch.equal(found[:5], shrunk(VALUES, errors[:5], EXPECTED, [range(5)])) and found[5] == VALUES[0]
 
 
-@pytest.mark.parametrize(
-    "values, error", [([1.0, 2.0, 4.0, 9.0], 3.0), ([2.0] * 6, 3.0), ([1.0, 2.0, 3.0, 5.0, 9.0], math.nan)]
-)
+@pytest.mark.parametrize("values, error", [([1.0, 2.0, 9.0], 3.0), ([2.0] * 6, 3.0), ([1.0, 2.0, 3.0, 9.0], math.nan)])
 def test_few_values_or_those_expected_and_unknown_errors_change_nothing(values, error):
     values = torch.tensor(values, dtype=torch.float64)
     same = torch.ones_like(values)
