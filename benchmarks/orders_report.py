@@ -105,18 +105,19 @@ def plot_trade_off(results, path):
     for line, (value, label) in enumerate((("top1", "no training"), ("tuned top1", "after fine-tuning"))):
         for axis, (network, cost) in zip(axes[line], columns, strict=True):
             for color, method in enumerate(methods):
-                for repaired, style in ((True, "-"), (False, "--")):
+                for repaired, style in ((True, "o-"), (False, "x--")):
                     here = [r for r in rows if (r["network"], r["method"]) == (network, method) and value in r]
                     points = _means([r for r in here if bool(r["compensation"]) == repaired], cost, value)
                     if points:
                         name = method if repaired else f"{method}, not repaired"
-                        axis.plot(*zip(*points, strict=True), style, marker="o", color=f"C{color}", label=name)
+                        axis.plot(*zip(*points, strict=True), style, color=f"C{color}", label=name)
             dense = results["dense"].get(network, {}).get("top1")
             if dense is not None:
                 axis.axhline(dense, color="grey", linewidth=0.8)
                 axis.annotate(
                     "dense", (1, dense), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7
                 )
+            axis.set_xlim(left=0)
             axis.set_xlabel(f"left of the {'MACs' if cost == 'macs' else 'latency of one image'} (%)")
             axis.set_ylabel(f"top-1, {label} (%)")
             axis.set_title(network, fontsize=9)
