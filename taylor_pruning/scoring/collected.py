@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from taylor_pruning.errors import InputError
-from taylor_pruning.scoring.probes import ProbedDerivatives
+from taylor_pruning.scoring.probes import ProbedDerivatives, mean_and_error
 from taylor_pruning.scoring.taylor import Directions, loss_change
 
 LITTLE = 0.05  # of the largest possible information, see Collected.says_little
@@ -118,7 +118,8 @@ class Collected:
     def level_errors(self, order: int) -> Tensor:
         """[units] standard errors of `levels`, float64 on the CPU; those of another task at order 3 are those of order 2."""
         if self.directions is not None:
-            return self.of_order(order).level_error(order).cpu()
+            changes = torch.cat([part.double() for part in self.of_order(order).loss_changes(order)])
+            return mean_and_error(changes.square() / 2 if order == 1 else changes)[1].cpu()
         return ((self.probed.phi_squared_error if order == 1 else self.probed.h_error) / 2).cpu()
 
     def predicted_loss_change(self, chosen: list[int], order: int) -> float | None:

@@ -139,5 +139,6 @@ def probed_third(gamma: Tensor, gates: Tensor, probes: int, generator: torch.Gen
 
 
 def mean_and_error(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean over samples and its standard error; the spread over samples includes that of the probes."""
-    return values.mean(0), values.std(0) / math.sqrt(len(values))
+    """Mean over samples and its standard error, NaN of one sample; the spread over samples includes that of the probes."""
+    mean = values.mean(0)
+    return mean, values.std(0) / math.sqrt(len(values)) if len(values) > 1 else torch.full_like(mean, math.nan)

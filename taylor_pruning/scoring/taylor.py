@@ -18,8 +18,7 @@ one random direction that stands for the rest of the curvature, right on the mea
 stochastic remainder, as in Hutch++: Meyer, Musco, Musco, Woodruff 2021, arXiv:2010.09649).
 """
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -190,19 +189,10 @@ class Directions:
 
     def scores(self, order: int, shift: Tensor | None = None, units=None) -> Tensor:
         """[U'] mean over samples of the signed loss change of removing each unit alone at the shifted logits."""
-        return sum(part.sum(0) for part in self._loss_changes(order, shift, units)) / len(self.labels)
+        return sum(part.sum(0) for part in self.loss_changes(order, shift, units)) / len(self.labels)
 
-    def level_error(self, order: int) -> Tensor:
-        """[U] float64 standard error of `scores`, at order 1 of half the mean squared first-order term; NaN of one sample."""
-        samples, total, squares = len(self.labels), 0.0, 0.0
-        for part in self._loss_changes(order):
-            part = part.double().square() / 2 if order == 1 else part.double()
-            total, squares = total + part.sum(0), squares + part.square().sum(0)
-        variance = (squares - total.square() / samples).clamp_min(0) / (samples - 1 or math.nan)
-        return (variance / samples).sqrt()
-
-    def _loss_changes(self, order, shift=None, units=None):
-        """Yields [some samples, U'] signed loss changes of removing each unit alone."""
+    def loss_changes(self, order: int, shift: Tensor | None = None, units=None) -> Iterator[Tensor]:
+        """Yields [some samples, U'] signed loss changes of removing each unit alone, see `scores`."""
         samples, width = self.coordinates.shape[:2]
         for rows in torch.arange(samples).split(max(1, BLOCK // width)):
             rows = slice(rows[0], rows[-1] + 1)
