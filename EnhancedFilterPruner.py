@@ -282,7 +282,8 @@ class EnhancedFilterPruner:
         if closed_form and collected.says_little():
             self.chosen = chosen_uniformly(selection_of(), self.levels())
         elif closed_form:
-            self.chosen = chosen_behind_repair(selection_of, self._removal_costs, self.levels(), self.measure, weights)
+            levels_of = functools.partial(self._levels, order)
+            self.chosen = chosen_behind_repair(selection_of, self._removal_costs, levels_of, self.measure, weights)
         elif joint and self.has_logits and order > 1:
             self.chosen = chosen_jointly(selection_of(), collected, order, weights)
         else:
@@ -295,16 +296,19 @@ class EnhancedFilterPruner:
         Where the closed form is known they are shrunk towards it, within each group of coupled layers (scoring.shrinkage).
         """
         order = order or self.taylor_order
+        if self.behind_repair is None or self.behind_repair.fisher is None:
+            return self._collected(order).levels(order)
+        return self._levels(order, self._removal_costs().marginal)
+
+    def _levels(self, order, closed_form):
         collected = self._collected(order)
         levels = collected.levels(order)
-        if self.behind_repair is None or self.behind_repair.fisher is None:
-            return levels
-        expected = torch.from_numpy(self._removal_costs().raw).clamp_min(0).to(levels)
-        return shrunk(levels, collected.level_errors(order).to(levels), expected, by_layers(self.graph.units).values())
+        errors, expected = (part.to(levels) for part in (collected.level_errors(order), closed_form.clamp_min(0)))
+        return shrunk(levels, errors, expected, by_layers(self.graph.units).values())
 
-    def _removal_costs(self, levels=None):
+    def _removal_costs(self):
         found = self.behind_repair
-        return removal_costs(self.model, found.moments, found.fisher, len(self.graph.units), levels)
+        return removal_costs(self.model, found.moments, found.fisher, len(self.graph.units))
 
 
 class Rankings:

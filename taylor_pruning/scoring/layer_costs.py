@@ -20,7 +20,7 @@ cost is 1/2 tr(Q_TT (P_TT)^-1) less 1/2 ridge tr(Q_TT) of the Q before any remov
 
 The Q of a remaining channel then includes the load that the repair puts on it, so that a layer whose channels are each
 cheap is not emptied. A unit costs the sum over its readers. The residuals of different positions count as uncorrelated, and
-ranks of single units by these costs are coarse; a level for every unit (`RemovalCosts`) corrects them at the start.
+ranks of single units by these costs are coarse; a level for every unit (`RemovalCosts.start_at`) corrects them.
 """
 
 import itertools
@@ -200,17 +200,12 @@ class RemovalCosts:
     `total` is the cost of all removals so far, `history` [(unit, its cost)].
 
     Args:
-        readers: ReaderCosts of all layers.
-        levels: [units] cost of removing each unit alone, from exact derivatives. The closed form says how costs grow from
-            there: its cost of a unit is scaled by level / cost at the start. A unit that no reader reads, or whose closed
-            form is zero but for rounding, keeps its level.
-            None: the closed form as it is.
-        units: number of units, where there are no levels.
+        readers: ReaderCosts of all layers. units: number of units.
     """
 
-    def __init__(self, readers, levels=None, units=None):
+    def __init__(self, readers, units):
         self.readers = readers
-        self.raw = np.zeros(len(levels) if units is None else units)
+        self.raw = np.zeros(units)
         self.held = [reader.costs() for reader in readers]
         for units_of, costs in itertools.chain.from_iterable(self.held):
             self.raw[units_of] += costs
@@ -219,13 +214,23 @@ class RemovalCosts:
             for unit in reader.places:
                 self.of_unit[unit].append(index)
         self.scale, self.constant = np.ones_like(self.raw), np.zeros_like(self.raw)
-        if levels is not None:
-            levels, read = levels.double().cpu().numpy(), self.raw > EPSILON * self.raw.max(initial=0.0)
-            self.scale = np.where(read, levels / np.where(read, self.raw, 1.0), 0.0)
-            self.constant = np.where(read, 0.0, levels)
-        self._marginal = self.raw * self.scale + self.constant
+        self._marginal = self.raw.copy()
         self.marginal = torch.from_numpy(self._marginal)  # the same memory
         self.total, self.history = 0.0, []
+
+    def start_at(self, levels):
+        """Takes what the removal of each unit alone costs from exact derivatives; before any removal.
+
+        The closed form says how costs grow from there: its cost of a unit is scaled by level / cost at the start. A unit
+        that no reader reads, or whose closed form is zero but for rounding, keeps its level.
+
+        Args:
+            levels: [units], nats.
+        """
+        levels, read = levels.double().cpu().numpy(), self.raw > EPSILON * self.raw.max(initial=0.0)
+        self.scale = np.where(read, levels / np.where(read, self.raw, 1.0), 0.0)
+        self.constant = np.where(read, 0.0, levels)
+        self._marginal[:] = self.raw * self.scale + self.constant
 
     def remove(self, unit):
         """Removes the unit and adds its cost to `total` and `history`; only costs in the layers that read it change."""
@@ -242,13 +247,13 @@ class RemovalCosts:
             self.held[index] = now
 
 
-def removal_costs(model, moments, fisher, units, levels=None):
-    """RemovalCosts of the units of a graph.
+def removal_costs(model, moments, fisher, units):
+    """RemovalCosts of the units of a graph, by the closed form alone.
 
     Args:
         moments: scoring.estimates.input_moments of the model.
         fisher: {layer name: G} of the readers' outputs (`OutputFisher.mean`).
-        units: number of units. levels: see RemovalCosts.
+        units: number of units.
     """
     weights, costs = dict(model.named_parameters(remove_duplicate=False)), []
     for layer, m in moments.items():
@@ -256,4 +261,4 @@ def removal_costs(model, moments, fisher, units, levels=None):
             inverse, _, ridge = m.precision(dtype=torch.float64)
             weight = weights[f"{layer}.weight" if layer else "weight"]
             costs.append(ReaderCosts(m.reader.places, inverse, output_costs(m.reader, weight, fisher[layer]), ridge))
-    return RemovalCosts(costs, levels, units)
+    return RemovalCosts(costs, units)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from taylor_pruning.scoring.collected import Collected
+from taylor_pruning.scoring.layer_costs import RemovalCosts
 from taylor_pruning.selection.constraints import Selection
 from taylor_pruning.selection.corrected import ratios_of, select_corrected
 from taylor_pruning.selection.greedy import select_by_score, select_jointly, select_uniformly
@@ -39,13 +40,13 @@ def chosen_uniformly(selection: Selection, scores: Tensor) -> Chosen:
 
 def chosen_behind_repair(
     selection_of: Callable[[], Selection],
-    costs_of: Callable,
-    levels: Tensor,
+    costs_of: Callable[[], RemovalCosts],
+    levels_of: Callable[[Tensor], Tensor],
     measure: Callable | None,
     weights: Tensor | None,
 ) -> Chosen:
     """See corrected.select_corrected, whose arguments these are."""
-    found = select_corrected(selection_of, costs_of, levels, measure, weights)
+    found = select_corrected(selection_of, costs_of, levels_of, measure, weights)
     return Chosen(
         found.selection.chosen,
         found.costs.total,

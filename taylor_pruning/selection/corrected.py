@@ -53,30 +53,33 @@ class CorrectedChoice:
 
 def select_corrected(
     selection_of: Callable[[], Selection],
-    costs_of: Callable[[Tensor], RemovalCosts],
-    levels: Tensor,
+    costs_of: Callable[[], RemovalCosts],
+    levels_of: Callable[[Tensor], Tensor],
     measure: Callable[[Sequence[list[int]]], list[float]] | None = None,
     weights: Tensor | None = None,
 ) -> CorrectedChoice:
     """Chooses by the costs, tries what was chosen, and chooses again by corrected costs.
 
     Args:
-        selection_of: gives a new Selection. costs_of: gives new RemovalCosts at the given levels.
-        levels: [units] predicted cost (nats) of removing each unit alone.
+        selection_of: gives a new Selection. costs_of: gives new RemovalCosts, by the closed form alone.
+        levels_of: gives [units] the predicted cost (nats) of removing each unit alone, from its cost by the closed form.
         measure: gives the measured cost of each of several sets of units, see scoring.trials; None: the first choice stays.
         weights: [units] of gradient flow, which multiply the levels but are no part of what a trial can measure.
     """
 
-    def choose(levels):
-        selection, costs = selection_of(), costs_of(levels if weights is None else weigh(levels, weights))
+    def choose(trials):
+        selection, costs = selection_of(), costs_of()
+        levels = levels_of(costs.marginal)
+        levels = levels * correction(trials, len(levels)).to(levels)
+        costs.start_at(levels if weights is None else weigh(levels, weights))
         select_behind_repair(selection, costs)
         return selection, costs
 
-    selection, costs = choose(levels)
+    selection, costs = choose([])
     if measure is None:
         return CorrectedChoice(selection, costs, [])
     trials = group_trials(selection, costs, measure, weights)
-    return CorrectedChoice(*choose(levels * correction(trials, len(levels)).to(levels)), trials)
+    return CorrectedChoice(*choose(trials), trials)
 
 
 def group_trials(selection, costs, measure, weights=None) -> list[GroupTrial]:

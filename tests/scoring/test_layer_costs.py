@@ -94,7 +94,10 @@ def fisher_of_outputs(model, graph, images):
 
 def costs_of(model, graph, images, levels=None):
     moments = input_moments(model, graph, [(images, None)])
-    return removal_costs(model, moments, fisher_of_outputs(model, graph, images), len(graph.units), levels)
+    costs = removal_costs(model, moments, fisher_of_outputs(model, graph, images), len(graph.units))
+    if levels is not None:
+        costs.start_at(levels)
+    return costs
 
 
 def inputs_of(model, layer, images):
@@ -227,7 +230,8 @@ def test_the_ridge_is_no_variance_of_the_channels(many, monkeypatch):
 
 
 def test_a_unit_that_no_layer_reads_keeps_its_level():
-    costs = RemovalCosts([], torch.tensor([0.5, 0.25]))
+    costs = RemovalCosts([], 2)
+    costs.start_at(torch.tensor([0.5, 0.25]))
     costs.remove(0)
     assert costs.marginal.tolist() == [0.5, 0.25]
 

@@ -44,7 +44,7 @@ def held_out():
 
 
 def parts_of(pruner, percentage=50):
-    """Functions that give a new selection, new costs at levels, and measured costs."""
+    """Functions that give a new selection and new costs."""
     found, graph = pruner.behind_repair, pruner.graph
     selection_of = partial(Selection, graph, percentage, Constraints("macs"))
     return selection_of, partial(removal_costs, pruner.model, found.moments, found.fisher, len(graph.units))
@@ -63,7 +63,7 @@ def test_a_layer_whose_cost_was_predicted_wrong_gets_its_share(pruner, held_out,
     measure, units = measure_of(pruner, held_out), pruner.graph.layers[layer].unit_of
 
     def taken(levels, measure):
-        found = select_corrected(selection_of, costs_of, levels, measure)
+        found = select_corrected(selection_of, costs_of, lambda _: levels, measure)
         return len({*units.tolist()} & {*found.selection.chosen})
 
     levels = pruner.levels().clone()
@@ -76,10 +76,11 @@ def test_a_layer_whose_cost_was_predicted_wrong_gets_its_share(pruner, held_out,
 @pytest.mark.usefixtures("costs_count")
 def test_nothing_changes_where_all_predictions_are_wrong_alike(pruner):
     selection_of, costs_of = parts_of(pruner)
-    first = select_corrected(selection_of, costs_of, pruner.levels())
+    levels = pruner.levels()
+    first = select_corrected(selection_of, costs_of, lambda _: levels)
     cost = dict(first.costs.history)
     again = select_corrected(
-        selection_of, costs_of, pruner.levels(), lambda sets: [0.25 * sum(cost[u] for u in units) for units in sets]
+        selection_of, costs_of, lambda _: levels, lambda sets: [0.25 * sum(cost[u] for u in units) for units in sets]
     )
     assert first.trials == [] and len(again.trials) > 1
     assert again.selection.chosen == first.selection.chosen and again.costs.history == first.costs.history
@@ -96,8 +97,10 @@ def test_a_trial_takes_what_was_chosen_and_leaves_the_weights_of_gradient_flow_o
         seen.extend(sets)
         return [1.0] * len(sets)
 
-    found = select_corrected(selection_of, costs_of, pruner.levels(), measure, weights)
-    selection, costs = selection_of(), costs_of(pruner.levels() * weights)
+    levels = pruner.levels()
+    found = select_corrected(selection_of, costs_of, lambda _: levels, measure, weights)
+    selection, costs = selection_of(), costs_of()
+    costs.start_at(levels * weights)
     chosen = select_behind_repair(selection, costs)
     groups = by_layers(pruner.graph.units).values()
     assert seen == [[u for u in units if u in chosen] for units in groups if set(units) & set(chosen)]
@@ -145,7 +148,7 @@ def test_the_pipeline_tries_the_choice_on_its_held_out_images(images, labels, he
     chosen = pruner.select(25)
     if wanted:
         selection_of, costs_of = parts_of(pruner, 25)
-        first = select_corrected(selection_of, costs_of, pruner.levels())
+        first = select_corrected(selection_of, costs_of, lambda _: pruner.levels())
         expected = ratios_of(group_trials(first.selection, first.costs, measure_of(pruner, held_out)))
         assert ratios[0] == pytest.approx(expected) == pruner.chosen.measured_over_predicted
         assert set(ratios[0]) <= set(pruner.graph.layers)

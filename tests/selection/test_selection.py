@@ -294,7 +294,8 @@ def test_selection_behind_repair_is_greedy_on_costs_per_saving(relu_network, ima
     pruner.rank(batches, batches)
     chosen = pruner.select(40)
     found = pruner.behind_repair
-    costs = removal_costs(pruner.model, found.moments, found.fisher, len(pruner.graph.units), pruner.levels())
+    costs = removal_costs(pruner.model, found.moments, found.fisher, len(pruner.graph.units))
+    costs.start_at(pruner.levels())
     model, total = CostModel(pruner.graph, "macs"), 0.0
     assert torch.allclose(costs.marginal, pruner.levels(order).double())
     selection = Selection(pruner.graph, 40, Constraints("macs", None))
