@@ -157,8 +157,8 @@ def pruning_of(network, images, compensation, seed, settings, arguments):
     return pruning, draw
 
 
-def tuned(model, subject, draw, arguments, seed):
-    """A fine-tuned copy; the epoch is chosen on training images that are used for nothing else."""
+def tuned_top1(model, subject, draw, arguments, seed):
+    """Top-1 after fine-tuning of a copy; the epoch is chosen on training images that are used for nothing else."""
     count, epochs, lr = subject.tuning
     count = arguments.fine_tune_images or count
     everything, device = images_of(arguments.scratch, subject.images), arguments.device
@@ -168,7 +168,7 @@ def tuned(model, subject, draw, arguments, seed):
     choose = list(loader(everything, draw.rest[:held_out], 250, device))
     model = copy.deepcopy(model)
     fine_tune(model, train, choose, Recipe(epochs=epochs, lr=lr), progress=False)
-    return model
+    return evaluate(model, draw.tests["top1"], progress=False).top1
 
 
 @torch.no_grad()
@@ -209,8 +209,7 @@ def run_cell(cell, arguments):
     row |= {figure: evaluate(model, test, progress=False).top1 for figure, test in draw.tests.items()}
     if subject.tuning and arguments.fine_tune_images != 0:
         begin = time.perf_counter()
-        model = tuned(model, subject, draw, arguments, cell.seed)
-        row["tuned top1"] = evaluate(model, draw.tests["top1"], progress=False).top1
+        row["tuned top1"] = tuned_top1(model, subject, draw, arguments, cell.seed)
         row["seconds"]["tune"] = time.perf_counter() - begin
     row["wall seconds"] = time.perf_counter() - start
     if cell.method in ORDERS:
@@ -219,10 +218,14 @@ def run_cell(cell, arguments):
 
 
 def dense_rows(name, arguments):
-    """Top-1 of the dense network on its test images."""
+    """Top-1 of the dense network on its test images, and after the fine-tuning that the pruned ones get (first seed)."""
+    seed, subject = arguments.seeds[0], SUBJECTS[name]
     model = dense_network(name, arguments.data, arguments.scratch, arguments.device)
-    tests = drawn(name, None, None, 0, arguments).tests
-    return {figure: evaluate(model, test, progress=False).top1 for figure, test in tests.items()}
+    draw = drawn(name, None, arguments.compensation_images, seed, arguments)
+    found = {figure: evaluate(model, test, progress=False).top1 for figure, test in draw.tests.items()}
+    if subject.tuning and arguments.fine_tune_images != 0:
+        found["tuned top1"] = tuned_top1(model, subject, draw, arguments, seed)
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------------- the run

@@ -41,7 +41,7 @@ def print_tables(results):
     for figure in FIGURES:
         digits, unit = (1, "%") if figure.endswith("top1") else (3, "nats")
         for group, methods in grouped(results["rows"], figure).items():
-            dense = results["dense"].get(group.network, {}).get(figure.removeprefix("tuned "))
+            dense = results["dense"].get(group.network, {}).get(figure)
             print(f"\n{group}: {figure}, {unit}" + (f" (dense {dense:.1f})" if dense else ""))
             for method, by_images in sorted(methods.items()):
                 texts = []
@@ -111,7 +111,7 @@ def plot_trade_off(results, path):
                     if points:
                         name = method if repaired else f"{method}, not repaired"
                         axis.plot(*zip(*points, strict=True), style, color=f"C{color}", label=name)
-            dense = results["dense"].get(network, {}).get("top1")
+            dense = results["dense"].get(network, {}).get(value)
             if dense is not None:
                 axis.axhline(dense, color="grey", linewidth=0.8)
                 axis.annotate(
