@@ -35,7 +35,7 @@ SHARE = 0.8  # of the free memory that a pass may take
 # maps large tensors anew each time, page by page: forward and backward of MobileNetV2 at 224 pixels took 2.2 s of a CPU for
 # 32 images in parts of 4, 2.8 s in parts of 8, 4.0 s at once.
 ENOUGH, ENOUGH_FORWARD = 2**29, 2**27
-HELD = 2**30  # bytes of activations that compensation holds at most on a CPU without a limit
+HELD = 2**31  # bytes of activations that compensation holds at most on a CPU without a limit
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, KEPT = -1, -3, 2**30  # of malloc.h, see keep_freed_memory
 MERGED = 1024  # images of a batch on a GPU, which waits for the host where batches are small
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}

@@ -66,9 +66,9 @@ def compensate(
         recorded: the dense network's surgery.execution.Execution on such inputs, where it has been traced already.
         kept: {layer name: indices of the filters of `dense` that `smaller` still has, in its order}. A layer that is not
             named has all its filters, or is depthwise.
-        activation_budget: bytes of activations that may be held between two layers; where the networks need more, they
-            run again from the last place that fitted (at most once for every layer). Default: half of the memory that is left,
-            on a CPU without a limit 1 GB at most.
+        activation_budget: bytes of activations that may be held between two layers; on batches for which there is no room
+            the networks run again from the last place that fitted (at most once for every layer). Default: half of the
+            memory that is left, on a CPU without a limit 2 GB at most.
         memory_limit: bytes, see memory.Portions; batches that do not fit are split. On a GPU they are joined as far as they
             fit, so that it does not wait between small ones. The result does not depend on it.
         seed: of that draw, and of the output positions that are drawn where a layer has many: over all images 16,384,

@@ -1,6 +1,7 @@
 """Runs the dense and the pruned network side by side, from layer to layer, within a budget of memory."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import fx, nn
@@ -14,11 +15,20 @@ from taylor_pruning.surgery.nested import map_tensors
 STATISTICS_ROWS = 2**18  # inputs a channel, over all images, that make the statistics of a BatchNorm
 
 
+@dataclass(frozen=True)
+class Held:
+    """From where both networks run on one batch: their states {node name: value}, and the positions of the next nodes."""
+
+    states: tuple[dict, dict] = ({}, {})
+    starts: tuple[int, int] = (0, 0)
+    bytes: float = 0.0
+
+
 class PairedRuns:
     """Runs both networks over all batches, layer after layer, from activations held since the last layer.
 
-    A network's state is {node name: value}. States are held where all batches together fit the budget; else the networks
-    run again from the last layer at which they did. On the way the inputs of BatchNorms are summed up, of images enough for
+    States are held of as many batches as fit the budget together; on the others the networks run again from the last
+    layer at which theirs did. On the way the inputs of BatchNorms are summed up, of images enough for
     STATISTICS_ROWS positions; what counts is the last run on every batch, when all layers before have been fitted.
     """
 
@@ -33,8 +43,7 @@ class PairedRuns:
         places = [node.name for node in plan.networks[0].trace.graph.nodes if node.op == "placeholder"]
         self.places = {name: index for index, name in enumerate(places)}
         self.budget = budget
-        self.starts = (0, 0)
-        self.states = [({}, {}) for _ in self.images]
+        self.held = [Held() for _ in self.images]
         self.sums = {name: [None] * len(self.images) for name in plan.batchnorms}  # by batch
 
     def to(self, layer):
@@ -42,21 +51,23 @@ class PairedRuns:
 
         The dense state is held where the next layer starts, behind a pooling that may lie between.
         """
-        ends, ahead = (layer.position + 1, layer.position), self._next(layer)
-        starts, hold = self.starts, None
+        ends, ahead, an_image = (layer.position + 1, layer.position), self._next(layer), None
         for batch, images in enumerate(self.images):
-            held = self.states[batch]
-            states = [self._run(k, held[k], batch, starts[k], ends[k], copy=not hold) for k in (0, 1)]
+            hold, held = an_image is None or self._fits(batch, an_image * images), self.held[batch]
+            copy = an_image is None or not hold
+            states = [self._run(k, held.states[k], batch, held.starts[k], ends[k], copy) for k in (0, 1)]
             yield batch, *states
-            if hold is not False:
-                states[0] = self._run(0, states[0], batch, ends[0], ahead, copy=False)
-            if hold is None:
-                hold = sum(map(_bytes, states)) * sum(self.images) / max(1, images) <= self.budget
             if hold:
-                self.states[batch] = states
-                del held
-        if hold:
-            self.starts = ahead, ends[1]
+                states[0] = self._run(0, states[0], batch, ends[0], ahead, copy=False)
+                if an_image is None:
+                    an_image = sum(map(_bytes, states)) / max(1, images)
+                if self._fits(batch, an_image * images):
+                    self.held[batch] = Held(tuple(states), (ahead, ends[1]), an_image * images)
+            del held, states
+
+    def _fits(self, batch, size):
+        """Whether a state of so many bytes may be held in the place of the batch's present one."""
+        return sum(held.bytes for held in self.held) - self.held[batch].bytes + size <= self.budget
 
     def _next(self, layer):
         """Position of the next layer to fit, or just behind the last one."""
@@ -67,8 +78,8 @@ class PairedRuns:
 
     def update_batchnorms(self):
         """Runs on to the end, and gives every BatchNorm of one layer alone the statistics of its present inputs."""
-        for batch, (_, held) in enumerate(self.states):
-            self._run(1, held, batch, self.starts[1], len(self.plan.order[1]), copy=False)
+        for batch, held in enumerate(self.held):
+            self._run(1, held.states[1], batch, held.starts[1], len(self.plan.order[1]), copy=False)
         for name, sums in self.sums.items():
             update_statistics(self.plan.batchnorms[name], *(sum(parts) for parts in zip(*sums, strict=True)))
 

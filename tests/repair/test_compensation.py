@@ -352,6 +352,22 @@ def test_budget_and_row_sampling_change_nothing_or_little(network, monkeypatch):
     torch.testing.assert_close(results[1], results[2])
 
 
+def test_the_networks_run_again_only_on_batches_for_which_there_is_no_room(monkeypatch):
+    model = randomised(NETWORKS["plain"]())
+    plan, batches = random_plan(model), images(120)
+    calls, evaluate = [], paired_runs.evaluate
+    monkeypatch.setattr(paired_runs, "evaluate", lambda *arguments: calls.append(1) or evaluate(*arguments))
+
+    def count(budget):
+        calls.clear()
+        smaller, kept = cut(model, plan)
+        compensate(model, smaller, batches, kept, progress=False, activation_budget=budget)
+        return len(calls)
+
+    counts = [count(budget) for budget in (0, 100_000, 200_000, 2**30)]
+    assert counts == sorted(set(counts), reverse=True), counts
+
+
 @pytest.mark.parametrize("period", [2, 5, 10])
 def test_held_out_images_do_not_follow_the_order_of_the_classes(period):
     """Calibration images come with the classes taking turns; all of them must choose the ridge."""
