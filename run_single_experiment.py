@@ -93,7 +93,11 @@ def curvature_line(curvature: dict) -> str:
     """What the derivatives of the scores were computed with, in one line."""
     if curvature["path"] is None:
         return f"curvature: none ({curvature['reason']})"
-    sampled = f"; random directions stand for {100 * curvature['sampled']:.2g} % of it" if curvature["sampled"] else ""
+    sampled = (
+        f"; {100 * curvature['sampled']:.3g} % of it is estimated from random directions"
+        if curvature["sampled"]
+        else ""
+    )
     return f"curvature: {curvature['path']} ({curvature['reason']}){sampled}"
 
 

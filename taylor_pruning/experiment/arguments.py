@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import difflib
 import json
 from pathlib import Path
 
@@ -109,10 +110,10 @@ def _help(field: dataclasses.Field) -> str:
 
 def _reader(field: dataclasses.Field):
     """An argparse type: the value of the text, checked as the settings check it."""
-    kind, _, optional = value_type(field)
+    kind, several, optional = value_type(field)
 
     def read(text: str):
-        if optional and field.metadata["option"].choices and text == "none":
+        if optional and not several and field.metadata["option"].choices and text == "none":
             return None
         value = kind(text)
         if found := problem(field, value):
@@ -129,7 +130,10 @@ def parse(task: type[ExperimentTask] | type[SweepTask], description: str, argv: 
     Exits with code 2 on wrong input.
     """
     parser = new_parser(task, description)
-    given = vars(parser.parse_args(argv))
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(_unknown(unknown, task))
+    given = vars(given)
     try:
         if folder := given["run.resume"]:
             parser.set_defaults(**_options_of_run(Path(folder), task))
@@ -141,6 +145,15 @@ def parse(task: type[ExperimentTask] | type[SweepTask], description: str, argv: 
         return Command(**{part: settings(**values[part]) for part, settings in parts_of(task).items()})
     except InputError as error:
         parser.error(str(error))
+
+
+def _unknown(words: list[str], task: type) -> str:
+    """What is wrong with words that no option takes, and which options may have been meant."""
+    names = [word.split("=")[0] for word in words if word.startswith("--")]
+    if not names:
+        return f"{words[0]} belongs to no option; put the option before it, as --data-path {words[0]}"
+    close = difflib.get_close_matches(names[0], [flag(field) for _, field in shown_options(task)], n=3)
+    return f"there is no option {names[0]}; " + (f"did you mean {', '.join(close)}?" if close else "--help lists all")
 
 
 def _options_of_run(folder: Path, task: type) -> dict:

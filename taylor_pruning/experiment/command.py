@@ -1,7 +1,7 @@
 """The settings of one command besides pruning and fine-tuning: the task, the data and network, and the run itself."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from taylor_pruning.errors import InputError
 from taylor_pruning.experiment.choices import WIDTHS
@@ -38,11 +38,12 @@ class Task(Checked):
 class ExperimentTask(Task):
     """What one experiment does."""
 
-    pruning_percentage: float = option(
-        30.0,
+    pruning_percentage: float | None = option(
+        None,
         "per cent of the budget to remove",
         "Start at 30 and go up until the accuracy no longer suffices.",
         **PERCENTAGE,
+        default_text="30; none with a target",
         common=True,
     )
     taylor_order: int = option(
@@ -93,28 +94,39 @@ class SweepTask(Task):
         "To see what the Taylor scores are worth on your network.",
         common=True,
     )
-    baselines: tuple[str, ...] = option(
-        ("molchanov2017",),
+    baselines: tuple[str, ...] | None = option(
+        None,
         "published criteria under the same budget; without repair they prune in one step",
         "With --compare-baseline.",
         choices=tuple(sorted(BASELINES)),
+        default_text="molchanov2017",
     )
-    baseline_widths: tuple[str, ...] = option(
-        ("own",),
+    baseline_widths: tuple[str, ...] | None = option(
+        None,
         "widths of the baselines: own, by their scores in all layers; uniform, the same share of every layer",
         "With --compare-baseline. Uniform widths are what most papers report, and often the stronger baseline.",
         choices=WIDTHS,
+        default_text="own",
     )
     compensate_baselines: bool = option(
         False,
         "also run the baselines with the repair, in as many rounds as the orders",
-        "To see how much of a lead is the scores' and how much is the repair's.",
+        "With --compare-baseline. It shows how much of a lead is the scores' and how much is the repair's.",
     )
-    seeds: tuple[int, ...] = option(
-        (0,),
+    seeds: tuple[int, ...] | None = option(
+        None,
         "seeds of the calibration images and of the order in fine-tuning",
         "Three or more show how far the results depend on chance.",
+        default_text="that of --seed",
     )
+
+    def __post_init__(self):
+        check(self)
+        if self.compare_baseline:
+            object.__setattr__(self, "baselines", self.baselines or ("molchanov2017",))
+            object.__setattr__(self, "baseline_widths", self.baseline_widths or ("own",))
+        elif given := [n for n in ("baselines", "baseline_widths", "compensate_baselines") if getattr(self, n)]:
+            raise InputError(f"--{given[0].replace('_', '-')} needs --compare-baseline; give both or none")
 
 
 @dataclass(frozen=True)
@@ -193,8 +205,7 @@ class DataSettings(Checked):
         "Lower it when that training diverges.",
         low=0,
         open_low=True,
-        default_text="0.1 from scratch with BatchNorm, without 0.02 at a batch of 16 and more with its square root; 0.02 for a "
-        "new head",
+        default_text="0.02 for a new head; from scratch 0.1 with BatchNorm, 0.02 x sqrt(batch / 16) without",
     )
 
     def __post_init__(self):
@@ -238,8 +249,15 @@ class Command:
     run: RunSettings
 
     def __post_init__(self):
-        if isinstance(self.task, SweepTask) and self.pruning.target:
-            raise InputError("a sweep removes --pruning-percentages; give a target to run_single_experiment.py")
+        if isinstance(self.task, SweepTask):
+            if self.pruning.target:
+                raise InputError("a sweep removes --pruning-percentages; give a target to run_single_experiment.py")
+            if self.task.seeds is None:
+                object.__setattr__(self, "task", replace(self.task, seeds=(self.pruning.seed,)))
+        elif self.pruning.target and self.task.pruning_percentage is not None:
+            raise InputError("--pruning-percentage and a target contradict each other; give one of the two")
+        elif not self.pruning.target and self.task.pruning_percentage is None:
+            object.__setattr__(self, "task", replace(self.task, pruning_percentage=30.0))
 
     def as_dict(self) -> dict:
         """{option: value} of every option of the command line, for config.json and results.json.

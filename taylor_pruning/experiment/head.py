@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from taylor_pruning.errors import InputError
 from taylor_pruning.experiment.data import ImageData, TensorImages
 from taylor_pruning.experiment.folders import FolderImages
 from taylor_pruning.experiment.models import BuiltModel, head_name
@@ -21,7 +22,15 @@ def present_classes(data: ImageData, built: BuiltModel) -> tuple[ImageData, Buil
     """The data with labels 0, 1, ... of the classes that have training images, and a network with their logits alone.
 
     Labels keep their order. Both come back unchanged where every class is present.
+
+    Raises:
+        InputError: the class folders are not ImageNet's, so that no logits belong to them.
     """
+    if not data.imagenet_labels:
+        raise InputError(
+            "--head present needs class folders that are named by ImageNet's synset ids, as n01440764; leave it out, and a "
+            f"network without the {data.num_classes} classes gets a new head"
+        )
     present = sorted({int(label) for label in data.train.targets})
     if len(present) == data.num_classes:
         return data, built

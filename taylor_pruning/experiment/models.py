@@ -220,8 +220,9 @@ def _download(weights: WeightsEnum | TimmWeights) -> dict[str, Tensor]:
     try:
         return weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
     except (OSError, http.client.HTTPException, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split())
         raise InputError(
-            f"could not download {weights.url} ({error}); pass --weights FILE or --weights none"
+            f"could not download {weights.url} ({reason}); pass --weights FILE or --weights none"
         ) from error
 
 

@@ -83,8 +83,8 @@ def default_folder(command):
 def open_folder(folder, command):
     """Makes the results folder with its config.json and locks it while the block runs.
 
-    Wrong input that is found before anything was written leaves no config.json, so that the folder is free for the
-    corrected command.
+    Wrong input that is found before anything was written leaves nothing: neither the config.json, so that the folder is free
+    for the corrected command, nor folders that were not there.
 
     Raises:
         InputError: another run has the folder, it holds results already, or `--resume` finds other arguments there.
@@ -97,14 +97,9 @@ def open_folder(folder, command):
         raise InputError(
             f"{folder} has no config.json; --resume takes the folder of an interrupted run; leave it out to start a new run"
         )
+    made = [place for place in (folder, *folder.parents) if not place.exists()]  # the innermost first
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(
-                f"another run is writing into {folder}; wait for it or pass another --output-dir"
-            ) from error
+    with locked(folder) as lock:
         if command.run.resume:
             check_same_arguments(json.loads(config.read_text(encoding="utf-8")), command)
         elif config.exists():
@@ -121,7 +116,28 @@ def open_folder(folder, command):
         except InputError:
             if not command.run.resume and before.issuperset(os.listdir(folder)):
                 config.unlink()
+                lock.unlink()
+                for place in made:
+                    if not os.listdir(place):
+                        place.rmdir()
             raise
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Holds the lock of a results folder, a file, and yields its path. Raises InputError if another run holds it."""
+    path = folder / ".lock"
+    with open(path, "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ours = path.exists() and os.path.samestat(
+                os.fstat(lock.fileno()), path.stat()
+            )  # not that of a run that ended
+        except BlockingIOError:
+            ours = False
+        if not ours:
+            raise InputError(f"another run is writing into {folder}; wait for it or pass another --output-dir")
+        yield path
 
 
 def check_same_arguments(config, command):

@@ -100,8 +100,8 @@ class PruningSettings(Constraints):
     )
     exclude: tuple[str, ...] = option(
         (),
-        "layers whose filters all stay",
-        "To protect layers that other programs read.",
+        "layers whose filters all stay, by name or pattern, as 'features.*'",
+        "To protect layers that other programs read. results.json lists the names under layers.",
         metavar="PATTERN",
     )
     prune_modules: tuple[str, ...] = option(
@@ -200,8 +200,12 @@ class PruningSettings(Constraints):
             raise InputError("repair network would undo the training of fine_tune_between; give one of the two")
         if self.repair == "none":
             object.__setattr__(self, "compensate", False)
-        if self.target:
-            object.__setattr__(self, "budget", self.target.kind)
+        if target := self.target:
+            if self.budget not in ("filters", target.kind):  # the default, or what the target says
+                raise InputError(
+                    f"target_{target.kind} and budget {self.budget} contradict each other; leave the budget out"
+                )
+            object.__setattr__(self, "budget", target.kind)
         if self.prune_modules and self.budget == "latency":
             given = "target_latency" if self.target_latency else "budget latency"
             raise InputError(

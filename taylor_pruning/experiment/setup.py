@@ -39,6 +39,7 @@ NORMALISED_LR, PLAIN_LR = 0.1, 0.02  # with BatchNorm, and without or of a new h
 # Without BatchNorm a network needs many steps to leave the plateau at the start: where --batch-size gives fewer steps an
 # epoch than these, the batch is smaller, down to PLAIN_BATCH. PLAIN_LR is the learning rate at that batch.
 PLAIN_STEPS, PLAIN_BATCH = 400, 16
+FEW_IMAGES = 20  # fewer held-out images than these say little of a round
 
 
 @dataclass
@@ -115,6 +116,8 @@ def prepare(command, folder, device, percentages=()):
     built.model.to(device)
     experiment = Experiment(command, device, data, built)
     settings = command.pruning
+    if settings.compensate:
+        warn_of_few_images(len(data.train), command.data)
     example = torch.zeros(1, 3, data.image_size, data.image_size, device=device)
     graph = settings.graph_of(built.model, example)
     settings = with_times(settings, graph, example, print if progress(command) else None)
@@ -133,6 +136,22 @@ def warn_of_chance(dense, data):
         print(
             f"the dense network is no better than chance (top-1 {dense['top1']:.1f} %), so that nothing can be learnt from "
             "pruning it; pass --weights, or train it longer with --train-epochs",
+            file=sys.stderr,
+        )
+
+
+def warn_of_few_images(images: int, settings: DataSettings) -> None:
+    """Warns where scoring and repair leave few or none of the `images` for training to judge the rounds on."""
+    left = max(0, images - max(settings.calibration_samples, settings.compensation_samples))
+    if is_main() and left < FEW_IMAGES:
+        judge = (
+            f"only {left} are left to judge the rounds"
+            if left
+            else "none is left, and they judge the rounds themselves"
+        )
+        print(
+            f"of {images} training images {images - left} score and repair, {judge}; lower --calibration-samples and "
+            "--compensation-samples, or give more images",
             file=sys.stderr,
         )
 

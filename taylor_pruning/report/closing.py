@@ -19,6 +19,8 @@ STAGES = {
 }
 FILES = {
     "pruned_model.pt": "the smaller network, for load_pruned",
+    "pruned_model.onnx": "the same for onnxruntime",
+    "pruned_model.pt2": "the same for torch.export.load",
     "results.md": "the tables",
     "results.csv": "one row for every network and stage",
     "results.json": "every number",
@@ -135,4 +137,4 @@ def _number(count: float) -> str:
 
 def _files(folder: Path) -> list[str]:
     found = [(name, what) for name, what in FILES.items() if (folder / name).exists()]
-    return [f"Files in {folder}:", *(f"  {name:<17}{what}" for name, what in found)]
+    return [f"Files in {folder}:", *(f"  {name:<19}{what}" for name, what in found)]

@@ -10,7 +10,8 @@ from taylor_pruning.options import check, option
 from taylor_pruning.selection.costs import cost_model
 from taylor_pruning.selection.latency_table import NetworkLatency
 
-BUDGETS = ("filters", "params", "macs", "latency")
+UNITS = {"filters": "filters", "params": "parameters", "macs": "multiply-accumulates", "latency": "ms"}
+BUDGETS = tuple(UNITS)
 FILTERS_BOUND = 1.03  # layer bound of a budget in filters
 
 
@@ -99,7 +100,10 @@ def require_units(graph):
     """Raises InputError, with reasons, if no filter of the graph's network may be removed."""
     if not graph.units:
         reasons = "; ".join(f"{name}: {info.reason}" for name, info in list(graph.layers.items())[:3])
-        raise InputError(f"no filter of this network may be removed ({reasons or 'it has no conv layer'})")
+        raise InputError(
+            f"no filter of this network may be removed ({reasons or 'it has no conv layer'}); exclude less, "
+            "add --prune-linear, or take another network"
+        )
 
 
 @dataclass
@@ -203,10 +207,13 @@ class Selection:
 
     def close_if_unreachable(self):
         if not self.open.any() and not self.relax():
-            share = 100 * (1 - self.missing() / self.goal) if self.goal else 0
+            left, unit = self.ledger.total - self.goal + self.missing(), UNITS[self.constraints.budget]
+            most = math.floor(1e4 * (1 - left / self.ledger.total) + 1e-6) / 100
+            amount = f"{left:.3g}" if unit == "ms" else f"{left:,.0f}"
             raise InputError(
-                f"the layers cannot lose that much: only {share:.0f} % of the target can be removed with at least "
-                f"{self.constraints.min_filters} filter(s) a layer; ask for a lower percentage or lower --min-filters"
+                f"the layers cannot lose that much: at most {most:g} % of the budget can be removed, {amount} {unit} must "
+                f"be left with at least {self.constraints.min_filters} filter(s) a layer; ask for a lower percentage or a "
+                "larger target, or lower --min-filters"
             )
 
     def done(self):

@@ -13,7 +13,7 @@ from taylor_pruning.errors import InputError
 from taylor_pruning.experiment.arguments import new_parser, parse, parts_of, shown_options
 from taylor_pruning.experiment.command import DataSettings, ExperimentTask, SweepTask
 from taylor_pruning.experiment.settings import PruningSettings
-from taylor_pruning.options import flag, options
+from taylor_pruning.options import flag, options, value_type
 from taylor_pruning.report.json_files import write_json
 from taylor_pruning.training.recipe import Recipe
 
@@ -89,7 +89,7 @@ def test_the_options_of_a_run_come_back_from_its_config(tmp_path):
         ("--budget flops", "--budget: must be one of filters, params, macs, latency, not flops"),
         ("--export pt2 jit", "--export: must be one of onnx, pt2, not jit"),
         ("--amp fp8", "--amp: must be one of auto, bf16, fp16, not fp8"),
-        ("--round 3", "unrecognized arguments: --round 3"),
+        ("--round 3", "there is no option --round; did you mean --rounds"),
     ],
 )
 def test_wrong_values_are_named_with_their_option(words, message, capsys):
@@ -98,10 +98,41 @@ def test_wrong_values_are_named_with_their_option(words, message, capsys):
     assert exit.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_a_sweep_with_a_target_is_refused(capsys):
+@pytest.mark.parametrize(
+    ("task", "words", "message"),
+    [
+        (SweepTask, "--target-macs 50%", "run_single_experiment.py"),
+        (SweepTask, "--pruning-percentage 50", "no option --pruning-percentage; did you mean --pruning-percentages"),
+        (SweepTask, "--baselines molchanov2017", "--baselines needs --compare-baseline"),
+        (SweepTask, "--compensate-baselines", "--compensate-baselines needs --compare-baseline"),
+        (ExperimentTask, "--target-macs 50% --pruning-percentage 30", "contradict"),
+        (ExperimentTask, "--target-macs 50% --budget params", "target_macs and budget params contradict"),
+        (ExperimentTask, "photos", "photos belongs to no option"),
+    ],
+)
+def test_options_that_contradict_or_do_nothing_are_refused(task, words, message, capsys):
     with pytest.raises(SystemExit) as exit:
-        parse(SweepTask, "", ["--target-macs", "50%"])
-    assert exit.value.code == 2 and "run_single_experiment.py" in capsys.readouterr().err
+        parse(task, "", words.split())
+    assert exit.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_defaults_that_depend_on_other_options_come_back_from_the_config(tmp_path):
+    """The seeds of a sweep are that of --seed; a percentage is 30 without a target, and none with one."""
+    cases = [
+        (SweepTask, "--seed 3", {"seeds": (3,), "baselines": None}),
+        (
+            SweepTask,
+            "--compare-baseline",
+            {"seeds": (0,), "baselines": ("molchanov2017",), "baseline_widths": ("own",)},
+        ),
+        (ExperimentTask, "--target-macs 50%", {"pruning_percentage": None}),
+        (ExperimentTask, "", {"pruning_percentage": 30}),
+    ]
+    for task, words, expected in cases:
+        command = parse(task, "", words.split())
+        assert {name: getattr(command.task, name) for name in expected} == expected
+        write_json(tmp_path / "config.json", {"arguments": command.as_dict()})
+        assert parse(task, "", ["--resume", str(tmp_path)]).task == command.task
 
 
 @pytest.mark.parametrize("settings", [PruningSettings, Recipe, DataSettings, ExperimentTask, SweepTask])
@@ -112,7 +143,7 @@ def test_settings_check_all_that_the_command_line_checks(settings):
         wrong += [about.high + 1] if about.high is not None else []
         wrong += ["?"] if about.choices else []
         for value in wrong:
-            value = (value,) if isinstance(field.default, tuple) else value
+            value = (value,) if value_type(field)[1] else value
             with pytest.raises(InputError, match=field.name):
                 settings(**{field.name: value})
 

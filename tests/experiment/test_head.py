@@ -8,6 +8,7 @@ from image_files import write_folder
 
 import run_single_experiment
 from EnhancedPruning import load_pruned
+from taylor_pruning.errors import InputError
 from taylor_pruning.experiment.data import TensorImages
 from taylor_pruning.experiment.folders import load_image_folder
 from taylor_pruning.experiment.head import present_classes, reduced_head, relabelled
@@ -43,10 +44,11 @@ def test_the_logits_are_those_of_the_present_classes(name, synsets):
     assert built.model(images).shape[1] == 1000
 
 
-def test_all_classes_present_change_nothing(tmp_path):
+def test_folders_that_are_not_imagenets_classes_are_refused(tmp_path):
     data = load_image_folder(write_folder(tmp_path, ("a", "b")))
     built = build_model("squeezenet1_1", 2, image_size=32, weights="none")
-    assert present_classes(data, built) == (data, built)
+    with pytest.raises(InputError, match="synset ids"):
+        present_classes(data, built)
 
 
 def test_files_and_tensors_are_relabelled_alike(synsets):

@@ -14,11 +14,12 @@ import run_enhanced_pruning
 import run_single_experiment
 from EnhancedPruning import EnhancedPruning
 from taylor_pruning.experiment.choices import BaselineChoice
+from taylor_pruning.experiment.command import DataSettings
 from taylor_pruning.experiment.folders import load_image_folder
 from taylor_pruning.experiment.loaders import make_loader
 from taylor_pruning.experiment.pruned_file import load_pruned
 from taylor_pruning.experiment.rounds import Rounds
-from taylor_pruning.experiment.setup import warn_of_chance
+from taylor_pruning.experiment.setup import warn_of_chance, warn_of_few_images
 from taylor_pruning.training import fine_tuning as FineTuning
 from taylor_pruning.training.fine_tuning import TrainingDiverged, evaluate
 
@@ -106,6 +107,13 @@ def test_a_dense_network_at_chance_is_pointed_out(top1, warns, image_folder, cap
     assert ("no better than chance" in capsys.readouterr().err) == warns
 
 
+@pytest.mark.parametrize(("samples", "said"), [(17, None), (40, "only 17 are left"), (100, "none is left")])
+def test_too_few_images_to_judge_the_rounds_are_pointed_out(samples, said, capsys):
+    warn_of_few_images(57, DataSettings(calibration_samples=17, compensation_samples=samples))
+    error = capsys.readouterr().err
+    assert said in error if said else not error
+
+
 BAD = {
     "no such folder": (["--data-path", "nowhere"], "nowhere"),
     "no train": (["--data-path", "."], "train/"),
@@ -138,7 +146,7 @@ def test_bad_input_gets_one_clear_line_and_code_2(case, image_folder, tmp_path, 
     error = capsys.readouterr().err
     assert code == 2 and message in error and "Traceback" not in error
     assert len([line for line in error.splitlines() if "error:" in line]) == 1
-    assert not list((tmp_path / "out").glob("[!.]*")), "found before any training, and the folder is free again"
+    assert not list(tmp_path.iterdir()), "found before any training; no folder is left"
 
 
 def test_weights_that_cannot_be_downloaded_name_the_way_out(image_folder, tmp_path, monkeypatch, capsys):

@@ -20,7 +20,8 @@ def stages():
 
 
 def test_an_experiment_says_gain_cost_and_files(stages, tmp_path):
-    (tmp_path / "results.json").touch()
+    for name in ("results.json", "pruned_model.onnx"):
+        (tmp_path / name).touch()
     results = {"stages": stages, "layers": {"a": {"filters": 64, "kept": 40}, "b": {"filters": 8, "kept": 8}}}
     assert experiment_closing(results, tmp_path).splitlines() == [
         "Removing 24 of 72 filters gave:",
@@ -32,7 +33,8 @@ def test_an_experiment_says_gain_cost_and_files(stages, tmp_path):
         "  95.2 % dense, 71.0 % after the cut, 93.9 % after the repair, 94.6 % after",
         "  fine-tuning",
         f"Files in {tmp_path}:",
-        "  results.json     every number",
+        "  pruned_model.onnx  the same for onnxruntime",
+        "  results.json       every number",
     ]
 
 

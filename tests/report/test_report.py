@@ -184,7 +184,9 @@ def test_neither_torch_nor_pyplot_is_imported():
 
 def test_every_criterion_has_a_style():
     """Those of a sweep, in every variant: own and uniform widths, as published and repaired."""
-    task = SweepTask(baselines=tuple(BASELINES), baseline_widths=("own", "uniform"), compensate_baselines=True)
+    task = SweepTask(
+        baselines=tuple(BASELINES), baseline_widths=("own", "uniform"), compensate_baselines=True, compare_baseline=True
+    )
     methods = baseline_methods(task)
     assert len(set(methods)) == 4 * len(BASELINES) and set(methods) <= METHODS.keys()
     sweep, seen = object.__new__(Sweep), set()
