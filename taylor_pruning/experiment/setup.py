@@ -120,7 +120,7 @@ def prepare(command, folder, device, percentages=()):
         warn_of_few_images(len(data.train), command.data)
     example = torch.zeros(1, 3, data.image_size, data.image_size, device=device)
     graph = settings.graph_of(built.model, example)
-    settings = with_times(settings, graph, example, print if progress(command) else None)
+    settings = with_times(settings, graph, example, print if progress(command) else None, folder)
     experiment.command = dataclasses.replace(command, pruning=settings)
     for percentage in {settings.percentage(percentage, graph) for percentage in percentages}:
         check_reachable(graph, percentage, settings.constraints)

@@ -79,7 +79,8 @@ class Constraints:
     latency_table: str | None = option(
         None,
         "file in which the measured times of layers are kept",
-        "To keep the times of several devices apart, or to take them along.",
+        "To keep the times of several devices apart, or to take them along. With one file a run can be repeated; "
+        "remove it to measure anew.",
         default_text="one in the user's cache folder",
         metavar="FILE",
     )

@@ -12,6 +12,7 @@ with coefficients that are not negative, fitted to the whole network at some uni
 times are interpolated linearly. (Tables of measured layers: Shen et al. 2022, HALP, arXiv:2110.10811.)
 """
 
+import hashlib
 import itertools
 import math
 import platform
@@ -171,11 +172,20 @@ def measure_latency(
     return broadcast_object(latency)
 
 
-def with_times(settings, graph: ChannelGraph, example: Tensor, progress: Callable[[str], None] | None = None):
-    """The settings (a dataclass derived from Constraints), with measured times where their budget needs them."""
+def with_times(
+    settings,
+    graph: ChannelGraph,
+    example: Tensor,
+    progress: Callable[[str], None] | None = None,
+    folder: Path | None = None,
+):
+    """The settings (a dataclass derived from Constraints), with measured times where their budget needs them.
+
+    The table is that of the settings, else in the user's cache, else, where there is none that can be written, in `folder`.
+    """
     if settings.budget != "latency" or settings.times is not None:
         return settings
-    folder = cache_folder()
+    folder = cache_folder() or folder
     table = settings.latency_table or (folder and folder / "latency.json")
     times = measure_latency(
         graph, example, batch_size=settings.latency_batch, table=table, round_to=settings.round_to, progress=progress
@@ -203,20 +213,38 @@ def _measured(graph, example, batch_size, table, round_to, progress):
         times = tuple(tuple(known[call.key(batch_size), into, out] for into in inputs) for out in outputs)
         layers.append(LayerTimes(call.weight, inputs, outputs, times, call.elements * batch_size))
     plain = NetworkLatency(tuple(layers), 0.0, 1.0, 0.0, batch_size, device_name(like.device))
-    return _fitted(plain, graph, example)
+    return _fitted(plain, graph, example, known)
 
 
-def _fitted(latency, graph, example):
-    """The latency with coefficients from the network's own times at uniform widths."""
-    rows, networks = [], []
+def _fitted(latency, graph, example, known):
+    """The latency with coefficients from the network's own times at uniform widths, which the table keeps too.
+
+    Every selection with the same table is then the same, also that of an interrupted run.
+    """
+    rows, networks, keys = [], [], []
     for share in NETWORK_SHARES:
         costs, units = LatencyCosts(graph, latency), uniform_units(graph, 1 - share)
         for unit in units:
             costs.remove(unit)
         rows.append([1.0, *costs.parts()])
         networks.append(graph.remove([graph.units[u] for u in units], verify=False) if units else graph.model)
-    fixed, scale, each = nonnegative_fit(rows, networks_milliseconds(networks, example, latency.batch_size))
+        keys.append((network_key(graph, networks[-1], latency.batch_size), round(100 * share)))
+    if not all(key in known for key in keys):
+        for key, time in zip(keys, networks_milliseconds(networks, example, latency.batch_size), strict=True):
+            known[key] = time
+        known.save()
+    fixed, scale, each = nonnegative_fit(rows, [known[key] for key in keys])
     return NetworkLatency(latency.layers, fixed, scale, each, latency.batch_size, latency.device)
+
+
+def network_key(graph: ChannelGraph, model: nn.Module, batch_size: int) -> str:
+    """All that the time of `model` depends on, which is the graph's network with fewer channels."""
+    nodes = [n for n in graph.executions[False].trace.graph.nodes if n.op != "get_attr"]
+    operations = [
+        (operation_name(n) if n.op == "call_function" else n.op, n.meta.get("shape"), _literals(n)) for n in nodes
+    ]
+    widths = [tuple(tensor.shape) for tensor in model.state_dict().values()]
+    return f"network {hashlib.sha256(repr((operations, widths)).encode()).hexdigest()[:16]} batch {batch_size}"
 
 
 def uniform_units(graph: ChannelGraph, share: float) -> list[int]:

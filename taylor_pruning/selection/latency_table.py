@@ -1,6 +1,7 @@
 """Measured times: of the layers of one network, and a file of them for every device.
 
-The file holds {device: {number format and torch version: {layer: {"inputs x outputs": milliseconds}}}}.
+The file holds {device: {number format and torch version: {layer: {"inputs x outputs": milliseconds}}}}, and in the place of a
+layer also whole networks, with the per cent of the filters that are left.
 """
 
 import json
@@ -40,7 +41,7 @@ class NetworkLatency:
 
 
 class LatencyTable:
-    """Times of one device by (layer, inputs, outputs); what a file holds of other devices stays in it.
+    """Times of one device by (layer, inputs, outputs) or (network, per cent); what a file holds of other devices stays in it.
 
     Args:
         path: of the file; None: nothing is kept. device, version: under which the times stand.
@@ -71,17 +72,17 @@ class LatencyTable:
         device, version = self.place
         return content.setdefault(device, {}).setdefault(version, {})
 
-    def __contains__(self, key: tuple[str, int, int]) -> bool:
-        layer, inputs, outputs = key
-        return f"{inputs}x{outputs}" in self.times.get(layer, {})
+    def __contains__(self, key: tuple) -> bool:
+        name, *sizes = key
+        return _text(sizes) in self.times.get(name, {})
 
-    def __getitem__(self, key: tuple[str, int, int]) -> float:
-        layer, inputs, outputs = key
-        return self.times[layer][f"{inputs}x{outputs}"]
+    def __getitem__(self, key: tuple) -> float:
+        name, *sizes = key
+        return self.times[name][_text(sizes)]
 
-    def __setitem__(self, key: tuple[str, int, int], milliseconds: float) -> None:
-        layer, inputs, outputs = key
-        self.times.setdefault(layer, {})[f"{inputs}x{outputs}"], self.changed = milliseconds, True
+    def __setitem__(self, key: tuple, milliseconds: float) -> None:
+        name, *sizes = key
+        self.times.setdefault(name, {})[_text(sizes)], self.changed = milliseconds, True
 
     def save(self) -> None:
         """Adds the new times to the file, whole or not at all; those that another process has added meanwhile stay."""
@@ -95,3 +96,7 @@ class LatencyTable:
         with atomic_path(self.path) as temporary:
             temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         self.changed = False
+
+
+def _text(sizes: list[int]) -> str:
+    return "x".join(map(str, sizes))

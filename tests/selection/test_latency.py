@@ -169,8 +169,28 @@ def test_an_interrupted_measurement_continues(counted, images, tmp_path, monkeyp
     measure_latency(graph, images[:1], table=path)
     whole, again = len(calls), json.loads(path.read_text())
     measure_latency(graph, images[:1], table=path)
-    assert len(calls) == whole + 3 * len(latency_module.NETWORK_SHARES)  # the network alone, no layer
-    assert json.loads(path.read_text()) == again
+    assert len(calls) == whole and json.loads(path.read_text()) == again
+
+
+def test_with_one_table_the_times_of_a_network_are_the_same_again(images, tmp_path):
+    """Times that are measured once more differ: a run that goes on, or is repeated, would prune to another target."""
+    torch.manual_seed(0)
+    network = randomise(plain())
+    first, again = (
+        measure_latency(ChannelGraph(network, images), images[:1], table=tmp_path / "times.json") for _ in range(2)
+    )
+    assert first == again
+    graph = ChannelGraph(network, images)
+    narrower = graph.remove(graph.units[:1])
+    keys = {latency_module.network_key(graph, model, batch) for model in (network, narrower) for batch in (1, 2)}
+    assert len(keys) == 4
+
+
+def test_without_a_cache_the_times_are_kept_in_the_runs_folder(counted, images, tmp_path, monkeypatch):
+    monkeypatch.setattr(latency_module, "cache_folder", lambda: None)
+    graph, settings = ChannelGraph(randomise(plain()), images), PruningSettings(budget="latency")
+    settings = latency_module.with_times(settings, graph, images[:1], folder=tmp_path)
+    assert settings.times is not None and (tmp_path / "latency.json").exists()
 
 
 def test_the_table_keeps_what_others_wrote_and_refuses_other_files(tmp_path):
