@@ -10,7 +10,6 @@ Every cell is the experiment that run_single_experiment.py runs with the same ar
 the dense network's evaluation and its ranking. A finished cell is on disk before the next begins.
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from taylor_pruning.experiment.command import Command, SweepTask
 from taylor_pruning.experiment.run import run_guarded
 from taylor_pruning.experiment.setup import Experiment, environment, prepare, warn_of_chance
 from taylor_pruning.report.closing import sweep_closing
-from taylor_pruning.report.json_files import write_json
+from taylor_pruning.report.json_files import read_json, write_json
 from taylor_pruning.report.sweep import sweep_table, write_sweep
 from taylor_pruning.training.fine_tuning import TrainingDiverged
 
@@ -43,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(command: Command, folder: Path, device: torch.device) -> int:
     """Runs what is not yet in the folder, writes the tables and plots; 1 if a cell failed."""
-    before = _read(folder / "results.json") if command.run.resume else None
+    before = read_json(folder / "results.json") if command.run.resume else None
     barrier()
     if before and all(cell["status"] == "done" for cell in before["cells"]):
         if is_main():
@@ -75,7 +74,7 @@ class Sweep:
 
     def __init__(self, command: Command, experiment: Experiment, folder: Path, seed: int, dense: dict | None):
         self.command, self.experiment, self.folder, self.seed = command, experiment, folder, seed
-        stage = dense or _read(folder / "dense.json")
+        stage = dense or read_json(folder / "dense.json")
         self.pruning = EnhancedPruning(**experiment.pipeline_arguments(seed, dense_stage=stage))
         stage = self.pruning.dense_stage()
         if is_main():
@@ -86,7 +85,7 @@ class Sweep:
 
     def cell(self, method: str, percentage: float) -> None:
         """Prunes, fine-tunes and writes one cell, unless it is finished. A failure is recorded; the other cells run."""
-        if (_read(self.file(method, percentage)) or {}).get("status") == "done":
+        if (read_json(self.file(method, percentage)) or {}).get("status") == "done":
             return
         try:
             result = self.fine_tuned(method, percentage, self.pruned(method, percentage))
@@ -139,15 +138,11 @@ class Sweep:
         print(f"{method}, {percentage:g} %, seed {self.seed}: {outcome}", flush=True)
 
 
-def _read(path: Path) -> dict | None:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-
-
 def report(command: Command, experiment: Experiment, folder: Path, dense: dict) -> int:
     """Writes the tables and plots and prints the table; returns the exit code."""
     for checkpoint in (folder / "cells").glob("*.checkpoint"):  # of cells that were killed after their last step
         checkpoint.unlink()
-    cells = [_read(file) for file in sorted((folder / "cells").glob("*_seed-*.json"))]
+    cells = [read_json(file) for file in sorted((folder / "cells").glob("*_seed-*.json"))]
     sweep = {
         "arguments": command.as_dict(),
         "environment": environment(experiment.device),

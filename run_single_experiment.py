@@ -23,7 +23,7 @@ from taylor_pruning.experiment.run import run_guarded
 from taylor_pruning.experiment.setup import Experiment, environment, prepare, progress, warn_of_chance
 from taylor_pruning.report.closing import experiment_closing
 from taylor_pruning.report.experiment_plots import write_experiment_plots
-from taylor_pruning.report.json_files import write_json
+from taylor_pruning.report.json_files import read_json, write_json
 from taylor_pruning.report.tables import rounds_table, summary_table
 
 DESCRIPTION = """Prune one network by Taylor scores, fine-tune it and report.
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(command: Command, folder: Path, device: torch.device) -> int:
-    finished = (folder / "results.json").exists() and not (folder / PRUNED).exists()
+    finished = read_json(folder / "results.json") is not None and not (folder / PRUNED).exists()
     barrier()
     if command.run.resume and finished:
         if is_main():
@@ -60,7 +60,7 @@ def pruned(command: Command, pruning: EnhancedPruning, experiment: Experiment, f
     """The pruned network before fine-tuning; kept on disk, so that an interrupted run need not prune again."""
     kept = folder / PRUNED
     if command.run.resume and kept.exists():
-        model = load_pruned(kept, device=pruning.example.device)
+        model = load_pruned(kept, device=pruning.example.device, remedy="remove the file to prune again")
         return PruningResult(model=model, **torch.load(kept, weights_only=True)["extra"])
     warn_of_chance(pruning.dense_stage(), experiment.data)
     result = pruning.prune(

@@ -248,9 +248,11 @@ def test_no_finished_round_of_pruning_is_repeated(plain_network, images, labels,
         with pytest.raises(InputError, match=f"another pruning: .*{message}"):
             run(**change, resume=True)
     assert checkpoint.with_suffix(".rounds").read_bytes() == written
-    checkpoint.with_suffix(".rounds").write_bytes(b"something else")
-    with pytest.raises(InputError, match="not a checkpoint of pruning rounds"):
-        run(resume=True)
+    flipped = bytes([*written[: len(written) // 2], written[len(written) // 2] ^ 1, *written[len(written) // 2 + 1 :]])
+    for content in (b"something else", flipped):
+        checkpoint.with_suffix(".rounds").write_bytes(content)
+        with pytest.raises(InputError, match="no checkpoint of pruning rounds, or is damaged"):
+            run(resume=True)
     rounds = interrupted_at(monkeypatch, rounds_module.Rounds, "next", 3)
     with pytest.raises(KeyboardInterrupt):
         run()

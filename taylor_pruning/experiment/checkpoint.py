@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import pickle
-import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from taylor_pruning.errors import InputError
 from taylor_pruning.experiment.results import removed
-from taylor_pruning.files import atomic_file
+from taylor_pruning.files import atomic_file, is_whole_archive
 from taylor_pruning.surgery.graph import ChannelGraph
 from taylor_pruning.surgery.nested import tensors_in
 
@@ -92,9 +91,9 @@ class RoundsCheckpoint:
 
     def _read(self):
         problem = InputError(
-            f"{self.path} is not a checkpoint of pruning rounds; remove it, or start again without resuming"
+            f"{self.path} is no checkpoint of pruning rounds, or is damaged; remove it, or start again without resuming"
         )
-        if not zipfile.is_zipfile(self.path):
+        if not is_whole_archive(self.path):
             raise problem
         device = next(self.graph.model.parameters()).device
         try:

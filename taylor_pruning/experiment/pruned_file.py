@@ -67,16 +67,21 @@ def save_pruned(
 
 
 def load_pruned(
-    path: str | Path, factory: Callable[[], nn.Module] | None = None, device: str | torch.device = "cpu"
+    path: str | Path,
+    factory: Callable[[], nn.Module] | None = None,
+    device: str | torch.device = "cpu",
+    *,
+    remedy: str = "save the network again",
 ) -> nn.Module:
     """Rebuild a network from `save_pruned`: same logits, dtypes and shared parameters, in eval mode, on `device`.
 
     `factory` builds the network before pruning; it is needed where the file names no network of torchvision or timm.
     The weights before pruning take no memory, unless the factory reads the values of its parameters.
 
-    Raises InputError for a file of another kind or a newer version, a missing factory, or another network's factory.
+    Raises InputError for a file that is damaged (the message ends in `remedy`), of another kind or of a newer version, a
+    missing factory, or another network's factory.
     """
-    content = read_tensors(Path(path), device)
+    content = read_tensors(Path(path), device, remedy)
     if not isinstance(content, dict) or content.get("format") != PRUNED_FORMAT:
         raise InputError(f"{path} is not a pruned network; give a file that save_pruned wrote")
     if content.get("format_version", 0) > FORMAT_VERSION:

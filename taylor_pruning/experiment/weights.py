@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from taylor_pruning.checks import nonfinite_tensor
 from taylor_pruning.errors import InputError
+from taylor_pruning.files import is_whole_archive
 
 # Where training scripts keep the weights in a checkpoint. The first one found is taken: averages come last.
 STATE_KEYS = ("state_dict", "model_state_dict", "model", "net", "network", "ema_state_dict", "model_ema", "ema")
@@ -33,6 +34,10 @@ def read_tensors(
     Raises InputError, ending in `remedy`, if it cannot be read.
     """
     try:
+        with open(path, "rb") as file:
+            is_archive = file.read(2) == b"PK"
+        if is_archive and not is_whole_archive(path):
+            raise pickle.UnpicklingError("a checksum is wrong")
         return torch.load(path, map_location=device, weights_only=True)
     except OSError as error:
         raise InputError(f"cannot open {path}: {error.strerror}; check the path") from error

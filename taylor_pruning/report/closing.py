@@ -49,12 +49,13 @@ def experiment_closing(results: dict, folder: Path) -> str:
 
 
 def sweep_closing(sweep: dict, folder: Path) -> str:
-    """What the network with the highest top-1 at every percentage gained and cost, and the files in `folder`."""
+    """What the network with the highest top-1 at every percentage, of several the cheapest, gained and cost; the files."""
     done = [cell for cell in sweep["cells"] if cell["status"] == "done"]
     lines = []
     for percentage in sorted({cell["percentage"] for cell in done}):
         best = max(
-            (cell for cell in done if cell["percentage"] == percentage), key=lambda cell: cell["stages"][-1]["top1"]
+            (cell for cell in done if cell["percentage"] == percentage),
+            key=lambda cell: (cell["stages"][-1]["top1"], -cell["stages"][-1]["macs"]),
         )
         dense, final = best["stages"][0], best["stages"][-1]
         gains = ", ".join(_gains(dense, final))

@@ -1,11 +1,13 @@
-"""Results as strict JSON, written whole or not at all."""
+"""Results as strict JSON, written whole or not at all, and read back."""
 
 import json
 import math
 import os
+from pathlib import Path
 
 import numpy as np
 
+from taylor_pruning.errors import InputError
 from taylor_pruning.files import atomic_path
 
 
@@ -37,3 +39,16 @@ def write_json(path, value) -> None:
     text = json.dumps(plain(value), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def read_json(path: Path) -> dict | None:
+    """The results in the file, None where there is none. Raises InputError if it is damaged."""
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("no results")
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({error}); remove it, and --resume computes it again") from error
+    return content

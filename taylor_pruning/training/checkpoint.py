@@ -2,7 +2,6 @@
 
 import pickle
 import random
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from taylor_pruning.errors import InputError
-from taylor_pruning.files import atomic_file
+from taylor_pruning.files import atomic_file, is_whole_archive
 
 
 def rng_state(device: torch.device) -> dict:
@@ -43,10 +42,8 @@ def read_checkpoint(path: Path, identity: dict, tensors: dict[str, Tensor]) -> d
     identity: {name: value} that the state's "identity" must have. tensors: the network's, whose shapes must be those of
     the state's "model".
     """
-    problem = InputError(
-        f"{path} is not a fine-tuning checkpoint; give the right path, or start again without resuming"
-    )
-    if not zipfile.is_zipfile(path):
+    problem = InputError(f"{path} is no training checkpoint, or is damaged; remove it, or start again without resuming")
+    if not is_whole_archive(path):
         raise problem
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)

@@ -322,6 +322,65 @@ def test_an_output_folder_that_cannot_be_is_named(place, images, tmp_path, capsy
     assert (tmp_path / "file").read_text() == "precious"
 
 
+# ---------------------------------------------------------------------------------------------------- damaged files
+
+
+def flip_a_bit(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def cut_off(file):
+    file.write_bytes(file.read_bytes()[:-40])
+
+
+def empty(file):
+    file.write_bytes(b"")
+
+
+DAMAGES = (flip_a_bit, cut_off, empty)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_network_or_checkpoint_is_named_and_never_used(damage, images, whole, tmp_path, capsys):
+    """A flipped bit of a weight is a number like others, which torch.load reads."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    damage(folder / "pruned_model.pt")
+    with pytest.raises(InputError, match="damaged.*save the network again"):
+        load_pruned(folder / "pruned_model.pt")
+    for name in ("results.json", "pruned_model.pt"):  # as before the end of the run
+        (folder / name).unlink()
+    for name in ("dense_model.pt", "pruned_before_fine_tuning.pt"):
+        shutil.copy(whole / "dense_model.pt", folder / "dense_model.pt")
+        shutil.copy(whole / "pruned_model.pt", folder / "pruned_before_fine_tuning.pt")
+        damage(folder / name)
+        before = contents(folder)
+        capsys.readouterr()
+        refused(run_single_experiment.main(["--resume", str(folder)]), capsys, folder / name, "damaged", "remove")
+        assert contents(folder) == before
+
+
+def test_damaged_results_are_named_and_computed_again(swept, whole, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(swept, folder)
+    capsys.readouterr()
+    for name in ("results.json", "cells/dense.json", "cells/order-2_30_seed-0.json"):
+        for damage in (cut_off, empty):
+            damage(folder / name)
+            refused(run_enhanced_pruning.main(["--resume", str(folder)]), capsys, folder / name, "damaged", "remove it")
+        (folder / name).unlink()
+        if name != "results.json":
+            shutil.copy(swept / name, folder / name)
+    single_run = tmp_path / "single"
+    shutil.copytree(whole, single_run)
+    cut_off(single_run / "results.json")
+    refused(run_single_experiment.main(["--resume", str(single_run)]), capsys, "results.json", "damaged")
+    assert run_enhanced_pruning.main(["--resume", str(folder)]) == 0
+    assert_same_run(folder, swept)
+
+
 # ---------------------------------------------------------------------------------------------------- broken images
 
 

@@ -67,7 +67,8 @@ def test_a_sweep_names_the_best_of_every_percentage(stages, tmp_path):
     worse = [*stages[:3], {**stages[3], "top1": 90.0}]
     cells = [
         {"status": "done", "percentage": 30.0, "method": "magnitude", "stages": worse},
-        {"status": "done", "percentage": 30.0, "method": "order 2", "stages": stages},
+        {"status": "done", "percentage": 30.0, "method": "lamp", "stages": [*stages[:3], {**stages[3], "macs": 2e7}]},
+        {"status": "done", "percentage": 30.0, "method": "order 2", "stages": stages},  # as good as lamp, and cheaper
         {"status": "failed", "percentage": 50.0, "method": "order 2"},
     ]
     text = sweep_closing({"cells": cells}, tmp_path)

@@ -70,7 +70,7 @@ def test_another_recipe_or_network_is_refused(tmp_path):
         rich_run(tmp_path / "c.pt", resume=True, model=model)
     assert states_equal(model, before)
     (tmp_path / "c.pt").write_bytes(b"something else")
-    with pytest.raises(InputError, match="not a fine-tuning checkpoint"):
+    with pytest.raises(InputError, match="no training checkpoint"):
         rich_run(tmp_path / "c.pt", resume=True)
 
 
@@ -104,3 +104,14 @@ def test_interrupt_while_writing_leaves_the_previous_checkpoint(tmp_path, monkey
     assert [path.name for path in tmp_path.iterdir()] == ["c.pt"]
     model, _ = rich_run(tmp_path / "c.pt", resume=True)
     assert states_equal(model, unbroken)
+
+
+def test_a_flipped_bit_is_seen(tmp_path):
+    """torch.load reads a damaged weight as another number."""
+    file = tmp_path / "c.pt"
+    rich_run(file)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(InputError, match="damaged"):
+        rich_run(file, resume=True)
