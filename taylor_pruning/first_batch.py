@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, SequentialSampler, Subset
 
 from taylor_pruning.checks import check_weights, describe
 from taylor_pruning.errors import InputError
+from taylor_pruning.memory import raise_out_of_memory
 from taylor_pruning.modes import frozen
 from taylor_pruning.surgery.nested import tensors_in
 from taylor_pruning.tasks.batches import select, size
@@ -133,6 +134,7 @@ def _named(model, inputs, where):
     try:
         yield
     except FORWARD_ERRORS as error:
+        raise_out_of_memory(error)
         weights = next(model.parameters()).dtype
         images = next(iter(tensors_in(inputs)), None)
         if images is not None and images.dtype != weights:

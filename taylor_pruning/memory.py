@@ -41,6 +41,17 @@ MERGED = 1024  # images of a batch on a GPU, which waits for the host where batc
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether there was not enough memory, on a GPU or for torch on a CPU, whose error is a RuntimeError like others."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
+def raise_out_of_memory(error: BaseException) -> None:
+    """Raises the error again if memory ran out, which says nothing of the network or file that was being tried."""
+    if is_out_of_memory(error):
+        raise error
+
+
 def parse_bytes(text: str) -> int:
     """Bytes of "4GB", "500MB" or "2.5G" (powers of 1,024). Raises InputError for anything else."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B?\s*", text.upper())

@@ -10,7 +10,7 @@ import torch
 
 from EnhancedFilterPruner import EnhancedFilterPruner
 from taylor_pruning.errors import InputError
-from taylor_pruning.memory import ENOUGH_FORWARD, PROBES, Portions, _Live, free_bytes, parse_bytes
+from taylor_pruning.memory import ENOUGH_FORWARD, PROBES, Portions, _Live, free_bytes, is_out_of_memory, parse_bytes
 from taylor_pruning.repair.compensation import compensate
 from taylor_pruning.surgery.graph import ChannelGraph
 from taylor_pruning.training.measuring import Measuring
@@ -141,3 +141,21 @@ print(first, faults())
     found = subprocess.run([sys.executable, "-c", body], capture_output=True, text=True, check=True, env=environment)
     before, after = map(int, found.stdout.split())
     assert after < before / 10
+
+
+def test_too_little_memory_is_no_fault_of_the_network():
+    """A real failure of the allocator, whose error is a RuntimeError like those of a network that cannot run."""
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(2**58)
+    assert is_out_of_memory(error.value) and not is_out_of_memory(RuntimeError("shapes do not fit"))
+
+    class Hungry(torch.nn.Sequential):
+        def forward(self, x):
+            if x.dtype == torch.float64 or len(self[0].weight) < 4:
+                torch.empty(2**58)
+            return super().forward(x)
+
+    model = Hungry(torch.nn.Conv2d(3, 4, 1), torch.nn.ReLU(), torch.nn.Conv2d(4, 2, 1))
+    with pytest.raises(RuntimeError, match="allocate"):  # else every unit would be protected, for a wrong reason
+        graph = ChannelGraph(model, torch.rand(2, 3, 8, 8))
+        graph.remove(graph.units[:1])

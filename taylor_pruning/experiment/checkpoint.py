@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from taylor_pruning.errors import InputError
 from taylor_pruning.experiment.results import removed
 from taylor_pruning.files import atomic_file, is_whole_archive
+from taylor_pruning.memory import raise_out_of_memory
 from taylor_pruning.surgery.graph import ChannelGraph
 from taylor_pruning.surgery.nested import tensors_in
 
@@ -99,6 +100,7 @@ class RoundsCheckpoint:
         try:
             content = torch.load(self.path, map_location=device, weights_only=True)
         except (RuntimeError, pickle.UnpicklingError) as error:
+            raise_out_of_memory(error)
             raise problem from error
         if not isinstance(content, dict) or "identity" not in content:
             raise problem

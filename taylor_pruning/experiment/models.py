@@ -23,6 +23,7 @@ from taylor_pruning.errors import InputError
 from taylor_pruning.experiment.data import SMALL_IMAGE
 from taylor_pruning.experiment.timm_models import PREFIX, TimmWeights, check_timm_name, timm_network
 from taylor_pruning.experiment.weights import copy_weights, read_state
+from taylor_pruning.memory import raise_out_of_memory
 
 IMAGENET_CLASSES = 1000
 VGG7 = "vgg7_bn"  # not one of torchvision's: small enough to be trained on the embedded images in a minute
@@ -200,6 +201,7 @@ def _probe(name: str, num_classes: int, image_size: int) -> nn.Module:
             probe = network(name, num_classes, image_size).eval().to("meta")
             logits = probe(torch.zeros(1, 3, image_size, image_size, device="meta"))
     except (RuntimeError, ValueError, AssertionError) as error:
+        raise_out_of_memory(error)
         reason = str(error).strip().splitlines()[0]
         raise InputError(
             f"{name} cannot run on images of {image_size}x{image_size} pixels ({reason}); pass --image-size 224"

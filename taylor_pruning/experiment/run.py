@@ -14,7 +14,7 @@ from taylor_pruning.errors import InputError
 from taylor_pruning.experiment.command import Command
 from taylor_pruning.experiment.setup import choose_device, environment
 from taylor_pruning.files import remove_leftovers
-from taylor_pruning.memory import keep_freed_memory
+from taylor_pruning.memory import is_out_of_memory, keep_freed_memory
 from taylor_pruning.report.json_files import plain, write_json
 from taylor_pruning.training.fine_tuning import Interrupted, TrainingDiverged
 
@@ -31,7 +31,7 @@ NOT_COMPARED = ("resume", "output_dir", "quiet", "device", "workers", "latency_t
 def run_guarded(command: Command, run) -> int:
     """run(command, folder, device) with clear errors; returns the exit code.
 
-    Exit codes: 2 bad input, 1 training diverged or the disk failed, 130 interrupted.
+    Exit codes: 2 bad input, 1 training diverged, the disk failed or there is not enough memory, 130 interrupted.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a character that the terminal cannot encode must not end a run
@@ -58,6 +58,15 @@ def run_guarded(command: Command, run) -> int:
         return 1 if disk else 2
     except TrainingDiverged as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(
+            f"error: out of memory ({str(error).splitlines()[0][:200]}); lower --batch-size, --calibration-samples or "
+            f"--memory-limit, or free memory, then {how_to_continue(folder)}",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt as error:
         reason = str(error) if isinstance(error, Interrupted) and error.checkpoint else "interrupted"
@@ -113,8 +122,9 @@ def open_folder(folder, command):
             )
         try:
             yield
-        except InputError:
-            if not command.run.resume and before.issuperset(os.listdir(folder)):
+        except (InputError, OSError) as error:
+            wrong_input = isinstance(error, InputError) or error.errno not in DISK_ERRORS
+            if wrong_input and not command.run.resume and before.issuperset(os.listdir(folder)):
                 config.unlink()
                 lock.unlink()
                 for place in made:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from taylor_pruning.checks import nonfinite_tensor
 from taylor_pruning.errors import InputError
 from taylor_pruning.files import is_whole_archive
+from taylor_pruning.memory import raise_out_of_memory
 
 # Where training scripts keep the weights in a checkpoint. The first one found is taken: averages come last.
 STATE_KEYS = ("state_dict", "model_state_dict", "model", "net", "network", "ema_state_dict", "model_ema", "ema")
@@ -42,6 +43,7 @@ def read_tensors(
     except OSError as error:
         raise InputError(f"cannot open {path}: {error.strerror}; check the path") from error
     except UNREADABLE as error:
+        raise_out_of_memory(error)
         raise InputError(
             f"{path} cannot be read as tensors: it is damaged, of another kind, or holds pickled code, which is "
             f"refused; {remedy}"

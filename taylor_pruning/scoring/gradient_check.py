@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from taylor_pruning.errors import InputError
+from taylor_pruning.memory import raise_out_of_memory
 from taylor_pruning.scoring.gates import checked_outputs, open_gates
 from taylor_pruning.surgery.graph import ChannelGraph
 from taylor_pruning.tasks import batches
@@ -56,8 +57,7 @@ def check_gradients(graph: ChannelGraph, batch, task: Task) -> None:
     try:
         rows = [torch.autograd.grad(outputs, gates, w.view_as(outputs), retain_graph=True)[0] for w in weights]
     except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
+        raise_out_of_memory(error)
         reason = str(error).splitlines()[0].rstrip(".")
         raise InputError(f"the network gives no gradient along its filters ({reason}); change its forward") from error
     gradient = torch.stack(rows)

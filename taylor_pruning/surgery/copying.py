@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from taylor_pruning.errors import InputError
+from taylor_pruning.memory import raise_out_of_memory
 
 SHARED = (bool, int, float, str, type(None), torch.dtype)  # types of values that never change
 PROTOCOL = ("__new__", "__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__slots__")
@@ -27,6 +28,7 @@ def copy_of(model, replaced=None):
     try:
         return _copied(model, memo)
     except (RuntimeError, TypeError) as error:
+        raise_out_of_memory(error)
         raise InputError(
             f"{type(model).__name__} cannot be copied ({str(error).splitlines()[0]}); make it hold no locks, "
             "open files or generators"

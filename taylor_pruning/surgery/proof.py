@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from taylor_pruning.errors import InputError
+from taylor_pruning.memory import raise_out_of_memory
 from taylor_pruning.modes import set_mode
 from taylor_pruning.surgery.copying import copy_of
 from taylor_pruning.surgery.execution import call
@@ -278,6 +279,5 @@ def difference(expected: Sequence[torch.Tensor], got: Sequence[torch.Tensor]) ->
 
 def _cause(error):
     """First line of an error of the network. Running out of memory is no fault of the network, so it is raised again."""
-    if isinstance(error, torch.OutOfMemoryError):
-        raise error
+    raise_out_of_memory(error)
     return str(error).strip().split("\n")[0] or type(error).__name__

@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from taylor_pruning.errors import InputError
+from taylor_pruning.memory import raise_out_of_memory
 from taylor_pruning.modes import set_mode
 from taylor_pruning.surgery.copying import copy_of, structure_of
 from taylor_pruning.surgery.nested import Slot, map_tensors, tensors_in
@@ -63,6 +64,7 @@ def trace(model, args, kwargs, rules, training=False):
         try:
             return _record(recorder, model, args, kwargs, training)
         except TRACE_ERRORS as error:
+            raise_out_of_memory(error)
             failure = failure or error
             if on_values:
                 failure = error

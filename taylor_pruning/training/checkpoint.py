@@ -10,6 +10,7 @@ from torch import Tensor
 
 from taylor_pruning.errors import InputError
 from taylor_pruning.files import atomic_file, is_whole_archive
+from taylor_pruning.memory import raise_out_of_memory
 
 
 def rng_state(device: torch.device) -> dict:
@@ -48,6 +49,7 @@ def read_checkpoint(path: Path, identity: dict, tensors: dict[str, Tensor]) -> d
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError) as error:
+        raise_out_of_memory(error)
         raise problem from error
     if not isinstance(state, dict) or "identity" not in state:
         raise problem

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from killed_runs import PROCESSES, killed, running
+from killed_runs import PROCESSES, in_child, killed, running
 from PIL import Image
 
 import run_enhanced_pruning
@@ -310,6 +310,27 @@ def test_a_sweep_on_a_full_disk_loses_nothing_and_goes_on(images, whole, swept, 
     assert [cell["status"] for cell in json.loads((folder / "results.json").read_text())["cells"]] == ["done"] * 2
 
 
+def starved(arguments, log):
+    """A run that may take 150 MB more than its process has when it begins."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + 150_000_000
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    in_child("run_single_experiment", arguments, log)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
+def test_too_little_memory_is_said_and_the_run_can_go_on(images, tmp_path):
+    arguments = ["--data-path", images, *QUICK, "--model", "vgg16", "--image-size", "64", "--weights", "none"]
+    process = PROCESSES.Process(
+        target=starved, args=([*map(str, arguments), "--output-dir", str(tmp_path / "run")], tmp_path / "log")
+    )
+    process.start()
+    process.join(120)
+    text = (tmp_path / "log").read_text()
+    assert process.exitcode == 1 and "Traceback" not in text, text
+    assert "error: out of memory" in text and f"--resume {tmp_path / 'run'}" in text
+
+
 @pytest.mark.parametrize("place", ["file", "file/run", "read-only/run"])
 def test_an_output_folder_that_cannot_be_is_named(place, images, tmp_path, capsys):
     if place.startswith("read-only"):
@@ -320,6 +341,15 @@ def test_an_output_folder_that_cannot_be_is_named(place, images, tmp_path, capsy
     for run in (single, sweep):
         refused(run(images, "--output-dir", tmp_path / place), capsys, tmp_path / place, "another --output-dir")
     assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_a_place_for_files_that_cannot_be_written_leaves_no_run(images, tmp_path, capsys):
+    """The folder is free for the corrected command."""
+    (tmp_path / "file").touch()
+    table = tmp_path / "file" / "times.json"
+    code = single(images, "--budget", "latency", "--latency-table", table, "--output-dir", tmp_path / "run")
+    refused(code, capsys, tmp_path / "file")
+    assert names(tmp_path) == ["file"]
 
 
 # ---------------------------------------------------------------------------------------------------- damaged files
