@@ -5,8 +5,11 @@ print(sweep_closing(sweep, folder))              # sweep: the content of a sweep
 """
 
 import math
+import statistics
 import textwrap
 from pathlib import Path
+
+from taylor_pruning.report.figures import METHODS
 
 LINE = 80  # columns
 STAGES = {
@@ -49,19 +52,29 @@ def experiment_closing(results: dict, folder: Path) -> str:
 
 
 def sweep_closing(sweep: dict, folder: Path) -> str:
-    """What the network with the highest top-1 at every percentage, of several the cheapest, gained and cost; the files."""
+    """What the method with the highest top-1 at every percentage, of several the cheapest, gained and cost; the files.
+
+    Numbers are means over the seeds.
+    """
     done = [cell for cell in sweep["cells"] if cell["status"] == "done"]
     lines = []
     for percentage in sorted({cell["percentage"] for cell in done}):
-        best = max(
-            (cell for cell in done if cell["percentage"] == percentage),
-            key=lambda cell: (cell["stages"][-1]["top1"], -cell["stages"][-1]["macs"]),
-        )
-        dense, final = best["stages"][0], best["stages"][-1]
-        gains = ", ".join(_gains(dense, final))
-        text = f"{percentage:g} %, best by {best['method']}: {_cost(dense, final)}; {gains}"
-        lines.append(textwrap.fill(text, LINE, subsequent_indent="  "))
+        found = {}
+        for cell in done:
+            if cell["percentage"] == percentage:
+                found.setdefault(cell["method"], []).append(cell["stages"])
+        means = {method: [_mean([stages[at] for stages in seeds]) for at in (0, -1)] for method, seeds in found.items()}
+        best = max(means, key=lambda method: (means[method][1]["top1"], -means[method][1]["macs"]))
+        seeds = f", mean of {len(found[best])} seeds" if len(found[best]) > 1 else ""
+        text = f"{percentage:g} %, best by {METHODS[best].label}{seeds}: {_cost(*means[best])}; "
+        lines.append(textwrap.fill(text + ", ".join(_gains(*means[best])), LINE, subsequent_indent="  "))
     return "\n".join([*lines, *_files(Path(folder))])
+
+
+def _mean(stages: list[dict]) -> dict:
+    return {
+        key: statistics.mean(stage[key] for stage in stages) for key in ("top1", "parameters", "macs", "latency_ms")
+    }
 
 
 def _gains(dense: dict, final: dict) -> list[str]:

@@ -73,5 +73,16 @@ def test_a_sweep_names_the_best_of_every_percentage(stages, tmp_path):
     ]
     text = sweep_closing({"cells": cells}, tmp_path)
     assert text.startswith("30 %, best by order 2: top-1 95.2 % -> 94.6 % (-0.6 points); 52 % fewer")
-    assert "magnitude" not in text and "50 %," not in text
+    assert "agnitude" not in text and "50 %," not in text
     assert all(len(line) <= 80 for line in text.splitlines()[:-1])
+
+
+def test_a_sweep_of_several_seeds_names_the_best_mean(stages, tmp_path):
+    lucky = [*stages[:3], {**stages[3], "top1": 95.0}]
+    unlucky = [*stages[:3], {**stages[3], "top1": 93.0}]
+    cells = [
+        {"status": "done", "percentage": 30.0, "method": method, "stages": found}
+        for method, found in [("order 1", lucky), ("order 1", unlucky), ("lamp", stages), ("lamp", lucky)]
+    ]
+    text = sweep_closing({"cells": cells}, tmp_path)
+    assert text.startswith("30 %, best by LAMP, mean of 2 seeds: top-1 95.2 % -> 94.8 % (-0.4 points)")
