@@ -115,13 +115,12 @@ def _fitting(dense, inputs, limit):
 def fit_layer(layer, runs, seed, report):
     """Collect the layer's normal equations, solve them, change its weights; returns why it was left alone, or None."""
     fit = LayerRegression(layer, seed, sum(runs.images))
-    reason = None
     for batch, dense_state, state in runs.to(layer):
-        if reason is None:
-            reason = fit.add(batch, *_values(layer, runs, dense_state, state))
-    if reason is None:
-        report.layers.append(fit.solve())
-    return reason
+        fit.add(batch, *_values(layer, runs, dense_state, state))
+    if fit.agrees():
+        return "its outputs are the dense network's"
+    report.layers.append(fit.solve())
+    return None
 
 
 def _values(layer, runs, dense_state, state):

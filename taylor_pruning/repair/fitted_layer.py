@@ -39,14 +39,6 @@ class FittedLayer:
     def has_intercept(self):
         return self.bias is not None or self.batchnorm is not None
 
-    def __call__(self, x):
-        if self.geometry is None:
-            return F.linear(x, self.weight, self.bias)
-        x = F.pad(x, self.geometry["padding"])
-        conv = (F.conv1d, F.conv2d, F.conv3d)[self.weight.dim() - 3]
-        stride, dilation = self.geometry["stride"], self.geometry["dilation"]
-        return conv(x, self.weight, self.bias, stride=stride, dilation=dilation, groups=self.groups)
-
 
 def argument(node, name, position, default=None):
     """The argument of a call, given by name or by position."""
