@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
+from taylor_pruning.gram import add_gram
+
 LARGE_RIDGE = 1e-2  # relative to mean(diag C), from which the rounding of single precision does no harm
 AT_ONCE = 8192  # rows that are gathered before they are multiplied
-BLOCK = 256  # columns of the Gram matrix computed at once
 
 
 @dataclass
@@ -60,8 +61,7 @@ class RidgeSolver:
             return
         x, r = (torch.cat([getattr(part, name) for part in self.pending], 1) for name in ("x", "r"))
         self.pending = []
-        for start in range(0, x.shape[2], BLOCK):  # the lower triangle alone, which is what Cholesky reads
-            self.gram[:, start:, start : start + BLOCK] += x[..., start:].mT @ x[..., start : start + BLOCK]
+        add_gram(self.gram, x.mT)
         self.cross += x.mT @ r
         self.sum_x += x.sum(1, keepdim=True)
         self.sum_r += r.sum(1, keepdim=True)

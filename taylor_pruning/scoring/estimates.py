@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 
+from taylor_pruning.gram import add_gram
 from taylor_pruning.memory import Portions
 from taylor_pruning.modes import frozen
 from taylor_pruning.positions import drawn_positions
@@ -32,6 +33,7 @@ RIDGE = 1e-2  # relative to the mean variance; the ratio of channels to rows is 
 FOLDS = 4
 PRIME = 2**31 - 1
 ROWS_PER_CHANNEL = 32  # and `positions.ENOUGH_ROWS` at least, where the images have as many positions
+FEW_POSITIONS = 32  # up to which reading the matrix once for every image would take longer than the products
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a pixel
 
 
@@ -57,7 +59,7 @@ class ChannelEstimate:
 
     def __call__(self, x):
         """The estimates, in the shape of the reader's input x."""
-        rows = torch.matmul(self.matrix.to(x), self.reader.to_rows(x))
+        rows = applied(self.matrix.to(x), self.reader.to_rows(x))
         return self.reader.from_rows(rows.add_(self.offset.to(x)), x.shape)
 
 
@@ -82,8 +84,16 @@ class SetEstimate:
         """The estimates, in the shape of the reader's input x; zero at channels that stay."""
         rows = self.reader.to_rows(x)
         found = torch.zeros_like(rows)
-        found[:, :, self.channels] = torch.matmul(self.matrix.to(x), rows).add_(self.offset.to(x))
+        found[:, :, self.channels] = applied(self.matrix.to(x), rows).add_(self.offset.to(x))
         return self.reader.from_rows(found, x.shape)
+
+
+def applied(matrix, rows):
+    """matrix [groups, n, channels] times the rows [B, groups, channels, positions] of every image."""
+    if rows.shape[3] > FEW_POSITIONS:
+        return matrix @ rows
+    found = matrix @ rows.permute(1, 2, 0, 3).flatten(2)
+    return found.unflatten(2, (len(rows), -1)).permute(2, 0, 1, 3)
 
 
 class Precision(NamedTuple):
@@ -101,7 +111,8 @@ class InputMoments:
     Attributes:
         reader: surgery.graph.Reader.
         shift: [groups, channels, 1], subtracted from the inputs first, so that large means cost no digits.
-        total: [folds, groups, channels] and products: [folds, groups, channels, channels] sums over pairs.
+        total: [folds, groups, channels] sums over pairs. products: [folds, groups, channels, channels] sums over pairs, the
+            lower triangle.
         rows: [folds] number of pairs.
     """
 
@@ -123,7 +134,7 @@ class InputMoments:
         rows = rows.movedim(0, 2).flatten(2) - self.shift
         self.rows[fold] += rows.shape[2]
         self.total[fold] += rows.sum(2)
-        self.products[fold] += rows @ rows.mT
+        add_gram(self.products[fold], rows)
 
     def precision(self, without=None, dtype=None):
         """`Precision` of all folds, or of all but one; None without rows. Its dtype is that of the sums, or `dtype`."""
@@ -138,7 +149,7 @@ class InputMoments:
         ridge = (RIDGE + covariance.shape[1] / rows) * diagonal.mean(1)
         ridge = ridge.clamp_min(torch.finfo(covariance.dtype).tiny ** 0.5)
         diagonal += ridge[:, None]
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(covariance)[0])
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(covariance)[0])  # which reads the lower triangle
         return Precision(inverse, mean + self.shift.to(mean), ridge)
 
 

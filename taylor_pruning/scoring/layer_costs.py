@@ -24,12 +24,14 @@ ranks of single units by these costs are coarse; a level for every unit (`Remova
 """
 
 import itertools
+import math
 from collections import defaultdict
 
 import numpy as np
 import torch
 
 from taylor_pruning.distributed import gather_objects
+from taylor_pruning.gram import add_gram, symmetric
 from taylor_pruning.positions import drawn_positions
 from taylor_pruning.scoring.estimates import in_single
 
@@ -47,7 +49,8 @@ class OutputFisher:
         readers: surgery.graph.Readers. images: number of images in all.
 
     Attributes:
-        sums: {layer name: sum over the images seen}; a reader whose outputs get no gradient has no entry.
+        sums: {layer name: sum over the images seen, the lower triangle}; a reader whose outputs get no gradient has no
+            entry.
     """
 
     def __init__(self, readers, images):
@@ -62,9 +65,9 @@ class OutputFisher:
         """{layer name: G}, of the images of all processes."""
         sums = gather_objects((self.seen, {name: total.cpu() for name, total in self.sums.items()}))
         if len(sums) == 1:
-            return {name: total / self.seen for name, total in self.sums.items()}
+            return {name: symmetric(total) / self.seen for name, total in self.sums.items()}
         names, seen = [*dict.fromkeys(name for _, part in sums for name in part)], sum(count for count, _ in sums)
-        return {name: sum(part[name] for _, part in sums if name in part) / seen for name in names}
+        return {name: symmetric(sum(part[name] for _, part in sums if name in part)) / seen for name in names}
 
 
 class FisherPart:
@@ -86,8 +89,10 @@ class FisherPart:
                 positions = rows.shape[2]
                 numbers = self.first + torch.arange(len(rows), device=rows.device)
                 rows = drawn_positions(rows[:, None], numbers, self.whole.images, rows.shape[1])[:, 0]
-                share, rows = positions / rows.shape[2], in_single(rows.movedim(1, 0).flatten(1))
-                self.grams[reader.layer] = self.grams.get(reader.layer, 0) + share * (rows @ rows.mT)
+                rows = in_single(rows.movedim(1, 0).flatten(1)) * math.sqrt(positions / rows.shape[2])
+                if reader.layer not in self.grams:
+                    self.grams[reader.layer] = rows.new_zeros(len(rows), len(rows))
+                add_gram(self.grams[reader.layer][None], rows[None])
 
         def watch(output):
             if output.requires_grad:
