@@ -49,7 +49,8 @@ class ExperimentTask(Task):
     taylor_order: int = option(
         2,
         "order of the Taylor scores",
-        "Order 2 is a good first choice. Order 1 needs labels and is noisier; order 3 gained nothing over order 2 so far.",
+        "Order 2 is a good first choice. Order 1 needs labels and is noisier. Order 3 pays only where very much is removed "
+        "without repair.",
         choices=TAYLOR_ORDERS,
         common=True,
     )
