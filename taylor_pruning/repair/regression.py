@@ -52,7 +52,7 @@ class LayerRegression:
             self.solver = RidgeSolver(*shape, layer.has_intercept, weight)
             rows = max(ROWS_PER_COLUMN * self.columns, min(ENOUGH_ROWS, GRAM_COST // self.columns**2))
         self.positions = max(1, round(rows / images))
-        self.held_out, self.held_out_targets, self.finite, self.largest = [], [], [], []
+        self.held_out, self.held_out_targets, self.largest = [], [], []
         self.drawn = None  # positions of the first image
         self.weight = as_columns(self.groups, weight)
         self.scale = layer.scale
@@ -68,8 +68,7 @@ class LayerRegression:
             if not len(images):
                 continue
             rows, wanted = self._rows(x, images, outputs)
-            self.finite.append((batch, rows.r.isfinite().all()))
-            self.largest.append(torch.stack([rows.r.abs().max(), wanted.abs().max()]))
+            self.largest.append((batch, torch.stack([rows.r.abs().max(), wanted.abs().max()])))
             if chosen is held_out:
                 self.held_out.append(rows)
                 self.held_out_targets.append(wanted)
@@ -78,19 +77,19 @@ class LayerRegression:
         self.seen += len(x)
 
     def agrees(self):
-        """Whether the layer answers as it should, up to rounding; waits for the device once for all batches."""
-        deviation, target = torch.stack(self.largest).amax(0).tolist()
-        return deviation <= (AGREES + 4 * torch.finfo(self.weight.dtype).eps) * target
+        """Whether the layer answers as it should, up to rounding; waits for the device once for all batches.
 
-    def _check_finite(self):
-        """Raises InputError if there was NaN or Inf; waits for the device once for all batches."""
-        batches, finite = zip(*self.finite, strict=True)
-        wrong = [batch for batch, good in zip(batches, torch.stack(finite).tolist(), strict=True) if not good]
-        if wrong:
-            raise InputError(
-                f"compensation: NaN or Inf in {self.layer.name} on batch {wrong[0]}; check the images and both networks' "
-                "weights"
-            )
+        Raises InputError if there was NaN or Inf.
+        """
+        batches, largest = zip(*self.largest, strict=True)
+        deviations, targets = torch.stack(largest).T.tolist()
+        for batch, deviation in zip(batches, deviations, strict=True):
+            if not math.isfinite(deviation):
+                raise InputError(
+                    f"compensation: NaN or Inf in {self.layer.name} on batch {batch}; check the images and both networks' "
+                    "weights"
+                )
+        return max(deviations) <= (AGREES + 4 * torch.finfo(self.weight.dtype).eps) * max(targets)
 
     def _target(self, at, dense_output, dense_stream, stream):
         """What the layer should answer at the given images and positions: [..., filters]."""
@@ -119,7 +118,6 @@ class LayerRegression:
 
     def solve(self):
         """Choose the ridge on the held-out images, solve with all, change the layer."""
-        self._check_finite()
         layer, solver = self.layer, self.solver
         ridge, before, after = LAST_RIDGE, math.nan, math.nan
         if self.held_out and solver.rows:

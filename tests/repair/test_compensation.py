@@ -473,6 +473,11 @@ def test_errors():
     bad[0][0][3] = float("nan")
     with pytest.raises(InputError, match="NaN"):
         compensate(model, smaller, bad, kept, progress=False)
+    plain = randomised(NETWORKS["plain"]())
+    smaller, kept = cut(plain, {"0": [1]})
+    plain.get_submodule("2").bias.data[0] = float("inf")
+    with pytest.raises(InputError, match="NaN or Inf in 2 on batch 0"):
+        compensate(plain, smaller, images(), kept, progress=False)
 
 
 class Shifted(nn.Module):
