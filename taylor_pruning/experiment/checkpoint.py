@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import pickle
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,10 +11,10 @@ from torch import Tensor, nn
 
 from taylor_pruning.errors import InputError
 from taylor_pruning.experiment.results import removed
-from taylor_pruning.files import atomic_file, is_whole_archive
-from taylor_pruning.memory import raise_out_of_memory
+from taylor_pruning.files import atomic_file
 from taylor_pruning.surgery.graph import ChannelGraph
 from taylor_pruning.surgery.nested import tensors_in
+from taylor_pruning.training.checkpoint import read_identified
 
 
 @dataclass
@@ -78,7 +77,8 @@ class RoundsCheckpoint:
         """
         if not self.path.exists():
             return None
-        content = self._read()
+        device = next(self.graph.model.parameters()).device
+        content = read_identified(self.path, device, "checkpoint of pruning rounds")
         then = content.pop("identity")
         names = [n for n in self.identity.keys() | then.keys() if then.get(n) != self.identity.get(n)]
         if names:
@@ -89,22 +89,6 @@ class RoundsCheckpoint:
         model = self.graph.remove(removed(self.graph, content["kept"]))
         model.load_state_dict(content["model"])
         return RoundsState(**content | {"model": model})
-
-    def _read(self):
-        problem = InputError(
-            f"{self.path} is no checkpoint of pruning rounds, or is damaged; remove it, or start again without resuming"
-        )
-        if not is_whole_archive(self.path):
-            raise problem
-        device = next(self.graph.model.parameters()).device
-        try:
-            content = torch.load(self.path, map_location=device, weights_only=True)
-        except (RuntimeError, pickle.UnpicklingError) as error:
-            raise_out_of_memory(error)
-            raise problem from error
-        if not isinstance(content, dict) or "identity" not in content:
-            raise problem
-        return content
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> str:

@@ -140,9 +140,8 @@ def locked(folder):
     with open(path, "a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            ours = path.exists() and os.path.samestat(
-                os.fstat(lock.fileno()), path.stat()
-            )  # not that of a run that ended
+            mine = os.fstat(lock.fileno())
+            ours = path.exists() and os.path.samestat(mine, path.stat())  # not one that a run that ended has removed
         except BlockingIOError:
             ours = False
         if not ours:

@@ -10,6 +10,7 @@ import textwrap
 from pathlib import Path
 
 from taylor_pruning.report.figures import METHODS
+from taylor_pruning.report.sweep_numbers import cells_by_method
 
 LINE = 80  # columns
 STAGES = {
@@ -56,16 +57,16 @@ def sweep_closing(sweep: dict, folder: Path) -> str:
 
     Numbers are means over the seeds.
     """
-    done = [cell for cell in sweep["cells"] if cell["status"] == "done"]
-    lines = []
-    for percentage in sorted({cell["percentage"] for cell in done}):
-        found = {}
-        for cell in done:
-            if cell["percentage"] == percentage:
-                found.setdefault(cell["method"], []).append(cell["stages"])
-        means = {method: [_mean([stages[at] for stages in seeds]) for at in (0, -1)] for method, seeds in found.items()}
+    found, lines = {}, []
+    for (percentage, method), cells in cells_by_method(sweep).items():
+        found.setdefault(percentage, {})[method] = cells
+    for percentage, by_method in found.items():
+        means = {
+            method: [_mean([cell["stages"][at] for cell in cells]) for at in (0, -1)]
+            for method, cells in by_method.items()
+        }
         best = max(means, key=lambda method: (means[method][1]["top1"], -means[method][1]["macs"]))
-        seeds = f", mean of {len(found[best])} seeds" if len(found[best]) > 1 else ""
+        seeds = f", mean of {len(by_method[best])} seeds" if len(by_method[best]) > 1 else ""
         text = f"{percentage:g} %, best by {METHODS[best].label}{seeds}: {_cost(*means[best])}; "
         lines.append(textwrap.fill(text + ", ".join(_gains(*means[best])), LINE, subsequent_indent="  "))
     return "\n".join([*lines, *_files(Path(folder))])

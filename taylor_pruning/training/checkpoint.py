@@ -37,22 +37,28 @@ def write_checkpoint(path: Path, state: dict) -> None:
         torch.save(state, file)
 
 
+def read_identified(path: Path, device: str | torch.device, kind: str) -> dict:
+    """The content of a checkpoint that says under "identity" what it is of. Raises InputError if it is no such `kind`."""
+    problem = InputError(f"{path} is no {kind}, or is damaged; remove it, or start again without resuming")
+    if not is_whole_archive(path):
+        raise problem
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError) as error:
+        raise_out_of_memory(error)
+        raise problem from error
+    if not isinstance(content, dict) or "identity" not in content:
+        raise problem
+    return content
+
+
 def read_checkpoint(path: Path, identity: dict, tensors: dict[str, Tensor]) -> dict:
     """The state in the file. Raises InputError if it is no checkpoint, or that of another recipe, loader or network.
 
     identity: {name: value} that the state's "identity" must have. tensors: the network's, whose shapes must be those of
     the state's "model".
     """
-    problem = InputError(f"{path} is no training checkpoint, or is damaged; remove it, or start again without resuming")
-    if not is_whole_archive(path):
-        raise problem
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError) as error:
-        raise_out_of_memory(error)
-        raise problem from error
-    if not isinstance(state, dict) or "identity" not in state:
-        raise problem
+    state = read_identified(path, "cpu", "training checkpoint")
     differing = [
         f"{name} ({state['identity'].get(name)!r} there, {value!r} here)"
         for name, value in identity.items()
