@@ -41,7 +41,6 @@ from taylor_pruning.scoring.flow import relative_flow, weigh
 from taylor_pruning.scoring.gradient_check import check_gradients
 from taylor_pruning.scoring.layer_costs import removal_costs
 from taylor_pruning.scoring.probes import cross_entropy, probe_derivatives
-from taylor_pruning.scoring.shrinkage import shrunk
 from taylor_pruning.scoring.taylor import Directions
 from taylor_pruning.scoring.trials import trial_divergences
 from taylor_pruning.selection.chosen import chosen_behind_repair, chosen_by_score, chosen_jointly, chosen_uniformly
@@ -49,7 +48,6 @@ from taylor_pruning.selection.constraints import Ledger, Selection, require_unit
 from taylor_pruning.selection.latency import with_times
 from taylor_pruning.surgery.graph import ChannelGraph
 from taylor_pruning.surgery.parts import PartsGraph
-from taylor_pruning.surgery.units import by_layers
 from taylor_pruning.tasks.classification import OtherLoss, is_classification, task_of
 from taylor_pruning.tasks.task import Task
 
@@ -282,7 +280,7 @@ class EnhancedFilterPruner:
         if closed_form and collected.says_little():
             self.chosen = chosen_uniformly(selection_of(), self.levels())
         elif closed_form:
-            levels_of = functools.partial(self._levels, order)
+            levels_of = functools.partial(collected.shrunk_levels, order, self.graph.units)
             self.chosen = chosen_behind_repair(selection_of, self._removal_costs, levels_of, self.measure, weights)
         elif joint and self.has_logits and order > 1:
             self.chosen = chosen_jointly(selection_of(), collected, order, weights)
@@ -296,15 +294,10 @@ class EnhancedFilterPruner:
         Where the closed form is known they are shrunk towards it, within each group of coupled layers (scoring.shrinkage).
         """
         order = order or self.taylor_order
-        if self.behind_repair is None or self.behind_repair.fisher is None:
-            return self._collected(order).levels(order)
-        return self._levels(order, self._removal_costs().marginal)
-
-    def _levels(self, order, closed_form):
         collected = self._collected(order)
-        levels = collected.levels(order)
-        errors, expected = (part.to(levels) for part in (collected.level_errors(order), closed_form.clamp_min(0)))
-        return shrunk(levels, errors, expected, by_layers(self.graph.units).values())
+        if self.behind_repair is None or self.behind_repair.fisher is None:
+            return collected.levels(order)
+        return collected.shrunk_levels(order, self.graph.units, self._removal_costs().marginal)
 
     def _removal_costs(self):
         found = self.behind_repair

@@ -1,6 +1,7 @@
 """Scores of all orders from what one pass over the calibration images has collected: directions, probes, or both."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -8,7 +9,9 @@ from torch import Tensor
 
 from taylor_pruning.errors import InputError
 from taylor_pruning.scoring.probes import ProbedDerivatives, mean_and_error
+from taylor_pruning.scoring.shrinkage import shrunk
 from taylor_pruning.scoring.taylor import Directions, loss_change
+from taylor_pruning.surgery.units import by_layers
 
 LITTLE = 0.05  # of the largest possible information, see Collected.says_little
 
@@ -114,6 +117,16 @@ class Collected:
                 reason = "divergence does not change along any gate; check that it compares the outputs"
             raise InputError(f"order {order} cannot choose: the task's {reason}")
         return levels
+
+    def shrunk_levels(self, order: int, units: Sequence, closed_form: Tensor) -> Tensor:
+        """[units] `levels`, shrunk towards the closed form within each group of coupled layers (scoring.shrinkage).
+
+        Args:
+            units: of the graph. closed_form: [units] what it says of removing each alone.
+        """
+        levels = self.levels(order)
+        errors, expected = (part.to(levels) for part in (self.level_errors(order), closed_form.clamp_min(0)))
+        return shrunk(levels, errors, expected, by_layers(units).values())
 
     def level_errors(self, order: int) -> Tensor:
         """[units] standard errors of `levels`, float64 on the CPU; those of another task at order 3 are those of order 2."""

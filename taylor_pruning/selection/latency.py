@@ -16,7 +16,7 @@ import hashlib
 import itertools
 import math
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from taylor_pruning.selection.latency_table import LatencyTable, LayerTimes, Net
 from taylor_pruning.surgery.graph import ChannelGraph
 from taylor_pruning.surgery.parts import PartsGraph
 from taylor_pruning.surgery.recorded_calls import operation_name
-from taylor_pruning.surgery.units import by_layers
+from taylor_pruning.surgery.units import Unit, by_layers
 from taylor_pruning.timing import median_milliseconds
 
 SHARES = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # of a layer's width at which it is timed
@@ -221,15 +221,16 @@ def _fitted(latency, graph, example, known):
 
     Every selection with the same table is then the same, also that of an interrupted run.
     """
-    rows, networks, keys = [], [], []
+    rows, gone, keys = [], [], []
     for share in NETWORK_SHARES:
         costs, units = LatencyCosts(graph, latency), uniform_units(graph, 1 - share)
         for unit in units:
             costs.remove(unit)
         rows.append([1.0, *costs.parts()])
-        networks.append(graph.remove([graph.units[u] for u in units], verify=False) if units else graph.model)
-        keys.append((network_key(graph, networks[-1], latency.batch_size), round(100 * share)))
+        gone.append([graph.units[u] for u in units])
+        keys.append((network_key(graph, gone[-1], latency.batch_size), round(100 * share)))
     if not all(key in known for key in keys):
+        networks = [graph.remove(units, verify=False) if units else graph.model for units in gone]
         for key, time in zip(keys, networks_milliseconds(networks, example, latency.batch_size), strict=True):
             known[key] = time
         known.save()
@@ -237,14 +238,15 @@ def _fitted(latency, graph, example, known):
     return NetworkLatency(latency.layers, fixed, scale, each, latency.batch_size, latency.device)
 
 
-def network_key(graph: ChannelGraph, model: nn.Module, batch_size: int) -> str:
-    """All that the time of `model` depends on, which is the graph's network with fewer channels."""
+def network_key(graph: ChannelGraph, gone: Sequence[Unit], batch_size: int) -> str:
+    """All that the time of the graph's network without the units `gone` depends on."""
     nodes = [n for n in graph.executions[False].trace.graph.nodes if n.op != "get_attr"]
     operations = [
         (operation_name(n) if n.op == "call_function" else n.op, n.meta.get("shape"), _literals(n)) for n in nodes
     ]
-    widths = [tuple(tensor.shape) for tensor in model.state_dict().values()]
-    return f"network {hashlib.sha256(repr((operations, widths)).encode()).hexdigest()[:16]} batch {batch_size}"
+    widths = [tuple(tensor.shape) for tensor in graph.model.state_dict().values()]
+    removed = [unit.filters for unit in gone]
+    return f"network {hashlib.sha256(repr((operations, widths, removed)).encode()).hexdigest()[:16]} batch {batch_size}"
 
 
 def uniform_units(graph: ChannelGraph, share: float) -> list[int]:
