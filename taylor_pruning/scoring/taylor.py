@@ -134,6 +134,33 @@ def _remainder(logits, basis, signs):
 
 
 @dataclass
+class Expansion:
+    """Derivatives of the loss of every sample along directions of its logits, at one point.
+
+    Attributes:
+        gradient: [N, R] first derivatives along the basis.
+        p: [N, K'] probabilities of the most probable classes and of the others together.
+        centred: [N, K', R] the basis at these classes less its mean under p.
+    """
+
+    gradient: Tensor
+    p: Tensor
+    centred: Tensor
+
+    def moments(self, c: Tensor, order: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """phi, h, t [N, U] of the directions with coordinates c [N, U, R]; None where the order needs none."""
+        phi = torch.bmm(c, self.gradient[:, :, None]).squeeze(2)
+        if order == 1:
+            return phi, None, None
+        if order == 2:
+            fisher = torch.bmm(self.centred.transpose(1, 2) * self.p[:, None], self.centred)
+            return phi, (torch.bmm(c, fisher) * c).sum(2), None
+        v = torch.bmm(c, self.centred.transpose(1, 2))
+        weighted = v.square() * self.p[:, None]
+        return phi, weighted.sum(2), (weighted * v).sum(2)
+
+
+@dataclass
 class Directions:
     """What one pass over the calibration images collects.
 
@@ -172,20 +199,15 @@ class Directions:
             order: h and t are None where the order does not need them.
         """
         c = self.coordinates if units is None else self.coordinates[:, units]
-        logits = self.logits if shift is None else self.logits - torch.einsum("nkr,nr->nk", self.basis, shift)
-        p, basis = logits.softmax(1), self.basis
-        gradient = torch.einsum("nkr,nk->nr", basis, p - self.targets())
-        phi = torch.einsum("nur,nr->nu", c, gradient)
-        if order == 1:
-            return phi, None, None
-        p, basis = _support(p, basis)
-        centred = basis - torch.einsum("nk,nkr->nr", p, basis)[:, None]
-        if order == 2:
-            fisher = torch.einsum("nkr,nk,nks->nrs", centred, p, centred)
-            return phi, (torch.bmm(c, fisher) * c).sum(2), None
-        v = torch.bmm(c, centred.transpose(1, 2))
-        weighted = v.square() * p[:, None]
-        return phi, weighted.sum(2), (weighted * v).sum(2)
+        return self.expansion(shift).moments(c, order)
+
+    def expansion(self, shift: Tensor | None = None) -> "Expansion":
+        """The loss of every sample around the logits z - Q shift, with `shift` as in `moments`."""
+        logits = self.logits if shift is None else self.logits - torch.bmm(self.basis, shift[:, :, None]).squeeze(2)
+        p = logits.softmax(1)
+        gradient = torch.bmm((p - self.targets())[:, None], self.basis).squeeze(1)
+        p, basis = _support(p, self.basis)
+        return Expansion(gradient, p, basis - torch.bmm(p[:, None], basis))
 
     def scores(self, order: int, shift: Tensor | None = None, units=None) -> Tensor:
         """[U'] mean over samples of the signed loss change of removing each unit alone at the shifted logits."""

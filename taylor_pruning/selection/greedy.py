@@ -1,15 +1,16 @@
 """Which units go: greedy selection under a budget, with what earlier choices did to the logits taken into account."""
 
 import math
-from dataclasses import replace
 
 import torch
 
 from taylor_pruning.scoring.flow import weigh
+from taylor_pruning.scoring.taylor import loss_change
 from taylor_pruning.selection.constraints import Selection
 from taylor_pruning.surgery.units import by_layers
 
-POOL = 64  # units that a joint selection scores after every choice
+POOL = 256  # units of which a joint selection chooses before it scores all units again
+WINDOW = 8  # units of the pool that are scored together
 
 
 def select_by_score(selection, scores):
@@ -85,10 +86,11 @@ def check_reachable(graph, percentage, constraints):
 def select_jointly(selection, directions, order, correction=None, weights=None):
     """Greedy on the marginal loss change at the logits that the units chosen so far leave, one unit after the other.
 
-    The logits without a set S are, to first order in the network, z - sum of v_u over S. All open units are scored there;
-    then the best of the `POOL` lowest is taken and the pool scored anew, until what is left of it is no better than the
-    best outside of it was. (Units that are taken together, on scores from before, are those that move the logits the same
-    way: each alone lowers the loss, and together they overshoot.)
+    The logits without a set S are, to first order in the network, z - sum of v_u over S. All open units are scored there,
+    and the `POOL` lowest are chosen from, until what is left of them is no better than the best outside of them was.
+    After every choice the `WINDOW` lowest of the pool are scored anew, and again until the lowest all are (lazy greedy,
+    Minoux 1978). (Units that are taken together, on scores from before, are those that move the logits the same way:
+    each alone lowers the loss, and together they overshoot.)
 
     Args:
         directions: scoring.taylor.Directions on the selection's graph.
@@ -102,29 +104,35 @@ def select_jointly(selection, directions, order, correction=None, weights=None):
     shift = directions.logits.new_zeros(len(directions.labels), directions.basis.shape[2])
     last = torch.zeros(len(selection.graph.units), dtype=torch.float64)
 
-    def marginal(units, scores):
-        """[units] loss change of removing each unit too, per unit of budget, from what the directions say of it."""
-        scores = scores.double().cpu()
+    def note(units, changes):
+        """Keeps the loss change of removing each unit too, from what the directions say of it."""
+        changes = changes.double().cpu()
         if correction is not None:
-            scores = scores + correction[units]
-        if weights is not None:
-            scores = weigh(scores, weights[units])
-        last[units] = scores
-        return scores / selection.savings(units)
+            changes = changes + correction[units]
+        last[units] = changes if weights is None else weigh(changes, weights[units])
 
     while not selection.done():
         selection.close_if_unreachable()
         units = selection.open.nonzero().flatten()
-        values, ranks = marginal(units, directions.scores(order, shift, units)).sort()
+        note(units, directions.scores(order, shift, units))
+        values, ranks = (last[units] / selection.savings(units)).sort()
         bound = values[POOL] if len(units) > POOL else math.inf
-        pool, values = units[ranks[:POOL]], values[:POOL]
-        pooled = replace(directions, coordinates=directions.coordinates[:, pool])
+        pool = units[ranks[:POOL]]
+        coordinates = directions.coordinates[:, pool]
+        known, expansion = torch.ones(len(pool), dtype=torch.bool), None
         while not selection.done():
-            best = values.masked_fill(~selection.open[pool], math.inf).argmin()
-            if not selection.open[pool[best]] or values[best] > bound:
+            values = (last[pool] / selection.savings(pool)).masked_fill(~selection.open[pool], math.inf)
+            lowest = values.argsort()[:WINDOW]
+            unit = int(pool[lowest[0]])
+            if not selection.open[unit] or values[lowest[0]] > bound:
                 break
-            if selection.take(int(pool[best])):
-                shift += pooled.coordinates[:, best]
-                values = marginal(pool, pooled.scores(order, shift))
+            unknown = lowest[~known[lowest] & selection.open[pool[lowest]]]
+            if len(unknown):
+                expansion = expansion or directions.expansion(shift)
+                note(pool[unknown], loss_change(order, *expansion.moments(coordinates[:, unknown], order)).mean(0))
+                known[unknown] = True
+            elif selection.take(unit):
+                shift += directions.coordinates[:, unit]
+                known[:], expansion = False, None
     selection.round_widths(last)
     return selection.chosen
