@@ -13,12 +13,13 @@ from pathlib import Path
 
 import torch
 
-from EnhancedPruning import EnhancedPruning, PruningResult, load_pruned, save_pruned
+from EnhancedPruning import EnhancedPruning, PruningResult, save_pruned
 from taylor_pruning.distributed import barrier, is_main
 from taylor_pruning.experiment.arguments import parse
 from taylor_pruning.experiment.command import Command, ExperimentTask
 from taylor_pruning.experiment.export import export_model
 from taylor_pruning.experiment.models import BuiltModel
+from taylor_pruning.experiment.pruned_file import load_pruned_and_extra
 from taylor_pruning.experiment.run import run_guarded
 from taylor_pruning.experiment.setup import Experiment, environment, prepare, progress, warn_of_chance
 from taylor_pruning.report.closing import experiment_closing
@@ -60,8 +61,10 @@ def pruned(command: Command, pruning: EnhancedPruning, experiment: Experiment, f
     """The pruned network before fine-tuning; kept on disk, so that an interrupted run need not prune again."""
     kept = folder / PRUNED
     if command.run.resume and kept.exists():
-        model = load_pruned(kept, device=pruning.example.device, remedy="remove the file to prune again")
-        return PruningResult(model=model, **torch.load(kept, weights_only=True)["extra"])
+        model, values = load_pruned_and_extra(
+            kept, device=pruning.example.device, remedy="remove the file to prune again"
+        )
+        return PruningResult(model=model, **values)
     warn_of_chance(pruning.dense_stage(), experiment.data)
     result = pruning.prune(
         command.task.pruning_percentage,

@@ -81,6 +81,17 @@ def load_pruned(
     Raises InputError for a file that is damaged (the message ends in `remedy`), of another kind or of a newer version, a
     missing factory, or another network's factory.
     """
+    return load_pruned_and_extra(path, factory, device, remedy=remedy)[0]
+
+
+def load_pruned_and_extra(
+    path: str | Path,
+    factory: Callable[[], nn.Module] | None = None,
+    device: str | torch.device = "cpu",
+    *,
+    remedy: str = "save the network again",
+) -> tuple[nn.Module, dict]:
+    """The network as `load_pruned` gives it, and the `extra` values that were saved with it."""
     content = read_tensors(Path(path), device, remedy)
     if not isinstance(content, dict) or content.get("format") != PRUNED_FORMAT:
         raise InputError(f"{path} is not a pruned network; give a file that save_pruned wrote")
@@ -93,7 +104,7 @@ def load_pruned(
     model = _skeleton(content, factory, path)
     _check_same_network(model, content, f"{path} is not a pruned form of the network that was built for it")
     _restore(model, content)
-    return model.eval()
+    return model.eval(), content.get("extra", {})
 
 
 def _skeleton(content: dict, factory: Callable[[], nn.Module] | None, path: str | Path) -> nn.Module:

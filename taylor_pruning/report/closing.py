@@ -79,11 +79,10 @@ def _mean(stages: list[dict]) -> dict:
 
 
 def _gains(dense: dict, final: dict) -> list[str]:
-    def change(key):
-        return round(100 * (1 - final[key] / dense[key]))
-
     def amount(key, less, more):
-        return f"{abs(change(key))} % {less if change(key) >= 0 else more}"
+        change = 100 * (1 - final[key] / dense[key])
+        change = round(change, 0 if abs(change) < 99 else 2)  # all but all is not all
+        return f"{abs(change):g} % {less if change >= 0 else more}"
 
     return [
         f"{amount('parameters', 'fewer', 'more')} parameters ({_number(dense['parameters'])} -> "

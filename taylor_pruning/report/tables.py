@@ -63,6 +63,11 @@ def summary_table(results: dict) -> str:
     return text_table(["stage", *(column[0] for column in columns)], rows)
 
 
+def _signed(value: float) -> str:
+    """Four decimals, or the size of what would be rounded to none."""
+    return f"{value:+.4f}" if value == 0 or abs(value) >= 5e-5 else f"{value:+.0e}"
+
+
 def rounds_table(rounds: list) -> str:
     """A row a round of pruning: does the loss change by what the scores said?
 
@@ -74,7 +79,7 @@ def rounds_table(rounds: list) -> str:
     rows = []
     for record in rounds:
         changes = numbers(record[key] for key in ("predicted_loss_change", "measured_loss_change", "label_loss_change"))
-        changes = [f"{value:+.4f}" if math.isfinite(value) else "-" for value in changes]
+        changes = [_signed(value) if math.isfinite(value) else "-" for value in changes]
         top1 = [f"{record[key]['top1']:.1f}" if record.get(key) else "-" for key in steps[: 3 if trained else 2]]
         rows.append([str(record["round"]), f"{record['percentage']:g}", *changes, *top1])
     loss = rounds[0]["loss"] if rounds else "loss"

@@ -294,13 +294,13 @@ def test_rounds_table_sets_the_prediction_beside_the_measurement():
          "measured_loss_change": -0.02, "label_loss_change": 0.1,
          "after_selection": {"top1": 70.0}, "after_compensation": {"top1": 80.0}, "after_training": None},
         {"round": 2, "percentage": 20.0, "loss": "divergence", "predicted_loss_change": None, "measured_loss_change": 0.5,
-         "label_loss_change": None,
+         "label_loss_change": 0.00001,
          "after_selection": {"top1": 60.0}, "after_compensation": None},
     ]  # fmt: skip
     header, _, *rows = rounds_table(rounds).splitlines()
     assert "divergence: predicted" in header and "trained" not in header
     assert [row.split() for row in rows] == [
-        ["1", "10", "+0.0123", "-0.0200", "+0.1000", "70.0", "80.0"], ["2", "20", "-", "+0.5000", "-", "60.0", "-"]
+        ["1", "10", "+0.0123", "-0.0200", "+0.1000", "70.0", "80.0"], ["2", "20", "-", "+0.5000", "+1e-05", "60.0", "-"]
     ]  # fmt: skip
 
 
