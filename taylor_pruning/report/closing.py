@@ -133,7 +133,7 @@ def _latency(times: dict | None) -> list[str]:
 
 
 def _cost(dense: dict, final: dict) -> str:
-    change = final["top1"] - dense["top1"]
+    change = round(final["top1"] - dense["top1"], 1) + 0.0  # which turns -0.0 into 0.0
     return f"top-1 {dense['top1']:.1f} % -> {final['top1']:.1f} % ({change:+.1f} points)"
 
 

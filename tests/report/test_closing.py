@@ -38,9 +38,11 @@ def test_an_experiment_says_gain_cost_and_files(stages, tmp_path):
     ]
 
 
-def test_nearly_all_is_not_all(stages, tmp_path):
-    stages[-1].update(parameters=1_500)
-    assert "99.72 % fewer parameters (539 k -> 1.5 k)" in experiment_closing({"stages": stages, "layers": {}}, tmp_path)
+def test_nearly_all_is_not_all_and_nearly_nothing_has_no_sign(stages, tmp_path):
+    stages[-1].update(parameters=1_500, top1=95.16)
+    text = experiment_closing({"stages": stages, "layers": {}}, tmp_path)
+    assert "99.72 % fewer parameters (539 k -> 1.5 k)" in text
+    assert "top-1 95.2 % -> 95.2 % (+0.0 points)" in text
 
 
 def test_a_budget_of_time_names_the_predicted_and_the_measured_time(stages, tmp_path):
