@@ -11,6 +11,7 @@ from pathlib import Path
 
 from taylor_pruning.report.figures import METHODS
 from taylor_pruning.report.sweep_numbers import cells_by_method
+from taylor_pruning.report.tables import signed
 
 LINE = 80  # columns
 STAGES = {
@@ -123,18 +124,18 @@ def _latency(times: dict | None) -> list[str]:
     """The time that a budget of latency predicted, beside the measured one."""
     if not times:
         return []
-    change = 100 * (times["predicted_pruned_ms"] / times["pruned_ms"] - 1)
+    change = signed(100 * (times["predicted_pruned_ms"] / times["pruned_ms"] - 1), 0)
     share = times["pruned_ms"] / times["dense_ms"]
     return [
         f"{times['pruned_ms']:.2f} ms for a batch of {times['batch_size']}, {share:.0%} of the dense network's "
         f"{times['dense_ms']:.2f} ms",
-        f"predicted {times['predicted_pruned_ms']:.2f} ms ({change:+.0f} %)",
+        f"predicted {times['predicted_pruned_ms']:.2f} ms ({change} %)",
     ]
 
 
 def _cost(dense: dict, final: dict) -> str:
-    change = round(final["top1"] - dense["top1"], 1) + 0.0  # which turns -0.0 into 0.0
-    return f"top-1 {dense['top1']:.1f} % -> {final['top1']:.1f} % ({change:+.1f} points)"
+    change = signed(final["top1"] - dense["top1"], 1)
+    return f"top-1 {dense['top1']:.1f} % -> {final['top1']:.1f} % ({change} points)"
 
 
 def _standard_error(stage: dict) -> float:

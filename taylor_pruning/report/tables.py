@@ -32,6 +32,16 @@ def cost_unit(macs) -> tuple[str, float]:
     return ("G", 1e9) if macs is not None and macs >= 1e9 else ("M", 1e6)
 
 
+def signed(value: float, decimals: int) -> str:
+    """The rounded value with its sign; zero is +0."""
+    return f"{round(value, decimals) + 0.0:+.{decimals}f}"  # -0.0 + 0.0 is 0.0
+
+
+def _loss_change(value: float) -> str:
+    """Four decimals, or the size of what they would round to zero."""
+    return signed(value, 4) if value == 0 or abs(value) >= 5e-5 else f"{value:+.0e}"
+
+
 def summary_table(results: dict) -> str:
     """A row a stage, and beneath it the change against the dense network.
 
@@ -53,19 +63,14 @@ def summary_table(results: dict) -> str:
             elif not change:
                 yield format(value / size, style)
             elif key.startswith("top"):
-                yield f"{value - base:+.2f} pt"
+                yield f"{signed(value - base, 2)} pt"
             else:
-                yield f"{100 * (value / base - 1):+.1f} %"
+                yield f"{signed(100 * (value / base - 1), 1)} %"
 
     rows = [[dense["stage"], *cells(dense, False)]]
     for stage in results["stages"][1:]:
         rows += [[stage["stage"], *cells(stage, False)], ["  vs dense", *cells(stage, True)]]
     return text_table(["stage", *(column[0] for column in columns)], rows)
-
-
-def _signed(value: float) -> str:
-    """Four decimals, or the size of what would be rounded to none."""
-    return f"{value:+.4f}" if value == 0 or abs(value) >= 5e-5 else f"{value:+.0e}"
 
 
 def rounds_table(rounds: list) -> str:
@@ -79,7 +84,7 @@ def rounds_table(rounds: list) -> str:
     rows = []
     for record in rounds:
         changes = numbers(record[key] for key in ("predicted_loss_change", "measured_loss_change", "label_loss_change"))
-        changes = [_signed(value) if math.isfinite(value) else "-" for value in changes]
+        changes = [_loss_change(value) if math.isfinite(value) else "-" for value in changes]
         top1 = [f"{record[key]['top1']:.1f}" if record.get(key) else "-" for key in steps[: 3 if trained else 2]]
         rows.append([str(record["round"]), f"{record['percentage']:g}", *changes, *top1])
     loss = rounds[0]["loss"] if rounds else "loss"

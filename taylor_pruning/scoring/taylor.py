@@ -20,6 +20,7 @@ stochastic remainder, as in Hutch++: Meyer, Musco, Musco, Woodruff 2021, arXiv:2
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -135,17 +136,32 @@ def _remainder(logits, basis, signs):
 
 @dataclass
 class Expansion:
-    """Derivatives of the loss of every sample along directions of its logits, at one point.
+    """Derivatives of the loss of every sample along directions of its logits, at one point; each is computed once.
 
     Attributes:
-        gradient: [N, R] first derivatives along the basis.
-        p: [N, K'] probabilities of the most probable classes and of the others together.
-        centred: [N, K', R] the basis at these classes less its mean under p.
+        p: [N, K] probabilities there. targets: [N, K] those that the loss compares with. basis: [N, K, R].
     """
 
-    gradient: Tensor
     p: Tensor
-    centred: Tensor
+    targets: Tensor
+    basis: Tensor
+
+    @cached_property
+    def gradient(self) -> Tensor:
+        """[N, R] first derivatives along the basis."""
+        return torch.bmm((self.p - self.targets)[:, None], self.basis).squeeze(1)
+
+    @cached_property
+    def centred(self) -> tuple[Tensor, Tensor]:
+        """[N, K'] probabilities of the most probable classes and of the others together, [N, K', R] the basis less its mean."""
+        p, basis = _support(self.p, self.basis)
+        return p, basis - torch.bmm(p[:, None], basis)
+
+    @cached_property
+    def fisher(self) -> Tensor:
+        """[N, R, R] second derivatives along the basis."""
+        p, centred = self.centred
+        return torch.bmm(centred.transpose(1, 2) * p[:, None], centred)
 
     def moments(self, c: Tensor, order: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """phi, h, t [N, U] of the directions with coordinates c [N, U, R]; None where the order needs none."""
@@ -153,10 +169,10 @@ class Expansion:
         if order == 1:
             return phi, None, None
         if order == 2:
-            fisher = torch.bmm(self.centred.transpose(1, 2) * self.p[:, None], self.centred)
-            return phi, (torch.bmm(c, fisher) * c).sum(2), None
-        v = torch.bmm(c, self.centred.transpose(1, 2))
-        weighted = v.square() * self.p[:, None]
+            return phi, (torch.bmm(c, self.fisher) * c).sum(2), None
+        p, centred = self.centred
+        v = torch.bmm(c, centred.transpose(1, 2))
+        weighted = v.square() * p[:, None]
         return phi, weighted.sum(2), (weighted * v).sum(2)
 
 
@@ -204,10 +220,7 @@ class Directions:
     def expansion(self, shift: Tensor | None = None) -> "Expansion":
         """The loss of every sample around the logits z - Q shift, with `shift` as in `moments`."""
         logits = self.logits if shift is None else self.logits - torch.bmm(self.basis, shift[:, :, None]).squeeze(2)
-        p = logits.softmax(1)
-        gradient = torch.bmm((p - self.targets())[:, None], self.basis).squeeze(1)
-        p, basis = _support(p, self.basis)
-        return Expansion(gradient, p, basis - torch.bmm(p[:, None], basis))
+        return Expansion(logits.softmax(1), self.targets(), self.basis)
 
     def scores(self, order: int, shift: Tensor | None = None, units=None) -> Tensor:
         """[U'] mean over samples of the signed loss change of removing each unit alone at the shifted logits."""

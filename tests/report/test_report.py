@@ -21,7 +21,7 @@ from taylor_pruning.report import experiment_plots as ExperimentPlots
 from taylor_pruning.report import sweep as SweepReport
 from taylor_pruning.report.figures import CRITERIA, METHODS, ORDERS, layer_axis, saved_figure, short_layer_names
 from taylor_pruning.report.json_files import write_json
-from taylor_pruning.report.tables import rounds_table, summary_table
+from taylor_pruning.report.tables import rounds_table, signed, summary_table
 from taylor_pruning.selection.baselines import BASELINES
 
 STAGES = ("dense", "pruned", "compensated", "fine-tuned")
@@ -302,6 +302,11 @@ def test_rounds_table_sets_the_prediction_beside_the_measurement():
     assert [row.split() for row in rows] == [
         ["1", "10", "+0.0123", "-0.0200", "+0.1000", "70.0", "80.0"], ["2", "20", "-", "+0.5000", "+1e-05", "60.0", "-"]
     ]  # fmt: skip
+
+
+def test_what_rounds_to_zero_has_no_minus():
+    assert [signed(value, 1) for value in (-0.04, 0.0, -0.06, 2)] == ["+0.0", "+0.0", "-0.1", "+2.0"]
+    assert signed(-0.4, 0) == "+0" and signed(float("nan"), 2) == "+nan"
 
 
 def test_settings_of_matplotlib_come_back(tmp_path):
