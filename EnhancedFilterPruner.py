@@ -315,7 +315,8 @@ class Rankings:
     def __init__(self, graph: ChannelGraph | PartsGraph, calibration: list, compensation: list, settings: PruningSettings,
                  progress: bool, task: Task | None = None, held_out: list | None = None):  # fmt: skip
         self.graph, self.settings, self.progress, self.task = graph, settings, progress, task_of(task)
-        self.calibration, self.compensation, self.held_out, self._dense = calibration, compensation, held_out, {}
+        self.calibration, self.compensation, self.held_out = calibration, compensation, held_out
+        self._dense, self._last = {}, None  # rankings of the dense network, graph of the last network cut from it
 
     def of(
         self, model: nn.Module, order: int, use_gradient_flow: bool = False, repairs: bool = False
@@ -338,4 +339,6 @@ class Rankings:
         """The ChannelGraph of the dense network or of one cut from it, with the settings' excluded layers."""
         if model is self.graph.model:
             return self.graph
-        return graph_for(self.task, model, self.calibration[0], self.settings)
+        if self._last is None or self._last.model is not model:
+            self._last = graph_for(self.task, model, self.calibration[0], self.settings)
+        return self._last

@@ -31,7 +31,7 @@ from GradientFlowAnalyzer import GradientFlowAnalyzer
 from taylor_pruning.distributed import is_main
 from taylor_pruning.errors import InputError, one_of
 from taylor_pruning.experiment.checkpoint import RoundsCheckpoint, RoundsState
-from taylor_pruning.experiment.choices import BaselineChoice, TaylorChoice
+from taylor_pruning.experiment.choices import BaselineChoice, TaylorChoice, TimedChoice
 from taylor_pruning.experiment.pruned_file import load_pruned, save_pruned
 from taylor_pruning.experiment.pruned_graph import graph_for
 from taylor_pruning.experiment.results import (
@@ -281,6 +281,8 @@ class EnhancedPruning:
         """The state after what is left of the settings' rounds, and after the repair; `store` keeps every step."""
         rounds = Rounds(self.rankings, self.measuring, self.train_loader, self.recipe, self.teacher, settings,
                         self.progress)  # fmt: skip
+        if settings.times:
+            choose = TimedChoice(choose, self.rankings, settings.times, self.example)
         return rounds.run(state, percentage, choose, store.save if store and is_main() else lambda state: None)
 
     def _result(self, state):
@@ -296,8 +298,10 @@ class EnhancedPruning:
         if step:
             stages.append(self.measuring.stage(names[step], state.model, seconds[step]))
         result = PruningResult(state.model, stages, state.rounds, layer_table(self.graph, state.kept), plan, seconds)
-        times = self.settings.times and latency_report(self.rankings.graph_of(state.model), self.graph, self.settings.times,
-                                                       self.example)  # fmt: skip
+        times = None
+        if self.settings.times and state.rounds:
+            shares = state.rounds[-1]["times"]
+            times = latency_report(self.graph, state.model, self.settings.times, self.example, shares)
         result = dataclasses.replace(
             result, notes=list(self.notes), latency=times, repair=repair, stopped=state.stopped, **state.ranking
         )

@@ -12,12 +12,18 @@ from taylor_pruning.experiment.results import plain_scores, ranking_of
 from taylor_pruning.selection.baselines import NEED_DIRECTIONS, baseline_scores
 from taylor_pruning.selection.chosen import Chosen
 from taylor_pruning.selection.constraints import Constraints, Ledger, Selection
+from taylor_pruning.selection.costs import LatencyCosts
 from taylor_pruning.selection.greedy import select_by_score, select_uniformly
+from taylor_pruning.selection.latency import measured_share
+from taylor_pruning.selection.latency_table import NetworkLatency
 from taylor_pruning.surgery.graph import ChannelGraph
 from taylor_pruning.tasks.classification import is_classification
 
 WIDTHS = ("own", "uniform")
 GUARD = 0.25  # share of its filters that a published criterion leaves every layer, where the budget allows it
+
+TRIES, CLOSE = 3, 0.03  # choices under a budget of time, and the error of the time that is good enough
+LARGEST_SHARE = 0.9999  # of the time that a choice may aim at: less than all must be left
 
 TRADE_POINTS = 25  # of every layer and round that results.json keeps
 
@@ -31,6 +37,7 @@ class Choice:
         ranking: what results.json says of the scores (experiment.results.ranking_of), of the dense network alone.
         chosen: the units of the plan, and what is predicted of them.
         trade: {layer: {"filters", "cost"}}, see `trade_of`; {} where no costs behind compensation chose.
+        times: of a budget of time, see `TimedChoice`.
     """
 
     graph: ChannelGraph
@@ -38,6 +45,7 @@ class Choice:
     ranking: dict
     chosen: Chosen
     trade: dict = field(default_factory=dict)
+    times: dict | None = None
 
 
 class TaylorChoice:
@@ -104,6 +112,60 @@ class BaselineChoice:
         ranking = {"scores": plain_scores(by_layer), "criterion": name}
         chosen = Chosen(units, None, layer_bound_held=selection.bound_held, uniform_widths=uniform)
         return Choice(graph, graph.plan_of(units), ranking, chosen)
+
+
+class TimedChoice:
+    """Makes a choice under a budget of time until the network that it leaves takes the time that is asked for.
+
+    The times of layers do not quite add up to that of a network (docs/measurements.md). So the network that a choice leaves
+    is timed. Where its time is off by more than CLOSE, the next choice aims at another time, at which the same error would
+    give the wanted one. The choice that comes closest counts. Its `times` are {"asked", "predicted", "measured"}, shares
+    of the dense network's time.
+
+    Args:
+        choose: TaylorChoice or BaselineChoice.
+        latency: selection.latency_table.NetworkLatency of the dense network. example: image on its device.
+    """
+
+    def __init__(self, choose: Callable, rankings, latency: NetworkLatency, example: Tensor):
+        self.choose, self.rankings, self.latency, self.example = choose, rankings, latency, example
+
+    def __call__(self, model: nn.Module, percentage: float, ledger: Ledger, lap: Callable[[str], None]) -> Choice:
+        """As of TaylorChoice."""
+        asked, best = 1 - percentage / 100, None
+        error = self._measured(model) / self._predicted(self.rankings.graph_of(model), [])
+        lap("time")
+        for _ in range(TRIES):
+            try:
+                choice = self._aimed_at(asked / error, model, ledger, lap)
+            except InputError:  # the layers cannot lose that much
+                if best is None:
+                    raise
+                break
+            measured = self._measured(choice.graph.remove(choice.plan, verify=False))
+            predicted = self._predicted(choice.graph, choice.chosen.units)
+            times = {"asked": asked, "predicted": error * predicted, "measured": measured}
+            lap("time")
+            if best is None or abs(measured - asked) < abs(best.times["measured"] - asked):
+                best = dataclasses.replace(choice, times=times)
+            if abs(measured / asked - 1) <= CLOSE:
+                break
+            error = measured / predicted
+        return best
+
+    def _aimed_at(self, share, model, ledger, lap):
+        """The choice after which the layers' times add up to this share of the dense network's time, or to what there is."""
+        return self.choose(model, 100 * (1 - min(share, LARGEST_SHARE)), ledger, lap)
+
+    def _measured(self, model):
+        return measured_share(self.rankings.graph, model, self.latency, self.example)
+
+    def _predicted(self, graph, units):
+        """Share of the dense network's time that the layers' times give for the graph's network without the units."""
+        costs = LatencyCosts(graph, self.latency)
+        for unit in units:
+            costs.remove(unit)
+        return costs.total() / LatencyCosts(self.rankings.graph, self.latency).total()
 
 
 def trade_of(graph: ChannelGraph, history: list[tuple[int, float]]) -> dict:

@@ -47,7 +47,7 @@ class PruningResult:
         stopped: where the guard ended the rounds, {"asked", "reached", "tried": per cent of the budget, "held_out": of the
             round that was not taken}; else None.
         latency: where the budget was one, milliseconds of a forward of `batch_size` images on `device`: "dense_ms" and
-            "pruned_ms" as measured at the end, in turn, "predicted_dense_ms" and "predicted_pruned_ms" from the layers' times.
+            "pruned_ms" as measured at the end, in turn, "asked_ms", and "predicted_ms" from the layers' times.
         notes: one line on each kind of wrapper (DataParallel, torch.compile, ...) that was taken off the network.
     """
 
@@ -144,6 +144,7 @@ def round_record(number, percentage, choice, plan, before, after, accuracy, comp
         "uniform_widths": choice.chosen.uniform_widths,
         "trade": choice.trade,
         "measured_over_predicted": choice.chosen.measured_over_predicted,
+        "times": choice.times,
         "loss": loss,
         "predicted_loss_change": choice.chosen.predicted_loss_change,
         "measured_loss_change": change[loss],

@@ -121,15 +121,15 @@ def _uniform(rounds: list) -> list[str]:
 
 
 def _latency(times: dict | None) -> list[str]:
-    """The time that a budget of latency predicted, beside the measured one."""
+    """The time that a budget of latency asked for and predicted, beside the measured one."""
     if not times:
         return []
-    change = signed(100 * (times["predicted_pruned_ms"] / times["pruned_ms"] - 1), 0)
+    change = signed(100 * (times["predicted_ms"] / times["pruned_ms"] - 1), 0)
     share = times["pruned_ms"] / times["dense_ms"]
     return [
         f"{times['pruned_ms']:.2f} ms for a batch of {times['batch_size']}, {share:.0%} of the dense network's "
         f"{times['dense_ms']:.2f} ms",
-        f"predicted {times['predicted_pruned_ms']:.2f} ms ({change} %)",
+        f"asked for {times['asked_ms']:.2f} ms, predicted {times['predicted_ms']:.2f} ms ({change} %)",
     ]
 
 

@@ -16,7 +16,7 @@ import hashlib
 import itertools
 import math
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,12 +32,14 @@ from taylor_pruning.selection.latency_table import LatencyTable, LayerTimes, Net
 from taylor_pruning.surgery.graph import ChannelGraph
 from taylor_pruning.surgery.parts import PartsGraph
 from taylor_pruning.surgery.recorded_calls import operation_name
-from taylor_pruning.surgery.units import Unit, by_layers
+from taylor_pruning.surgery.units import by_layers
 from taylor_pruning.timing import median_milliseconds
 
 SHARES = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # of a layer's width at which it is timed
 NETWORK_SHARES = (1, 3 / 4, 1 / 2, 1 / 4)  # of the filters, at which the whole network is timed
-PASSES = 3  # whose least time counts, so that other programs, which come and go, count little
+# The least time of several passes counts, so that other programs, which come and go, count little. Networks are timed
+# until so many passes in a row lower no time by more than this share.
+PASSES, MOST_PASSES, IMPROVEMENT = 3, 20, 0.01
 
 
 @dataclass(frozen=True)
@@ -195,7 +197,7 @@ def with_times(
 
 def _measured(graph, example, batch_size, table, round_to, progress):
     like = next(graph.model.parameters()).detach()
-    known = LatencyTable(table, device_name(like.device), f"{like.dtype} torch {torch.__version__}")
+    known = LatencyTable(table, *_place(like))
     calls, layers = list(layer_calls(graph)), []
     if not calls:
         raise InputError("no layer of this network can be timed; give a budget of macs or params")
@@ -207,46 +209,67 @@ def _measured(graph, example, batch_size, table, round_to, progress):
         if missing and progress:
             progress(f"timing layer {number} of {len(calls)}, {call.weight}")
         passes = [[call.milliseconds(into, out, batch_size, like) for out, into in missing] for _ in range(PASSES)]
-        for (out, into), least in zip(missing, map(min, zip(*passes, strict=True)), strict=True):
-            known[call.key(batch_size), into, out] = least
-        known.save()
+        keys = [(call.key(batch_size), into, out) for out, into in missing]
+        known.update(zip(keys, map(min, zip(*passes, strict=True)), strict=True))
         times = tuple(tuple(known[call.key(batch_size), into, out] for into in inputs) for out in outputs)
         layers.append(LayerTimes(call.weight, inputs, outputs, times, call.elements * batch_size))
-    plain = NetworkLatency(tuple(layers), 0.0, 1.0, 0.0, batch_size, device_name(like.device))
+    plain = NetworkLatency(tuple(layers), 0.0, 1.0, 0.0, batch_size, device_name(like.device), known.path)
     return _fitted(plain, graph, example, known)
 
 
 def _fitted(latency, graph, example, known):
     """The latency with coefficients from the network's own times at uniform widths, which the table keeps too.
 
-    Every selection with the same table is then the same, also that of an interrupted run.
+    They are scaled so that the time of the whole network is the measured one.
     """
-    rows, gone, keys = [], [], []
+    rows, networks = [], []
     for share in NETWORK_SHARES:
         costs, units = LatencyCosts(graph, latency), uniform_units(graph, 1 - share)
         for unit in units:
             costs.remove(unit)
         rows.append([1.0, *costs.parts()])
-        gone.append([graph.units[u] for u in units])
-        keys.append((network_key(graph, gone[-1], latency.batch_size), round(100 * share)))
+        networks.append(graph.remove([graph.units[u] for u in units], verify=False) if units else graph.model)
+    keys = [network_key(graph, network, latency.batch_size) for network in networks]
     if not all(key in known for key in keys):
-        networks = [graph.remove(units, verify=False) if units else graph.model for units in gone]
-        for key, time in zip(keys, networks_milliseconds(networks, example, latency.batch_size), strict=True):
-            known[key] = time
-        known.save()
-    fixed, scale, each = nonnegative_fit(rows, [known[key] for key in keys])
-    return NetworkLatency(latency.layers, fixed, scale, each, latency.batch_size, latency.device)
+        known.update(zip(keys, networks_milliseconds(networks, example, latency.batch_size), strict=True))
+    times = [known[key] for key in keys]
+    coefficients = nonnegative_fit(rows, times)
+    off = sum(c * part for c, part in zip(coefficients, rows[0], strict=True)) / times[0]
+    fixed, scale, each = (c / off for c in coefficients)
+    return replace(latency, fixed=fixed, scale=scale, each=each)
 
 
-def network_key(graph: ChannelGraph, gone: Sequence[Unit], batch_size: int) -> str:
-    """All that the time of the graph's network without the units `gone` depends on."""
+def network_key(graph: ChannelGraph, model: nn.Module, batch_size: int) -> tuple:
+    """Key in the table of all that the time of `model`, the graph's network or one cut from it, depends on."""
     nodes = [n for n in graph.executions[False].trace.graph.nodes if n.op != "get_attr"]
     operations = [
         (operation_name(n) if n.op == "call_function" else n.op, n.meta.get("shape"), _literals(n)) for n in nodes
     ]
-    widths = [tuple(tensor.shape) for tensor in graph.model.state_dict().values()]
-    removed = [unit.filters for unit in gone]
-    return f"network {hashlib.sha256(repr((operations, widths, removed)).encode()).hexdigest()[:16]} batch {batch_size}"
+    widths = [tuple(tensor.shape) for tensor in model.state_dict().values()]
+    return f"network {hashlib.sha256(repr((operations, widths)).encode()).hexdigest()[:16]} batch {batch_size}", "whole"
+
+
+def measured_share(graph: ChannelGraph, model: nn.Module, latency: NetworkLatency, example: Tensor) -> float:
+    """Time of `model`, cut from the graph's network, over the time of that network.
+
+    Both are measured in turn, unless the latency's table has the time; it keeps what is measured. So every selection with
+    the same table is the same, also that of an interrupted run. Under several processes the first one measures.
+    """
+    return broadcast_object(_measured_share(graph, model, latency, example) if is_main() else None)
+
+
+def _measured_share(graph, model, latency, example):
+    if model is graph.model:
+        return 1.0
+    known = LatencyTable(latency.table, *_place(next(graph.model.parameters())))
+    dense, smaller = (network_key(graph, network, latency.batch_size) for network in (graph.model, model))
+    if dense not in known or smaller not in known:
+        whole, time = networks_milliseconds([graph.model, model], example, latency.batch_size)
+        if dense in known:  # the device may be faster or slower now than it was then
+            known.update([(smaller, time / whole * known[dense])])
+        else:
+            known.update([(dense, whole), (smaller, time)])
+    return known[smaller] / known[dense]
 
 
 def uniform_units(graph: ChannelGraph, share: float) -> list[int]:
@@ -271,9 +294,16 @@ def nonnegative_fit(rows: list[list[float]], values: list[float]) -> list[float]
 
 
 def networks_milliseconds(models: list[nn.Module], example: Tensor, batch_size: int) -> list[float]:
-    """[models] least time of several passes in which the models take turns."""
-    passes = [[network_milliseconds(model, example, batch_size) for model in models] for _ in range(PASSES)]
-    return [min(times) for times in zip(*passes, strict=True)]
+    """[models] least time of several passes in which the models take turns, see PASSES."""
+    least, idle = [math.inf] * len(models), 0
+    for _ in range(MOST_PASSES):
+        times = [network_milliseconds(model, example, batch_size) for model in models]
+        lower = any(time < (1 - IMPROVEMENT) * known for time, known in zip(times, least, strict=True))
+        idle = 0 if lower else idle + 1
+        least = list(map(min, times, least))
+        if idle == PASSES:
+            break
+    return least
 
 
 def network_milliseconds(model: nn.Module, example: Tensor, batch_size: int) -> float:
@@ -283,21 +313,29 @@ def network_milliseconds(model: nn.Module, example: Tensor, batch_size: int) -> 
         return median_milliseconds(lambda: model(images), example.device)
 
 
-def latency_report(graph: ChannelGraph, dense: ChannelGraph, latency: NetworkLatency, example: Tensor) -> dict:
-    """What results.json says of a pruned network's time: predicted, and measured in turn with the dense network.
+def latency_report(
+    graph: ChannelGraph, model: nn.Module, latency: NetworkLatency, example: Tensor, shares: dict
+) -> dict:
+    """What results.json says of a pruned network's time: asked, predicted, and measured in turn with the dense network.
 
     Args:
-        graph: of the pruned network. example: [1, ...] on its device.
+        graph: of the dense network. model: the pruned one. example: [1, ...] on its device.
+        shares: of the last choice, see experiment.choices.TimedChoice.
     """
-    dense_ms, pruned_ms = networks_milliseconds([dense.model, graph.model], example, latency.batch_size)
+    dense_ms, pruned_ms = networks_milliseconds([graph.model, model], example, latency.batch_size)
     return {
         "dense_ms": dense_ms,
         "pruned_ms": pruned_ms,
-        "predicted_dense_ms": LatencyCosts(dense, latency).total(),
-        "predicted_pruned_ms": LatencyCosts(graph, latency).total(),
+        "asked_ms": shares["asked"] * dense_ms,
+        "predicted_ms": shares["predicted"] * dense_ms,
         "batch_size": latency.batch_size,
         "device": latency.device,
     }
+
+
+def _place(like):
+    """(device, version) under which the times of networks like this tensor stand in a table."""
+    return device_name(like.device), f"{like.dtype} torch {torch.__version__}"
 
 
 def device_name(device: torch.device) -> str:

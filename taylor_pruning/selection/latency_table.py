@@ -5,6 +5,7 @@ layer also whole networks, with the per cent of the filters that are left.
 """
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +31,10 @@ class LayerTimes:
 
 @dataclass(frozen=True)
 class NetworkLatency:
-    """Times of a network's layers, and how they and the elements make up the network's time (see selection.latency)."""
+    """Times of a network's layers, and how they and the elements make up the network's time (see selection.latency).
+
+    `table` is the file in which measured times are kept, None where there is none.
+    """
 
     layers: tuple[LayerTimes, ...]
     fixed: float
@@ -38,10 +42,11 @@ class NetworkLatency:
     each: float
     batch_size: int
     device: str
+    table: Path | None = None
 
 
 class LatencyTable:
-    """Times of one device by (layer, inputs, outputs) or (network, per cent); what a file holds of other devices stays in it.
+    """Times of one device by (layer, inputs, outputs) or (network, "whole"); what a file holds of other devices stays in it.
 
     Args:
         path: of the file; None: nothing is kept. device, version: under which the times stand.
@@ -51,7 +56,7 @@ class LatencyTable:
     """
 
     def __init__(self, path: str | Path | None, device: str, version: str):
-        self.path, self.place, self.changed = None if path is None else Path(path), (device, version), False
+        self.path, self.place = None if path is None else Path(path), (device, version)
         self.times: dict[str, dict[str, float]] = self._at(self._read())
 
     def _read(self):
@@ -80,23 +85,30 @@ class LatencyTable:
         name, *sizes = key
         return self.times[name][_text(sizes)]
 
-    def __setitem__(self, key: tuple, milliseconds: float) -> None:
-        name, *sizes = key
-        self.times.setdefault(name, {})[_text(sizes)], self.changed = milliseconds, True
+    def update(self, times: Iterable[tuple[tuple, float]]) -> None:
+        """Adds (key, milliseconds), and all new times to the file, whole or not at all.
 
-    def save(self) -> None:
-        """Adds the new times to the file, whole or not at all; those that another process has added meanwhile stay."""
-        if self.path is None or not self.changed:
+        Times that another process has added to the file meanwhile stay.
+        """
+        new: dict[str, dict[str, float]] = {}
+        for (name, *sizes), milliseconds in times:
+            new.setdefault(name, {})[_text(sizes)] = milliseconds
+        if not new:
+            return
+        _merge(self.times, new)
+        if self.path is None:
             return
         content = self._read()
-        there = self._at(content)
-        for layer, widths in self.times.items():
-            there[layer] = there.get(layer, {}) | widths
+        _merge(self._at(content), self.times)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(self.path) as temporary:
             temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        self.changed = False
 
 
-def _text(sizes: list[int]) -> str:
+def _merge(times: dict, new: dict) -> None:
+    for name, of_sizes in new.items():
+        times[name] = times.get(name, {}) | of_sizes
+
+
+def _text(sizes: list) -> str:
     return "x".join(map(str, sizes))

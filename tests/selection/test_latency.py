@@ -43,6 +43,13 @@ def graph(request, images):
     return ChannelGraph(randomise(NETWORKS[request.param]()), images)
 
 
+def uniform_networks(graph):
+    """Those at which the whole network is timed."""
+    for share in latency_module.NETWORK_SHARES:
+        units = latency_module.uniform_units(graph, 1 - share)
+        yield graph.remove([graph.units[u] for u in units], verify=False) if units else graph.model
+
+
 @pytest.fixture
 def counted(monkeypatch):
     """A device on which 1,000 multiply-accumulates take a millisecond, and nothing else takes time."""
@@ -137,8 +144,54 @@ def test_the_target_is_met_and_predicted_and_measured_agree(target, counted, ima
     found = result.as_dict()["latency"]
     assert found["dense_ms"] == pytest.approx(dense) and found["batch_size"] == 2
     assert found["pruned_ms"] == pytest.approx(0.5 * dense, rel=0.05)
-    assert found["predicted_pruned_ms"] == pytest.approx(found["pruned_ms"], rel=0.02)
+    assert found["predicted_ms"] == pytest.approx(found["pruned_ms"], rel=0.02)
+    assert found["asked_ms"] == pytest.approx(0.5 * dense)
     assert "batch 2" in table.read_text()
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+@pytest.mark.parametrize("keeps", [True, False])
+def test_where_layers_times_do_not_add_up_the_network_is_timed_and_chosen_again(
+    rounds, keeps, counted, images, labels, tmp_path, monkeypatch
+):
+    """A network that is not uniform takes longer than its layers: the choice aims lower, and the asked time is met."""
+    torch.manual_seed(0)
+    model, batches = randomise(inverted()), [(images, labels)]
+    uniform = {tuple(p.shape for p in m.parameters()) for m in uniform_networks(ChannelGraph(model, images))}
+    timer = latency_module.network_milliseconds
+
+    def slower(network, example, batch_size):
+        is_uniform = tuple(p.shape for p in network.parameters()) in uniform
+        return timer(network, example, batch_size) * (1 if is_uniform else 1.25)
+
+    monkeypatch.setattr(latency_module, "network_milliseconds", slower)
+    monkeypatch.setattr(latency_module, "cache_folder", lambda: None)
+    table = str(tmp_path / "times.json") if keeps else None
+    settings = PruningSettings(target_latency="50%", latency_table=table, rounds=rounds)
+    pruning = EnhancedPruning(model, batches, batches, settings=settings, progress=False)
+    results = [pruning.prune(taylor_order=1).as_dict() for _ in range(2)]
+    found, rounds = results[0]["latency"], results[0]["rounds"]
+    assert found["pruned_ms"] == pytest.approx(found["asked_ms"], rel=0.05)
+    assert found["predicted_ms"] == pytest.approx(found["pruned_ms"], rel=0.05)
+    assert all(r["times"]["measured"] == pytest.approx(r["times"]["asked"], rel=0.1) for r in rounds)
+    assert results[0]["layers"] == results[1]["layers"]
+
+
+def test_a_time_out_of_reach_is_approached_as_far_as_layers_can_shrink(counted, images, labels, monkeypatch, tmp_path):
+    """What the layers' times call possible is not: the run does what can be done, and says what was asked and reached."""
+    torch.manual_seed(0)
+    model, batches = randomise(inverted()), [(images, labels)]
+    timer = latency_module.network_milliseconds
+
+    def hardly_faster(network, example, batch_size):
+        return 0.8 * timer(model, example, batch_size) + 0.2 * timer(network, example, batch_size)
+
+    settings = PruningSettings(target_latency="50%", latency_table=str(tmp_path / "times.json"), rounds=1)
+    pruning = EnhancedPruning(model, batches, batches, settings=settings, progress=False)
+    monkeypatch.setattr(latency_module, "network_milliseconds", hardly_faster)
+    found = pruning.prune(taylor_order=1).as_dict()["latency"]
+    assert found["asked_ms"] == pytest.approx(0.5 * found["dense_ms"])
+    assert 0.8 * found["dense_ms"] < found["pruned_ms"] < 0.9 * found["dense_ms"]
 
 
 def test_the_real_device_can_be_timed(images):
@@ -181,8 +234,8 @@ def test_with_one_table_the_times_of_a_network_are_the_same_again(images, tmp_pa
     )
     assert first == again
     graph = ChannelGraph(network, images)
-    keys = {latency_module.network_key(graph, graph.units[:gone], batch) for gone in (0, 1) for batch in (1, 2)}
-    assert len(keys) == 4
+    networks = network, graph.remove(graph.units[:1])
+    assert len({latency_module.network_key(graph, model, batch) for model in networks for batch in (1, 2)}) == 4
 
 
 def test_without_a_cache_the_times_are_kept_in_the_runs_folder(counted, images, tmp_path, monkeypatch):
@@ -195,12 +248,9 @@ def test_without_a_cache_the_times_are_kept_in_the_runs_folder(counted, images, 
 def test_the_table_keeps_what_others_wrote_and_refuses_other_files(tmp_path):
     path = tmp_path / "times.json"
     one, other = LatencyTable(path, "a", "1"), LatencyTable(path, "b", "1")
-    one["conv", 3, 4] = 1.5
-    one.save()
-    other["conv", 3, 4] = 2.5
-    other.save()
-    one["conv", 3, 8] = 2.0
-    one.save()
+    one.update([(("conv", 3, 4), 1.5)])
+    other.update([(("conv", 3, 4), 2.5)])
+    one.update([(("conv", 3, 8), 2.0)])
     assert json.loads(path.read_text()) == {
         "a": {"1": {"conv": {"3x4": 1.5, "3x8": 2.0}}},
         "b": {"1": {"conv": {"3x4": 2.5}}},
