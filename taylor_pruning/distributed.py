@@ -6,11 +6,15 @@ Without torchrun every function gives the answer of one process, so that callers
 """
 
 import os
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from taylor_pruning.errors import InputError
+
+T = TypeVar("T")
 
 
 def init_distributed(device: torch.device) -> torch.device:
@@ -93,6 +97,11 @@ def broadcast_object(value):
     if world_size() > 1:
         dist.broadcast_object_list(values, src=0)
     return values[0]
+
+
+def on_main(call: Callable[[], T]) -> T:
+    """What rank 0 gets from `call`, in every process; the others wait, so that they do not disturb what it measures."""
+    return broadcast_object(call() if is_main() else None)
 
 
 def broadcast_state(module: torch.nn.Module) -> None:

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, fx, nn
 
-from taylor_pruning.distributed import broadcast_object, is_main
+from taylor_pruning.distributed import on_main
 from taylor_pruning.errors import InputError
 from taylor_pruning.files import cache_folder
 from taylor_pruning.modes import frozen
@@ -170,8 +170,7 @@ def measure_latency(
     """
     if isinstance(graph, PartsGraph):
         raise InputError("parts of a network cannot be timed, only whole networks; give a budget of macs or params")
-    latency = _measured(graph, example, batch_size, table, round_to, progress) if is_main() else None
-    return broadcast_object(latency)
+    return on_main(lambda: _measured(graph, example, batch_size, table, round_to, progress))
 
 
 def with_times(
@@ -255,7 +254,7 @@ def measured_share(graph: ChannelGraph, model: nn.Module, latency: NetworkLatenc
     Both are measured in turn, unless the latency's table has the time; it keeps what is measured. So every selection with
     the same table is the same, also that of an interrupted run. Under several processes the first one measures.
     """
-    return broadcast_object(_measured_share(graph, model, latency, example) if is_main() else None)
+    return on_main(lambda: _measured_share(graph, model, latency, example))
 
 
 def _measured_share(graph, model, latency, example):
@@ -322,7 +321,7 @@ def latency_report(
         graph: of the dense network. model: the pruned one. example: [1, ...] on its device.
         shares: of the last choice, see experiment.choices.TimedChoice.
     """
-    dense_ms, pruned_ms = networks_milliseconds([graph.model, model], example, latency.batch_size)
+    dense_ms, pruned_ms = on_main(lambda: networks_milliseconds([graph.model, model], example, latency.batch_size))
     return {
         "dense_ms": dense_ms,
         "pruned_ms": pruned_ms,

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from taylor_pruning.distributed import on_main
 from taylor_pruning.memory import Portions
 from taylor_pruning.modes import frozen
 from taylor_pruning.tasks.batches import size, split
@@ -67,7 +68,7 @@ class Measuring:
         if accuracy is None:
             accuracy = known if measured is model else self._measure(model, self.validation, name, self.progress)
         seconds = time.perf_counter() - start if seconds is None else seconds
-        costs = profile(model, example_of(self.task, self.calibration[0]))
+        costs = on_main(lambda: profile(model, example_of(self.task, self.calibration[0])))
         return {"stage": name, **figures(accuracy), **costs, "seconds": seconds}
 
     def metrics_of(self, stage: dict) -> Accuracy | dict:
