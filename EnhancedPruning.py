@@ -71,6 +71,7 @@ class EnhancedPruning:
         compensation: list of such batches for compensation; default: `calibration`.
         held_out: list of such batches on which a round's choice is tried and the round is judged; default: where
             `calibration` comes from `train_loader` the images after it, else no choice is tried, and `calibration` judges.
+            They should be none of `compensation`.
         dense_stage: the dense network's stage where it is known already.
         settings, recipe: PruningSettings, training.fine_tuning.Recipe.
         progress: show progress bars.

@@ -100,16 +100,17 @@ class Work:
         return result.model, result.plan, result.seconds["compensate"]
 
     def network(self, rate):
-        """As experiment.rounds.Rounds.repaired does it, at a given rate."""
-        start, images = time.perf_counter(), network_repair.split(self.draw.compensation, self.seed)
+        """As experiment.rounds.Rounds.repaired does it, at a given rate or (None) at its own."""
+        start, (images, judging) = time.perf_counter(), network_repair.split(self.draw.compensation, self.seed)
         model, plan, seconds = self.layer
         kept = remaining(all_filters(self.pruning.graph), plan)
         repaired = self.pruning.graph.remove(plan)
-        compensate(self.dense, repaired, images[0], kept, progress=False, seed=self.seed)
-        network_repair.RATE = rate
+        compensate(self.dense, repaired, images, kept, progress=False, seed=self.seed)
         losses = functools.partial(distillation_losses, temperature=4.0)
-        report = network_repair.repair_network(self.dense, repaired, *images, losses, seed=self.seed,
-                                               passes=self.arguments.repair_passes, progress=False)  # fmt: skip
+        report = network_repair.repair_network(
+            self.dense, repaired, images, judging + self.draw.held_out, losses, passes=self.arguments.repair_passes, rate=rate,
+            seed=self.seed, progress=False,
+        )  # fmt: skip
         print(f"    repair: loss {report.loss_before:.3f} -> {report.loss_after:.3f} at {report.steps}", flush=True)
         return repaired if report.steps else model, plan, seconds + time.perf_counter() - start
 
@@ -130,8 +131,8 @@ class Work:
             steps_before = steps // 2 if ", sparse" in way else 0
             found = self.peer(way, Steps(train, steps_before), recipe, teacher), None, 0.0
         else:
-            rate = float(way.partition("@")[2] or network_repair.RATE)
-            found = self.layer if way == "layer" else self.repaired(rate)
+            rate = way.partition("@")[2]
+            found = self.layer if way == "layer" else self.repaired(float(rate) if rate else None)
             start = time.perf_counter()
         model = copy.deepcopy(found[0])
         if steps:

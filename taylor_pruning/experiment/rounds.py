@@ -121,7 +121,7 @@ class Rounds:
     def repaired(self, state: RoundsState) -> RoundsState:
         """The state after the repair across layers; as it is where the settings want none, or where it was done.
 
-        The layers are fitted again, without the images that judge the repair.
+        The layers are fitted again, without the images that judge the repair; those that judge the rounds judge it too.
         """
         if self.settings.repair != "network" or state.repair:
             return state
@@ -130,6 +130,7 @@ class Rounds:
         before = self.measuring.stage("compensated", state.model, state.seconds["compensate"])
         seconds.lap("evaluate")
         images, held_out = split(self.rankings.compensation, seed)
+        held_out += self.rankings.held_out or []
         model = self.graph.remove(removed(self.graph, state.kept))
         if images:
             self._fit(dense, model, images, state.kept)
@@ -137,7 +138,7 @@ class Rounds:
         if is_classification(task):
             losses = functools.partial(distillation_losses, temperature=self.recipe.temperature)
         report = repair_network(dense, model, images, held_out, losses, task=task, parts=parts_of(self.graph), seed=seed,
-                                progress=self.progress)  # fmt: skip
+                                passes=self.settings.repair_passes, progress=self.progress)  # fmt: skip
         broadcast_state(model)
         if not report.steps:  # nothing was gained: the fit to all images is better
             model = state.model

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from taylor_pruning.errors import InputError
 from taylor_pruning.memory import parse_bytes
 from taylor_pruning.options import check, option, options
+from taylor_pruning.repair.network import PASSES
 from taylor_pruning.selection.constraints import Constraints
 from taylor_pruning.selection.costs import cost_model
 from taylor_pruning.selection.targets import Target, parse_target
@@ -47,6 +48,7 @@ class PruningSettings(Constraints):
         repair: "layer": `compensate`; "none": nothing, as without `compensate`; "network": `compensate`, and after the last
             round steps on all weights that lower the divergence from the dense network (repair.network); "auto": as
             `compensate` says.
+        repair_passes: over the compensation images, of the repair "network".
         correct_levels: with `compensate` and a joint selection, the predicted costs of every group of layers are compared with
             what a trial measures on held-out images, and the choice is made once more (selection.corrected).
         guard: with `compensate`, the rounds end before one that destroys the network on held-out calibration images (its
@@ -130,9 +132,15 @@ class PruningSettings(Constraints):
         "auto",
         "none; layer: by least squares after every round, as --compensate; network: then also steps on all weights towards "
         "the dense network's outputs, without labels; auto: layer, or none with --no-compensate",
-        "network costs about as much as five passes of training over the compensation images. On a ResNet-32 with 35 % of "
-        "its multiply-accumulates left it gained 4 to 5 points with 1,000 --compensation-samples.",
+        "network costs about as much as --repair-passes passes of training over the compensation images. On a ResNet-32 with "
+        "35 % of its multiply-accumulates left it gained GAIN points with 1,000 --compensation-samples.",
         choices=REPAIRS,
+    )
+    repair_passes: int = option(
+        PASSES,
+        "passes over the compensation images of --repair network",
+        "More passes gain more, where time does not matter.",
+        low=1,
     )
     correct_levels: bool = option(
         False,

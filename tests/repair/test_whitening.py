@@ -1,0 +1,108 @@
+"""White coordinates: the chain rule holds in them, and the inputs that they are made from are white there."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from taylor_pruning.repair.whitening import DAMPING, SecondMoments, white_coordinates
+
+LAYERS = {
+    "linear": (nn.Linear(6, 5), (7, 6)),
+    "tokens": (nn.Linear(6, 5), (7, 3, 6)),
+    "conv1d": (nn.Conv1d(4, 5, 3, padding=1), (7, 4, 9)),
+    "conv2d": (nn.Conv2d(4, 6, (3, 2), stride=2, dilation=(1, 2), bias=False), (7, 4, 9, 8)),
+    "grouped": (nn.Conv2d(4, 6, 3, padding=1, groups=2), (7, 4, 9, 8)),
+    "depthwise": (nn.Conv2d(4, 8, 3, padding="same", groups=4), (7, 4, 9, 8)),
+    "conv3d": (nn.Conv3d(2, 3, 2), (7, 2, 4, 3, 5)),
+}
+
+
+@pytest.fixture(params=LAYERS)
+def layer(request):
+    """(layer, inputs like those behind a ReLU)"""
+    torch.manual_seed(0)
+    module, shape = LAYERS[request.param]
+    return module.double(), torch.randn(shape, dtype=torch.float64).relu()
+
+
+def coordinates_of(module, x):
+    return white_coordinates(module, [lambda: module(x)])
+
+
+def test_a_gradient_in_white_coordinates_says_what_a_move_there_changes(layer):
+    """The chain rule: the loss changes along a move of the coordinates by the gradient there times the move."""
+    module, x = layer
+    target = torch.randn_like(module(x))
+
+    def loss():
+        return (module(x) - target).square().sum()
+
+    before = loss()
+    before.backward()
+    step, predicted = 1e-6, 0.0
+    for each in coordinates_of(module, x):
+        each.take_gradient()
+        assert each.parameter.grad is None
+        move = torch.randn_like(each.move)
+        predicted += (each.move.grad * move).sum().item()
+        each.move.data = step * move
+        each.apply()
+    assert (loss() - before).item() / step == pytest.approx(predicted, rel=1e-3)
+
+
+def test_without_a_move_the_parameters_stay_as_they_are(layer):
+    module, x = layer
+    before = module(x)
+    for each in coordinates_of(module, x):
+        each.apply()
+    assert torch.equal(module(x), before)
+
+
+def test_second_moments_are_those_of_the_patches(layer):
+    """Of channels over all pixels, of kernel positions over all patches of the first image with a stride of 1."""
+    module, x = layer
+    moments = SecondMoments(module)
+    moments.add(module, (x,))
+    groups, kernel = getattr(module, "groups", 1), getattr(module, "kernel_size", ())
+    x = x.flatten(0, -2)[..., None] if not kernel else x
+    parts = x.flatten(2).chunk(groups, 1)
+    channels = sum(torch.einsum("ncp,ndp->cd", part, part) for part in parts)
+    torch.testing.assert_close(moments.channels, channels)
+    if len(kernel) != 2:
+        return
+    reach = [d * (k - 1) for d, k in zip(module.dilation, kernel, strict=True)]
+    padded = F.pad(x[:1], (reach[1] // 2, reach[1] - reach[1] // 2, reach[0] // 2, reach[0] - reach[0] // 2))
+    patches = F.unfold(padded, kernel, module.dilation).view(x.shape[1], kernel[0] * kernel[1], -1)
+    torch.testing.assert_close(moments.positions, torch.einsum("ctp,cup->tu", patches, patches))
+
+
+def test_the_inputs_are_white_in_the_coordinates(layer):
+    module, x = layer
+    moments = SecondMoments(module)
+    moments.add(module, (x,))
+    for total, inverse in zip((moments.channels, moments.positions), moments.inverses(), strict=True):
+        if total.any():
+            damped = total / total.diagonal().mean() + DAMPING * torch.eye(len(total))
+            torch.testing.assert_close(inverse @ damped @ inverse.mT, torch.eye(len(total), dtype=torch.float64))
+
+
+def test_what_cannot_be_whitened_moves_as_it_is():
+    """A layer that is not called or sees zeros, one whose weight is computed from others, and all other parameters."""
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.idle, self.blind, self.normed = nn.Linear(3, 3), nn.Linear(3, 3), weight_norm(nn.Linear(3, 3))
+            self.norm = nn.BatchNorm1d(3)
+
+        def forward(self, x):
+            return self.blind(0 * x) + self.norm(self.normed(input=x))
+
+    network, x = Network().eval(), torch.randn(5, 3)
+    for each in white_coordinates(network, [lambda: network(x)]):
+        before = each.parameter.detach().clone()
+        each.move.data.fill_(0.25)
+        each.apply()
+        torch.testing.assert_close(each.parameter - before, torch.full_like(before, 0.25))
