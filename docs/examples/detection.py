@@ -92,7 +92,8 @@ def main(argv=None):
     recipe = Recipe(epochs=arguments.epochs, lr=0.1, warmup_epochs=warmup, clip_norm=5.0, accuracy_at_steps=False)
     fine_tune(model, train, val, recipe, task=task, progress=False)
 
-    settings = PruningSettings(budget="params", rounds=2, prune_modules=["backbone", "head"], repair=arguments.repair)
+    settings = PruningSettings(budget="params", rounds=2, prune_modules=["backbone", "head"], repair=arguments.repair,
+                               repair_passes=10)  # fmt: skip
     pruning = EnhancedPruning(model, train, val, task=task, settings=settings, calibration_samples=200, progress=False,
                               recipe=Recipe(epochs=1, lr=0.02, accuracy_at_steps=False))  # fmt: skip
     result = pruning.run_full_pruning(50, 2)

@@ -133,7 +133,7 @@ class PruningSettings(Constraints):
         "none; layer: by least squares after every round, as --compensate; network: then also steps on all weights towards "
         "the dense network's outputs, without labels; auto: layer, or none with --no-compensate",
         "network costs about as much as --repair-passes passes of training over the compensation images. On a ResNet-32 with "
-        "35 % of its multiply-accumulates left it gained GAIN points with 1,000 --compensation-samples.",
+        "35 % of its multiply-accumulates left it gained 4 points with 1,000 --compensation-samples.",
         choices=REPAIRS,
     )
     repair_passes: int = option(
