@@ -380,7 +380,8 @@ def test_the_repair_across_layers_follows_the_last_round(plain_network, images, 
 
 def test_a_repair_that_gains_nothing_leaves_the_compensated_network(plain_network, images, labels, monkeypatch):
     loader = make_loader(torch.utils.data.TensorDataset(images, labels), 6)
-    monkeypatch.setattr(network_module, "RATE", 10.0)
+    for name in ("RATE_A_PASS", "LARGEST_RATE"):
+        monkeypatch.setattr(network_module, name, 10.0)
     settings = PruningSettings(rounds=1, repair="network")
     pruning = EnhancedPruning(plain_network, loader, loader, settings=settings, progress=False)
     result = pruning.prune(30, 2)

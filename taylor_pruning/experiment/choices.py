@@ -139,9 +139,12 @@ class TimedChoice:
             try:
                 choice = self._aimed_at(asked / error, model, ledger, lap)
             except InputError:  # the layers cannot lose that much
-                if best is None:
+                if best is not None:
+                    break
+                if error == 1:
                     raise
-                break
+                error = 1.0
+                continue
             measured = self._measured(choice.graph.remove(choice.plan, verify=False))
             predicted = self._predicted(choice.graph, choice.chosen.units)
             times = {"asked": asked, "predicted": error * predicted, "measured": measured}

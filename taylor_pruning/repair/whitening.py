@@ -119,7 +119,7 @@ class SecondMoments:
 
 def _inverse_factor(moments):
     mean, identity = moments.diagonal().mean(), torch.eye(len(moments), dtype=moments.dtype, device=moments.device)
-    if not mean > 0:  # the layer was not called, sees nothing but zeros, or is linear and has no positions
+    if not 0 < mean < torch.inf:  # the layer was not called, sees nothing but zeros, or is linear and has no positions
         return identity
     factor = torch.linalg.cholesky(moments / mean + DAMPING * identity)
     return torch.linalg.solve_triangular(factor, identity, upper=False)

@@ -177,7 +177,10 @@ def test_where_layers_times_do_not_add_up_the_network_is_timed_and_chosen_again(
     assert results[0]["layers"] == results[1]["layers"]
 
 
-def test_a_time_out_of_reach_is_approached_as_far_as_layers_can_shrink(counted, images, labels, monkeypatch, tmp_path):
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_a_time_out_of_reach_is_approached_as_far_as_layers_can_shrink(
+    rounds, counted, images, labels, monkeypatch, tmp_path
+):
     """What the layers' times call possible is not: the run does what can be done, and says what was asked and reached."""
     torch.manual_seed(0)
     model, batches = randomise(inverted()), [(images, labels)]
@@ -186,7 +189,7 @@ def test_a_time_out_of_reach_is_approached_as_far_as_layers_can_shrink(counted, 
     def hardly_faster(network, example, batch_size):
         return 0.8 * timer(model, example, batch_size) + 0.2 * timer(network, example, batch_size)
 
-    settings = PruningSettings(target_latency="50%", latency_table=str(tmp_path / "times.json"), rounds=1)
+    settings = PruningSettings(target_latency="50%", latency_table=str(tmp_path / "times.json"), rounds=rounds)
     pruning = EnhancedPruning(model, batches, batches, settings=settings, progress=False)
     monkeypatch.setattr(latency_module, "network_milliseconds", hardly_faster)
     found = pruning.prune(taylor_order=1).as_dict()["latency"]

@@ -63,7 +63,7 @@ def test_a_task_runs_through_all_stages_with_its_own_metrics(name):
 def test_the_repair_across_layers_follows_the_divergence_of_a_task(name, monkeypatch):
     monkeypatch.setattr(network_module, "SURE", 0.0)  # four images judge
     task, _, _ = CASES[name]
-    pruning = pipeline(name, settings=PruningSettings(rounds=1, repair="network"))
+    pruning = pipeline(name, settings=PruningSettings(rounds=1, repair="network", repair_passes=20))
     result = pruning.prune(50, 2)
     assert [stage["stage"] for stage in result.stages] == ["dense", "pruned", "compensated", "repaired"]
     images = torch.cat([images for images, _ in split(pruning.compensation, 0)[1]])
