@@ -9,13 +9,13 @@ from torch.nn.utils.parametrizations import weight_norm
 from taylor_pruning.repair.whitening import DAMPING, SecondMoments, white_coordinates
 
 LAYERS = {
-    "linear": (nn.Linear(6, 5), (7, 6)),
-    "tokens": (nn.Linear(6, 5), (7, 3, 6)),
-    "conv1d": (nn.Conv1d(4, 5, 3, padding=1), (7, 4, 9)),
-    "conv2d": (nn.Conv2d(4, 6, (3, 2), stride=2, dilation=(1, 2), bias=False), (7, 4, 9, 8)),
-    "grouped": (nn.Conv2d(4, 6, 3, padding=1, groups=2), (7, 4, 9, 8)),
-    "depthwise": (nn.Conv2d(4, 8, 3, padding="same", groups=4), (7, 4, 9, 8)),
-    "conv3d": (nn.Conv3d(2, 3, 2), (7, 2, 4, 3, 5)),
+    "linear": (lambda: nn.Linear(6, 5), (7, 6)),
+    "tokens": (lambda: nn.Linear(6, 5), (7, 3, 6)),
+    "conv1d": (lambda: nn.Conv1d(4, 5, 3, padding=1), (7, 4, 9)),
+    "conv2d": (lambda: nn.Conv2d(4, 6, (3, 2), stride=2, dilation=(1, 2), bias=False), (7, 4, 9, 8)),
+    "grouped": (lambda: nn.Conv2d(4, 6, 3, padding=1, groups=2), (7, 4, 9, 8)),
+    "depthwise": (lambda: nn.Conv2d(4, 8, 3, padding="same", groups=4), (7, 4, 9, 8)),
+    "conv3d": (lambda: nn.Conv3d(2, 3, 2), (7, 2, 4, 3, 5)),
 }
 
 
@@ -23,8 +23,8 @@ LAYERS = {
 def layer(request):
     """(layer, inputs like those behind a ReLU)"""
     torch.manual_seed(0)
-    module, shape = LAYERS[request.param]
-    return module.double(), torch.randn(shape, dtype=torch.float64).relu()
+    build, shape = LAYERS[request.param]
+    return build().double(), torch.randn(shape, dtype=torch.float64).relu()
 
 
 def coordinates_of(module, x):
@@ -39,17 +39,19 @@ def test_a_gradient_in_white_coordinates_says_what_a_move_there_changes(layer):
     def loss():
         return (module(x) - target).square().sum()
 
-    before = loss()
-    before.backward()
-    step, predicted = 1e-6, 0.0
-    for each in coordinates_of(module, x):
+    loss().backward()
+    coordinates, found = coordinates_of(module, x), []
+    for each in coordinates:
         each.take_gradient()
         assert each.parameter.grad is None
-        move = torch.randn_like(each.move)
-        predicted += (each.move.grad * move).sum().item()
-        each.move.data = step * move
-        each.apply()
-    assert (loss() - before).item() / step == pytest.approx(predicted, rel=1e-3)
+    moves = [torch.randn_like(each.move) for each in coordinates]
+    for step in (1e-3, -1e-3):
+        for each, move in zip(coordinates, moves, strict=True):
+            each.move.data = step * move
+            each.apply()
+        found.append(loss().item())
+    predicted = sum((each.move.grad * move).sum().item() for each, move in zip(coordinates, moves, strict=True))
+    assert (found[0] - found[1]) / 2e-3 == pytest.approx(predicted, rel=1e-6)  # exact for a quadratic
 
 
 def test_without_a_move_the_parameters_stay_as_they_are(layer):
