@@ -133,11 +133,12 @@ class TimedChoice:
     def __call__(self, model: nn.Module, percentage: float, ledger: Ledger, lap: Callable[[str], None]) -> Choice:
         """As of TaylorChoice."""
         asked, best = 1 - percentage / 100, None
-        error = self._measured(model) / self._predicted(self.rankings.graph_of(model), [])
+        error = self._measured(model) / self._predicted(self.rankings.graph_of(model), [], ledger)
         lap("time")
         for _ in range(TRIES):
+            aim = min(asked / error, LARGEST_SHARE)  # of the layers' times
             try:
-                choice = self._aimed_at(asked / error, model, ledger, lap)
+                choice = self.choose(model, 100 * (1 - aim), ledger, lap)
             except InputError:  # the layers cannot lose that much
                 if best is not None:
                     break
@@ -146,7 +147,7 @@ class TimedChoice:
                 error = 1.0
                 continue
             measured = self._measured(choice.graph.remove(choice.plan, verify=False))
-            predicted = self._predicted(choice.graph, choice.chosen.units)
+            predicted = self._predicted(choice.graph, choice.chosen.units, ledger)
             times = {"asked": asked, "predicted": error * predicted, "measured": measured}
             lap("time")
             if best is None or abs(measured - asked) < abs(best.times["measured"] - asked):
@@ -156,19 +157,15 @@ class TimedChoice:
             error = measured / predicted
         return best
 
-    def _aimed_at(self, share, model, ledger, lap):
-        """The choice after which the layers' times add up to this share of the dense network's time, or to what there is."""
-        return self.choose(model, 100 * (1 - min(share, LARGEST_SHARE)), ledger, lap)
-
     def _measured(self, model):
         return measured_share(self.rankings.graph, model, self.latency, self.example)
 
-    def _predicted(self, graph, units):
+    def _predicted(self, graph, units, ledger):
         """Share of the dense network's time that the layers' times give for the graph's network without the units."""
         costs = LatencyCosts(graph, self.latency)
         for unit in units:
             costs.remove(unit)
-        return costs.total() / LatencyCosts(self.rankings.graph, self.latency).total()
+        return costs.total() / ledger.total
 
 
 def trade_of(graph: ChannelGraph, history: list[tuple[int, float]]) -> dict:

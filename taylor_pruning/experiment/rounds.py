@@ -9,7 +9,7 @@ from torch import nn
 
 from taylor_pruning.distributed import broadcast_object, broadcast_state, check_equal_shapes
 from taylor_pruning.experiment.checkpoint import RoundsState
-from taylor_pruning.experiment.choices import BaselineChoice, TaylorChoice
+from taylor_pruning.experiment.choices import BaselineChoice, TaylorChoice, TimedChoice
 from taylor_pruning.experiment.results import Stopwatch, all_filters, remaining, removed, round_record
 from taylor_pruning.experiment.settings import PruningSettings
 from taylor_pruning.memory import return_freed_memory
@@ -54,7 +54,7 @@ class Rounds:
         self,
         state: RoundsState,
         percentage: float,
-        choose: TaylorChoice | BaselineChoice,
+        choose: TaylorChoice | BaselineChoice | TimedChoice,
         keep: Callable = lambda state: None,
     ) -> RoundsState:
         """The state after the rounds of the settings that are not in `state` yet, and the repair across layers.
@@ -89,7 +89,7 @@ class Rounds:
         return repaired
 
     def next(
-        self, state: RoundsState, number: int, percentage: float, choose: TaylorChoice | BaselineChoice
+        self, state: RoundsState, number: int, percentage: float, choose: TaylorChoice | BaselineChoice | TimedChoice
     ) -> RoundsState:
         """The state after round `number`, in which `percentage` of the budget is gone since the dense network."""
         state = self._trained(state)

@@ -24,7 +24,7 @@ from taylor_pruning.distributed import all_reduce_sum, gather_objects, rank, wor
 from taylor_pruning.errors import InputError
 from taylor_pruning.modes import frozen, modes_kept
 from taylor_pruning.repair.paired_runs import refresh_batchnorms
-from taylor_pruning.repair.whitening import white_coordinates
+from taylor_pruning.repair.whitening import WhiteAdam, white_coordinates
 from taylor_pruning.surgery.parts import recorded_inputs
 from taylor_pruning.tasks.batches import join, select, size
 from taylor_pruning.tasks.batches import split as in_parts
@@ -100,7 +100,7 @@ def repair_network(
         losses: how far outputs are from the dense network's, losses(outputs, wanted) -> [samples]. Behind a softmax a
             temperature of 4 gives more accuracy than 1, at which answers that are sure already say little.
         parts: names of the modules that can be traced; their BatchNorms take new statistics at the end.
-        passes: over the images, in steps of 16, or of as many as the largest batch has. A classifier's dense network runs
+        passes: over the images, in steps of 8, or of as many as the largest batch has. A classifier's dense network runs
             once over all images and their mirror images; that of another task, whose outputs may be large, runs at every step
             and whenever `smaller` is judged, 11 times in all.
         rate: largest learning rate relative to the size of the weights; default: 0.001 for each pass, 0.005 at most.
@@ -119,19 +119,12 @@ def repair_network(
     with _trainable(smaller) as parameters:
         before = best = mine.judge(smaller, losses)
         kept, at, between = _copy_of(smaller), 0, math.ceil(steps / JUDGED)
-        coordinates = white_coordinates(smaller, mine.forwards(smaller))
-        optimizer = torch.optim.Adam([{"params": [c.move], "scale": c.scale} for c in coordinates])
+        optimizer = WhiteAdam(white_coordinates(smaller, mine.forwards(smaller)))
         for step in tqdm(range(1, steps + 1), desc="repair", unit="step", leave=False, disable=not progress):
-            for group in optimizer.param_groups:
-                group["lr"] = rate * group["scale"] * _rate_factor(step, steps)
             batch, wanted = mine.draw()
             losses(task.forward(smaller, batch), wanted).mean().backward()
             _average_gradients(parameters)
-            for each in coordinates:
-                each.take_gradient()
-            optimizer.step()
-            for each in coordinates:
-                each.apply()
+            optimizer.step(rate * _rate_factor(step, steps))
             if step % between == 0 or step == steps:
                 now = mine.judge(smaller, losses)
                 if now.mean() < best.mean() and _is_sure(before - now):

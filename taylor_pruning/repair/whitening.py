@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from taylor_pruning.distributed import all_reduce_sum, rank, world_size
+from taylor_pruning.gram import add_gram, symmetric
 
 DAMPING = 0.03  # added to second moments, relative to the mean of their diagonal
 SMALLEST = 1e-3  # root mean square of a tensor that is taken as that, so that biases of 0 move too
@@ -73,6 +74,24 @@ def white_coordinates(model: nn.Module, forwards: Iterable[Callable[[], object]]
         return [Coordinates(p, moments[p].inverses() if p in moments else None) for p in model.parameters()]
 
 
+class WhiteAdam:
+    """Adam along coordinates; a step is a share of every parameter's size in them."""
+
+    def __init__(self, coordinates: list[Coordinates]):
+        self.coordinates = coordinates
+        self.optimizer = torch.optim.Adam([{"params": [c.move], "scale": c.scale} for c in coordinates])
+
+    def step(self, rate: float) -> None:
+        """Moves all parameters by their gradients, which are gone then."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["scale"]
+        for each in self.coordinates:
+            each.take_gradient()
+        self.optimizer.step()
+        for each in self.coordinates:
+            each.apply()
+
+
 class SecondMoments:
     """Of a layer's inputs: between the channels of a group, and between the positions of the kernel.
 
@@ -80,15 +99,24 @@ class SecondMoments:
         module: of WHITENED.
 
     Attributes:
-        channels: [channels of a group] * 2 sum. positions: [kernel positions] * 2 sum; a linear layer has one position.
+        channels: [channels of a group, channels of a group] sums. positions: [kernel positions, kernel positions]; a linear
+            layer has one position.
     """
 
     def __init__(self, module: nn.Module):
         self.kernel, self.dilation = getattr(module, "kernel_size", ()), getattr(module, "dilation", ())
         self.dtype = module.weight.dtype
         self.groups, (_, channels, *_) = getattr(module, "groups", 1), module.weight.shape
-        sums = [module.weight.new_zeros(n, n, dtype=torch.float64) for n in (channels, module.weight[0, 0].numel())]
-        self.channels, self.positions = sums
+        sizes = channels, module.weight[0, 0].numel()
+        self._sums = [module.weight.new_zeros(1, size, size, dtype=torch.float64) for size in sizes]  # lower triangles
+
+    @property
+    def channels(self) -> Tensor:
+        return symmetric(self._sums[0][0])
+
+    @property
+    def positions(self) -> Tensor:
+        return symmetric(self._sums[1][0])
 
     def add(self, module: nn.Module, args: tuple) -> None:
         """A forward pre-hook. Positions are compared in the first image of a batch alone."""
@@ -96,12 +124,10 @@ class SecondMoments:
             return  # the input was given by name
         x, space = args[0], len(self.kernel)
         x = x.movedim(-space - 1, 0)  # channels first
-        rows = x.unflatten(0, (self.groups, -1)).transpose(0, 1).flatten(1)
-        self.channels += rows @ rows.mT
+        add_gram(self._sums[0], x.unflatten(0, (self.groups, -1)).transpose(0, 1).flatten(1)[None])
         if space:
             first = x if x.dim() == space + 1 else x[:, 0]
-            rows = self._at_positions(first)
-            self.positions += rows @ rows.mT
+            add_gram(self._sums[1], self._at_positions(first)[None])
 
     def _at_positions(self, x):
         """[kernel positions, rows] what every position of the kernel sees of x [channels, *space], with a stride of 1."""
