@@ -1,5 +1,6 @@
 """Files that are written whole or not at all."""
 
+import errno
 import os
 import re
 import struct
@@ -52,6 +53,10 @@ def is_whole_archive(path) -> bool:
             return archive.testzip() is None
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError, struct.error, zlib.error):
         return False
+    except OSError as error:
+        if error.errno == errno.EINVAL:  # a damaged offset lies before the file's beginning
+            return False
+        raise
 
 
 def cache_folder() -> Path | None:

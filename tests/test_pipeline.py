@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from watching import interrupted_at, without_timings
+from watching import interrupted_at, with_flipped_bit, without_timings
 
 import EnhancedFilterPruner as EnhancedFilterPruner_module
 from EnhancedFilterPruner import EnhancedFilterPruner
@@ -248,8 +248,7 @@ def test_no_finished_round_of_pruning_is_repeated(plain_network, images, labels,
         with pytest.raises(InputError, match=f"another pruning: .*{message}"):
             run(**change, resume=True)
     assert checkpoint.with_suffix(".rounds").read_bytes() == written
-    flipped = bytes([*written[: len(written) // 2], written[len(written) // 2] ^ 1, *written[len(written) // 2 + 1 :]])
-    for content in (b"something else", flipped):
+    for content in (b"something else", with_flipped_bit(checkpoint.with_suffix(".rounds"))):
         checkpoint.with_suffix(".rounds").write_bytes(content)
         with pytest.raises(InputError, match="no checkpoint of pruning rounds, or is damaged"):
             run(resume=True)

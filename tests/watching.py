@@ -1,4 +1,6 @@
-"""What tests of whole runs share: calls that are recorded or interrupted, results without timings."""
+"""What tests of whole runs share: calls recorded or interrupted, results without timings, files that are damaged."""
+
+import zipfile
 
 
 def without_timings(value):
@@ -22,3 +24,12 @@ def interrupted_at(patch, owner, name, number):
 
     patch.setattr(owner, name, call)
     return calls
+
+
+def with_flipped_bit(path):
+    """The content of a file that torch.save wrote, with one bit of its largest member flipped."""
+    with zipfile.ZipFile(path) as archive:
+        member = archive.read(max(archive.infolist(), key=lambda member: member.file_size))
+    content = bytearray(path.read_bytes())
+    content[content.index(member) + len(member) // 2] ^= 1
+    return bytes(content)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from toys import RICH, raise_at, rich_run, states_equal, toy_model, without_seconds
+from watching import with_flipped_bit
 
 from taylor_pruning.errors import InputError
 from taylor_pruning.training.epochs import Interrupted
@@ -110,8 +111,6 @@ def test_a_flipped_bit_is_seen(tmp_path):
     """torch.load reads a damaged weight as another number."""
     file = tmp_path / "c.pt"
     rich_run(file)
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
+    file.write_bytes(with_flipped_bit(file))
     with pytest.raises(InputError, match="damaged"):
         rich_run(file, resume=True)
