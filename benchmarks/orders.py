@@ -6,11 +6,12 @@
         --methods "order 1" "order 2" "order 3" lamp magnitude "TP LAMP" "TP Taylor" --output trade-off.json
     python benchmarks/orders.py --output orders.json --minutes 0            # tables and plots of what there is
 
-DIR holds cifar10-jpeg.tar.xz, imagenette.tar, imagenet-one-a-class.tar, resnet32.th, resnet44.th and
-mobilenet_v2_imagenet.pth. Every network is pruned to shares of its multiply-accumulates in rounds, compensated after each,
-with widths left free; labels are needed by order 1 and by fine-tuning alone. Images that score are the first of those that
-compensate, and the next 100 try every choice. Baselines prune under the same budget and are compensated in the same rounds;
-"lamp uniform" takes the same share of every layer, and "TP ..." are Torch-Pruning's criteria.
+DIR holds cifar10-jpeg.tar.xz, imagenette.tar, imagenet-one-a-class.tar, resnet32.th, resnet44.th, mobilenet_v2_imagenet.pth
+and vgg16_bn.pt, the dense_model.pt of a run of run_single_experiment.py on CIFAR-10. Every network is pruned to shares of
+its multiply-accumulates in rounds, compensated after each, with widths left free; labels are needed by order 1 and by
+fine-tuning alone. Images that score are the first of those that compensate, and the next 100 try every choice. Baselines
+prune under the same budget and are compensated in the same rounds; "lamp uniform" takes the same share of every layer, and
+"TP ..." are Torch-Pruning's criteria.
 
 A cell is one network, method, number of images, seed and level. Cells run in order of importance, one a worker, and every
 row is on disk when its cell ends. An interrupted cell continues with its next round, an interrupted run with the unfinished
@@ -32,7 +33,7 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
-from orders_data import HELD_OUT, SUBJECTS, dense_network, images_of, loader, prepare, train_vgg
+from orders_data import HELD_OUT, SUBJECTS, dense_network, images_of, loader, prepare, training_loader
 from orders_report import plot, plot_trade_off, print_tables
 from torch_pruning_peers import PEERS, peer_scores
 
@@ -51,9 +52,7 @@ CRITERIA = [name + widths for name in (*sorted(BASELINES), *PEERS) for widths in
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", help="folder of the archives and weights")
-    parser.add_argument(
-        "--scratch", default="/tmp/orders", help="folder for decoded images, the trained VGG and rounds"
-    )
+    parser.add_argument("--scratch", default="/tmp/orders", help="folder for decoded images and rounds")
     parser.add_argument("--networks", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
     parser.add_argument(
         "--methods",
@@ -148,7 +147,7 @@ def drawn(name, images, compensation, seed, arguments):
 def pruning_of(network, images, compensation, seed, settings, arguments):
     """The pipeline that all levels and orders of one draw share, with their ranking of the dense network."""
     arguments = argparse.Namespace(**dict(arguments))
-    dense = dense_network(network, arguments.data, arguments.scratch, arguments.device)
+    dense = dense_network(network, arguments.data, arguments.device)
     draw = drawn(network, images, compensation, seed, arguments)
     chosen = PruningSettings(**{"seed": seed, "budget": "macs", "compensate": bool(compensation), **dict(settings)})
     monitor = draw.compensation[:1]
@@ -163,8 +162,7 @@ def tuned_top1(model, subject, draw, arguments, seed):
     count = arguments.fine_tune_images or count
     everything, device = images_of(arguments.scratch, subject.images), arguments.device
     held_out = min(HELD_OUT, len(draw.rest) // 5)
-    train = loader(everything, draw.rest[held_out:][:count], 64, device, shuffle=True, seed=seed, flip=True,
-                   padding=4 if subject.images.startswith("cifar") else 0)  # fmt: skip
+    train = training_loader(arguments.scratch, subject, draw.rest[held_out:][:count], device, seed)
     choose = list(loader(everything, draw.rest[:held_out], 250, device))
     model = copy.deepcopy(model)
     fine_tune(model, train, choose, Recipe(epochs=epochs, lr=lr), progress=False)
@@ -220,7 +218,7 @@ def run_cell(cell, arguments):
 def dense_rows(name, arguments):
     """Top-1 of the dense network on its test images, and after the fine-tuning that the pruned ones get (first seed)."""
     seed, subject = arguments.seeds[0], SUBJECTS[name]
-    model = dense_network(name, arguments.data, arguments.scratch, arguments.device)
+    model = dense_network(name, arguments.data, arguments.device)
     draw = drawn(name, None, arguments.compensation_images, seed, arguments)
     found = {figure: evaluate(model, test, progress=False).top1 for figure, test in draw.tests.items()}
     if subject.tuning and arguments.fine_tune_images != 0:
@@ -275,8 +273,6 @@ def run(arguments):
     context, threads = multiprocessing.get_context("spawn"), max(1, torch.get_num_threads() // arguments.workers)
     pool = ProcessPoolExecutor(arguments.workers, context, torch.set_num_threads, (threads,))
     prepare(arguments)
-    if "vgg11_bn" in arguments.networks:
-        pool.submit(train_vgg, arguments).result()
     for name in arguments.networks:
         if name not in results["dense"]:
             results["dense"][name] = pool.submit(dense_rows, name, arguments).result()

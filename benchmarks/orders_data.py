@@ -18,10 +18,8 @@ from cifar_resnets import cifar_resnet
 from taylor_pruning.experiment.data import TensorImages
 from taylor_pruning.experiment.loaders import make_loader
 from taylor_pruning.experiment.models import build_model
-from taylor_pruning.training.fine_tuning import Recipe, fine_tune
 
 HELD_OUT = 500  # training images that choose the epoch of fine-tuning; compensation does not use them
-VGG_EPOCHS, VGG_LR = 40, 0.05
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ CIFAR = {"images": "cifar_train", "tests": {"top1": "cifar_test"}, "levels": (53
 SUBJECTS = {
     "resnet32": Subject(**CIFAR),
     "resnet44": Subject(**CIFAR),
-    "vgg11_bn": Subject(**CIFAR),
+    "vgg16_bn": Subject(**CIFAR),
     "mobilenet_v2": Subject("nette_train", {"top1": "nette_val"}, (50, 35, 25), 240, 60, (1100, 2, 0.005), 240),
     "mobilenet_v2, one image a class": Subject(
         "one", {"top1": "one_rest", "imagenette top1": "nette_val"}, (80,), 240, 60, None, 240
@@ -117,7 +115,7 @@ def loader(images, index, batch, device, *, padding=0, flip=False, **settings):
 
 
 @lru_cache(maxsize=8)
-def dense_network(name, data, scratch, device):
+def dense_network(name, data, device):
     """The dense network in eval mode."""
     name = name.partition(",")[0]
     if name.startswith("resnet"):
@@ -126,20 +124,13 @@ def dense_network(name, data, scratch, device):
         weights = Path(data) / "mobilenet_v2_imagenet.pth"
         model = build_model(name, 1000, image_size=224, weights=weights, imagenet_labels=True).model.float()
     else:
-        model = build_model(name, 10, image_size=32, weights=Path(scratch) / f"{name}.pth").model
+        model = build_model(name, 10, image_size=32, weights=Path(data) / f"{name}.pt").model
     return model.eval().to(device)
 
 
-def train_vgg(arguments):
-    """Trains the VGG on the decoded CIFAR images, once, and keeps it."""
-    path = Path(arguments.scratch) / "vgg11_bn.pth"
-    if path.exists():
-        return
-    torch.manual_seed(0)
-    device, images = torch.device(arguments.device), images_of(arguments.scratch, "cifar_train")
-    model = build_model("vgg11_bn", 10, image_size=32, weights="none").model.to(device)
-    train = loader(images, slice(0, -HELD_OUT), 128, device, shuffle=True, padding=4, flip=True)
-    held_out = loader(images, slice(-HELD_OUT, None), 250, device)
-    amp = "bf16" if device.type == "cuda" else None
-    fine_tune(model, train, held_out, Recipe(epochs=VGG_EPOCHS, lr=VGG_LR, weight_decay=5e-4, amp=amp), progress=False)
-    torch.save(model.state_dict(), path)
+def training_loader(scratch, subject, index, device, seed):
+    """Shuffled batches of 64 images, flipped and, on CIFAR-10, shifted."""
+    padding = 4 if subject.images.startswith("cifar") else 0
+    return loader(
+        images_of(scratch, subject.images), index, 64, device, shuffle=True, seed=seed, flip=True, padding=padding
+    )

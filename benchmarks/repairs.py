@@ -1,10 +1,10 @@
-"""What repairs and distillation are worth at equal numbers of training steps, on CIFAR ResNets.
+"""What repairs and distillation are worth at equal numbers of training steps, beside Torch-Pruning's criteria.
 
     python benchmarks/repairs.py --data DIR --device cuda --workers 6 --minutes 4.5 --output repairs.json
     python benchmarks/repairs.py --output repairs.json --minutes 0            # the tables of what there is
 
-DIR holds cifar10-jpeg.tar.xz, resnet32.th and resnet44.th. A cell (network, share of the multiply-accumulates, seed) prunes
-by order 2 in five rounds with compensation (300 images score, 1,000 compensate). A method is how the network that is
+DIR holds what orders.py asks for. A cell (network, share of the multiply-accumulates, seed) prunes by order 2 in five rounds
+with compensation (300 images score, 1,000 compensate; on Imagenette 240 do both). A method is how the network that is
 trained came about, and how it is trained:
 
     layer       compensated, as `--repair layer`
@@ -39,7 +39,7 @@ sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 from fine_tuning_recipes import Steps
 from measuring import started
 from orders import drawn
-from orders_data import dense_network, images_of, loader, prepare
+from orders_data import SUBJECTS, dense_network, prepare, training_loader
 from torch_pruning_peers import learn_sparsely, peer_scores
 
 from EnhancedPruning import EnhancedPruning, PruningSettings
@@ -60,15 +60,15 @@ def parse_arguments():
     parser.add_argument("--data", help="folder of the archive")
     parser.add_argument("--models", help="folder of the weights, if it is another")
     parser.add_argument("--scratch", default="/tmp/repairs", help="folder for decoded images")
-    parser.add_argument("--networks", nargs="+", choices=("resnet32", "resnet44"), default=["resnet32"])
+    parser.add_argument("--networks", nargs="+", choices=SUBJECTS, default=["resnet32"])
     parser.add_argument("--levels", type=int, nargs="+", default=[35, 20], help="per cent of the MACs that are left")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), help="as above, each in quotes")
     parser.add_argument("--steps", type=int, nargs="+", default=[0, 30, 125, 500], help="optimiser steps")
     parser.add_argument("--train-images", type=int, nargs="+", default=[2000, 8000])
-    parser.add_argument("--compensation-images", type=int, default=1000)
+    parser.add_argument("--compensation-images", type=int, help="instead of each network's own number")
     parser.add_argument("--repair-passes", type=float, default=network_repair.PASSES)
-    parser.add_argument("--lr", type=float, default=0.02)
+    parser.add_argument("--lr", type=float, help="instead of each network's own learning rate")
     parser.add_argument("--amp", choices=("bf16",), help="train in mixed precision; on a CPU, channels-last too")
     parser.add_argument("--test-images", type=int, default=10000)
     parser.add_argument("--device", default="cpu")
@@ -83,7 +83,8 @@ class Work:
 
     def __init__(self, network, left, seed, arguments):
         self.arguments, self.seed, self.left, self.device = arguments, seed, left, torch.device(arguments.device)
-        self.dense = dense_network(network, arguments.models or arguments.data, arguments.scratch, arguments.device)
+        self.subject = SUBJECTS[network]
+        self.dense = dense_network(network, arguments.models or arguments.data, arguments.device)
         self.draw = drawn(network, SCORING, arguments.compensation_images, seed, arguments)
         monitor = self.draw.compensation[:1]
         self.pruning = EnhancedPruning(
@@ -91,7 +92,7 @@ class Work:
             settings=PruningSettings(seed=seed, budget="macs"), progress=False,
         )  # fmt: skip
         precision = {"amp": arguments.amp, "channels_last": True} if arguments.amp else {}
-        self.recipe, self.networks = Recipe(epochs=1, lr=arguments.lr, **precision), {}
+        self.recipe, self.networks = Recipe(epochs=1, lr=arguments.lr or self.subject.tuning[2], **precision), {}
 
     @functools.cached_property
     def layer(self):
@@ -116,8 +117,7 @@ class Work:
 
     def train_loader(self, count):
         index = self.draw.rest[:count]
-        images = images_of(self.arguments.scratch, "cifar_train")
-        return loader(images, index, 64, self.arguments.device, shuffle=True, seed=self.seed, flip=True, padding=4)
+        return training_loader(self.arguments.scratch, self.subject, index, self.arguments.device, self.seed)
 
     def row(self, method, count, steps):
         """What one method reaches in a number of steps; None where it has no such state."""
@@ -197,7 +197,7 @@ def run(arguments):
     keys = ("network", "left", "seed", "method", "train images", "steps")
     done = {tuple(row[key] for key in keys) for row in results["rows"]}
     for name in arguments.networks:
-        dense = dense_network(name, arguments.models or arguments.data, arguments.scratch, arguments.device)
+        dense = dense_network(name, arguments.models or arguments.data, arguments.device)
         tests = drawn(name, SCORING, arguments.compensation_images, 0, arguments).tests["top1"]
         results["dense"][name] = evaluate(dense, tests, progress=False).top1
         print(f"{name}, dense: {results['dense'][name]:.2f}", flush=True)

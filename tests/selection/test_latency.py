@@ -13,11 +13,13 @@ from EnhancedFilterPruner import EnhancedFilterPruner
 from EnhancedPruning import EnhancedPruning, PruningSettings
 from taylor_pruning.errors import InputError
 from taylor_pruning.selection import latency as latency_module
+from taylor_pruning.selection import layer_calls as layer_calls_module
 from taylor_pruning.selection.constraints import Constraints, Selection
 from taylor_pruning.selection.costs import LatencyCosts
 from taylor_pruning.selection.greedy import select_by_score
-from taylor_pruning.selection.latency import layer_calls, measure_latency, nonnegative_fit
+from taylor_pruning.selection.latency import measure_latency, nonnegative_fit
 from taylor_pruning.selection.latency_table import LatencyTable, LayerTimes, NetworkLatency
+from taylor_pruning.selection.layer_calls import layer_calls
 from taylor_pruning.surgery.graph import ChannelGraph
 from taylor_pruning.surgery.parts import PartsGraph
 
@@ -50,6 +52,12 @@ def uniform_networks(graph):
         yield graph.remove([graph.units[u] for u in units], verify=False) if units else graph.model
 
 
+def time_with(monkeypatch, timer):
+    """Layers and networks are timed by `timer`."""
+    for module in (latency_module, layer_calls_module):
+        monkeypatch.setattr(module, "median_milliseconds", timer)
+
+
 @pytest.fixture
 def counted(monkeypatch):
     """A device on which 1,000 multiply-accumulates take a millisecond, and nothing else takes time."""
@@ -59,13 +67,13 @@ def counted(monkeypatch):
             call()
         return counter.get_total_flops() / 2000
 
-    monkeypatch.setattr(latency_module, "median_milliseconds", milliseconds)
+    time_with(monkeypatch, milliseconds)
 
 
 def test_a_layer_is_timed_on_the_shapes_that_it_has_in_the_cut_network(graph, monkeypatch):
     """What is called for a pair of widths gives an output of that width, on inputs of the graph's size."""
     outputs = []
-    monkeypatch.setattr(latency_module, "median_milliseconds", lambda call, device: outputs.append(call()) or 1.0)
+    time_with(monkeypatch, lambda call, device: outputs.append(call()) or 1.0)
     like = next(graph.model.parameters()).detach()
     names = []
     for call in layer_calls(graph):
@@ -215,7 +223,7 @@ def test_an_interrupted_measurement_continues(counted, images, tmp_path, monkeyp
             raise KeyboardInterrupt
         return timer(call, device)
 
-    monkeypatch.setattr(latency_module, "median_milliseconds", interrupted)
+    time_with(monkeypatch, interrupted)
     with pytest.raises(KeyboardInterrupt):
         measure_latency(graph, images[:1], table=path)
     stored = sum(
