@@ -108,7 +108,7 @@ def _collect(model, graph, wanted, estimates, reference, fisher, batch, where, f
         if output.requires_grad:
             gated.append((site, get_gradient_edge(output)))
 
-    outputs = None if part is None else part.outputs
+    outputs = None if part is None else part.outputs()
     on_gate = record if wanted.flow else None
     logits = gated_outputs(graph, Classification(), batch, gates, where, on_gate, estimates, outputs, once=True)
     fixed, signs = logits.detach(), random_signs(wanted.seed, first, *logits.shape)

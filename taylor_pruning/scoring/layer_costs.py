@@ -71,15 +71,17 @@ class OutputFisher:
 
 
 class FisherPart:
-    """G of the images of one forward, from the backward passes that run inside `with part:`.
-
-    Attributes:
-        outputs: {node: function} that a forward calls with the outputs of readers (ChannelGraph.gated).
-    """
+    """G of the images of one forward, from the backward passes that run inside `with part:`."""
 
     def __init__(self, whole, first):
         self.whole, self.first, self.open, self.grams = whole, first, False, {}
-        self.outputs = {node: self._watch(reader) for reader in whole.readers for node in reader.nodes}
+
+    def outputs(self):
+        """{node: function} that a forward calls with the outputs of readers (ChannelGraph.gated).
+
+        They are not kept: they hold this part, whose matrices would then stay until Python looks for cycles.
+        """
+        return {node: self._watch(reader) for reader in self.whole.readers for node in reader.nodes}
 
     def _watch(self, reader):
         def add(gradient):

@@ -78,7 +78,7 @@ def output_derivatives(
 
 def _derivatives(graph, task, order, directions, probes, estimates, fisher, seed, batch, where, first):
     gates, part = open_gates(graph, batch), None if fisher is None else fisher.part(first)
-    watched = None if part is None else part.outputs
+    watched = None if part is None else part.outputs()
     outputs = gated_outputs(graph, task, batch, gates, where, estimates=estimates, outputs=watched, once=order < 3)
     with part if part is not None and order == 1 else nullcontext():
         (phi,) = torch.autograd.grad(task.loss(outputs, batch).sum(), gates, retain_graph=True)

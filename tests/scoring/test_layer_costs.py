@@ -1,5 +1,8 @@
 """The closed form of a removal's cost against really refitting by least squares, in float64."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from conftest import randomise
@@ -177,6 +180,25 @@ def test_fisher_is_that_of_the_predictions(many):
     p = model(image).detach().softmax(1)[0]
     exact = torch.einsum("kop,kl,lqp->oq", jacobian, p.diag() - p.outer(p), jacobian)
     assert (found - exact).norm() < 0.1 * exact.norm()
+
+
+def test_the_matrices_of_a_forward_are_freed_when_it_ends(many, monkeypatch):
+    """Without waiting for Python to look for cycles: on a ResNet-50 they are 113 MB a forward."""
+    parts, of_first = [], OutputFisher.part
+
+    def part(fisher, first):
+        found = of_first(fisher, first)
+        parts.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(OutputFisher, "part", part)
+    model = randomise(NETWORKS["plain"]())
+    gc.disable()
+    try:
+        fisher_of_outputs(model, ChannelGraph(model, many[:2]), many)
+        assert parts and not any(reference() for reference in parts)
+    finally:
+        gc.enable()
 
 
 def test_order_1_knows_the_slope_of_the_loss_alone(many):
