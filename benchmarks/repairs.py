@@ -229,7 +229,7 @@ def tables(results):
     """A table for every network, share and number of training images: a row a method, a column a number of steps."""
     rows = results["rows"]
     for network, left in sorted({(r["network"], r["left"]) for r in rows}):
-        for count in sorted({r["train images"] for r in rows}):
+        for count in sorted({r["train images"] for r in rows if (r["network"], r["left"]) == (network, left)}):
             mine = [r for r in rows if (r["network"], r["left"]) == (network, left)
                     and (r["train images"] == count or not r["steps"])]  # fmt: skip
             steps = sorted({r["steps"] for r in mine})
