@@ -11,6 +11,7 @@ present weights W and dense outputs y,
 so with nothing to repair nothing changes, and few images do little harm. The intercept b goes into the layer's bias, or
 into the running mean of the BatchNorm behind it. Where a layer's output is added to a stream (y + s), the sum is
 matched: the target becomes y + (s of the dense network) - (s of this network), so errors do not pile up on the stream.
+The layer that gives a classifier's logits is fitted to the dense network's predictions instead (repair.logits).
 """
 
 import time
@@ -23,6 +24,7 @@ from tqdm import tqdm
 from taylor_pruning.errors import InputError
 from taylor_pruning.memory import fitting, held_bytes, merged
 from taylor_pruning.modes import frozen
+from taylor_pruning.repair.logits import LogitsRegression
 from taylor_pruning.repair.paired_runs import PairedRuns
 from taylor_pruning.repair.plan import RepairPlan
 from taylor_pruning.repair.regression import LayerFit, LayerRegression
@@ -54,6 +56,7 @@ def compensate(
     seed=0,
     smaller_batches=None,
     recorded=None,
+    classifies=True,
 ):
     """Refit the layers of `smaller`, in place, so that it answers as `dense` does on the calibration images.
 
@@ -69,6 +72,8 @@ def compensate(
         activation_budget: bytes of activations that may be held between two layers; on batches for which there is no room
             the networks run again from the last place that fitted (at most once for every layer). Default: half of the
             memory that is left, on a CPU without a limit 2 GB at most.
+        classifies: the outputs are logits of classes. A linear layer that gives them is then fitted to the dense network's
+            predictions (repair.logits).
         memory_limit: bytes, see memory.Portions; batches that do not fit are split. On a GPU they are joined as far as they
             fit, so that it does not wait between small ones. The result does not depend on it.
         seed: of that draw, and of the output positions that are drawn where a layer has many: over all images 16,384,
@@ -92,7 +97,8 @@ def compensate(
         activation_budget = held_bytes(next(dense.parameters()).device, memory_limit)
     runs = PairedRuns(plan, _fitting(dense, inputs, memory_limit), activation_budget)
     for layer in tqdm(plan.layers, desc="compensate", unit="layer", leave=False, disable=not progress):
-        reason = fit_layer(layer, runs, seed, report)
+        kind = LogitsRegression if classifies and layer.gives_logits else LayerRegression
+        reason = fit_layer(layer, runs, kind(layer, seed, sum(runs.images)), report)
         if reason:
             report.left_alone[layer.name] = reason
     if report.layers:
@@ -112,9 +118,8 @@ def _fitting(dense, inputs, limit):
     return [[part for batch in given for part in batch.split(size)] for given in joined]
 
 
-def fit_layer(layer, runs, seed, report):
-    """Collect the layer's normal equations, solve them, change its weights; returns why it was left alone, or None."""
-    fit = LayerRegression(layer, seed, sum(runs.images))
+def fit_layer(layer, runs, fit, report):
+    """Collect the rows of the layer's fit, solve it, change its weights; returns why it was left alone, or None."""
     for batch, dense_state, state in runs.to(layer):
         fit.add(batch, *_values(layer, runs, dense_state, state))
     if fit.agrees():

@@ -21,6 +21,7 @@ class FittedLayer:
     kept: torch.Tensor  # [filters] indices of the dense layer's filters
     batchnorm: BatchNorm | None  # of the smaller network
     stream: int | None  # position of the other operand of the sum
+    gives_logits: bool = False  # whether its output [B, classes] is the network's, and linear
 
     @property
     def groups(self):

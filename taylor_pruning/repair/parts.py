@@ -10,6 +10,7 @@ from taylor_pruning.modes import frozen
 from taylor_pruning.repair.compensation import CompensationReport, compensate
 from taylor_pruning.surgery.graph import ChannelGraph
 from taylor_pruning.surgery.parts import PartsGraph, recorded_inputs
+from taylor_pruning.tasks.classification import is_classification
 from taylor_pruning.tasks.task import Task
 
 
@@ -33,14 +34,16 @@ def compensate_parts(
     if isinstance(graph, ChannelGraph):
         recorded = graph.executions[False] if graph.model is dense else None
         inputs = [(task.inputs(batch), None) for batch in batches]
-        return compensate(dense, smaller, inputs, kept, recorded=recorded, **options)
+        return compensate(
+            dense, smaller, inputs, kept, recorded=recorded, classifies=is_classification(task), **options
+        )
     report = CompensationReport()
     for number, name in enumerate(graph.parts):
         inputs = _inputs(dense, name, batches, task)
         others = _inputs(smaller, name, batches, task) if number else None
         own = {layer.removeprefix(f"{name}."): kept[layer] for layer in kept if layer.startswith(f"{name}.")}
         pair = dense.get_submodule(name), smaller.get_submodule(name)
-        found = compensate(*pair, inputs, own, smaller_batches=others, **options)
+        found = compensate(*pair, inputs, own, smaller_batches=others, classifies=False, **options)
         report.layers += [replace(fit, name=f"{name}.{fit.name}") for fit in found.layers]
         report.left_alone |= {f"{name}.{layer}": reason for layer, reason in found.left_alone.items()}
         report.seconds += found.seconds

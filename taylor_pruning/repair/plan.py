@@ -52,7 +52,8 @@ class RepairPlan:
             channels = node.all_input_nodes[0].meta["shape"][1]
             geometry = {**conv_geometry(node, weight), "groups": channels // weight.shape[1]}
         name = layer_name(argument(node, "weight", 1).target)
-        return FittedLayer(name, position, weight, self._tensor(bias), geometry, indices, norm, stream)
+        last = geometry is None and norm is None and stream is None and _is_output(node)
+        return FittedLayer(name, position, weight, self._tensor(bias), geometry, indices, norm, stream, last)
 
     def _tensor(self, node, k=1):
         """The parameter or buffer that a node reads; None if it is none."""
@@ -151,6 +152,18 @@ class RepairPlan:
         for name, i in last.items():
             dead[i].append(name)
         return dead
+
+
+def _is_output(node):
+    """Whether the node's matrix is what the network returns."""
+    while len(node.users) == 1:
+        (user,) = node.users
+        if user.op == "output":
+            return len(user.all_input_nodes) == 1 and len(node.meta["shape"]) == 2
+        if operation_name(user) not in TRANSPARENT or user.args[:1] != (node,):
+            return False
+        node = user
+    return False
 
 
 def _ancestors(node):

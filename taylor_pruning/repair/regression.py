@@ -24,7 +24,10 @@ LARGEST_MATRIX = 6144  # columns; above, the dual problem is solved on at most a
 
 @dataclass(frozen=True)
 class LayerFit:
-    """How one layer was refitted. Errors are of the held-out images, relative to the spread of the dense outputs."""
+    """How one layer was refitted. Errors are of the held-out images, relative to the spread of the dense outputs.
+
+    Of the predictions they are the roots of the mean divergence over that of a constant answer.
+    """
 
     name: str
     error_before: float
@@ -32,7 +35,7 @@ class LayerFit:
     ridge: float | None  # None: no ridge was better than the weights it had
     rows: int  # output positions used, over all images
     columns: int  # input channels of a group x kernel positions
-    matches: str  # "layer" or "sum"
+    matches: str  # "layer", "sum" or, of the layer that gives the logits, "predictions" (repair.logits)
 
 
 class LayerRegression:
@@ -69,12 +72,15 @@ class LayerRegression:
                 continue
             rows, wanted = self._rows(x, images, outputs)
             self.largest.append((batch, torch.stack([rows.r.abs().max(), wanted.abs().max()])))
-            if chosen is held_out:
-                self.held_out.append(rows)
-                self.held_out_targets.append(wanted)
-            else:
-                self.solver.add(rows)
+            self._keep(rows, wanted, chosen is held_out)
         self.seen += len(x)
+
+    def _keep(self, rows, wanted, is_held_out):
+        if is_held_out:
+            self.held_out.append(rows)
+            self.held_out_targets.append(wanted)
+        else:
+            self.solver.add(rows)
 
     def agrees(self):
         """Whether the layer answers as it should, up to rounding; waits for the device once for all batches.

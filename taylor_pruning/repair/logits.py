@@ -1,0 +1,120 @@
+"""The fit of the layer that gives the logits: to the dense network's predictions, not to its logits.
+
+Least squares weigh the logits of all classes alike, also of those that nothing is taken for. With features x, present
+weights W, the dense network's predictions p and C the centred Gram matrix of the n rows of x, this fit is
+
+    min over D, b of  mean KL(p | softmax(x (W + D) + b)) + ridge / (2 n) * mean(diag C) * |D|^2
+
+(multinomial logistic regression on soft targets; Hinton et al. 2015, arXiv:1503.02531), which is convex. The ridge is the
+largest whose divergence on held-out images lies within one standard error of the least (Breiman et al. 1984, Classification
+and Regression Trees): the layers before were fitted to these images too, which favours small ridges. Where least squares come
+closer than that, as where a removed feature depends linearly on the others, they stay.
+"""
+
+import math
+
+import torch
+
+from taylor_pruning.repair.regression import LayerFit, LayerRegression
+from taylor_pruning.scoring.probes import mean_and_error
+from taylor_pruning.training.steps import distillation_losses
+
+RIDGES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003, 0.0001)
+STEPS, ENOUGH = 100, 1e-5  # of L-BFGS at most, and the change (nats) at which it ends
+
+
+class LogitsRegression(LayerRegression):
+    """The rows of a linear layer that gives the logits, and its fit to them."""
+
+    def __init__(self, layer, seed, images):
+        super().__init__(layer, seed, images)
+        self.precision = torch.promote_types(self.weight.dtype, torch.float32)
+        self.fitted, self.judged = [], []  # (features, present logits, wanted logits) of images that fit, that choose
+
+    def _keep(self, rows, wanted, is_held_out):
+        super()._keep(rows, wanted, is_held_out)
+        found = rows.x[0], (wanted - rows.r)[0], wanted[0]
+        (self.judged if is_held_out else self.fitted).append([part.to(self.precision) for part in found])
+
+    def solve(self) -> LayerFit:
+        """Choose the kind of fit and its ridge on the held-out images, fit to all, change the layer."""
+        if not (self.fitted and self.judged):
+            return super().solve()
+        fitted, judged = (Logits(*map(torch.cat, zip(*rows, strict=True))) for rows in (self.fitted, self.judged))
+        (before, _), squares = judged.divergence(), self._squares(judged)
+        trials = []  # (ridge, change, divergence, its standard error)
+        for ridge in RIDGES:
+            change = fitted.nearest(ridge, trials[-1][1] if trials else None, self.layer.has_intercept)
+            divergence, error = judged.divergence(*change)
+            if trials and not divergence < trials[-1][2]:  # NaN too
+                break
+            trials.append((ridge, change, divergence, error))
+        _, _, least, error = trials[-1]
+        if not least < before or squares[0] + squares[1] < least:
+            return super().solve()
+        ridge, change, divergence, _ = next(trial for trial in trials if trial[2] <= min(least + error, before))
+        everything = Logits(*map(torch.cat, zip(fitted.parts(), judged.parts(), strict=True)))
+        weight, bias = everything.nearest(ridge, change, self.layer.has_intercept)
+        self._change(weight[None], bias[None, None])
+        errors = (math.sqrt(part / judged.spread()) if judged.spread() else math.inf for part in (before, divergence))
+        return LayerFit(self.layer.name, *errors, ridge, len(everything.x), self.columns, "predictions")
+
+    def _squares(self, judged):
+        """(divergence, its standard error) of the fit by least squares; infinite where there is none."""
+        ridge, *_ = self._choose_ridge()
+        if ridge is None or self.solver.factorise(ridge):
+            return math.inf, 0.0
+        weight, bias = (part[0].to(self.precision) for part in self.solver.solve())
+        return judged.divergence(weight, bias)
+
+
+class Logits:
+    """Features x [n, columns], the logits [n, classes] that the layer makes of them, and those of the dense network."""
+
+    def __init__(self, x, present, wanted):
+        self.x, self.present, self.wanted = x, present, wanted
+
+    def parts(self):
+        return self.x, self.present, self.wanted
+
+    def divergences(self, weight=None, bias=0.0, x=None):
+        """[n] KL (nats) from the dense network's predictions where the weights [columns, classes] and the bias change."""
+        answers = self.present if weight is None else self.present + (self.x if x is None else x) @ weight + bias
+        return distillation_losses(answers, self.wanted, 1.0)
+
+    def divergence(self, *change):
+        """(mean of `divergences`, its standard error, 0 of one image)."""
+        mean, error = mean_and_error(self.divergences(*change))
+        return mean.item(), error.nan_to_num().item()
+
+    def spread(self):
+        """Mean KL (nats) of the dense network's mean prediction from its predictions."""
+        p = self.wanted.softmax(1)
+        return (torch.xlogy(p, p) - torch.xlogy(p, p.mean(0))).sum(1).mean().item()
+
+    def nearest(self, ridge, start, has_intercept):
+        """(change of the weights [columns, classes], of the bias [classes]) that minimise what the module's text says.
+
+        Args:
+            start: such a pair from which to begin, or None. has_intercept: whether there is a bias, else it is 0.
+        """
+        mean = self.x.mean(0) if has_intercept else torch.zeros_like(self.x[0])
+        centred = self.x - mean
+        penalty = ridge / 2 * centred.square().mean()
+        weight, bias = start or (
+            self.x.new_zeros(self.x.shape[1], self.wanted.shape[1]),
+            torch.zeros_like(self.wanted[0]),
+        )
+        weight, bias = weight.clone().requires_grad_(), (bias + mean @ weight).requires_grad_(has_intercept)
+        free = [weight, bias] if has_intercept else [weight]
+        optimiser = torch.optim.LBFGS(free, max_iter=STEPS, tolerance_change=ENOUGH, line_search_fn="strong_wolfe")
+
+        def loss():
+            optimiser.zero_grad()
+            value = self.divergences(weight, bias, centred).mean() + penalty * weight.square().sum()
+            value.backward()
+            return value
+
+        optimiser.step(loss)
+        weight, bias = weight.detach(), bias.detach()
+        return weight, bias - mean @ weight

@@ -1,0 +1,122 @@
+"""The fit of the layer that gives the logits, in float64 against its definition."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from taylor_pruning.repair import logits
+from taylor_pruning.repair.compensation import compensate
+from taylor_pruning.repair.logits import Logits
+from taylor_pruning.surgery.graph import ChannelGraph
+
+
+def rows(features=6, classes=5, number=40):
+    return Logits(*(torch.randn(number, size, dtype=torch.double) for size in (features, classes, classes)))
+
+
+def objective(found, ridge, weight, bias):
+    """As the module's text says."""
+    p, q = found.wanted.softmax(1), (found.present + found.x @ weight + bias).softmax(1)
+    gram = (found.x - found.x.mean(0)).mT @ (found.x - found.x.mean(0))
+    penalty = ridge / (2 * len(found.x)) * gram.diagonal().mean() * weight.square().sum()
+    return (p * (p / q).log()).sum(1).mean() + penalty
+
+
+@pytest.mark.parametrize("ridge", [1.0, 1e-3])
+def test_the_fit_is_the_least_of_what_the_text_says(ridge, monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(logits, "ENOUGH", 1e-14)
+    found = rows()
+    weight, bias = (part.requires_grad_() for part in found.nearest(ridge, None, True))
+    gradients = torch.autograd.grad(objective(found, ridge, weight, bias), (weight, bias))
+    assert max(gradient.abs().max() for gradient in gradients) < 1e-5
+    again = found.nearest(ridge, (torch.randn_like(weight), torch.randn_like(bias)), True)
+    assert torch.allclose(again[0], weight, atol=1e-3)  # convex: it does not matter where the fit begins
+
+
+def test_without_a_bias_none_is_fitted(monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(logits, "ENOUGH", 1e-14)
+    found = rows()
+    found.x -= found.x.mean(0)  # the penalty of the text is of centred features
+    weight, bias = found.nearest(1e-2, None, False)
+    weight.requires_grad_()
+    (gradient,) = torch.autograd.grad(objective(found, 1e-2, weight, 0.0), weight)
+    assert gradient.abs().max() < 1e-5 and not bias.any()
+
+
+class Classifier(nn.Module):
+    def __init__(self, bias, classes=30):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 24, 3), nn.Linear(24, classes, bias=bias)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.conv(x)).mean((2, 3)))
+
+
+def repaired(model, x, gone, **options):
+    """The network without the first filters of its conv, and the report of its repair."""
+    smaller = ChannelGraph(model, x[:1]).remove({"conv": list(range(gone))})
+    kept = {"conv": list(range(gone, 24))}
+    return smaller, compensate(model, smaller, [(x, None)], kept, progress=False, **options)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_predictions_on_other_images_come_closer_than_by_least_squares(bias):
+    torch.manual_seed(0)
+    model = Classifier(bias).double().eval()
+    model.head.weight.data *= 10  # predictions that differ between images
+    x, others = (torch.randn(number, 3, 3, 3, dtype=torch.double) for number in (1000, 2000))
+    found = {}
+    for classifies in (True, False):
+        smaller, report = repaired(model, x, 16, classifies=classifies)
+        with torch.no_grad():
+            p, q = model(others).log_softmax(1), smaller(others).log_softmax(1)
+        found[report.layers[-1].matches] = F.kl_div(q, p, log_target=True, reduction="batchmean")
+    assert found["predictions"] < 0.97 * found["layer"]
+    assert (smaller.head.bias is None) == (not bias)
+
+
+def test_where_least_squares_come_closer_they_stay():
+    """The removed features are multiples of others: nothing is lost."""
+    torch.manual_seed(0)
+    model = Classifier(True).double().eval()
+    model.conv.weight.data[:10], model.conv.bias.data[:10] = model.conv.weight[10:20], model.conv.bias[10:20]
+    x = torch.randn(100, 3, 3, 3, dtype=torch.double)
+    smaller, report = repaired(model, x, 10)
+    assert report.layers[-1].matches == "layer"
+    with torch.no_grad():
+        assert torch.allclose(smaller(x), model(x), atol=1e-4)
+
+
+@pytest.mark.parametrize("tail", [nn.ReLU(), nn.Unflatten(1, (5, 6))])
+def test_a_layer_whose_output_is_not_that_of_the_network_is_fitted_to_its_outputs(tail):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 24, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 30), tail
+    )
+    x = torch.randn(60, 3, 8, 8)
+    smaller = ChannelGraph(model.eval(), x[:1]).remove({"0": [0, 1, 2]})
+    report = compensate(model, smaller, [(x, None)], {"0": list(range(3, 24))}, progress=False)
+    assert report.layers[-1].matches == "layer"
+
+
+def test_the_largest_ridge_within_one_standard_error_is_taken(monkeypatch):
+    torch.manual_seed(0)
+    model = Classifier(True).double().eval()
+    model.head.weight.data *= 10
+    x, ridges = torch.randn(300, 3, 3, 3, dtype=torch.double), {}
+    for error in (0.0, 0.05, 10.0):
+        monkeypatch.setattr(logits, "mean_and_error", lambda values, e=error: (values.mean(), values.new_tensor(e)))
+        ridges[error] = repaired(model, x, 16)[1].layers[-1].ridge
+    assert ridges[0.0] < ridges[0.05] < ridges[10.0] == logits.RIDGES[0]
+
+
+def test_half_precision():
+    torch.manual_seed(0)
+    model = Classifier(True).to(torch.bfloat16).eval()
+    smaller, report = repaired(model, torch.randn(60, 3, 3, 3, dtype=torch.bfloat16), 16)
+    fit = report.layers[-1]
+    assert fit.matches == "predictions" and fit.error_after < fit.error_before
+    assert smaller.head.weight.dtype == torch.bfloat16 and smaller.head.weight.isfinite().all()
