@@ -106,7 +106,7 @@ class Work:
         model, plan, seconds = self.layer
         kept = remaining(all_filters(self.pruning.graph), plan)
         repaired = self.pruning.graph.remove(plan)
-        compensate(self.dense, repaired, images, kept, progress=False, seed=self.seed)
+        compensate(self.dense, repaired, images, kept, progress=False, seed=self.seed, classifies=False)
         losses = functools.partial(distillation_losses, temperature=4.0)
         report = network_repair.repair_network(
             self.dense, repaired, images, judging + self.draw.held_out, losses, passes=self.arguments.repair_passes, rate=rate,

@@ -121,7 +121,8 @@ class Rounds:
     def repaired(self, state: RoundsState) -> RoundsState:
         """The state after the repair across layers; as it is where the settings want none, or where it was done.
 
-        The layers are fitted again, without the images that judge the repair; those that judge the rounds judge it too.
+        The layers are fitted again, without the images that judge the repair; those that judge the rounds judge it too. The
+        last one is fitted by least squares, which are closer to what the repair minimises, at a higher temperature.
         """
         if self.settings.repair != "network" or state.repair:
             return state
@@ -133,7 +134,7 @@ class Rounds:
         held_out += self.rankings.held_out or []
         model = self.graph.remove(removed(self.graph, state.kept))
         if images:
-            self._fit(dense, model, images, state.kept)
+            self._fit(dense, model, images, state.kept, to_predictions=False)
         losses = task.divergence
         if is_classification(task):
             losses = functools.partial(distillation_losses, temperature=self.recipe.temperature)
@@ -155,9 +156,14 @@ class Rounds:
             smaller = self.graph.remove(removed(self.graph, kept))
         return smaller, self._fit(target, smaller, self.rankings.compensation, kept).as_dict()
 
-    def _fit(self, target, smaller, batches, kept):
+    def _fit(self, target, smaller, batches, kept, **more):
         """Fits the layers of `smaller` to `target`, in all processes alike; returns the report on every layer."""
-        options = {"progress": self.progress, "memory_limit": self.settings.memory_bytes, "seed": self.settings.seed}
+        options = {
+            "progress": self.progress,
+            "memory_limit": self.settings.memory_bytes,
+            "seed": self.settings.seed,
+            **more,
+        }
         report = compensate_parts(self.graph, target, smaller, batches, self.rankings.task, kept, **options)
         broadcast_state(smaller)
         return report

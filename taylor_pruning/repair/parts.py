@@ -21,6 +21,8 @@ def compensate_parts(
     batches: list,
     task: Task,
     kept: dict,
+    *,
+    to_predictions: bool = True,
     **options,
 ) -> CompensationReport:
     """`compensate`, whose options these are, of what `graph` prunes.
@@ -29,13 +31,20 @@ def compensate_parts(
     what that reads.
 
     Args:
+        to_predictions: the layer that gives a classifier's logits is fitted to the predictions; else by least squares.
         graph: of the dense network. batches: of the task. kept: {layer in the whole network: kept filters of `dense`}.
     """
     if isinstance(graph, ChannelGraph):
         recorded = graph.executions[False] if graph.model is dense else None
         inputs = [(task.inputs(batch), None) for batch in batches]
         return compensate(
-            dense, smaller, inputs, kept, recorded=recorded, classifies=is_classification(task), **options
+            dense,
+            smaller,
+            inputs,
+            kept,
+            recorded=recorded,
+            classifies=to_predictions and is_classification(task),
+            **options,
         )
     report = CompensationReport()
     for number, name in enumerate(graph.parts):
