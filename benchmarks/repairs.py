@@ -8,6 +8,7 @@ with compensation (300 images score, 1,000 compensate; on Imagenette 240 do both
 trained came about, and how it is trained:
 
     layer       compensated, as `--repair layer`
+    squares     the same, but the last layer is fitted by least squares like all others
     network     repaired across layers, `--repair network`
     network@R   the same at the relative rate R
 
@@ -100,6 +101,14 @@ class Work:
         result = self.pruning.prune(100 - self.left, 2)
         return result.model, result.plan, result.seconds["compensate"]
 
+    @functools.cached_property
+    def squares(self):
+        """As `layer`, of the same filters."""
+        _, plan, seconds = self.layer
+        kept, model = remaining(all_filters(self.pruning.graph), plan), self.pruning.graph.remove(plan)
+        compensate(self.dense, model, self.draw.compensation, kept, progress=False, seed=self.seed, classifies=False)
+        return model, plan, seconds
+
     def network(self, rate):
         """As experiment.rounds.Rounds.repaired does it, at a given rate or (None) at its own."""
         start, (images, judging) = time.perf_counter(), network_repair.split(self.draw.compensation, self.seed)
@@ -132,7 +141,8 @@ class Work:
             found = self.peer(way, Steps(train, steps_before), recipe, teacher), None, 0.0
         else:
             rate = way.partition("@")[2]
-            found = self.layer if way == "layer" else self.repaired(float(rate) if rate else None)
+            compensated = {"layer": lambda: self.layer, "squares": lambda: self.squares}
+            found = compensated.get(way, lambda: self.repaired(float(rate) if rate else None))()
             start = time.perf_counter()
         model = copy.deepcopy(found[0])
         if steps:
