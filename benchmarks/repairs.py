@@ -106,7 +106,9 @@ class Work:
         """As `layer`, of the same filters."""
         _, plan, seconds = self.layer
         kept, model = remaining(all_filters(self.pruning.graph), plan), self.pruning.graph.remove(plan)
-        compensate(self.dense, model, self.draw.compensation, kept, progress=False, seed=self.seed, classifies=False)
+        compensate(
+            self.dense, model, self.draw.compensation, kept, progress=False, seed=self.seed, to_predictions=False
+        )
         return model, plan, seconds
 
     def network(self, rate):
@@ -115,7 +117,7 @@ class Work:
         model, plan, seconds = self.layer
         kept = remaining(all_filters(self.pruning.graph), plan)
         repaired = self.pruning.graph.remove(plan)
-        compensate(self.dense, repaired, images, kept, progress=False, seed=self.seed, classifies=False)
+        compensate(self.dense, repaired, images, kept, progress=False, seed=self.seed, to_predictions=False)
         losses = functools.partial(distillation_losses, temperature=4.0)
         report = network_repair.repair_network(
             self.dense, repaired, images, judging + self.draw.held_out, losses, passes=self.arguments.repair_passes, rate=rate,
@@ -141,8 +143,8 @@ class Work:
             found = self.peer(way, Steps(train, steps_before), recipe, teacher), None, 0.0
         else:
             rate = way.partition("@")[2]
-            compensated = {"layer": lambda: self.layer, "squares": lambda: self.squares}
-            found = compensated.get(way, lambda: self.repaired(float(rate) if rate else None))()
+            across = way.startswith("network")
+            found = self.repaired(float(rate) if rate else None) if across else getattr(self, way)
             start = time.perf_counter()
         model = copy.deepcopy(found[0])
         if steps:

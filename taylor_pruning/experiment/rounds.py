@@ -156,15 +156,11 @@ class Rounds:
             smaller = self.graph.remove(removed(self.graph, kept))
         return smaller, self._fit(target, smaller, self.rankings.compensation, kept).as_dict()
 
-    def _fit(self, target, smaller, batches, kept, **more):
+    def _fit(self, target, smaller, batches, kept, to_predictions=True):
         """Fits the layers of `smaller` to `target`, in all processes alike; returns the report on every layer."""
-        options = {
-            "progress": self.progress,
-            "memory_limit": self.settings.memory_bytes,
-            "seed": self.settings.seed,
-            **more,
-        }
-        report = compensate_parts(self.graph, target, smaller, batches, self.rankings.task, kept, **options)
+        report = compensate_parts(self.graph, target, smaller, batches, self.rankings.task, kept,
+                                  to_predictions=to_predictions, progress=self.progress, seed=self.settings.seed,
+                                  memory_limit=self.settings.memory_bytes)  # fmt: skip
         broadcast_state(smaller)
         return report
 

@@ -56,7 +56,7 @@ def compensate(
     seed=0,
     smaller_batches=None,
     recorded=None,
-    classifies=True,
+    to_predictions=True,
 ):
     """Refit the layers of `smaller`, in place, so that it answers as `dense` does on the calibration images.
 
@@ -72,8 +72,8 @@ def compensate(
         activation_budget: bytes of activations that may be held between two layers; on batches for which there is no room
             the networks run again from the last place that fitted (at most once for every layer). Default: half of the
             memory that is left, on a CPU without a limit 2 GB at most.
-        classifies: the outputs are logits of classes. A linear layer that gives them is then fitted to the dense network's
-            predictions (repair.logits).
+        to_predictions: a linear layer that gives the network's logits is fitted to its predictions (repair.logits). False where
+            the outputs are no logits of classes, or least squares are wanted.
         memory_limit: bytes, see memory.Portions; batches that do not fit are split. On a GPU they are joined as far as they
             fit, so that it does not wait between small ones. The result does not depend on it.
         seed: of that draw, and of the output positions that are drawn where a layer has many: over all images 16,384,
@@ -97,7 +97,7 @@ def compensate(
         activation_budget = held_bytes(next(dense.parameters()).device, memory_limit)
     runs = PairedRuns(plan, _fitting(dense, inputs, memory_limit), activation_budget)
     for layer in tqdm(plan.layers, desc="compensate", unit="layer", leave=False, disable=not progress):
-        kind = LogitsRegression if classifies and layer.gives_logits else LayerRegression
+        kind = LogitsRegression if to_predictions and layer.gives_logits else LayerRegression
         reason = fit_layer(layer, runs, kind(layer, seed, sum(runs.images)), report)
         if reason:
             report.left_alone[layer.name] = reason

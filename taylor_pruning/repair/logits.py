@@ -15,7 +15,7 @@ import math
 
 import torch
 
-from taylor_pruning.repair.regression import LayerFit, LayerRegression
+from taylor_pruning.repair.regression import LayerFit, LayerRegression, relative_error
 from taylor_pruning.scoring.probes import mean_and_error
 from taylor_pruning.training.steps import distillation_losses
 
@@ -29,20 +29,20 @@ class LogitsRegression(LayerRegression):
 
     def __init__(self, layer, seed, images):
         super().__init__(layer, seed, images)
-        self.precision = torch.promote_types(self.weight.dtype, torch.float32)
-        self.fitted, self.judged = [], []  # (features, present logits, wanted logits) of images that fit, that choose
+        self.fitted = []  # (Rows, wanted logits) of the images that are not held out
 
     def _keep(self, rows, wanted, is_held_out):
         super()._keep(rows, wanted, is_held_out)
-        found = rows.x[0], (wanted - rows.r)[0], wanted[0]
-        (self.judged if is_held_out else self.fitted).append([part.to(self.precision) for part in found])
+        if not is_held_out:
+            self.fitted.append((rows, wanted))
 
     def solve(self) -> LayerFit:
         """Choose the kind of fit and its ridge on the held-out images, fit to all, change the layer."""
-        if not (self.fitted and self.judged):
+        if not (self.fitted and self.held_out):
             return super().solve()
-        fitted, judged = (Logits(*map(torch.cat, zip(*rows, strict=True))) for rows in (self.fitted, self.judged))
-        (before, _), squares = judged.divergence(), self._squares(judged)
+        held_out = list(zip(self.held_out, self.held_out_targets, strict=True))
+        fitted, judged = Logits.of(self.fitted), Logits.of(held_out)
+        squares, (before, _) = self._choose_ridge(), judged.divergence()
         trials = []  # (ridge, change, divergence, its standard error)
         for ridge in RIDGES:
             change = fitted.nearest(ridge, trials[-1][1] if trials else None, self.layer.has_intercept)
@@ -51,22 +51,20 @@ class LogitsRegression(LayerRegression):
                 break
             trials.append((ridge, change, divergence, error))
         _, _, least, error = trials[-1]
-        if not least < before or squares[0] + squares[1] < least:
-            return super().solve()
+        if not least < before or self._surely_reached_by_squares(squares[0], judged) < least:
+            return self._solve_with(*squares)
         ridge, change, divergence, _ = next(trial for trial in trials if trial[2] <= min(least + error, before))
-        everything = Logits(*map(torch.cat, zip(fitted.parts(), judged.parts(), strict=True)))
+        everything, spread = Logits.of([*self.fitted, *held_out]), judged.spread()
         weight, bias = everything.nearest(ridge, change, self.layer.has_intercept)
         self._change(weight[None], bias[None, None])
-        errors = (math.sqrt(part / judged.spread()) if judged.spread() else math.inf for part in (before, divergence))
+        errors = (relative_error(part, spread) for part in (before, divergence))
         return LayerFit(self.layer.name, *errors, ridge, len(everything.x), self.columns, "predictions")
 
-    def _squares(self, judged):
-        """(divergence, its standard error) of the fit by least squares; infinite where there is none."""
-        ridge, *_ = self._choose_ridge()
+    def _surely_reached_by_squares(self, ridge, judged):
+        """Divergence of the fit by least squares and its standard error on top; infinite where there is no such fit."""
         if ridge is None or self.solver.factorise(ridge):
-            return math.inf, 0.0
-        weight, bias = (part[0].to(self.precision) for part in self.solver.solve())
-        return judged.divergence(weight, bias)
+            return math.inf
+        return sum(judged.divergence(*(part[0].to(judged.x) for part in self.solver.solve())))
 
 
 class Logits:
@@ -75,8 +73,14 @@ class Logits:
     def __init__(self, x, present, wanted):
         self.x, self.present, self.wanted = x, present, wanted
 
-    def parts(self):
-        return self.x, self.present, self.wanted
+    @classmethod
+    def of(cls, parts):
+        """From [(ridge.Rows, wanted logits)] of a layer of one group, in single precision at least."""
+        found = [
+            torch.cat(each) for each in zip(*((rows.x[0], (y - rows.r)[0], y[0]) for rows, y in parts), strict=True)
+        ]
+        precision = torch.promote_types(found[0].dtype, torch.float32)
+        return cls(*(each.to(precision) for each in found))
 
     def divergences(self, weight=None, bias=0.0, x=None):
         """[n] T^2 KL from the dense network's predictions where the weights [columns, classes] and the bias change."""

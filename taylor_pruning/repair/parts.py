@@ -43,7 +43,7 @@ def compensate_parts(
             inputs,
             kept,
             recorded=recorded,
-            classifies=to_predictions and is_classification(task),
+            to_predictions=to_predictions and is_classification(task),
             **options,
         )
     report = CompensationReport()
@@ -52,7 +52,7 @@ def compensate_parts(
         others = _inputs(smaller, name, batches, task) if number else None
         own = {layer.removeprefix(f"{name}."): kept[layer] for layer in kept if layer.startswith(f"{name}.")}
         pair = dense.get_submodule(name), smaller.get_submodule(name)
-        found = compensate(*pair, inputs, own, smaller_batches=others, classifies=False, **options)
+        found = compensate(*pair, inputs, own, smaller_batches=others, to_predictions=False, **options)
         report.layers += [replace(fit, name=f"{name}.{fit.name}") for fit in found.layers]
         report.left_alone |= {f"{name}.{layer}": reason for layer, reason in found.left_alone.items()}
         report.seconds += found.seconds

@@ -32,19 +32,19 @@ class RepairPlan:
         self.tensors = [network.tensors() for network in self.networks]
         self.left_alone = {}
         found = self._candidates(nodes[1], kept)
-        order = _execution_order(nodes[1], {node: stream for node, _, _, stream in found if stream is not None})
+        order = _execution_order(nodes[1], {node: stream for node, _, _, stream, _ in found if stream is not None})
         index = {node: i for i, node in enumerate(nodes[1])}
         position = {node: i for i, node in enumerate(order)}
         self.order = [[nodes[k][index[node]] for node in order] for k in (0, 1)]
         self.layers = [
-            self._layer(node, position[node], indices, norm, position.get(stream))
-            for node, indices, norm, stream in found
+            self._layer(node, position[node], indices, norm, position.get(stream), returned)
+            for node, indices, norm, stream, returned in found
         ]
         self.layers.sort(key=lambda layer: layer.position)
         self.batchnorms = {node.name: self._norm(node) for node in order if self._is_updated(node)}
         self.last_use = self._last_use(position)
 
-    def _layer(self, node, position, indices, norm, stream):
+    def _layer(self, node, position, indices, norm, stream, returned):
         bias = argument(node, "bias", 2)
         weight = self._tensor(argument(node, "weight", 1))
         geometry = None
@@ -52,15 +52,15 @@ class RepairPlan:
             channels = node.all_input_nodes[0].meta["shape"][1]
             geometry = {**conv_geometry(node, weight), "groups": channels // weight.shape[1]}
         name = layer_name(argument(node, "weight", 1).target)
-        last = geometry is None and norm is None and stream is None and _is_output(node)
-        return FittedLayer(name, position, weight, self._tensor(bias), geometry, indices, norm, stream, last)
+        gives_logits = returned and geometry is None
+        return FittedLayer(name, position, weight, self._tensor(bias), geometry, indices, norm, stream, gives_logits)
 
     def _tensor(self, node, k=1):
         """The parameter or buffer that a node reads; None if it is none."""
         return self.tensors[k].get(node.target) if isinstance(node, fx.Node) and node.op == "get_attr" else None
 
     def _candidates(self, nodes, kept):
-        """[(node, kept filters, BatchNorm or None, other operand or None)] of the layers that are fitted."""
+        """[(node, kept filters, and what `_behind` says)] of the layers that are fitted."""
         claimed, found = set(), []
         for node in nodes:
             name = operation_name(node)
@@ -93,7 +93,8 @@ class RepairPlan:
         return "its weights are used more than once" if len(weight.users) > 1 else None
 
     def _behind(self, node, claimed):
-        """What follows a layer: its BatchNorm, and the stream of the sum that it is to match; each may be None."""
+        """What follows a layer: its BatchNorm, the stream of the sum that it is to match (each may be None), and whether the
+        network returns what it gives."""
         norm, last = None, node
         while len(last.users) == 1:
             (user,) = last.users
@@ -102,7 +103,7 @@ class RepairPlan:
             elif operation_name(user) not in TRANSPARENT or user.args[:1] != (last,):
                 break
             last = user
-        return norm, self._stream(node, last, claimed)
+        return norm, self._stream(node, last, claimed), norm is None and _is_output(last)
 
     @staticmethod
     def _stream(node, last, claimed):
@@ -156,14 +157,9 @@ class RepairPlan:
 
 def _is_output(node):
     """Whether the node's matrix is what the network returns."""
-    while len(node.users) == 1:
-        (user,) = node.users
-        if user.op == "output":
-            return len(user.all_input_nodes) == 1 and len(node.meta["shape"]) == 2
-        if operation_name(user) not in TRANSPARENT or user.args[:1] != (node,):
-            return False
-        node = user
-    return False
+    users = list(node.users)
+    returned = len(users) == 1 and users[0].op == "output" and len(users[0].all_input_nodes) == 1
+    return returned and len(node.meta["shape"]) == 2
 
 
 def _ancestors(node):

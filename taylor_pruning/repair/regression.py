@@ -38,6 +38,11 @@ class LayerFit:
     matches: str  # "layer", "sum" or, of the layer that gives the logits, "predictions" (repair.logits)
 
 
+def relative_error(squared: float, spread: float) -> float:
+    """Root of a squared error over the spread, infinite without any."""
+    return math.sqrt(squared / spread) if spread else math.inf
+
+
 class LayerRegression:
     """The rows of one layer, and its fit to them."""
 
@@ -124,10 +129,12 @@ class LayerRegression:
 
     def solve(self):
         """Choose the ridge on the held-out images, solve with all, change the layer."""
+        judged = self.held_out and self.solver.rows
+        return self._solve_with(*(self._choose_ridge() if judged else (LAST_RIDGE, math.nan, math.nan)))
+
+    def _solve_with(self, ridge, before, after):
+        """What `_choose_ridge` found, with all images."""
         layer, solver = self.layer, self.solver
-        ridge, before, after = LAST_RIDGE, math.nan, math.nan
-        if self.held_out and solver.rows:
-            ridge, before, after = self._choose_ridge()
         for rows in self.held_out:
             solver.add(rows)
         if ridge is not None and not solver.factorise(ridge):
@@ -165,7 +172,7 @@ class LayerRegression:
         best, chosen = best_of(RIDGES)
         if chosen is None:
             best, chosen = best_of([LAST_RIDGE])
-        return chosen, *(math.sqrt(e / spread) if spread else math.inf for e in (before, best))
+        return chosen, *(relative_error(error, spread) for error in (before, best))
 
     def _change(self, change, bias):
         layer, norm = self.layer, self.layer.batchnorm

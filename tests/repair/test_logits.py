@@ -70,8 +70,8 @@ def test_predictions_on_other_images_come_closer_than_by_least_squares(bias):
     model.head.weight.data *= 40  # confident predictions
     x, others = (torch.randn(number, 3, 3, 3, dtype=torch.double) for number in (1000, 2000))
     found = {}
-    for classifies in (True, False):
-        smaller, report = repaired(model, x, 16, classifies=classifies)
+    for to_predictions in (True, False):
+        smaller, report = repaired(model, x, 16, to_predictions=to_predictions)
         with torch.no_grad():
             p, q = ((net(others) / logits.TEMPERATURE).log_softmax(1) for net in (model, smaller))
         found[report.layers[-1].matches] = F.kl_div(q, p, log_target=True, reduction="batchmean")
