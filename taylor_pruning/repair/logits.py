@@ -83,19 +83,22 @@ class Logits:
         return cls(*(each.to(precision) for each in found))
 
     def divergences(self, weight=None, bias=0.0, x=None):
-        """[n] T^2 KL from the dense network's predictions where the weights [columns, classes] and the bias change."""
+        """[n] T^2 KL from the dense network's predictions where the weights [columns, classes] and the bias change.
+
+        Rounding makes some of them negative where predictions hardly differ.
+        """
         answers = self.present if weight is None else self.present + (self.x if x is None else x) @ weight + bias
         return distillation_losses(answers, self.wanted, TEMPERATURE)
 
     def divergence(self, *change):
         """(mean of `divergences`, its standard error, 0 of one image)."""
         mean, error = mean_and_error(self.divergences(*change))
-        return mean.item(), error.nan_to_num().item()
+        return mean.clamp_min(0).item(), error.nan_to_num().item()
 
     def spread(self):
         """Mean T^2 KL of the dense network's mean prediction from its predictions."""
         mean = (self.wanted / TEMPERATURE).softmax(1).mean(0, keepdim=True).log() * TEMPERATURE
-        return distillation_losses(mean.expand_as(self.wanted), self.wanted, TEMPERATURE).mean().item()
+        return distillation_losses(mean.expand_as(self.wanted), self.wanted, TEMPERATURE).mean().clamp_min(0).item()
 
     def nearest(self, ridge, start, has_intercept):
         """(change of the weights [columns, classes], of the bias [classes]) that minimise what the module's text says.

@@ -121,3 +121,16 @@ def test_half_precision():
     fit = report.layers[-1]
     assert fit.matches == "predictions" and fit.error_after < fit.error_before
     assert smaller.head.weight.dtype == torch.bfloat16 and smaller.head.weight.isfinite().all()
+
+
+def test_divergences_that_rounding_makes_negative_are_none():
+    """As of predictions that hardly differ between images."""
+    torch.manual_seed(0)
+    means, spreads = [], []
+    for _ in range(50):
+        wanted = torch.randn(10) + 1e-5 * torch.randn(8, 10)
+        found = Logits(torch.ones(8, 1), wanted + 1e-5 * torch.randn(8, 10), wanted)
+        means.append(found.divergences().mean().item())
+        assert found.divergence()[0] == max(0.0, means[-1])
+        spreads.append(found.spread())
+    assert min(means) < 0 and min(spreads) == 0.0
