@@ -123,6 +123,8 @@ class Work:
             self.dense, repaired, images, judging + self.draw.held_out, losses, passes=self.arguments.repair_passes, rate=rate,
             seed=self.seed, progress=False,
         )  # fmt: skip
+        if report.steps:
+            compensate(self.dense, repaired, self.draw.compensation, kept, progress=False, seed=self.seed, only_logits=True)
         print(f"    repair: loss {report.loss_before:.3f} -> {report.loss_after:.3f} at {report.steps}", flush=True)
         return repaired if report.steps else model, plan, seconds + time.perf_counter() - start
 

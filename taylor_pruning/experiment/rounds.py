@@ -122,7 +122,8 @@ class Rounds:
         """The state after the repair across layers; as it is where the settings want none, or where it was done.
 
         The layers are fitted again, without the images that judge the repair; those that judge the rounds judge it too. The
-        last one is fitted by least squares, which are closer to what the repair minimises, at a higher temperature.
+        last one is fitted by least squares, which are closer to what the repair minimises, at a higher temperature. It is
+        fitted to the predictions at the end.
         """
         if self.settings.repair != "network" or state.repair:
             return state
@@ -141,7 +142,9 @@ class Rounds:
         report = repair_network(dense, model, images, held_out, losses, task=task, parts=parts_of(self.graph), seed=seed,
                                 passes=self.settings.repair_passes, progress=self.progress)  # fmt: skip
         broadcast_state(model)
-        if not report.steps:  # nothing was gained: the fit to all images is better
+        if report.steps:
+            self._fit(dense, model, self.rankings.compensation, state.kept, only_logits=True)
+        else:  # nothing was gained: the fit to all images is better
             model = state.model
         seconds.lap("repair")
         found = {**report.as_dict(), "before": before}
@@ -156,11 +159,11 @@ class Rounds:
             smaller = self.graph.remove(removed(self.graph, kept))
         return smaller, self._fit(target, smaller, self.rankings.compensation, kept).as_dict()
 
-    def _fit(self, target, smaller, batches, kept, to_predictions=True):
+    def _fit(self, target, smaller, batches, kept, **which):
         """Fits the layers of `smaller` to `target`, in all processes alike; returns the report on every layer."""
         report = compensate_parts(self.graph, target, smaller, batches, self.rankings.task, kept,
-                                  to_predictions=to_predictions, progress=self.progress, seed=self.settings.seed,
-                                  memory_limit=self.settings.memory_bytes)  # fmt: skip
+                                  progress=self.progress, seed=self.settings.seed,
+                                  memory_limit=self.settings.memory_bytes, **which)  # fmt: skip
         broadcast_state(smaller)
         return report
 

@@ -57,6 +57,7 @@ def compensate(
     smaller_batches=None,
     recorded=None,
     to_predictions=True,
+    only_logits=False,
 ):
     """Refit the layers of `smaller`, in place, so that it answers as `dense` does on the calibration images.
 
@@ -74,6 +75,7 @@ def compensate(
             memory that is left, on a CPU without a limit 2 GB at most.
         to_predictions: a linear layer that gives the network's logits is fitted to its predictions (repair.logits). False where
             the outputs are no logits of classes, or least squares are wanted.
+        only_logits: fit that layer alone; the others keep their weights.
         memory_limit: bytes, see memory.Portions; batches that do not fit are split. On a GPU they are joined as far as they
             fit, so that it does not wait between small ones. The result does not depend on it.
         seed: of that draw, and of the output positions that are drawn where a layer has many: over all images 16,384,
@@ -96,7 +98,8 @@ def compensate(
     if activation_budget is None:
         activation_budget = held_bytes(next(dense.parameters()).device, memory_limit)
     runs = PairedRuns(plan, _fitting(dense, inputs, memory_limit), activation_budget)
-    for layer in tqdm(plan.layers, desc="compensate", unit="layer", leave=False, disable=not progress):
+    layers = [layer for layer in plan.layers if layer.gives_logits or not only_logits]
+    for layer in tqdm(layers, desc="compensate", unit="layer", leave=False, disable=not progress):
         kind = LogitsRegression if to_predictions and layer.gives_logits else LayerRegression
         reason = fit_layer(layer, runs, kind(layer, seed, sum(runs.images)), report)
         if reason:

@@ -8,7 +8,8 @@ weights W, the dense network's logits z, C the centred Gram matrix of the n rows
 (multinomial logistic regression on soft targets; Hinton et al. 2015, arXiv:1503.02531), which is convex. The ridge is the
 largest whose divergence on held-out images lies within one standard error of the least (Breiman et al. 1984, Classification
 and Regression Trees): the layers before were fitted to these images too, which favours small ridges. Where least squares come
-closer than that, as where a removed feature depends linearly on the others, they stay.
+closer than that, as where a removed feature depends linearly on the others, they stay. Where neither comes closer than the
+present weights, these stay.
 """
 
 import math
@@ -51,8 +52,10 @@ class LogitsRegression(LayerRegression):
                 break
             trials.append((ridge, change, divergence, error))
         _, _, least, error = trials[-1]
-        if not least < before or self._surely_reached_by_squares(squares[0], judged) < least:
+        if self._surely_reached_by_squares(squares[0], judged) < min(least, before):
             return self._solve_with(*squares)
+        if not least < before:
+            return self._solve_with(None, squares[1], squares[1])
         ridge, change, divergence, _ = next(trial for trial in trials if trial[2] <= min(least + error, before))
         everything, spread = Logits.of([*self.fitted, *held_out]), judged.spread()
         weight, bias = everything.nearest(ridge, change, self.layer.has_intercept)

@@ -1,5 +1,7 @@
 """The fit of the layer that gives the logits, in float64 against its definition."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -134,3 +136,16 @@ def test_divergences_that_rounding_makes_negative_are_none():
         assert found.divergence()[0] == max(0.0, means[-1])
         spreads.append(found.spread())
     assert min(means) < 0 and min(spreads) == 0.0
+
+
+def test_where_neither_fit_comes_closer_the_weights_stay():
+    """As where steps across layers have brought them: the fit of this layer alone is made from a few images."""
+    torch.manual_seed(1)
+    model = Classifier(True).double().eval()
+    model.head.weight.data *= 40
+    smaller, _ = repaired(model, torch.randn(1000, 3, 3, 3, dtype=torch.double), 16)
+    before, kept = copy.deepcopy(smaller.state_dict()), {"conv": list(range(16, 24))}
+    few = torch.randn(15, 3, 3, 3, dtype=torch.double)
+    report = compensate(model, smaller, [(few, None)], kept, progress=False, only_logits=True)
+    assert [(fit.name, fit.ridge) for fit in report.layers] == [("head", None)]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in smaller.state_dict().items())
