@@ -101,7 +101,7 @@ def compensate(
     layers = [layer for layer in plan.layers if layer.gives_logits or not only_logits]
     for layer in tqdm(layers, desc="compensate", unit="layer", leave=False, disable=not progress):
         kind = LogitsRegression if to_predictions and layer.gives_logits else LayerRegression
-        reason = fit_layer(layer, runs, kind(layer, seed, sum(runs.images)), report)
+        reason = fit_layer(layer, runs, kind(layer, seed, runs.images), report)
         if reason:
             report.left_alone[layer.name] = reason
     if report.layers:

@@ -52,10 +52,9 @@ class LogitsRegression(LayerRegression):
                 break
             trials.append((ridge, change, divergence, error))
         _, _, least, error = trials[-1]
-        if self._surely_reached_by_squares(squares[0], judged) < min(least, before):
-            return self._solve_with(*squares)
-        if not least < before:
-            return self._solve_with(None, squares[1], squares[1])
+        by_squares, its_error = self._reached_by_squares(squares[0], judged)
+        if not least < before or by_squares + its_error < least:
+            return self._solve_with(*(squares if by_squares < before else (None, squares[1], squares[1])))
         ridge, change, divergence, _ = next(trial for trial in trials if trial[2] <= min(least + error, before))
         everything, spread = Logits.of([*self.fitted, *held_out]), judged.spread()
         weight, bias = everything.nearest(ridge, change, self.layer.has_intercept)
@@ -63,11 +62,11 @@ class LogitsRegression(LayerRegression):
         errors = (relative_error(part, spread) for part in (before, divergence))
         return LayerFit(self.layer.name, *errors, ridge, len(everything.x), self.columns, "predictions")
 
-    def _surely_reached_by_squares(self, ridge, judged):
-        """Divergence of the fit by least squares and its standard error on top; infinite where there is no such fit."""
+    def _reached_by_squares(self, ridge, judged):
+        """Divergence of the fit by least squares and its standard error; infinite where there is no such fit."""
         if ridge is None or self.solver.factorise(ridge):
-            return math.inf
-        return sum(judged.divergence(*(part[0].to(judged.x) for part in self.solver.solve())))
+            return math.inf, 0.0
+        return judged.divergence(*(part[0].to(judged.x) for part in self.solver.solve()))
 
 
 class Logits:

@@ -133,21 +133,22 @@ def repair_network(
     if at:
         _refresh_batchnorms(smaller, parts, task, batches)
     seconds = time.perf_counter() - start
-    used = len(mine.places), sum(map(size, mine.held_out))
+    used = len(mine.places), sum(map(size, held_out))
     return NetworkRepair(before.mean().item(), best.mean().item(), at, steps, *used, seconds)
 
 
 class _Samples:
-    """This process's samples with the dense network's outputs: batches to train on, and held-out ones that judge."""
+    """Samples with the dense network's outputs: all to train on, and this process's share of the held-out ones that judge."""
 
     def __init__(self, dense: nn.Module, task: Task, batches: list, held_out: list, seed: int):
         self.dense, self.task, self.batches = dense, task, batches
         self.generator = torch.Generator().manual_seed(seed)
         self.places = [(number, row) for number, batch in enumerate(batches) for row in range(size(batch))]
         self.at_once = min(IMAGES_A_STEP, max(map(size, batches)))
-        self.few, self.held_out = (
+        self.few, held_out = (
             [part for batch in given for part in in_parts(batch, self.at_once)] for given in (batches, held_out)
         )
+        self.held_out = held_out[rank() :: world_size()]
         self.wanted = self.wanted_held_out = None
         if is_classification(task):
             self.wanted_held_out = [self._answers(part) for part in self.held_out]
@@ -178,10 +179,10 @@ class _Samples:
     @torch.no_grad()
     def judge(self, model: nn.Module, losses: Callable) -> Tensor:
         """[held-out samples of all processes] the losses, the same in all processes."""
-        wanted = self.wanted_held_out or map(self._answers, self.held_out)
+        wanted = map(self._answers, self.held_out) if self.wanted_held_out is None else self.wanted_held_out
         pairs = zip(self.held_out, wanted, strict=True)
         found = [losses(self.task.forward(model, batch), answers).double().cpu() for batch, answers in pairs]
-        return torch.cat(gather_objects(torch.cat(found)))
+        return torch.cat(gather_objects(torch.cat(found) if found else torch.empty(0, dtype=torch.float64)))
 
     def _joined(self, places):
         rows = [select(self.batches[number], torch.tensor([row])) for number, row in places]

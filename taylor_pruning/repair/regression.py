@@ -44,10 +44,13 @@ def relative_error(squared: float, spread: float) -> float:
 
 
 class LayerRegression:
-    """The rows of one layer, and its fit to them."""
+    """The rows of one layer, and its fit to them.
+
+    `images`: of every batch. The layer may see several parts of each, as windows, one after the other in the batch dimension.
+    """
 
     def __init__(self, layer, seed, images):
-        weight = layer.weight
+        weight, self.images, images = layer.weight, images, sum(images)
         self.layer, self.seen = layer, 0
         self.groups = layer.groups
         self.columns, self.outputs = weight[0].numel(), len(weight) // self.groups
@@ -61,7 +64,7 @@ class LayerRegression:
             rows = max(ROWS_PER_COLUMN * self.columns, min(ENOUGH_ROWS, GRAM_COST // self.columns**2))
         self.positions = max(1, round(rows / images))
         self.held_out, self.held_out_targets, self.largest = [], [], []
-        self.drawn = None  # positions of the first image
+        self.drawn = None  # positions of the first part of the first image
         self.weight = as_columns(self.groups, weight)
         self.scale = layer.scale
         # A channel that all but vanishes behind its BatchNorm cannot repair the sum.
@@ -70,15 +73,17 @@ class LayerRegression:
 
     def add(self, batch, x, *outputs):
         """Add one batch: the layer's input and what `_target` takes."""
-        held_out = self.is_held_out[self.seen : self.seen + len(x)]
+        images = self.images[batch]
+        parts = max(1, len(x) // images)  # of an image
+        held_out = self.is_held_out[self.seen + torch.arange(len(x)) * images // len(x)]
         for chosen in (~held_out, held_out):
-            images = chosen.nonzero().flatten().to(x.device, non_blocking=True)
-            if not len(images):
+            some = chosen.nonzero().flatten().to(x.device, non_blocking=True)
+            if not len(some):
                 continue
-            rows, wanted = self._rows(x, images, outputs)
+            rows, wanted = self._rows(x, some, parts, outputs)
             self.largest.append((batch, torch.stack([rows.r.abs().max(), wanted.abs().max()])))
             self._keep(rows, wanted, chosen is held_out)
-        self.seen += len(x)
+        self.seen += images
 
     def _keep(self, rows, wanted, is_held_out):
         if is_held_out:
@@ -112,15 +117,15 @@ class LayerRegression:
         target = output[..., layer.kept]
         return target if stream is None else target + (dense_stream[..., layer.kept] - stream) / self.divisor
 
-    def _rows(self, x, images, outputs):
-        """The given images' rows, some positions of each image, shifted from image to image, and the targets there."""
+    def _rows(self, x, some, parts, outputs):
+        """The rows of some of x [images x parts, ...], at positions shifted from one to the next, and the targets there."""
         layer, positions = self.layer, by_position(self.layer, outputs[0]).shape[1]
         if self.drawn is None:
-            some = torch.randperm(positions, generator=self.generator)[: self.positions]
-            self.drawn = some.to(x.device)
-        drawn = shifted(self.drawn, self.seen + images, positions)
-        patches = patches_at(layer, x[images], drawn)
-        target = self._target((images[:, None], drawn), *outputs)
+            count = max(1, round(self.positions / parts))
+            self.drawn = torch.randperm(positions, generator=self.generator)[:count].to(x.device)
+        drawn = shifted(self.drawn, self.seen * parts + some, positions)
+        patches = patches_at(layer, x[some], drawn)
+        target = self._target((some[:, None], drawn), *outputs)
         wanted = target.reshape(-1, self.groups, self.outputs).transpose(0, 1)
         present = patches @ self.weight
         if layer.bias is not None:

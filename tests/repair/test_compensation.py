@@ -217,7 +217,8 @@ def test_a_large_ridge_where_smaller_ones_are_of_no_use(monkeypatch):
     torch.manual_seed(0)
     model = randomised(NETWORKS["plain"]()).double()
     smaller, kept = cut(model, {"2": [0]})
-    (fit,) = compensate(model, smaller, images(100, dtype=torch.float64), kept, progress=False).layers
+    batches = images(100, dtype=torch.float64)
+    (fit,) = compensate(model, smaller, batches, kept, progress=False, to_predictions=False).layers
     assert fit.ridge == regression.LAST_RIDGE and fit.error_after < fit.error_before
 
 
@@ -374,7 +375,7 @@ def test_held_out_images_do_not_follow_the_order_of_the_classes(period):
     model = randomised(NETWORKS["plain"]())
     smaller, kept = cut(model, {"0": [1]})
     (layer, *_) = RepairPlan(model, smaller, kept, images(2)[0][0]).layers
-    held_out = regression.LayerRegression(layer, 0, 200).is_held_out
+    held_out = regression.LayerRegression(layer, 0, [120, 80]).is_held_out
     assert held_out.sum() == 40
     assert set((held_out.nonzero().flatten() % period).tolist()) == set(range(period))
 
@@ -515,3 +516,35 @@ def test_hooks_that_change_what_passes_run():
     report = compensate(model, smaller, [(x, None)], {"first": [1, 2, 4, 5, 6, 7]}, progress=False)
     assert [fit.name for fit in report.layers] == ["second", "head"]
     assert (smaller(x) - model(x)).norm() < before
+
+
+class Windows(nn.Module):
+    """Convs that see nine windows of an image as images of their own."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 6, 1), nn.Linear(6, 5)
+
+    def forward(self, x):
+        images = x.shape[0]
+        x = x.view(images, 3, 3, 3, 3, 3).permute(0, 2, 4, 1, 3, 5).reshape(-1, 3, 3, 3)
+        x = torch.relu(self.conv2(torch.relu(self.conv1(x))))
+        return self.head(x.mean((2, 3)).view(images, 9, 6).mean(1))
+
+
+def test_all_windows_of_an_image_are_fitted_and_held_out_with_it(monkeypatch):
+    torch.manual_seed(0)
+    model, kinds = randomised(Windows()).double(), []
+    keep = regression.LayerRegression._keep
+
+    def kept_rows(fit, rows, wanted, is_held_out):
+        kinds.append((fit.layer.name, is_held_out, rows.x.shape[1]))
+        keep(fit, rows, wanted, is_held_out)
+
+    monkeypatch.setattr(regression.LayerRegression, "_keep", kept_rows)
+    smaller, kept = cut(model, {"conv1": [1, 5]})
+    batches = [(torch.randn(number, 3, 9, 9, dtype=torch.float64), None) for number in (10, 7, 13)]
+    report = compensate(model, smaller, batches, kept, progress=False, to_predictions=False)
+    fit = next(fit for fit in report.layers if fit.name == "conv2")
+    assert fit.rows == 30 * 9 * 9  # images, windows, positions
+    assert sum(rows for name, is_held_out, rows in kinds if name == "conv2" and is_held_out) == 6 * 9 * 9

@@ -9,9 +9,11 @@ from conftest import NETWORKS, plain, randomise
 from torch import nn
 
 from taylor_pruning.errors import InputError
+from taylor_pruning.repair import network
 from taylor_pruning.repair.compensation import compensate
 from taylor_pruning.repair.network import repair_network, split
 from taylor_pruning.surgery.graph import ChannelGraph
+from taylor_pruning.tasks.classification import Classification
 from taylor_pruning.training.steps import distillation_losses
 
 LOSSES = functools.partial(distillation_losses, temperature=4.0)
@@ -147,3 +149,18 @@ def test_images_that_cannot_repair_are_refused(batches, message):
     dense = randomise(plain()).float()
     with pytest.raises(InputError, match=message):
         repair_network(dense, copy.deepcopy(dense), *split(batches, 0), LOSSES, progress=False)
+
+
+def test_no_held_out_sample_judges_in_two_processes(compensated, monkeypatch):
+    """Copies of a sample would make chance look sure."""
+    dense, smaller, batches = compensated
+    fitted, held_out = split(batches, 2)
+    whole = network._Samples(dense, Classification(), fitted, held_out, 0).judge(smaller, LOSSES)
+    shares = []
+    monkeypatch.setattr(network, "gather_objects", lambda share: [share])
+    monkeypatch.setattr(network, "world_size", lambda: 20)
+    for number in range(20):
+        monkeypatch.setattr(network, "rank", lambda number=number: number)
+        shares.append(network._Samples(dense, Classification(), fitted, held_out, 0).judge(smaller, LOSSES))
+    assert min(map(len, shares)) == 0  # fewer batches than processes
+    assert torch.equal(torch.cat(shares).sort()[0], whole.sort()[0])
