@@ -67,7 +67,8 @@ class EnhancedPruning:
         train_loader, val_loader: iterables with a length of (images [B, C, H, W], labels [B]) on the model's device, or of
             batches of `task`.
         task: what the network is for, as taylor_pruning.tasks.dense.Segmentation(); default: classification.
-        calibration: list of such batches for scoring; default: `calibration_samples` images from `train_loader`.
+        calibration: list of such batches for scoring; default: the first `calibration_samples` images that `train_loader`
+            gives, as it augments them; it should shuffle.
         compensation: list of such batches for compensation; default: `calibration`.
         held_out: list of such batches on which a round's choice is tried and the round is judged; default: where
             `calibration` comes from `train_loader` the images after it, else no choice is tried, and `calibration` judges.
@@ -88,7 +89,7 @@ class EnhancedPruning:
         *,
         task: Task | None = None,
         calibration: list | None = None,
-        calibration_samples: int = 500,
+        calibration_samples: int = 300,
         compensation: list | None = None,
         held_out: list | None = None,
         dense_stage: dict | None = None,

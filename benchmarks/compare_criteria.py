@@ -30,7 +30,7 @@ import torch.nn.functional as F
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
 from cifar_resnets import CIFAR_RESNETS, cifar_resnet
-from measuring import measured, started
+from measuring import measured, spread, started
 from torch_pruning_peers import PEERS, peer_scores
 
 from EnhancedFilterPruner import Rankings
@@ -251,11 +251,6 @@ def run(arguments):
             print(f"seed {seed}, {criterion}: {values} ({time.perf_counter() - start:.0f} s)", flush=True)
             write_json(arguments.output, results)
     return results
-
-
-def spread(values, digits=1):
-    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{deviation}"
 
 
 def tables(results):

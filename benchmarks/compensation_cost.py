@@ -22,6 +22,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).
 from measuring import Start, in_turn, print_ratios
 
 from taylor_pruning.experiment.models import build_model
+from taylor_pruning.experiment.results import all_filters, remaining
 from taylor_pruning.repair.compensation import compensate
 from taylor_pruning.surgery.graph import ChannelGraph
 
@@ -62,7 +63,7 @@ def run_part(args):
         graph = ChannelGraph(model, images[:1])
         plan = random_plan(graph, args.percentage)
         smaller = graph.remove(plan)
-        kept = {name: sorted(set(range(graph.layers[name].filters)) - set(gone)) for name, gone in plan.items()}
+        kept = remaining(all_filters(graph), plan)
         start = Start(device)
         compensate(model, smaller, batches, kept, progress=False)
     print(json.dumps(start.since()))

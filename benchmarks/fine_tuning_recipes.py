@@ -21,8 +21,8 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
-from compare_criteria import add_network_arguments, balanced, load, spread
-from measuring import started
+from compare_criteria import add_network_arguments, balanced, load
+from measuring import spread, started
 
 from EnhancedPruning import EnhancedPruning, PruningSettings
 from taylor_pruning.experiment.loaders import calibration_batches, make_loader

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
-from compare_criteria import add_network_arguments, balanced, load, spread, tuned
-from measuring import started
+from compare_criteria import add_network_arguments, balanced, load, tuned
+from measuring import spread, started
 
 from EnhancedFilterPruner import EnhancedFilterPruner
 from EnhancedPruning import EnhancedPruning, PruningSettings

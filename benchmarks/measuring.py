@@ -92,3 +92,9 @@ def started(arguments, may_differ, empty):
     if then != now:
         raise SystemExit(f"{output} has results of {then}; give another --output")
     return {**results, "arguments": vars(arguments)}
+
+
+def spread(values, digits=1):
+    """The mean and, of several values, their standard deviation."""
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{deviation}"

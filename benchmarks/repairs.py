@@ -38,7 +38,7 @@ import torch
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
 from fine_tuning_recipes import Steps
-from measuring import started
+from measuring import spread, started
 from orders import drawn
 from orders_data import SUBJECTS, dense_network, prepare, training_loader
 from torch_pruning_peers import learn_sparsely, peer_scores
@@ -48,9 +48,10 @@ from taylor_pruning.experiment.results import all_filters, remaining
 from taylor_pruning.repair import network as network_repair
 from taylor_pruning.repair.compensation import compensate
 from taylor_pruning.report.json_files import write_json
+from taylor_pruning.tasks.classification import kl_divergence
 from taylor_pruning.training.evaluation import evaluate
 from taylor_pruning.training.fine_tuning import Recipe
-from taylor_pruning.training.steps import OptimiserSteps, distillation_losses
+from taylor_pruning.training.steps import OptimiserSteps
 
 METHODS = ("layer", "network", "layer + logits 0.5", "network + logits 0.5")
 SCORING = 300
@@ -118,13 +119,15 @@ class Work:
         kept = remaining(all_filters(self.pruning.graph), plan)
         repaired = self.pruning.graph.remove(plan)
         compensate(self.dense, repaired, images, kept, progress=False, seed=self.seed, to_predictions=False)
-        losses = functools.partial(distillation_losses, temperature=4.0)
+        losses = functools.partial(kl_divergence, temperature=4.0)
         report = network_repair.repair_network(
             self.dense, repaired, images, judging + self.draw.held_out, losses, passes=self.arguments.repair_passes, rate=rate,
             seed=self.seed, progress=False,
         )  # fmt: skip
         if report.steps:
-            compensate(self.dense, repaired, self.draw.compensation, kept, progress=False, seed=self.seed, only_logits=True)
+            compensate(
+                self.dense, repaired, self.draw.compensation, kept, progress=False, seed=self.seed, only_logits=True
+            )
         print(f"    repair: loss {report.loss_before:.3f} -> {report.loss_after:.3f} at {report.steps}", flush=True)
         return repaired if report.steps else model, plan, seconds + time.perf_counter() - start
 
@@ -232,11 +235,6 @@ def run(arguments):
             results["rows"] += future.result()
             write_json(arguments.output, results)
     return results
-
-
-def spread(values):
-    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{deviation}"
 
 
 def tables(results):

@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from EnhancedFilterPruner import EnhancedFilterPruner
 from EnhancedPruning import EnhancedPruning, PruningSettings
 from taylor_pruning.experiment.models import build_model
+from taylor_pruning.experiment.results import all_filters, remaining
 from taylor_pruning.memory import keep_freed_memory, peak_of
 from taylor_pruning.repair.compensation import compensate
 from taylor_pruning.surgery.graph import ChannelGraph
@@ -116,7 +117,7 @@ def measure(name, arguments, device):
     ranked.rank(batches, batches)
     table.row(name, f"selection of {arguments.percentage:g} %", lambda _: ranked.select(arguments.percentage))
     plan = graph.plan_of(ranked.select(arguments.percentage))
-    kept = {layer: sorted(set(range(info.filters)) - set(plan.get(layer, ()))) for layer, info in graph.layers.items()}
+    kept = remaining(all_filters(graph), plan)
 
     def repair(smaller):
         compensate(model, smaller, batches, kept, progress=False)

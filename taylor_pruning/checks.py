@@ -44,14 +44,14 @@ def read_batch(batch, where: str, device: torch.device | None = None) -> tuple[T
     for name, value in zip(("images", "labels"), batch, strict=True):
         if not isinstance(value, Tensor):
             raise InputError(f"the {name} of {where} are {describe(value)}; give them as one tensor")
-    images, labels = map(_usable, batch)
+    images, labels = map(usable, batch)
     if not images.dim() or not len(images):
         raise InputError(f"{where} holds no images; give [batch, channels, height, width]")
     labels = _class_numbers(labels, len(images), where)
     return images.to(device), labels.to(device)
 
 
-def _usable(tensor):
+def usable(tensor: Tensor) -> Tensor:
     """The tensor, copied if it was made in inference mode, where autograd could not use it."""
     if not tensor.is_inference():
         return tensor

@@ -18,15 +18,21 @@ def modes_kept(*models: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def requirements_kept(model: nn.Module) -> Iterator[None]:
+    """Lets every parameter require a gradient at the end if it did at the beginning."""
+    wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        yield
+    finally:
+        for parameter, flag in wanted.items():
+            parameter.requires_grad_(flag)
+
+
+@contextmanager
 def frozen(model: nn.Module) -> Iterator[nn.Module]:
     """While open, the model is in eval mode and its parameters require no gradient; then all is as it was."""
-    wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    with modes_kept(model):
-        try:
-            yield model.eval().requires_grad_(False)
-        finally:
-            for parameter, flag in wanted.items():
-                parameter.requires_grad_(flag)
+    with modes_kept(model), requirements_kept(model):
+        yield model.eval().requires_grad_(False)
 
 
 def set_mode(model: nn.Module, training: bool) -> nn.Module:

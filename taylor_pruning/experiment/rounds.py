@@ -17,10 +17,9 @@ from taylor_pruning.repair.network import repair_network, split
 from taylor_pruning.repair.parts import compensate_parts
 from taylor_pruning.selection.constraints import Ledger
 from taylor_pruning.surgery.parts import parts_of
-from taylor_pruning.tasks.classification import is_classification
+from taylor_pruning.tasks.classification import is_classification, kl_divergence
 from taylor_pruning.training.fine_tuning import Recipe, train_steps
 from taylor_pruning.training.measuring import Measuring
-from taylor_pruning.training.steps import distillation_losses
 
 SMALLER_STEPS = 2  # rounds that are split in all, before the guard ends them
 
@@ -138,7 +137,7 @@ class Rounds:
             self._fit(dense, model, images, state.kept, to_predictions=False)
         losses = task.divergence
         if is_classification(task):
-            losses = functools.partial(distillation_losses, temperature=self.recipe.temperature)
+            losses = functools.partial(kl_divergence, temperature=self.recipe.temperature)
         report = repair_network(dense, model, images, held_out, losses, task=task, parts=parts_of(self.graph), seed=seed,
                                 passes=self.settings.repair_passes, progress=self.progress)  # fmt: skip
         broadcast_state(model)

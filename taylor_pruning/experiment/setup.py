@@ -29,6 +29,7 @@ from taylor_pruning.experiment.models import BuiltModel, build_model, head_name,
 from taylor_pruning.experiment.weights import read_tensors
 from taylor_pruning.files import atomic_file, cache_folder
 from taylor_pruning.first_batch import Batches, check_training
+from taylor_pruning.modes import requirements_kept
 from taylor_pruning.selection.greedy import check_reachable
 from taylor_pruning.selection.latency import with_times
 from taylor_pruning.training.fine_tuning import fine_tune
@@ -252,15 +253,10 @@ def dense_training(command, built, images):
 
 @contextlib.contextmanager
 def _only_head_trains(built):
-    parameters = list(built.model.parameters())
-    wanted = [p.requires_grad for p in parameters]
-    built.model.requires_grad_(False)
-    built.model.get_submodule(head_name(built.model)).requires_grad_(True)
-    try:
+    with requirements_kept(built.model):
+        built.model.requires_grad_(False)
+        built.model.get_submodule(head_name(built.model)).requires_grad_(True)
         yield
-    finally:
-        for parameter, flag in zip(parameters, wanted, strict=True):
-            parameter.requires_grad_(flag)
 
 
 def _cache_file(experiment, recipe, batch_size):

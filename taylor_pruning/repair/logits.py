@@ -18,7 +18,7 @@ import torch
 
 from taylor_pruning.repair.regression import LayerFit, LayerRegression, relative_error
 from taylor_pruning.scoring.probes import mean_and_error
-from taylor_pruning.training.steps import distillation_losses
+from taylor_pruning.tasks.classification import kl_divergence
 
 TEMPERATURE = 2.0  # from few images, even the divergence at temperature 1 gets smaller than by a fit at 1
 RIDGES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003, 0.0001)
@@ -90,7 +90,7 @@ class Logits:
         Rounding makes some of them negative where predictions hardly differ.
         """
         answers = self.present if weight is None else self.present + (self.x if x is None else x) @ weight + bias
-        return distillation_losses(answers, self.wanted, TEMPERATURE)
+        return kl_divergence(answers, self.wanted, TEMPERATURE)
 
     def divergence(self, *change):
         """(mean of `divergences`, its standard error, 0 of one image)."""
@@ -100,7 +100,7 @@ class Logits:
     def spread(self):
         """Mean T^2 KL of the dense network's mean prediction from its predictions."""
         mean = (self.wanted / TEMPERATURE).softmax(1).mean(0, keepdim=True).log() * TEMPERATURE
-        return distillation_losses(mean.expand_as(self.wanted), self.wanted, TEMPERATURE).mean().clamp_min(0).item()
+        return kl_divergence(mean.expand_as(self.wanted), self.wanted, TEMPERATURE).mean().clamp_min(0).item()
 
     def nearest(self, ridge, start, has_intercept):
         """(change of the weights [columns, classes], of the bias [classes]) that minimise what the module's text says.

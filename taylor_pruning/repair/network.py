@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from taylor_pruning.distributed import all_reduce_sum, gather_objects, rank, world_size
 from taylor_pruning.errors import InputError
-from taylor_pruning.modes import frozen, modes_kept
+from taylor_pruning.modes import frozen, modes_kept, requirements_kept
 from taylor_pruning.repair.paired_runs import refresh_batchnorms
 from taylor_pruning.repair.whitening import WhiteAdam, white_coordinates
 from taylor_pruning.surgery.parts import recorded_inputs
@@ -239,12 +239,10 @@ def _average_gradients(parameters: list[nn.Parameter]) -> None:
 def _trainable(model: nn.Module):
     """While open, the model is in evaluation mode and all its parameters require gradients; then all is as it was."""
     parameters = list(model.parameters())
-    wanted = [parameter.requires_grad for parameter in parameters]
-    with modes_kept(model):
+    with modes_kept(model), requirements_kept(model):
         try:
             model.eval().requires_grad_(True)
             yield parameters
         finally:
-            for parameter, flag in zip(parameters, wanted, strict=True):
-                parameter.requires_grad_(flag)
+            for parameter in parameters:
                 parameter.grad = None

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from taylor_pruning.errors import InputError
-from taylor_pruning.positions import shifted
+from taylor_pruning.positions import ENOUGH_ROWS, shifted
 from taylor_pruning.repair.fitted_layer import as_columns, by_position, patches_at
 from taylor_pruning.repair.ridge import DualRidgeSolver, RidgeSolver, Rows
 
@@ -15,7 +15,6 @@ LAST_RIDGE = 1.0  # tried where the first is of no use
 HELD_OUT = 0.2  # share of the images that chooses the ridge, drawn: their order may follow the classes
 AGREES = 1e-5  # largest deviation from the targets, relative to the largest of them, that counts as none
 ROWS_PER_COLUMN = 2
-ENOUGH_ROWS = 16384  # of a layer's fit
 GRAM_COST = 2**34  # multiply-adds of a Gram matrix, up to which a layer gets that many
 WEAK = 1e-2  # relative to the mean scale of the channels
 TRIAL_OUTPUTS = 64  # of each group, on which ridges are compared

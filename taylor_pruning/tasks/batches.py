@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from taylor_pruning.checks import usable
 from taylor_pruning.errors import InputError
 from taylor_pruning.surgery.nested import map_tensors
 
@@ -59,14 +60,6 @@ def split(batch, length: int) -> list:
 def to_device(batch, device: torch.device | None):
     """The batch with all tensors on `device`; those of inference mode, which autograd could not use, are copied."""
     return map_tensors(batch, lambda tensor: usable(tensor).to(device))
-
-
-def usable(tensor: Tensor) -> Tensor:
-    """The tensor, copied if it was made in inference mode, where autograd could not use it."""
-    if not tensor.is_inference():
-        return tensor
-    with torch.inference_mode(False):
-        return tensor.clone()
 
 
 def _fields(batch):

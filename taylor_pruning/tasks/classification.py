@@ -109,10 +109,13 @@ class MultiLabel(Task):
         return {"f1": 100 * f1.mean().item(), "loss": loss / images, "images": int(images)}
 
 
-def kl_divergence(logits: Tensor, dense_logits: Tensor) -> Tensor:
-    """[B, ...] Kullback-Leibler divergence of the classes along dimension 1 from those of the dense network, in nats."""
-    wanted = dense_logits.log_softmax(1)
-    return (wanted.exp() * (wanted - logits.log_softmax(1))).sum(1)
+def kl_divergence(logits: Tensor, dense_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """[B, ...] divergence of the classes along dimension 1 from those of the dense network, in nats.
+
+    At the temperature T: T^2 KL(softmax(dense / T) || softmax(logits / T)) (Hinton et al. 2015, arXiv:1503.02531).
+    """
+    found, wanted = ((values / temperature).log_softmax(1) for values in (logits, dense_logits))
+    return temperature**2 * F.kl_div(found, wanted, reduction="none", log_target=True).sum(1)
 
 
 def bernoulli_divergence(logits: Tensor, dense_logits: Tensor) -> Tensor:

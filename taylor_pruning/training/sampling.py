@@ -7,8 +7,6 @@ import torch
 from taylor_pruning.errors import InputError
 from taylor_pruning.tasks.batches import select, size
 
-Batches = list  # of batches of a task
-
 HELD_OUT = 100  # images that neither score nor repair, on which a round is judged
 
 

@@ -14,19 +14,12 @@ from taylor_pruning.distributed import world_size
 from taylor_pruning.errors import InputError
 from taylor_pruning.surgery.nested import map_tensors
 from taylor_pruning.tasks.batches import size
-from taylor_pruning.tasks.classification import is_classification, task_of
+from taylor_pruning.tasks.classification import is_classification, kl_divergence, task_of
 from taylor_pruning.tasks.task import Task
 from taylor_pruning.training.averaging import WeightAverage
 from taylor_pruning.training.checks import batch_facts, input_facts, valid_labels
 from taylor_pruning.training.cuda_graphs import GraphedPass
 from taylor_pruning.training.recipe import AMP_DTYPES, Recipe, lr_factor
-
-
-def distillation_losses(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """[B] T^2 KL(softmax(teacher / T) || softmax(logits / T)) of each sample (Hinton et al. 2015). Both [B, K]."""
-    log_p = F.log_softmax(logits / temperature, dim=1)
-    log_q = F.log_softmax(teacher_logits / temperature, dim=1)
-    return temperature**2 * F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(1)
 
 
 class OptimiserSteps:
@@ -177,7 +170,7 @@ class OptimiserSteps:
                 f"the teacher has {teacher_logits.shape[1]} outputs and the model {logits.shape[1]}; "
                 "distillation needs a teacher of the same classes"
             )
-        soft = distillation_losses(logits, teacher_logits.to(logits.dtype), recipe.temperature).mean()
+        soft = kl_divergence(logits, teacher_logits.to(logits.dtype), recipe.temperature).mean()
         return (1 - recipe.distillation_weight) * loss + recipe.distillation_weight * soft
 
     def release(self) -> None:

@@ -23,7 +23,7 @@ from taylor_pruning.experiment.loaders import make_loader
 from taylor_pruning.experiment.models import network
 from taylor_pruning.repair.network import repair_network
 from taylor_pruning.scoring.passes import _of_all_processes
-from taylor_pruning.training.steps import distillation_losses
+from taylor_pruning.tasks.classification import kl_divergence
 
 ROOT = Path(__file__).parents[2]
 QUICK = ["--model", "vgg7_bn", "--fine-tune-epochs", "1", "--rounds", "1", "--batch-size", "8", "--workers", "0",
@@ -131,7 +131,7 @@ def one_repair():
     smaller = copy.deepcopy(dense)
     smaller[0].weight.data.mul_(0.7)
     images = torch.randn(80, 3, 8, 8, dtype=torch.float64)
-    losses = functools.partial(distillation_losses, temperature=4.0)
+    losses = functools.partial(kl_divergence, temperature=4.0)
     report = repair_network(
         dense, smaller, [(images[:64], None)], [(images[64:], None)], losses, passes=2, progress=False
     )

@@ -13,10 +13,9 @@ from taylor_pruning.repair import network
 from taylor_pruning.repair.compensation import compensate
 from taylor_pruning.repair.network import repair_network, split
 from taylor_pruning.surgery.graph import ChannelGraph
-from taylor_pruning.tasks.classification import Classification
-from taylor_pruning.training.steps import distillation_losses
+from taylor_pruning.tasks.classification import Classification, kl_divergence
 
-LOSSES = functools.partial(distillation_losses, temperature=4.0)
+LOSSES = functools.partial(kl_divergence, temperature=4.0)
 
 
 def images(number, seed=1):
