@@ -11,6 +11,7 @@ from taylor_pruning.surgery.layers import layer_name
 from taylor_pruning.surgery.recorded_calls import operation_name
 
 CONVS = ("conv1d", "conv2d", "conv3d")
+AS_ANOTHER = ("to", "type_as")  # a second tensor gives the type and the device alone
 TRANSPARENT = ("dropout", "dropout1d", "dropout2d", "dropout3d", "contiguous")  # in eval mode
 
 
@@ -31,7 +32,7 @@ class RepairPlan:
             )
         self.tensors = [network.tensors() for network in self.networks]
         self.left_alone = {}
-        found = self._candidates(nodes[1], kept)
+        found = self._candidates(*nodes, kept)
         order = _execution_order(nodes[1], {node: stream for node, _, _, stream, _ in found if stream is not None})
         index = {node: i for i, node in enumerate(nodes[1])}
         position = {node: i for i, node in enumerate(order)}
@@ -59,17 +60,21 @@ class RepairPlan:
         """The parameter or buffer that a node reads; None if it is none."""
         return self.tensors[k].get(node.target) if isinstance(node, fx.Node) and node.op == "get_attr" else None
 
-    def _candidates(self, nodes, kept):
+    def _candidates(self, dense_nodes, nodes, kept):
         """[(node, kept filters, and what `_behind` says)] of the layers that are fitted."""
-        claimed, found = set(), []
-        for node in nodes:
+        claimed, found, varying = set(), [], _varying(nodes)
+        for dense_node, node in zip(dense_nodes, nodes, strict=True):
             name = operation_name(node)
-            if node.op in ("placeholder", "get_attr", "output") or not (name == "linear" or name.startswith("conv")):
+            if node.op in ("placeholder", "get_attr", "output"):
                 continue
-            weight = argument(node, "weight", 1)
             if name not in (*CONVS, "linear") and not name.startswith("conv_transpose"):
                 continue
+            weight = argument(node, "weight", 1)
             reason = self._unfit(node, name, weight)
+            if reason is None and node.all_input_nodes[0] not in varying:
+                reason = "its input does not depend on the images"
+            if reason is None and _positions(node, name) != _positions(dense_node, name):
+                reason = "it is applied along channels that were removed"
             layer = layer_name(weight.target) if weight.op == "get_attr" else node.meta.get("module", node.name)
             if reason:
                 self.left_alone[layer] = reason
@@ -153,6 +158,23 @@ class RepairPlan:
         for name, i in last.items():
             dead[i].append(name)
         return dead
+
+
+def _varying(nodes):
+    """The nodes whose values depend on what the network reads."""
+    found = set()
+    for node in nodes:
+        sources = node.all_input_nodes[:1] if operation_name(node) in AS_ANOTHER else node.all_input_nodes
+        if node.op == "placeholder" or not found.isdisjoint(sources):
+            found.add(node)
+    return found
+
+
+def _positions(node, name):
+    """The lengths of a layer's output but for that of its filters."""
+    shape = list(node.meta["shape"])
+    del shape[-1 if name == "linear" else 1]
+    return shape
 
 
 def _is_output(node):

@@ -548,3 +548,50 @@ def test_all_windows_of_an_image_are_fitted_and_held_out_with_it(monkeypatch):
     fit = next(fit for fit in report.layers if fit.name == "conv2")
     assert fit.rows == 30 * 9 * 9  # images, windows, positions
     assert sum(rows for name, is_held_out, rows in kinds if name == "conv2" and is_held_out) == 6 * 9 * 9
+
+
+class Reads(nn.Module):
+    """A residual block whose second branch is a layer that reads something else than the first conv's channels."""
+
+    def __init__(self, branch, layer):
+        super().__init__()
+        self.stem, self.conv, self.layer, self.head = (
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.Conv2d(8, 8, 1),
+            layer,
+            nn.Linear(8, 5),
+        )
+        self.branch, self.position = branch, nn.Parameter(torch.randn(1, 6, 9, 9))
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        return self.head(torch.relu(self.conv(x) + self.branch(self, x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("branch", "layer", "reason"),
+    [
+        (lambda net, x: net.layer(net.position), nn.Conv2d(6, 8, 1), "its input does not depend on the images"),
+        (
+            lambda net, x: net.layer(torch.arange(6.0).to(x).sin())[None, :, None, None],
+            nn.Linear(6, 8),
+            "its input does not depend on the images",
+        ),
+        (
+            lambda net, x: net.layer(x.flatten(2)).view_as(x),
+            nn.Linear(81, 81),
+            "it is applied along channels that were removed",
+        ),
+    ],
+    ids=["a parameter", "a constant", "positions"],
+)
+def test_a_layer_that_does_not_read_the_channels_is_left_alone(branch, layer, reason):
+    torch.manual_seed(0)
+    model = randomised(Reads(branch, layer))
+    graph = ChannelGraph(model, torch.zeros(1, 3, 9, 9))
+    gone = {name: [1, 4] for name, info in graph.layers.items() if info.removable.all()}
+    smaller, before = graph.remove(gone), copy.deepcopy(layer.state_dict())
+    kept = {name: [i for i in range(8) if i not in (1, 4)] for name in gone}
+    report = compensate(model, smaller, images(40), kept, progress=False)
+    assert report.left_alone["layer"] == reason and "head" in [fit.name for fit in report.layers]
+    assert all(torch.equal(value, before[name]) for name, value in model.layer.state_dict().items())
