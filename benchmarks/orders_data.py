@@ -44,6 +44,7 @@ CIFAR = {"images": "cifar_train", "tests": {"top1": "cifar_test"}, "levels": (53
 SUBJECTS = {
     "resnet32": Subject(**CIFAR),
     "resnet44": Subject(**CIFAR),
+    "vgg7_bn": Subject(**CIFAR),
     "vgg16_bn": Subject(**CIFAR),
     "mobilenet_v2": Subject("nette_train", {"top1": "nette_val"}, (50, 35, 25), 240, 60, (1100, 2, 0.005), 240),
     "mobilenet_v2, one image a class": Subject(
