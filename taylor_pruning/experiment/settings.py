@@ -51,8 +51,9 @@ class PruningSettings(Constraints):
         repair_passes: over the compensation images, of the repair "network".
         correct_levels: with `compensate` and a joint selection, the predicted costs of every group of layers are compared with
             what a trial measures on held-out images, and the choice is made once more (selection.corrected).
-        guard: with `compensate`, the rounds end before one that destroys the network on held-out calibration images (its
-            divergence is above that of the dense network's mean answer), after smaller steps were tried.
+        guard: with `compensate`, the rounds end before one that destroys the network on held-out calibration images, after
+            smaller ones were tried: it diverges more from the dense network than the mean of that network's answers does, and
+            agrees with it on fewer images.
         fine_tune_between: training steps after every round but the last (Molchanov et al. 2017), at the recipe's learning
             rate. Compensation then fits to the network before the round's cut, because a fit to the dense network would
             undo the training.
@@ -133,7 +134,7 @@ class PruningSettings(Constraints):
         "none; layer: by least squares after every round, as --compensate; network: then also steps on all weights towards "
         "the dense network's outputs, without labels; auto: layer, or none with --no-compensate",
         "network costs about as much as --repair-passes passes of training over the compensation images. On a ResNet-32 with "
-        "35 % of its multiply-accumulates left it gained 4 points with 1,000 --compensation-samples.",
+        "35 % of its multiply-accumulates left it gained 3 points with 1,000 --compensation-samples.",
         choices=REPAIRS,
     )
     repair_passes: int = option(
@@ -150,7 +151,7 @@ class PruningSettings(Constraints):
     )
     guard: bool = option(
         True,
-        "stop where a repaired round says less than a constant answer on held-out images; smaller steps are tried first",
+        "stop before a round whose network predicts held-out images worse than a constant answer; smaller rounds are tried first",
         "Turn it off where long training follows that will make up for any cut.",
     )
     fine_tune_between: int = option(
