@@ -7,9 +7,9 @@
     python benchmarks/orders.py --output orders.json --minutes 0            # tables and plots of what there is
 
 DIR holds cifar10-jpeg.tar.xz, imagenette.tar, imagenet-one-a-class.tar, resnet32.th, resnet44.th, mobilenet_v2_imagenet.pth
-and vgg7_bn.pt or vgg16_bn.pt, the dense_model.pt of a run of run_single_experiment.py on CIFAR-10. Every network is pruned to shares of
-its multiply-accumulates in rounds, compensated after each, with widths left free; labels are needed by order 1 and by
-fine-tuning alone. Images that score are the first of those that compensate, and the next 100 try every choice. Baselines
+and vgg7_bn.pt or vgg16_bn.pt, the dense_model.pt of a run of run_single_experiment.py on CIFAR-10. Every network is pruned to
+shares of its multiply-accumulates in rounds, compensated after each, with widths left free; labels are needed by order 1 and
+by fine-tuning alone. Images that score are the first of those that compensate, and the next 100 try every choice. Baselines
 prune under the same budget and are compensated in the same rounds; "lamp uniform" takes the same share of every layer, and
 "TP ..." are Torch-Pruning's criteria.
 

@@ -151,7 +151,7 @@ class PruningSettings(Constraints):
     )
     guard: bool = option(
         True,
-        "stop before a round whose network predicts held-out images worse than a constant answer; smaller rounds are tried first",
+        "stop before a round whose network predicts held-out images worse than a constant answer; smaller ones are tried first",
         "Turn it off where long training follows that will make up for any cut.",
     )
     fine_tune_between: int = option(
