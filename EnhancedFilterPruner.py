@@ -158,9 +158,9 @@ class EnhancedFilterPruner:
             )
         if probed is None and (directions is None or (by_probes and self.taylor_order > 1)):
             order, probes = max(2, self.taylor_order), settings.hessian_probes
-            probed = probe_derivatives(
-                self.model, self.graph, batches, order=order, probes=probes, task=self.task, **shared
-            )
+            portions = Portions(device_of(self.model), limit)
+            probed = probe_derivatives(self.model, self.graph, batches, order=order, probes=probes, task=self.task,
+                                       portions=portions, **shared)  # fmt: skip
         self.collected = Collected(directions, probed, bool(compensation), by_probes, orders)
         return self
 

@@ -10,6 +10,7 @@ import torch
 
 from EnhancedFilterPruner import EnhancedFilterPruner
 from taylor_pruning.errors import InputError
+from taylor_pruning.experiment.settings import PruningSettings
 from taylor_pruning.memory import ENOUGH_FORWARD, PROBES, Portions, _Live, free_bytes, is_out_of_memory, parse_bytes
 from taylor_pruning.repair.compensation import compensate
 from taylor_pruning.surgery.graph import ChannelGraph
@@ -73,12 +74,13 @@ def test_a_small_limit_makes_small_parts_and_one_image_always_runs():
     assert 0 < free_bytes(CPU) < 2**50
 
 
-@pytest.mark.parametrize("compensated", [True, False])
-def test_scores_and_compensation_do_not_depend_on_the_limit(plain_network, images, labels, compensated):
+@pytest.mark.parametrize(("compensated", "curvature"), [(True, "auto"), (False, "auto"), (False, "hvp")])
+def test_scores_and_compensation_do_not_depend_on_the_limit(plain_network, images, labels, compensated, curvature):
     """One byte: every image by itself. Much: all images but the first ones at once."""
     found, batches = [], [(images, labels)]
     for limit in ("1", "1TB"):
-        pruner = EnhancedFilterPruner(plain_network, images[:1], 2, class_probes=1, memory_limit=limit, progress=False)
+        settings = PruningSettings(class_probes=1, curvature=curvature, memory_limit=limit)
+        pruner = EnhancedFilterPruner(plain_network, images[:1], 2, settings=settings, progress=False)
         pruner.rank(batches, batches if compensated else None)
         plan = {"0": [1, 2]}
         kept, smaller = {"0": [0, 3, 4]}, pruner.graph.remove(plan)

@@ -11,7 +11,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from taylor_pruning.memory import Portions
@@ -106,5 +105,4 @@ def collect_behind_repair(
     if is_classification(task):
         return BehindRepair(Directions.join(parts), orders, moments, fisher)
     orders = tuple(range(1, order + 1))
-    derivatives = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    return BehindRepair(None, orders, moments, fisher, ProbedDerivatives.of_samples(**derivatives))
+    return BehindRepair(None, orders, moments, fisher, ProbedDerivatives.of_parts(parts))

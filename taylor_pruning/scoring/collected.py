@@ -86,10 +86,10 @@ class Collected:
         if self.directions is None or not self._needs_probes(order):
             return None
         _, h, t = self.directions.moments(order=order)
-        correction = (self.probed.h - h.double().mean(0)) / 2
+        correction = (self.probed.h - h.double().mean(0).cpu()) / 2
         if order == 3:
-            correction = correction - (self.probed.t - t.double().mean(0)) / 6
-        return correction.cpu()
+            correction = correction - (self.probed.t - t.double().mean(0).cpu()) / 6
+        return correction
 
     def squared_first_order(self) -> Tensor:
         """[units] mean squared per-sample first-order term (nats^2)."""

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from EnhancedFilterPruner import EnhancedFilterPruner
 from taylor_pruning.errors import InputError
+from taylor_pruning.memory import Portions
 from taylor_pruning.scoring.layer_costs import OutputFisher
 from taylor_pruning.scoring.output_curvature import output_derivatives
 from taylor_pruning.scoring.probes import probe_derivatives
@@ -85,6 +86,19 @@ def test_derivatives_behind_compensation_agree_with_brute_force(case):
         error = of_pass.std(0) / 10
         assert ((of_pass.mean(0) - true).abs() <= 5 * error + 1e-10).all()
     assert (found["h"].mean(0) - h).norm() < 0.1 * h.norm()
+
+
+def test_no_derivative_depends_on_how_batches_are_split(case):
+    """One byte: every sample by itself."""
+    task, model, batch = case
+    graph, batch = ChannelGraph(model, batch[0]), join([batch] * 3)
+    whole, split = (
+        output_derivatives(
+            model, graph, [batch], task, order=3, portions=Portions(batch[0].device, limit), progress=False
+        )
+        for limit in (2**40, 1)
+    )
+    torch.testing.assert_close(split, whole)
 
 
 def test_probed_derivatives_of_the_loss_agree_with_brute_force(case):
