@@ -77,10 +77,11 @@ def test_what_cannot_be_pruned_is_refused_before_it_is_scored(progressive, monke
 
 
 @pytest.mark.parametrize(("steps", "compensated"), [(0, True), (3, True), (0, False)])
-def test_predicted_and_measured_loss_change_are_of_one_loss(
+def test_what_is_predicted_and_what_is_measured_of_a_round(
     plain_network, images, labels, steps, compensated, monkeypatch
 ):
-    """Behind compensation the divergence from the dense network, also in later rounds; else the loss of the labels."""
+    """Behind compensation the divergence from the network of the round, and the change of that from the dense network; else
+    the change of the loss with the labels."""
     loader = make_loader(torch.utils.data.TensorDataset(images, labels), 6)
     one_by_one = {"selection": "independent"} if compensated else {}  # the closed form has tests of its own
     settings = PruningSettings(rounds=3, fine_tune_between=steps, compensate=compensated, **one_by_one)
@@ -97,8 +98,8 @@ def test_predicted_and_measured_loss_change_are_of_one_loss(
     if compensated:
         scored = torch.cat([x for _, part in by_fold([(images, labels)]) for x, _ in part])
 
-    def loss(logits, of=images):
-        return F.cross_entropy(logits, plain_network(of).softmax(1) if compensated else labels).item()
+    def loss(logits, of=images, other=plain_network):
+        return F.cross_entropy(logits, other(of).softmax(1) if compensated else labels).item()
 
     networks = [pruner.model for pruner, _ in pruners]
     assert networks[0] is plain_network and len(networks) == 3
@@ -108,7 +109,7 @@ def test_predicted_and_measured_loss_change_are_of_one_loss(
         shift = directions.coordinates[:, chosen].sum(1)
         assert torch.allclose(directions.logits, pruner.model(scored))
         shifted = directions.logits - torch.einsum("nkr,nr->nk", directions.basis, shift)
-        predicted = loss(shifted, scored) - loss(directions.logits, scored)
+        predicted = loss(shifted, scored, pruner.model) - loss(directions.logits, scored, pruner.model)
         assert record["predicted_loss_change"] == pytest.approx(predicted, abs=1e-9)
     ends = [*networks[1:], result.model]
     for start, end, record in zip(networks, ends, result.rounds, strict=True):

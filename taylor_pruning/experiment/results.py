@@ -26,9 +26,11 @@ class PruningResult:
             trade: {layer: {"filters": widths, "cost": predicted cost of the layer at them (nats)}}, see experiment.choices;
             measured_over_predicted: {first layer of a group of coupled layers: measured / predicted cost of the first choice in
                 it}, by which the choice was corrected (selection.corrected); {} where it was not;
-            loss: what the next two are changes of, on the calibration images: "divergence" from the dense network's
-                predictions with compensation, else the "cross-entropy" (another task: "loss") with the labels;
-            predicted_loss_change (nats, None for order 1), measured_loss_change (nats);
+            loss: what the next two are of, on the calibration images: "divergence" with compensation, else the
+                "cross-entropy" (another task: "loss") with the labels;
+            predicted_loss_change: of what the round removes (nats), None where the criterion predicts none; with compensation
+                the divergence from the network at the beginning of the round;
+            measured_loss_change: over the round (nats); with compensation of the divergence from the dense network;
             label_loss_change: measured change of the cross-entropy (of the task's loss) with the labels;
             held_out: after the round, on images that neither score nor repair (training.measuring.Measuring.fidelity);
             after_selection, after_compensation, after_training: {"top1" (the task's main metric), "loss"} on some of the
