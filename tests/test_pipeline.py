@@ -5,6 +5,7 @@ import dataclasses
 
 import pytest
 import torch
+from conftest import plain
 from torch import nn
 from torch.nn import functional as F
 from watching import interrupted_at, with_flipped_bit, without_timings
@@ -131,6 +132,22 @@ def test_the_pruned_stage_is_the_plan_without_any_repair(plain_network, images, 
     if compensated:
         assert result.stages[2]["loss"] == pytest.approx(F.cross_entropy(result.model(images), labels).item())
         assert result.stages[2]["loss"] != pytest.approx(loss)
+
+
+@pytest.mark.parametrize(("curvature", "orders"), [("auto", {"1", "2"}), ("exact", {"1", "2", "3"})])
+def test_the_oracle_judges_the_orders_that_the_network_has(images, labels, tmp_path, curvature, orders):
+    """PyTorch's third derivative of LayerNorm is wrong; class directions do not need it."""
+    torch.manual_seed(0)
+    network = plain(nn.SiLU)
+    network.insert(6, nn.LayerNorm((6, 4, 4)))
+    loader = make_loader(torch.utils.data.TensorDataset(images, labels), 6)
+    settings = PruningSettings(rounds=1, curvature=curvature)
+    pruning = EnhancedPruning(network.double().eval(), loader, loader, settings=settings, progress=False)
+    for resume in (False, True):
+        oracle = pruning.prune(30, 2, oracle_samples=3, checkpoint=tmp_path / "rounds.pt", resume=resume).oracle
+        assert oracle["predicted"].keys() == oracle["spearman"].keys() == orders and len(oracle["true"]) == 3
+        assert oracle["left_out"].keys() == {"3"} - orders
+        assert all("third derivative of layer_norm" in reason for reason in oracle["left_out"].values())
 
 
 @pytest.mark.parametrize("compensated", [True, False])

@@ -45,7 +45,7 @@ class PruningResult:
         seconds: {"score", "select", "surgery", "compensate", "evaluate", "train", "repair"}: summed over the rounds.
         fine_tuning: one dictionary an epoch.
         accuracy_at_steps: [{"step", "top1", "loss"}] while fine-tuning, on the images that a round is evaluated on.
-        gradient_flow, oracle: see results.json in the documentation, or None.
+        gradient_flow: see `flow_with_stage`. oracle: see EnhancedPruning.oracle. None where they were not asked for.
         stopped: where the guard ended the rounds, {"asked", "reached", "tried": per cent of the budget, "held_out": of the
             round that was not taken}; else None.
         latency: where the budget was one, milliseconds of a forward of `batch_size` images on `device`: "dense_ms" and

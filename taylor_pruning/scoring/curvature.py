@@ -2,6 +2,7 @@
 
 from taylor_pruning.errors import InputError
 from taylor_pruning.scoring.collected import Collected
+from taylor_pruning.scoring.probes import wrong_third_derivative
 from taylor_pruning.surgery.graph import ChannelGraph
 from taylor_pruning.tasks.classification import Classification, is_classification
 from taylor_pruning.tasks.task import Task
@@ -52,6 +53,12 @@ def curvature_report(collected: Collected, path: str, reason: str) -> dict:
         "sampled": collected.directions.sampled_curvature if collected.directions else None,
         "h_error": error,
     }
+
+
+def no_third_order(graph: ChannelGraph, curvature: str, task: Task) -> str | None:
+    """Why there are no scores of order 3 without compensation; None where there are (see `choose_curvature`)."""
+    path, _ = choose_curvature(graph, curvature, task)
+    return wrong_third_derivative(graph) if path == "hvp" else None
 
 
 def check_scoring(task: Task, settings, repairs: bool, use_gradient_flow: bool) -> None:

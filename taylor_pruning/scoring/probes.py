@@ -112,14 +112,16 @@ def _derivatives(graph, task, order, probes, seed, batch, where, first):
     return found
 
 
-def check_third_derivative(graph: ChannelGraph) -> None:
-    """Raises InputError if the network has an operation of NO_THIRD_DERIVATIVE."""
+def wrong_third_derivative(graph: ChannelGraph) -> str | None:
+    """Why third derivatives cannot be probed, where the network has an operation of NO_THIRD_DERIVATIVE; else None."""
     wrong = [name for name in graph.smooth_operations if name.startswith(NO_THIRD_DERIVATIVE)]
-    if wrong:
-        raise InputError(
-            f"order 3 cannot be probed here: PyTorch has no right third derivative of {', '.join(wrong)}. "
-            "Use order 1 or 2, or compensate"
-        )
+    return f"PyTorch has no right third derivative of {', '.join(wrong)}" if wrong else None
+
+
+def check_third_derivative(graph: ChannelGraph) -> None:
+    """Raises InputError if third derivatives of the network cannot be probed."""
+    if reason := wrong_third_derivative(graph):
+        raise InputError(f"order 3 cannot be probed here: {reason}. Use order 1 or 2, or compensate")
 
 
 def probed_second(gamma: Tensor, gates: Tensor, probes: int, seed: int, first: int) -> Tensor:
