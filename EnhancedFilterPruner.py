@@ -73,7 +73,7 @@ class EnhancedFilterPruner:
 
     Attributes:
         graph: the model's ChannelGraph.
-        curvature_path, curvature_reason: "exact" or "hvp", and why; see `curvature_report`.
+        curvature_path, curvature_reason: "exact" or "hvp", and why, of scores without compensation; see `curvature_report`.
         chosen: selection.chosen.Chosen, what the last plan is made of; None before the first.
 
     Raises:
@@ -234,14 +234,9 @@ class EnhancedFilterPruner:
         return GradientFlowReport.from_flow(self.graph, self.directions.flow.cpu())
 
     def curvature_report(self) -> dict:
-        """How the second and third derivatives of the scores were computed, see scoring.curvature.curvature_report.
-
-        At order 1 of the cross-entropy path, sampled and h_error are None.
-        """
-        if self.taylor_order == 1 and self.has_logits:
-            return {"path": None, "reason": "order 1 uses no second derivative", "sampled": None, "h_error": None}
-        collected = self._collected(self.taylor_order)
-        return curvature_report(collected, self.curvature_path, self.curvature_reason)
+        """How the second and third derivatives of the scores were computed, see scoring.curvature.curvature_report."""
+        order = self.taylor_order
+        return curvature_report(self._collected(order), order, self.curvature_path, self.curvature_reason)
 
     # -- selection ---------------------------------------------------------------------------------------------------
 

@@ -162,7 +162,7 @@ def test_results_hold_the_ranking_that_selected_from_one_pass(
     probed = interrupted_at(monkeypatch, EnhancedFilterPruner_module, "probe_derivatives", None)
     result = pruning.prune(40, order, use_gradient_flow=True)
     assert len(passes) == 1 and len(probed) == (order > 1 and not compensated)
-    path = None if order == 1 else "exact" if compensated else "hvp"
+    path = (None, "directions" if compensated else "hvp", "exact" if compensated else "hvp")[order - 1]
     assert result.curvature["path"] == path
     assert (result.curvature["h_error"] is not None) == (order > 1)
     order_of_units = sorted(range(len(pruning.graph.units)), key=lambda u: score_of(result, pruning.graph.units[u]))

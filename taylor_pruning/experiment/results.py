@@ -40,7 +40,8 @@ class PruningResult:
         plan: {name: indices of the removed filters in the dense network}.
         scores: {name: [filters] score by which the first round selected, None where a filter is protected}.
         criterion: what the scores are, with their unit.
-        curvature: how the scores' derivatives were computed: {"path", "reason", "sampled", "h_error"}.
+        curvature: how the scores' derivatives were computed: {"path", "reason", "sampled", "h_error"}, see
+            scoring.curvature.curvature_report.
         repair: of the repair across layers (repair.network.NetworkRepair), or None.
         seconds: {"score", "select", "surgery", "compensate", "evaluate", "train", "repair"}: summed over the rounds.
         fine_tuning: one dictionary an epoch.

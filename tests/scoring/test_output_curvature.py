@@ -165,7 +165,9 @@ def test_levels_behind_compensation_are_never_negative_and_follow_the_order(case
         torch.testing.assert_close(levels, closed_third_order(torch.zeros_like(probed.h), probed.h, probed.t))
     plan = pruner.get_pruning_plan(30)
     assert sum(map(len, plan.values())) == 3
-    assert pruner.curvature_report()["path"] == "directions"
+    report = pruner.curvature_report()
+    assert (report["path"], report["sampled"]) == ((None, None) if order == 1 else ("directions", 1.0))
+    assert (report["h_error"] is None) == (order == 1)
 
 
 def test_a_classifier_scored_as_any_task_has_the_scores_of_its_closed_form(plain_network, images, labels):
