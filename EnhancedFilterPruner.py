@@ -73,7 +73,7 @@ class EnhancedFilterPruner:
 
     Attributes:
         graph: the model's ChannelGraph.
-        curvature_path, curvature_reason: "exact" or "hvp", and why; see `curvature_report`.
+        curvature_path, curvature_reason: "exact" or "hvp", and why, of scores without compensation; see `curvature_report`.
         chosen: selection.chosen.Chosen, what the last plan is made of; None before the first.
 
     Raises:
@@ -108,8 +108,9 @@ class EnhancedFilterPruner:
 
     # -- collecting --------------------------------------------------------------------------------------------------
 
-    def rank(self, batches: Iterable, compensation: Iterable | None = None, reference: nn.Module | None = None,
-             held_out: Iterable | None = None) -> "EnhancedFilterPruner":  # fmt: skip
+    def rank(
+        self, batches: Iterable, compensation: Iterable | None = None, held_out: Iterable | None = None
+    ) -> "EnhancedFilterPruner":
         """One pass over the calibration images collects what the scores need.
 
         Args:
@@ -117,8 +118,6 @@ class EnhancedFilterPruner:
             compensation: such batches on which the layers behind will be refitted after the cut (repair.compensation). Then
                 all scores are of what the other channels of a layer cannot repair (scoring.estimates), and those of
                 orders 2 and 3 are of the divergence from the network's own predictions, which compensation keeps small.
-            reference: with `compensation`, the network whose predictions the predicted loss change compares with; default:
-                `model` itself. A later round compares with the network before all rounds.
             held_out: such batches of other images: on them a joint selection behind compensation is tried and corrected
                 (selection.corrected), where the settings want it.
 
@@ -143,8 +142,8 @@ class EnhancedFilterPruner:
             joint = settings.selection != "independent"
             self.behind_repair = found = collect_behind_repair(
                 self.model, self.graph, batches, compensation, self.taylor_order, class_probes=settings.class_probes,
-                joint=joint, reference=None if joint else reference or self.model, flow=self.use_gradient_flow,
-                memory_limit=limit, task=self.task, third_probes=settings.hessian_probes, **shared)  # fmt: skip
+                joint=joint, flow=self.use_gradient_flow, memory_limit=limit, task=self.task,
+                third_probes=settings.hessian_probes, **shared)  # fmt: skip
             directions, orders, probed = found.directions, found.orders, found.probed
             if settings.correct_levels and (held_out := read(held_out or ())):
                 self.measure = functools.partial(trial_divergences, self.model, self.graph, found.moments, held_out,
@@ -158,9 +157,9 @@ class EnhancedFilterPruner:
             )
         if probed is None and (directions is None or (by_probes and self.taylor_order > 1)):
             order, probes = max(2, self.taylor_order), settings.hessian_probes
-            probed = probe_derivatives(
-                self.model, self.graph, batches, order=order, probes=probes, task=self.task, **shared
-            )
+            portions = Portions(device_of(self.model), limit)
+            probed = probe_derivatives(self.model, self.graph, batches, order=order, probes=probes, task=self.task,
+                                       portions=portions, **shared)  # fmt: skip
         self.collected = Collected(directions, probed, bool(compensation), by_probes, orders)
         return self
 
@@ -235,14 +234,9 @@ class EnhancedFilterPruner:
         return GradientFlowReport.from_flow(self.graph, self.directions.flow.cpu())
 
     def curvature_report(self) -> dict:
-        """How the second and third derivatives of the scores were computed, see scoring.curvature.curvature_report.
-
-        At order 1 of the cross-entropy path, sampled and h_error are None.
-        """
-        if self.taylor_order == 1 and self.has_logits:
-            return {"path": None, "reason": "order 1 uses no second derivative", "sampled": None, "h_error": None}
-        collected = self._collected(self.taylor_order)
-        return curvature_report(collected, self.curvature_path, self.curvature_reason)
+        """How the second and third derivatives of the scores were computed, see scoring.curvature.curvature_report."""
+        order = self.taylor_order
+        return curvature_report(self._collected(order), order, self.curvature_path, self.curvature_reason)
 
     # -- selection ---------------------------------------------------------------------------------------------------
 
@@ -253,8 +247,8 @@ class EnhancedFilterPruner:
         `criterion`. After `rank` with compensation a joint selection, of any order, goes by the closed form of
         scoring.layer_costs, which starts from `levels`, and where `rank` had held-out images once more after a trial of
         every group of layers (selection.corrected). `chosen.predicted_loss_change` (nats) is what is predicted for the
-        whole plan: of the cross-entropy with the labels (None for order 1) or, after `rank` with compensation, of the
-        divergence from the reference.
+        whole plan: the change of the cross-entropy with the labels or, after `rank` with compensation, the divergence from
+        `model`. It is None where the criterion predicts none, as for order 1 without the closed form.
 
         Args:
             percentage: of the budget in the settings (default: of the filters that may be removed), in (0, 100),
@@ -277,7 +271,7 @@ class EnhancedFilterPruner:
         if closed_form and self.settings.layer_bound is None:
             constraints = dataclasses.replace(constraints, layer_bound=math.inf)  # these costs compare between layers
         selection_of = functools.partial(Selection, self.graph, percentage, constraints, ledger)
-        if closed_form and collected.says_little():
+        if closed_form and collected.predictions_are_uninformative():
             self.chosen = chosen_uniformly(selection_of(), self.levels())
         elif closed_form:
             levels_of = functools.partial(collected.shrunk_levels, order, self.graph.units)
@@ -333,7 +327,7 @@ class Rankings:
     def _ranked(self, model, order, use_gradient_flow, repairs):
         pruner = EnhancedFilterPruner(model, None, order, use_gradient_flow, settings=self.settings, task=self.task,
                                       graph=self.graph_of(model), progress=self.progress)  # fmt: skip
-        return pruner.rank(self.calibration, self.compensation if repairs else None, self.graph.model, self.held_out)
+        return pruner.rank(self.calibration, self.compensation if repairs else None, self.held_out)
 
     def graph_of(self, model: nn.Module) -> ChannelGraph | PartsGraph:
         """The ChannelGraph of the dense network or of one cut from it, with the settings' excluded layers."""

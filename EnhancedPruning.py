@@ -45,7 +45,7 @@ from taylor_pruning.experiment.results import (
 from taylor_pruning.experiment.rounds import Rounds
 from taylor_pruning.experiment.settings import TAYLOR_ORDERS, PruningSettings
 from taylor_pruning.first_batch import Batches, check_inputs, check_training, device_of
-from taylor_pruning.scoring.curvature import check_scoring
+from taylor_pruning.scoring.curvature import check_scoring, no_third_order
 from taylor_pruning.scoring.oracle import judge_estimates
 from taylor_pruning.selection.greedy import check_reachable
 from taylor_pruning.selection.latency import latency_report, with_times
@@ -181,6 +181,8 @@ class EnhancedPruning:
         check_reachable(self.graph, pruning_percentage, self.settings.constraints)
         one_of("taylor_order", taylor_order, TAYLOR_ORDERS)
         check_scoring(self.task, self.settings, self.settings.compensate, use_gradient_flow)
+        if oracle_samples:  # whose estimates are of removing without a repair
+            check_scoring(self.task, self.settings, repairs=False, use_gradient_flow=False)
         method = {"taylor_order": taylor_order, "use_gradient_flow": use_gradient_flow}
         state, store = RoundsState(self.model, all_filters(self.graph)), None
         if checkpoint:
@@ -268,10 +270,17 @@ class EnhancedPruning:
         )
 
     def oracle(self, samples: int) -> dict:
-        """Every order's estimates against the true loss changes of random units, see scoring.oracle.judge_estimates."""
-        estimates = {str(order): self.rankings.of(self.model, 3).scores(order) for order in TAYLOR_ORDERS}
-        return judge_estimates(self.model, self.graph, self.calibration, estimates, samples, self.settings.seed,
-                               progress=self.progress, task=self.task)  # fmt: skip
+        """Every order's estimates against the true loss changes of random units, see scoring.oracle.judge_estimates.
+
+        Beside these, "left_out": {"3": reason} where the network has no scores of order 3, else {}.
+        """
+        reason = no_third_order(self.graph, self.settings.curvature, self.task)
+        orders = [order for order in TAYLOR_ORDERS if order < 3 or not reason]
+        ranked = self.rankings.of(self.model, max(orders))
+        estimates = {str(order): ranked.scores(order) for order in orders}
+        found = judge_estimates(self.model, self.graph, self.calibration, estimates, samples, self.settings.seed,
+                                progress=self.progress, task=self.task)  # fmt: skip
+        return {**found, "left_out": {"3": reason} if reason else {}}
 
     def dense_stage(self) -> dict:
         """The dense network's stage, measured once."""

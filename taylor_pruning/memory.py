@@ -13,6 +13,7 @@ On a CPU parts are small in any case: larger ones are slower there, see ENOUGH.
 import ctypes
 import itertools
 import math
+import os
 import re
 import sys
 import weakref
@@ -98,7 +99,7 @@ def used_bytes(device: torch.device) -> int:
         return torch.cuda.memory_allocated(device)
     if sys.platform != "linux":
         return 0
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _left_in_groups() -> Iterator[int]:

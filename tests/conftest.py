@@ -107,4 +107,4 @@ def costs_count(monkeypatch):
     """Costs choose the widths although a random network's answers hardly depend on the image."""
     from taylor_pruning.scoring import collected
 
-    monkeypatch.setattr(collected, "LITTLE", -1.0)
+    monkeypatch.setattr(collected, "LEAST_INFORMATION", -1.0)

@@ -10,12 +10,23 @@ import torch
 
 from EnhancedFilterPruner import EnhancedFilterPruner
 from taylor_pruning.errors import InputError
-from taylor_pruning.memory import ENOUGH_FORWARD, PROBES, Portions, _Live, free_bytes, is_out_of_memory, parse_bytes
+from taylor_pruning.experiment.settings import PruningSettings
+from taylor_pruning.memory import (
+    ENOUGH_FORWARD,
+    PROBES,
+    Portions,
+    _Live,
+    free_bytes,
+    is_out_of_memory,
+    parse_bytes,
+    used_bytes,
+)
 from taylor_pruning.repair.compensation import compensate
 from taylor_pruning.surgery.graph import ChannelGraph
 from taylor_pruning.training.measuring import Measuring
 
 CPU = torch.device("cpu")
+PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.mark.parametrize(
@@ -73,12 +84,13 @@ def test_a_small_limit_makes_small_parts_and_one_image_always_runs():
     assert 0 < free_bytes(CPU) < 2**50
 
 
-@pytest.mark.parametrize("compensated", [True, False])
-def test_scores_and_compensation_do_not_depend_on_the_limit(plain_network, images, labels, compensated):
+@pytest.mark.parametrize(("compensated", "curvature"), [(True, "auto"), (False, "auto"), (False, "hvp")])
+def test_scores_and_compensation_do_not_depend_on_the_limit(plain_network, images, labels, compensated, curvature):
     """One byte: every image by itself. Much: all images but the first ones at once."""
     found, batches = [], [(images, labels)]
     for limit in ("1", "1TB"):
-        pruner = EnhancedFilterPruner(plain_network, images[:1], 2, class_probes=1, memory_limit=limit, progress=False)
+        settings = PruningSettings(class_probes=1, curvature=curvature, memory_limit=limit)
+        pruner = EnhancedFilterPruner(plain_network, images[:1], 2, settings=settings, progress=False)
         pruner.rank(batches, batches if compensated else None)
         plan = {"0": [1, 2]}
         kept, smaller = {"0": [0, 3, 4]}, pruner.graph.remove(plan)
@@ -87,6 +99,13 @@ def test_scores_and_compensation_do_not_depend_on_the_limit(plain_network, image
             compensate(plain_network, smaller, batches, kept, progress=False, memory_limit=limit)
         found.append((pruner.scores(), pruner.select(30), *smaller.state_dict().values()))
     torch.testing.assert_close(found[0], found[1], rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of Linux")
+def test_used_memory_is_counted_in_the_pages_of_the_machine(monkeypatch):
+    before = used_bytes(CPU)
+    monkeypatch.setattr(os, "sysconf", lambda name: 16 * 4096)  # of some ARM machines
+    assert used_bytes(CPU) == pytest.approx(before * 16 * 4096 / PAGE, rel=0.1)
 
 
 def test_evaluation_does_not_depend_on_the_limit(plain_network, images, labels):

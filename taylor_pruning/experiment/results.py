@@ -26,9 +26,11 @@ class PruningResult:
             trade: {layer: {"filters": widths, "cost": predicted cost of the layer at them (nats)}}, see experiment.choices;
             measured_over_predicted: {first layer of a group of coupled layers: measured / predicted cost of the first choice in
                 it}, by which the choice was corrected (selection.corrected); {} where it was not;
-            loss: what the next two are changes of, on the calibration images: "divergence" from the dense network's
-                predictions with compensation, else the "cross-entropy" (another task: "loss") with the labels;
-            predicted_loss_change (nats, None for order 1), measured_loss_change (nats);
+            loss: what the next two are of, on the calibration images: "divergence" with compensation, else the
+                "cross-entropy" (another task: "loss") with the labels;
+            predicted_loss_change: of what the round removes (nats), None where the criterion predicts none; with compensation
+                the divergence from the network at the beginning of the round;
+            measured_loss_change: over the round (nats); with compensation of the divergence from the dense network;
             label_loss_change: measured change of the cross-entropy (of the task's loss) with the labels;
             held_out: after the round, on images that neither score nor repair (training.measuring.Measuring.fidelity);
             after_selection, after_compensation, after_training: {"top1" (the task's main metric), "loss"} on some of the
@@ -38,12 +40,13 @@ class PruningResult:
         plan: {name: indices of the removed filters in the dense network}.
         scores: {name: [filters] score by which the first round selected, None where a filter is protected}.
         criterion: what the scores are, with their unit.
-        curvature: how the scores' derivatives were computed: {"path", "reason", "sampled", "h_error"}.
+        curvature: how the scores' derivatives were computed: {"path", "reason", "sampled", "h_error"}, see
+            scoring.curvature.curvature_report.
         repair: of the repair across layers (repair.network.NetworkRepair), or None.
         seconds: {"score", "select", "surgery", "compensate", "evaluate", "train", "repair"}: summed over the rounds.
         fine_tuning: one dictionary an epoch.
         accuracy_at_steps: [{"step", "top1", "loss"}] while fine-tuning, on the images that a round is evaluated on.
-        gradient_flow, oracle: see results.json in the documentation, or None.
+        gradient_flow: see `flow_with_stage`. oracle: see EnhancedPruning.oracle. None where they were not asked for.
         stopped: where the guard ended the rounds, {"asked", "reached", "tried": per cent of the budget, "held_out": of the
             round that was not taken}; else None.
         latency: where the budget was one, milliseconds of a forward of `batch_size` images on `device`: "dense_ms" and

@@ -28,11 +28,12 @@ class PruningSettings(Constraints):
         rounds: number of score-and-prune rounds in which the percentage is reached.
         selection: "joint" or "auto": greedy, given the filters already chosen (selection.greedy); "independent": by single
             scores.
-        curvature: "exact": second and third derivatives from class directions (along residual streams the Gauss-Newton
-            part); "hvp": from random probes (scoring.probes); "auto": exact where the network is piecewise linear.
+        curvature: without `compensate`, "exact": second and third derivatives from class directions (along residual streams the
+            Gauss-Newton part); "hvp": from random probes (scoring.probes); "auto": exact where the network is piecewise linear.
+            With it, directions of the outputs give them in any network.
         class_probes: class directions of every sample; at most classes - 1 are used. None: 12, but one random direction at
             order 2 with `compensate`, whose time is better spent on more images. Order 1 then takes one in any case.
-        hessian_probes: random probes of every sample where the curvature is "hvp".
+        hessian_probes: random probes of every sample where the curvature is "hvp", and at order 3 of another task.
         budget, layer_bound, min_filters, round_to, min_share, latency_batch, latency_table, times: see
             selection.constraints.Constraints. A `layer_bound` of None is no bound
             for a joint selection with `compensate`, whose costs compare between layers.
@@ -82,9 +83,9 @@ class PruningSettings(Constraints):
     )
     curvature: str = option(
         "auto",
-        "second and third derivatives: exact, from class directions; hvp, from random probes; auto: exact where "
-        "the network is piecewise linear",
-        "hvp suits networks with SiLU, GELU or sigmoids.",
+        "second and third derivatives without --compensate: exact, from class directions; hvp, from random probes; auto: "
+        "exact where the network is piecewise linear",
+        "hvp suits networks with SiLU, GELU or sigmoids. With --compensate directions of the outputs suit all networks.",
         choices=CURVATURES,
     )
     class_probes: int | None = option(

@@ -242,6 +242,8 @@ def _plot_oracle(results, path):
             axes.set_box_aspect(1)
             axes.set_xlabel("true loss change (nats)")
             axes.tick_params(axis="x", rotation=45)
+        for order, reason in oracle.get("left_out", {}).items():
+            figure.supxlabel(f"without order {order}: {reason}", fontsize="medium")
         panels[0].set_ylabel("estimated loss change (nats)")
         panels[0].legend(loc="upper left")
 

@@ -76,8 +76,9 @@ def summary_table(results: dict) -> str:
 def rounds_table(rounds: list) -> str:
     """A row a round of pruning: does the loss change by what the scores said?
 
-    Predicted and measured are of the loss that the round keeps small, which the heading names; "labels" is the measured
-    change of the cross-entropy with the labels. All are in nats, on the calibration images.
+    Predicted and measured are of the loss that the round keeps small, which the heading names: of a divergence, what is
+    predicted is that from the network before the round, and what is measured is the change of that from the dense network.
+    "labels" is the measured change of the cross-entropy with the labels. All are in nats, on the calibration images.
     """
     steps = ("after_selection", "after_compensation", "after_training")
     trained = any(record.get("after_training") for record in rounds)

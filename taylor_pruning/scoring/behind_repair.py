@@ -11,7 +11,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from taylor_pruning.memory import Portions
@@ -65,7 +64,6 @@ def collect_behind_repair(
     *,
     class_probes: int | None = None,
     joint: bool = True,
-    reference: nn.Module | None = None,
     flow: bool = False,
     seed: int = 0,
     memory_limit: int | None = None,
@@ -79,10 +77,10 @@ def collect_behind_repair(
         batches, compensation: lists of (images, labels), or of the batches of `task`.
         class_probes: directions of every sample at orders 2 and 3; None: 1 at order 2, CLASS_PROBES at order 3.
         joint: also collect the Fisher matrices of the closed form.
-        reference, flow, seed: see scoring.collecting.
+        flow, seed: see scoring.collecting.
         memory_limit: bytes, see memory.Portions.
         task: default classification. Another one takes TASK_DIRECTIONS random directions where `class_probes` is None, and
-            `third_probes` probes at order 3; reference and flow are not used.
+            `third_probes` probes at order 3; flow is not used.
 
     Raises:
         InputError: see scoring.collecting.collect_directions.
@@ -97,7 +95,7 @@ def collect_behind_repair(
         estimates = channel_estimates(moments, without=fold)
         shared = {"estimates": estimates, "fisher": fisher, "first": first, "portions": portions, "progress": progress}
         if is_classification(task):
-            parts.append(collect_directions(model, graph, part, wanted, reference=reference, **shared))
+            parts.append(collect_directions(model, graph, part, wanted, **shared))
         else:
             draws = {"directions": class_probes or TASK_DIRECTIONS, "probes": third_probes, "seed": seed}
             parts.append(output_derivatives(model, graph, part, task, order=order, **draws, **shared))
@@ -106,5 +104,4 @@ def collect_behind_repair(
     if is_classification(task):
         return BehindRepair(Directions.join(parts), orders, moments, fisher)
     orders = tuple(range(1, order + 1))
-    derivatives = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    return BehindRepair(None, orders, moments, fisher, ProbedDerivatives.of_samples(**derivatives))
+    return BehindRepair(None, orders, moments, fisher, ProbedDerivatives.of_parts(parts))

@@ -13,7 +13,7 @@ from taylor_pruning.scoring.shrinkage import shrunk
 from taylor_pruning.scoring.taylor import Directions, loss_change
 from taylor_pruning.surgery.units import by_layers
 
-LITTLE = 0.05  # of the largest possible information, see Collected.says_little
+LEAST_INFORMATION = 0.05  # of the largest possible one, see Collected.predictions_are_uninformative
 
 
 @dataclass
@@ -51,18 +51,18 @@ class Collected:
         """The directions, with the loss that this order estimates."""
         return replace(self.directions, own_targets=self.behind_repair and order > 1)
 
-    def says_little(self) -> bool:
-        """Whether the answers hardly depend on the image, as on noise: then costs do not compare between layers.
+    def predictions_are_uninformative(self) -> bool:
+        """Whether predictions hardly depend on the image, as on noise: then costs do not compare between layers.
 
-        That is where the mean divergence of the answers from their mean is below 5 % of what it can be, log(classes), or
-        log(images) where these are fewer. On noise it is 2 to 3 %, on 30 images of the embedded task 94 %.
+        That is where the mean divergence of the predictions from their mean is below 5 % of what it can be, log(classes), or
+        log(images) where these are fewer. On noise it is 2 to 3 %, on 30 images of the embedded task 94 %. Another task than
+        classification has no such measure.
         """
         if self.directions is None:
             return False
-        p = self.directions.reference
-        p = (self.directions.logits.softmax(1) if p is None else p).double()
+        p = self.directions.logits.softmax(1).double()
         information = (torch.xlogy(p, p) - torch.xlogy(p, p.mean(0))).sum(1).mean().item()
-        return information <= LITTLE * math.log(min(p.shape))
+        return information <= LEAST_INFORMATION * math.log(min(p.shape))
 
     def scores(self, order: int) -> Tensor:
         """[units] estimated signed loss change (nats) of removing each unit alone, float64 on the CPU."""
@@ -86,10 +86,10 @@ class Collected:
         if self.directions is None or not self._needs_probes(order):
             return None
         _, h, t = self.directions.moments(order=order)
-        correction = (self.probed.h - h.double().mean(0)) / 2
+        correction = (self.probed.h - h.double().mean(0).cpu()) / 2
         if order == 3:
-            correction = correction - (self.probed.t - t.double().mean(0)) / 6
-        return correction.cpu()
+            correction = correction - (self.probed.t - t.double().mean(0).cpu()) / 6
+        return correction
 
     def squared_first_order(self) -> Tensor:
         """[units] mean squared per-sample first-order term (nats^2)."""
@@ -138,7 +138,7 @@ class Collected:
     def predicted_loss_change(self, chosen: list[int], order: int) -> float | None:
         """Loss change (nats) of removing the units together, to first order in the network; None for order 1.
 
-        The loss is the cross-entropy with the labels, or with repair the divergence from the reference's predictions.
+        The loss is the cross-entropy with the labels or, behind repair, the divergence from the network's own predictions.
         """
         if order == 1 or self.directions is None:
             return None

@@ -63,7 +63,6 @@ def collect_directions(
     *,
     progress: bool = True,
     estimates: Mapping | None = None,
-    reference: nn.Module | None = None,
     fisher: OutputFisher | None = None,
     first: int = 0,
     portions: Portions | None = None,
@@ -77,7 +76,6 @@ def collect_directions(
     Args:
         batches: sequence of (images [B, ...], labels [B]) on the model's device.
         estimates: see ChannelGraph.gated; directions are then of removing a unit and repairing the layers that read it.
-        reference: network whose probabilities `Directions.reference` takes, or None.
         fisher: sums up the Fisher matrices of the readers' outputs: along a random direction or, where no curvature is
             wanted, along p - e_y. That is one more backward pass, unless it is the only direction.
         first: number of the first image, for random draws; other numbers give other draws.
@@ -92,14 +90,14 @@ def collect_directions(
     batches = list(batches)
     if not batches:
         raise InputError("there are no calibration images; pass at least one batch")
-    collect = partial(_collect, model, graph, wanted, estimates, reference, fisher)
+    collect = partial(_collect, graph, wanted, estimates, fisher)
     portions = portions or Portions(batches[0][0].device)
-    with frozen(model), frozen(model if reference is None else reference):
+    with frozen(model):
         parts = over_batches(collect, batches, portions, first=first, progress=progress)
     return Directions.join(parts).to(batches[0][0].device)
 
 
-def _collect(model, graph, wanted, estimates, reference, fisher, batch, where, first):
+def _collect(graph, wanted, estimates, fisher, batch, where, first):
     images, labels = batch
     gates, gated = open_gates(graph, images), []
     part = None if fisher is None else fisher.part(first)
@@ -133,10 +131,6 @@ def _collect(model, graph, wanted, estimates, reference, fisher, batch, where, f
         found = [] if scale is None else [along * scale[:, None]]
     for index, column in enumerate(columns, 1):
         found += torch.autograd.grad(logits, gates, column, retain_graph=index < len(columns))
-    probabilities = None
-    if reference is not None:
-        with torch.no_grad():
-            probabilities = fixed.softmax(1) if reference is model else reference(images).to(fixed).softmax(1)
     if part is not None:
         part.commit(len(images))
-    return Directions(torch.stack(found, 2), basis, fixed, labels, sampled, flow, reference=probabilities)
+    return Directions(torch.stack(found, 2), basis, fixed, labels, sampled, flow)

@@ -2,13 +2,14 @@
 
 from taylor_pruning.errors import InputError
 from taylor_pruning.scoring.collected import Collected
+from taylor_pruning.scoring.probes import mean_and_error, wrong_third_derivative
 from taylor_pruning.surgery.graph import ChannelGraph
 from taylor_pruning.tasks.classification import Classification, is_classification
 from taylor_pruning.tasks.task import Task
 
 BEHIND_REPAIR = (
     "behind compensation the loss is the divergence from the network's own predictions, whose second derivative along one "
-    "gate the class directions give in any network"
+    "gate directions of the logits give in any network"
 )
 BY_DIRECTIONS = (
     "behind compensation the loss is the task's divergence from the network's own outputs, whose second derivative along one "
@@ -17,7 +18,7 @@ BY_DIRECTIONS = (
 
 
 def choose_curvature(graph: ChannelGraph, curvature: str, task: Task | None = None) -> tuple[str, str]:
-    """How second and third derivatives are computed, "exact" or "hvp", and why (see PruningSettings)."""
+    """How second and third derivatives are computed without compensation, "exact" or "hvp", and why (see PruningSettings)."""
     smooth = ", ".join(graph.smooth_operations)
     if curvature != "auto":
         return curvature, "as asked"
@@ -26,32 +27,45 @@ def choose_curvature(graph: ChannelGraph, curvature: str, task: Task | None = No
     return ("hvp", f"the network has {smooth}") if smooth else ("exact", "the network is piecewise linear")
 
 
-def curvature_report(collected: Collected, path: str, reason: str) -> dict:
-    """How the second and third derivatives of scores were computed.
+def curvature_report(collected: Collected, order: int, path: str, reason: str) -> dict:
+    """How the second and third derivatives of an order's scores were computed.
 
     Args:
         collected: what the scores come from.
-        path, reason: of `choose_curvature`.
+        path, reason: of `choose_curvature`. They do not count behind compensation.
 
     Returns:
-        {"path": "exact", "hvp" or "directions", "reason": text, "sampled": share of the curvature for which random
-        directions stand (scoring.taylor.class_basis), "h_error": mean standard error, over the images and random
-        directions, of second derivatives that are sampled or behind compensation; else None}.
+        {"path": "exact", by class directions; "directions", where random directions of the outputs stand for some or all of the
+        curvature; "hvp"; or None at order 1,
+        "reason": text,
+        "sampled": share of the curvature for which random directions stand (scoring.taylor.class_basis), None of "hvp",
+        "h_error": mean standard error, over the images and random draws, of second derivatives that are sampled or behind
+        compensation, NaN of one image; else None}.
     """
-    if collected.behind_repair:
-        path, reason = ("directions", BY_DIRECTIONS) if collected.directions is None else ("exact", BEHIND_REPAIR)
-    error = None
-    if path != "exact":
-        error = collected.probed.h_error.mean().item()
-    elif collected.behind_repair:
-        h = collected.directions.moments(order=2)[1].double()
-        error = (h.std(0) / len(h) ** 0.5).mean().item() if len(h) > 1 else None
+    if order == 1:
+        return {"path": None, "reason": "order 1 uses no second derivative", "sampled": None, "h_error": None}
+    directions, behind_repair, error = collected.directions, collected.behind_repair, None
+    if behind_repair:
+        path, reason = ("directions", BY_DIRECTIONS) if directions is None else ("exact", BEHIND_REPAIR)
+    if path == "exact":
+        sampled = directions.sampled_curvature
+        path = "directions" if sampled > 0 else path
+        if sampled > 0 or behind_repair:
+            error = mean_and_error(directions.moments(order=2)[1].double())[1]
+    else:
+        sampled, error = 1.0 if behind_repair else None, collected.probed.h_error
     return {
         "path": path,
         "reason": reason,
-        "sampled": collected.directions.sampled_curvature if collected.directions else None,
-        "h_error": error,
+        "sampled": sampled,
+        "h_error": error if error is None else error.mean().item(),
     }
+
+
+def no_third_order(graph: ChannelGraph, curvature: str, task: Task) -> str | None:
+    """Why there are no scores of order 3 without compensation; None where there are (see `choose_curvature`)."""
+    path, _ = choose_curvature(graph, curvature, task)
+    return wrong_third_derivative(graph) if path == "hvp" else None
 
 
 def check_scoring(task: Task, settings, repairs: bool, use_gradient_flow: bool) -> None:

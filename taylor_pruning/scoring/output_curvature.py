@@ -24,10 +24,8 @@ from taylor_pruning.scoring.probes import check_third_derivative, probed_third
 from taylor_pruning.surgery.graph import ChannelGraph
 from taylor_pruning.surgery.nested import map_tensors
 from taylor_pruning.tasks.batches import size
-from taylor_pruning.tasks.directions import random_signs
+from taylor_pruning.tasks.directions import DRAWS, random_signs
 from taylor_pruning.tasks.task import Task, flatten
-
-DRAWS = 1009  # seeds that one seed of a user stands for, one a direction
 
 
 def output_derivatives(
@@ -94,6 +92,5 @@ def _derivatives(graph, task, order, directions, probes, estimates, fisher, seed
     if order == 3:
         divergence = task.divergence(outputs, map_tensors(outputs, torch.Tensor.detach)).sum()
         (gamma,) = torch.autograd.grad(divergence, gates, create_graph=True)
-        generator = torch.Generator().manual_seed(1_000_003 * seed + first)
-        found["t"] = probed_third(gamma, gates, probes, generator).cpu()
+        found["t"] = probed_third(gamma, gates, probes, seed, first).cpu()
     return found

@@ -6,35 +6,37 @@ gamma = d loss / dg in R^U, its Hessian H and third derivative tensor T, and a p
     E[z * (H z)]      = diag H    if E z = 0, E z^2 = 1                  (Hutchinson 1989; Bekas et al. 2007)
     E[z * T(z, z)]    = E[z^3] diag T    for the same law                (entries of other indices vanish with E z)
 
-Every sample of the batch has its own probe. The second order uses Rademacher probes, which have the smallest variance;
-the third needs a skewed law: sqrt(2) with probability 1/3, -1/sqrt(2) with 2/3, whose third moment is 1/sqrt(2).
+Every sample has probes of its own (tasks.directions). The second order uses Rademacher probes, which have the smallest
+variance; the third needs a skewed law: sqrt(2) with probability 1/3, -1/sqrt(2) with 2/3, whose third moment is 1/sqrt(2).
 Double and triple backward passes run through the gates alone.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from taylor_pruning.errors import InputError
+from taylor_pruning.memory import Portions
 from taylor_pruning.modes import frozen
 from taylor_pruning.scoring.gates import gated_outputs, open_gates
+from taylor_pruning.scoring.passes import over_batches
 from taylor_pruning.surgery.graph import ChannelGraph
-from taylor_pruning.tasks.classification import Classification
+from taylor_pruning.tasks.classification import task_of
+from taylor_pruning.tasks.directions import DRAWS, SKEW, random_signs, skewed_numbers
 from taylor_pruning.tasks.task import Task
 
 # PyTorch's third derivatives of these are wrong, and it does not say so in every version (central differences show it).
 NO_THIRD_DERIVATIVE = ("batch_norm", "instance_norm", "layer_norm")
-SKEW = 1 / math.sqrt(2)
 
 
 @dataclass
 class ProbedDerivatives:
-    """[units] float64 means over samples of phi, phi^2, h, t and their standard errors (t: None below order 3)."""
+    """[units] float64 means over samples of phi, phi^2, h, t and their standard errors, on the CPU (t: None below order 3)."""
 
     phi: Tensor
     phi_squared: Tensor
@@ -45,10 +47,13 @@ class ProbedDerivatives:
     t_error: Tensor | None = None
 
     @classmethod
-    def of_samples(cls, phi: Tensor, h: Tensor, t: Tensor | None = None) -> "ProbedDerivatives":
-        """From the derivatives of every sample, [N, units] each."""
-        third = mean_and_error(t) if t is not None else ()
-        return cls(phi.mean(0), *mean_and_error(phi.square()), *mean_and_error(h), *third)
+    def of_parts(cls, parts: Sequence[dict]) -> "ProbedDerivatives":
+        """From {"phi", "h", "t" (at order 3)} of the samples of every part of a pass, [n, units] each."""
+        derivatives = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        phi = derivatives.pop("phi")
+        return cls(
+            phi.mean(0), *mean_and_error(phi.square()), *(x for d in derivatives.values() for x in mean_and_error(d))
+        )
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -65,15 +70,20 @@ def probe_derivatives(
     probes: int = 8,
     task: Task | None = None,
     seed: int = 0,
+    portions: Portions | None = None,
     progress: bool = True,
 ) -> ProbedDerivatives:
     """Estimates of the mean derivatives of a task's loss along every gate.
+
+    Under torch.distributed every process takes its share of the batches and all get the same result. It does not depend on
+    how batches are split.
 
     Args:
         batches: iterable of the task's batches on the model's device.
         order: 2, or 3 for t as well.
         probes: probes a sample and order.
         task: default: classification.
+        portions: parts of batches that fit into memory; None: what is free.
 
     Returns:
         ProbedDerivatives.
@@ -81,55 +91,58 @@ def probe_derivatives(
     Raises:
         InputError: no batches, a batch that cannot be scored, or order 3 of a network with NO_THIRD_DERIVATIVE.
     """
-    task = task or Classification()
-    second, third = (torch.Generator().manual_seed(1_000_003 * seed + k) for k in (0, 1))  # h is the same without t
-    batches, phis, hs, ts = list(batches), [], [], []
+    batches = list(batches)
     if not batches:
         raise InputError("there are no calibration images; pass at least one batch")
     if order == 3:
         check_third_derivative(graph)
+    derivatives = partial(_derivatives, graph, task_of(task), order, probes, seed)
+    portions = portions or Portions(next(model.parameters()).device)
     with frozen(model), torch.enable_grad():
-        for number, batch in enumerate(tqdm(batches, desc="probe", leave=False, disable=not progress)):
-            gates = open_gates(graph, batch)
-            outputs = gated_outputs(graph, task, batch, gates, f"calibration batch {number}")
-            (gamma,) = torch.autograd.grad(task.loss(outputs, batch).sum(), gates, create_graph=True)
-            phis.append(gamma.detach().double())
-            hs.append(probed_second(gamma, gates, probes, second))
-            if order == 3:
-                ts.append(probed_third(gamma, gates, probes, third))
-    return ProbedDerivatives.of_samples(torch.cat(phis), torch.cat(hs), torch.cat(ts) if ts else None)
+        return ProbedDerivatives.of_parts(over_batches(derivatives, batches, portions, progress=progress))
+
+
+def _derivatives(graph, task, order, probes, seed, batch, where, first):
+    gates = open_gates(graph, batch)
+    outputs = gated_outputs(graph, task, batch, gates, where)
+    (gamma,) = torch.autograd.grad(task.loss(outputs, batch).sum(), gates, create_graph=True)
+    found = {"phi": gamma.detach().double().cpu(), "h": probed_second(gamma, gates, probes, seed, first).cpu()}
+    if order == 3:
+        found["t"] = probed_third(gamma, gates, probes, seed, first).cpu()
+    return found
+
+
+def wrong_third_derivative(graph: ChannelGraph) -> str | None:
+    """Why third derivatives cannot be probed, where the network has an operation of NO_THIRD_DERIVATIVE; else None."""
+    wrong = [name for name in graph.smooth_operations if name.startswith(NO_THIRD_DERIVATIVE)]
+    return f"PyTorch has no right third derivative of {', '.join(wrong)}" if wrong else None
 
 
 def check_third_derivative(graph: ChannelGraph) -> None:
-    """Raises InputError if the network has an operation of NO_THIRD_DERIVATIVE."""
-    wrong = [name for name in graph.smooth_operations if name.startswith(NO_THIRD_DERIVATIVE)]
-    if wrong:
-        raise InputError(
-            f"order 3 cannot be probed here: PyTorch has no right third derivative of {', '.join(wrong)}. "
-            "Use order 1 or 2, or compensate"
-        )
+    """Raises InputError if third derivatives of the network cannot be probed."""
+    if reason := wrong_third_derivative(graph):
+        raise InputError(f"order 3 cannot be probed here: {reason}. Use order 1 or 2, or compensate")
 
 
-def probed_second(gamma: Tensor, gates: Tensor, probes: int, generator: torch.Generator) -> Tensor:
-    """[B, units] mean over probes of z * (H z)."""
+def probed_second(gamma: Tensor, gates: Tensor, probes: int, seed: int, first: int) -> Tensor:
+    """[B, units] mean over probes of z * (H z); `first`: samples of the pass before these."""
     total = torch.zeros_like(gamma, dtype=torch.float64)
     if not gamma.requires_grad:  # the loss is linear along every gate
         return total
-    for _ in range(probes):
-        z = (torch.randint(0, 2, gates.shape, generator=generator) * 2 - 1).to(gates)
+    for draw in range(probes):
+        z = random_signs(DRAWS * seed + draw, first, *gates.shape).to(gates)
         (hz,) = torch.autograd.grad(gamma, gates, z, retain_graph=True, materialize_grads=True)
         total += (z * hz).double()
     return total / probes
 
 
-def probed_third(gamma: Tensor, gates: Tensor, probes: int, generator: torch.Generator) -> Tensor:
-    """[B, units] mean over probes of z * T(z, z) / E z^3."""
+def probed_third(gamma: Tensor, gates: Tensor, probes: int, seed: int, first: int) -> Tensor:
+    """[B, units] mean over probes of z * T(z, z) / E z^3; `first`: samples of the pass before these."""
     total = torch.zeros_like(gamma, dtype=torch.float64)
     if not gamma.requires_grad:
         return total
-    for _ in range(probes):
-        rare = torch.rand(gates.shape, generator=generator) < 1 / 3
-        z = torch.where(rare, math.sqrt(2), -SKEW).to(gates)
+    for draw in range(probes):
+        z = skewed_numbers(DRAWS * seed + draw, first, *gates.shape).to(gates)
         (hz,) = torch.autograd.grad(gamma, gates, z, create_graph=True, materialize_grads=True)
         # where the loss is quadratic along every gate, H does not depend on the gates and T is zero
         if hz.requires_grad:

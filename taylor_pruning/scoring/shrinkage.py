@@ -9,8 +9,10 @@ from torch import Tensor
 def shrunk(values: Tensor, errors: Tensor, expected: Tensor, groups: Iterable[Sequence[int]]) -> Tensor:
     """The James-Stein estimate of every value from what is expected of its group (Efron & Morris 1973; James & Stein 1961).
 
-        target + max(0, 1 - (n - 3) / (n - 1) * mean squared error / mean squared distance) (value - target),
+        target + max(0, 1 - (n - 3) * mean squared error / sum of the squared distances from the targets) (value - target),
         target = expected * sum of the values / sum of the expected ones             of a group of n > 3 values
+
+    n - 3 is n - 2 less one, for the scale of the targets, which the values themselves give.
 
     A greedy choice takes the smallest values, and among noisy ones those that came out too small. A filter that answers to
     one class looks free where no image shows that class, and its own standard error is then small too: so a group shares
@@ -32,8 +34,8 @@ def shrunk(values: Tensor, errors: Tensor, expected: Tensor, groups: Iterable[Se
         if count <= 3:
             continue
         target = expected[index] * (here.sum() / expected[index].sum())
-        noise, distance = errors[index].square().mean().item(), (here - target).square().mean().item()
-        if distance > 0 and noise >= 0:
-            factor = max(0.0, 1 - (count - 3) / (count - 1) * noise / distance)
+        noise, distances = errors[index].square().mean().item(), (here - target).square().sum().item()
+        if distances > 0 and noise >= 0:
+            factor = max(0.0, 1 - (count - 3) * noise / distances)
             found[index] = target + factor * (here - target)
     return found

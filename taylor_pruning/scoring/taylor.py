@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from taylor_pruning.tasks.directions import random_directions
 
 SUPPORT = 32  # classes, most probable first, over which expectations are taken; all others count as one more
-PER_SAMPLE = ("coordinates", "basis", "logits", "labels", "flow", "reference")  # tensors of Directions
+PER_SAMPLE = ("coordinates", "basis", "logits", "labels", "flow")  # tensors of Directions
 BLOCK = 2**17  # units x samples that are scored at once: what they need stays in a core's cache
 
 
@@ -187,7 +187,6 @@ class Directions:
         flow: [N, U] norm of the loss gradient that flows back through the unit's channels, or None.
         own_targets: the loss is the cross-entropy against the network's own probabilities at no shift instead of the
             labels. Then phi = 0 at no shift, and along one gate h is the whole second derivative in any network.
-        reference: [N, K] probabilities of a network that the result is to be compared with, or None.
     """
 
     coordinates: Tensor
@@ -197,7 +196,6 @@ class Directions:
     sampled_curvature: float
     flow: Tensor | None = None
     own_targets: bool = False
-    reference: Tensor | None = None
 
     def targets(self) -> Tensor:
         """[N, K] probabilities that the loss compares with."""
@@ -258,7 +256,7 @@ class Directions:
         )
 
     def loss_change_at(self, shift: Tensor) -> float:
-        """Mean loss at the logits z - Q shift minus the loss at z, in nats; against `reference` where there is one."""
-        targets = self.targets() if self.reference is None else self.reference
+        """Mean loss at the logits z - Q shift minus the loss at z, in nats."""
+        targets = self.targets()
         shifted = self.logits - torch.einsum("nkr,nr->nk", self.basis, shift)
         return (F.cross_entropy(shifted, targets) - F.cross_entropy(self.logits, targets)).item()

@@ -9,9 +9,13 @@ the second derivative of the divergence along v: along a gate, v = dz/dg, this i
 exact because the divergence has no slope at the network's own outputs), measured by one backward pass for all gates. The
 scores and the outputs' Fisher matrices of layers (scoring.output_curvature, scoring.layer_costs) both take their curvature
 from such directions.
+
+Random numbers are drawn by sample: a sample has the same ones however a pass is split into batches, parts and processes.
 """
 
+import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,22 +23,35 @@ from torch import Tensor
 from taylor_pruning.errors import InputError
 
 LANCZOS_STEPS = 24
-SIGNS_AT_ONCE = 256  # images whose signs one generator draws,
-SIGNS_MEMORY = 2**20  # fewer where they would be more numbers than this
+DRAWS = 1009  # seeds that one seed of a user stands for, where a sample has several draws: `DRAWS * seed + draw`
+SAMPLES_AT_ONCE = 256  # whose numbers one generator draws,
+NUMBERS_AT_ONCE = 2**20  # fewer samples where they would have more numbers than this
+SKEW = 1 / math.sqrt(2)  # third moment of `skewed_numbers`
 NEGATIVE = 1e-3  # share of the largest eigenvalue down to which a negative one is rounding
 
 
-def random_signs(seed: int, first: int, samples: int, outputs: int) -> Tensor:
-    """[samples, outputs] of -1 and 1 on the CPU: an image has the same signs however a pass is split into batches.
+def random_signs(seed: int, first: int, samples: int, numbers: int) -> Tensor:
+    """[samples, numbers] of -1 and 1 with equal probability, on the CPU.
 
     Args:
-        first: how many images of the pass come before these. outputs: numbers that a sample's outputs have.
+        first: how many samples of the pass come before these. numbers: of every sample.
     """
-    at_once = max(1, min(SIGNS_AT_ONCE, SIGNS_MEMORY // max(1, outputs)))
+    return 2 * _by_sample(partial(torch.randint, 2), seed, first, samples, numbers) - 1
+
+
+def skewed_numbers(seed: int, first: int, samples: int, numbers: int) -> Tensor:
+    """The same of sqrt(2) with probability 1/3 and -1/sqrt(2) with 2/3: mean 0, variance 1, third moment SKEW."""
+    rare = _by_sample(torch.rand, seed, first, samples, numbers) < 1 / 3
+    return torch.where(rare, math.sqrt(2), -SKEW)
+
+
+def _by_sample(draw, seed, first, samples, numbers):
+    """[samples, numbers] of what draw(shape, generator=generator) gives, one generator for every block of samples."""
+    at_once = max(1, min(SAMPLES_AT_ONCE, NUMBERS_AT_ONCE // max(1, numbers)))
     start, end = first // at_once, (first + samples - 1) // at_once + 1
     generators = [torch.Generator().manual_seed(1_000_003 * seed + block) for block in range(start, end)]
-    blocks = [torch.randint(2, (at_once, outputs), generator=generator) for generator in generators]
-    return 2 * torch.cat(blocks)[first % at_once :][:samples] - 1
+    blocks = [draw((at_once, numbers), generator=generator) for generator in generators]
+    return torch.cat(blocks)[first % at_once :][:samples]
 
 
 def random_directions(logits: Tensor, signs: Tensor) -> Tensor:

@@ -33,7 +33,8 @@ class Task:
         main: name of the metric by which networks are compared. larger_is_better: whether that metric grows.
         loss_name: what the loss with labels is called in results.
         samples_apart: False where `loss` cannot tell the samples of a batch apart, as with torchvision's detectors; scores then
-            take batches of one sample. A loss that compares samples with each other leaves this at True.
+            take batches of one sample. A loss that compares samples with each other leaves this at True; while scoring it sees
+            parts of batches that fit into memory.
     """
 
     name = "task"

@@ -15,13 +15,16 @@ import torch
 from conftest import plain, randomise
 from image_files import write_folder
 from torch import nn
+from watching import interrupted_at
 
 import run_single_experiment
+from EnhancedFilterPruner import ChannelGraph, EnhancedFilterPruner
 from EnhancedPruning import EnhancedPruning, InputError, PruningSettings
 from taylor_pruning.distributed import check_equal_shapes, end_distributed, init_distributed, rank
 from taylor_pruning.experiment.loaders import make_loader
 from taylor_pruning.experiment.models import network
 from taylor_pruning.repair.network import repair_network
+from taylor_pruning.scoring import probes
 from taylor_pruning.scoring.passes import _of_all_processes
 from taylor_pruning.tasks.classification import kl_divergence
 
@@ -80,8 +83,16 @@ class Elsewhere(torch.Tensor):
 
 
 def one_experiment():
-    """Every process has probes and compensation images of its own: their rankings differ, as by rounding on other GPUs."""
-    found = {}
+    """Every process has scores and compensation images of its own: the rankings differ, as by rounding on other GPUs."""
+    found, rank_by_images = {}, EnhancedFilterPruner.rank
+
+    def ranked(pruner, *arguments):
+        collected = rank_by_images(pruner, *arguments).collected
+        if rank() and collected.probed:
+            collected.probed.h = collected.probed.h.flip(0)
+        return pruner
+
+    EnhancedFilterPruner.rank = ranked  # in this process, which ends with the test
     torch.manual_seed(0)
     images, labels = torch.randn(24, 3, 8, 8, dtype=torch.float64), torch.arange(24) % 4
     loader = make_loader(torch.utils.data.TensorDataset(images, labels), 6)
@@ -90,7 +101,7 @@ def one_experiment():
     ]
     for compensated in (False, True):
         repair = "network" if compensated else "none"
-        settings = PruningSettings(rounds=2, repair=repair, seed=rank(), hessian_probes=1)
+        settings = PruningSettings(rounds=2, repair=repair, seed=rank())
         torch.manual_seed(0)
         network = randomise(plain(nn.SiLU))
         pruning = EnhancedPruning(network, loader, loader, calibration=list(loader), compensation=more, settings=settings,
@@ -122,6 +133,26 @@ def test_two_processes_cut_and_repair_as_one(tmp_path):
     double, single = (json.loads((tmp_path / f / "results.json").read_text()) for f in ("double", "single"))
     assert double["plan"] == single["plan"] and double["environment"]["processes"] == 2
     assert double["stages"][-1]["images"] == single["stages"][-1]["images"] == 16
+
+
+def one_probing():
+    """Derivatives along random probes, and the images that this process has scored for it, of three batches."""
+    torch.manual_seed(0)
+    model, images = randomise(plain(nn.SiLU)), torch.randn(10, 3, 8, 8, dtype=torch.float64)
+    batches = [(x, torch.arange(len(x)) % 4) for x in images.split(4)]
+    graph = ChannelGraph(model, images)
+    with pytest.MonkeyPatch.context() as patch:
+        calls = interrupted_at(patch, probes, "open_gates", None)
+        found = probes.probe_derivatives(model, graph, batches, order=3, progress=False)
+    return {"derivatives": vars(found), "images": sum(len(x) for _, (x, _) in calls)}
+
+
+def test_two_processes_share_the_probes_and_find_what_one_does(tmp_path):
+    first, second = in_two_processes(one_probing, tmp_path)
+    alone = one_probing()
+    assert (first["images"], second["images"], alone["images"]) == (6, 4, 10)
+    for both in (first, second):
+        torch.testing.assert_close(both["derivatives"], alone["derivatives"])
 
 
 def one_repair():

@@ -225,6 +225,16 @@ def test_experiment_plots_are_whole(tmp_path):
         assert_png(path)
 
 
+def test_the_oracle_is_drawn_with_the_orders_that_it_has(tmp_path, monkeypatch):
+    oracle = make_results()["oracle"] | {"left_out": {"3": "PyTorch has no right third derivative of layer_norm"}}
+    oracle["predicted"].pop("3"), oracle["spearman"].pop("3")
+    saved, write = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: (saved.append(figure), write(figure, path)))
+    ExperimentPlots._plot_oracle({"oracle": oracle}, tmp_path / "oracle.png")
+    assert [axes.get_title().split(":")[0] for axes in saved[0].axes] == [METHODS[f"order {o}"].label for o in (1, 2)]
+    assert saved[0].get_supxlabel() == "without order 3: PyTorch has no right third derivative of layer_norm"
+
+
 def test_the_trade_goes_on_from_round_to_round():
     """Widths in per cent of the dense ones, costs summed over the rounds; a round that spared the layer changes nothing."""
     rounds = [{"trade": {"a": {"filters": [8, 7, 6], "cost": [0.0, 0.1, 0.3]}}}, {"trade": {}},

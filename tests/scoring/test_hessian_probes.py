@@ -2,8 +2,11 @@
 
 import torch
 from test_taylor_scores import brute_force
+from watching import interrupted_at
 
 from EnhancedFilterPruner import EnhancedFilterPruner
+from taylor_pruning.memory import Portions
+from taylor_pruning.scoring import probes as probes_module
 from taylor_pruning.scoring.probes import probe_derivatives
 from taylor_pruning.surgery.graph import ChannelGraph
 
@@ -19,6 +22,31 @@ def test_probes_agree_with_brute_force_on_a_smooth_network(silu_network, images,
         z = (value - true) / error
         assert z.abs().max() < 4 and z.square().mean() < 2
         assert (error < true.abs().max()).all()
+
+
+def test_probes_do_not_depend_on_how_batches_are_split(silu_network, images, labels):
+    """One byte: every image by itself. Much: all images but the first ones at once."""
+    graph, found = ChannelGraph(silu_network, images), []
+    for length, limit in ((12, 2**40), (12, 1), (5, 2**40)):
+        batches = list(zip(images.split(length), labels.split(length), strict=True))
+        portions = Portions(images.device, limit)
+        found.append(probe_derivatives(silu_network, graph, batches, order=3, portions=portions, progress=False))
+    for other in found[1:]:
+        for name, values in vars(found[0]).items():
+            torch.testing.assert_close(getattr(other, name), values)
+
+
+def test_probes_stay_within_the_memory_limit(silu_network, images, labels, monkeypatch):
+    seen = interrupted_at(monkeypatch, probes_module, "open_gates", None)
+    pruner = EnhancedFilterPruner(silu_network, images, 2, memory_limit="1", progress=False)
+    pruner.rank([(images, labels)])
+    assert [len(x) for _, (x, _) in seen] == [4, *[1] * 8]  # the first part says how many images fit
+
+
+def test_every_image_has_probes_of_its_own(silu_network, images, labels):
+    graph, twice = ChannelGraph(silu_network, images), [(images[:1].expand(2, -1, -1, -1), labels[:1].expand(2))]
+    found = probe_derivatives(silu_network, graph, twice, order=3, probes=1, progress=False)
+    assert found.h_error.abs().max() > 1e-6 and found.t_error.abs().max() > 1e-6
 
 
 def test_probes_agree_with_the_exact_path_on_a_relu_network(plain_network, images, labels):

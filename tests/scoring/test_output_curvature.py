@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from EnhancedFilterPruner import EnhancedFilterPruner
 from taylor_pruning.errors import InputError
+from taylor_pruning.memory import Portions
 from taylor_pruning.scoring.layer_costs import OutputFisher
 from taylor_pruning.scoring.output_curvature import output_derivatives
 from taylor_pruning.scoring.probes import probe_derivatives
@@ -87,6 +88,19 @@ def test_derivatives_behind_compensation_agree_with_brute_force(case):
     assert (found["h"].mean(0) - h).norm() < 0.1 * h.norm()
 
 
+def test_no_derivative_depends_on_how_batches_are_split(case):
+    """One byte: every sample by itself."""
+    task, model, batch = case
+    graph, batch = ChannelGraph(model, batch[0]), join([batch] * 3)
+    whole, split = (
+        output_derivatives(
+            model, graph, [batch], task, order=3, portions=Portions(batch[0].device, limit), progress=False
+        )
+        for limit in (2**40, 1)
+    )
+    torch.testing.assert_close(split, whole)
+
+
 def test_probed_derivatives_of_the_loss_agree_with_brute_force(case):
     task, model, batch = case
     graph = ChannelGraph(model, batch[0])
@@ -151,7 +165,9 @@ def test_levels_behind_compensation_are_never_negative_and_follow_the_order(case
         torch.testing.assert_close(levels, closed_third_order(torch.zeros_like(probed.h), probed.h, probed.t))
     plan = pruner.get_pruning_plan(30)
     assert sum(map(len, plan.values())) == 3
-    assert pruner.curvature_report()["path"] == "directions"
+    report = pruner.curvature_report()
+    assert (report["path"], report["sampled"]) == ((None, None) if order == 1 else ("directions", 1.0))
+    assert (report["h_error"] is None) == (order == 1)
 
 
 def test_a_classifier_scored_as_any_task_has_the_scores_of_its_closed_form(plain_network, images, labels):

@@ -24,8 +24,20 @@ def test_values_without_noise_stay_and_pure_noise_becomes_what_is_expected():
 def test_the_factor_is_that_of_james_and_stein():
     errors = torch.tensor([0.0, 1.0, 1.0, 2.0, 2.0], dtype=torch.float64)
     target = EXPECTED / 5
-    factor = 1 - 2 / 4 * 2.0 / (VALUES - target).square().mean()  # mean squared error 2
+    factor = 1 - 2 * 2.0 / (VALUES - target).square().sum()  # n - 3 = 2, mean squared error 2
     assert torch.allclose(shrunk(VALUES, errors, EXPECTED, [range(5)]), target + factor * (VALUES - target))
+
+
+def test_of_values_that_are_noise_the_whole_distance_is_taken_off_on_the_mean():
+    """Without the bound at 0: of 6 values, E[1 / chi^2 of 5 degrees of freedom] = 1/3, so that the factor has the mean 0."""
+    generator = torch.Generator().manual_seed(0)
+    values = 1000 + torch.randn(5000, 6, dtype=torch.float64, generator=generator)
+    scale = 0.1  # errors that are told too small keep the factor above 0, and it is linear in their squares
+    groups = [range(start, start + 6) for start in range(0, values.numel(), 6)]
+    flat = values.flatten()
+    found = shrunk(flat, torch.full_like(flat, scale), torch.ones_like(flat), groups).view_as(values)
+    factors = (found[:, 0] - values.mean(1)) / (values[:, 0] - values.mean(1))
+    assert ((1 - factors.mean()) / scale**2).item() == pytest.approx(1, abs=0.05)
 
 
 def test_a_unit_of_which_nothing_is_expected_keeps_its_value():

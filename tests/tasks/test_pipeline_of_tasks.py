@@ -92,6 +92,14 @@ def test_scores_without_compensation_and_baselines_serve_a_task(order):
             pruning.prune_by_baseline("molchanov2019")
 
 
+def test_an_oracle_that_cannot_score_is_refused_before_work_begins(monkeypatch):
+    """It judges scores without compensation, which have no joint selection for a task."""
+    pruning = pipeline("regression", settings=PruningSettings(rounds=1, selection="joint"))
+    monkeypatch.setattr(pruning.rankings, "_ranked", lambda *arguments: pytest.fail("work began"))
+    with pytest.raises(InputError, match="selection='joint' without compensation needs class logits"):
+        pruning.prune(30, 2, oracle_samples=2)
+
+
 class NoDivergence(Regression):
     divergence = Task.divergence
 
