@@ -75,7 +75,7 @@ def compensate(
             memory that is left, on a CPU without a limit 2 GB at most.
         to_predictions: a linear layer that gives the network's logits is fitted to its predictions (repair.logits). False where
             the outputs are no logits of classes, or least squares are wanted.
-        only_logits: fit that layer alone; the others keep their weights.
+        only_logits: fit no other layer, and none where `to_predictions` is False.
         memory_limit: bytes, see memory.Portions; batches that do not fit are split. On a GPU they are joined as far as they
             fit, so that it does not wait between small ones. The result does not depend on it.
         seed: of that draw, and of the output positions that are drawn where a layer has many: over all images 16,384,
@@ -98,7 +98,7 @@ def compensate(
     if activation_budget is None:
         activation_budget = held_bytes(next(dense.parameters()).device, memory_limit)
     runs = PairedRuns(plan, _fitting(dense, inputs, memory_limit), activation_budget)
-    layers = [layer for layer in plan.layers if layer.gives_logits or not only_logits]
+    layers = [layer for layer in plan.layers if not only_logits or (to_predictions and layer.gives_logits)]
     for layer in tqdm(layers, desc="compensate", unit="layer", leave=False, disable=not progress):
         kind = LogitsRegression if to_predictions and layer.gives_logits else LayerRegression
         reason = fit_layer(layer, runs, kind(layer, seed, runs.images), report)

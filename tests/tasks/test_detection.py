@@ -138,11 +138,20 @@ def test_random_directions_of_the_heads_have_the_curvature_of_the_divergence(kin
     assert task.divergence(outputs, outputs).abs().max() < 1e-9
 
 
+def answering(model):
+    """The detector with weights by which its outputs depend on the image."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight)
+    return model
+
+
 def test_a_detector_is_pruned_repaired_and_fine_tuned():
     loader = [batch(4), batch(4)]
     settings = PruningSettings(rounds=1, budget="params", prune_modules=["backbone", "head"], class_probes=2)
     options = {"task": Detection(), "settings": settings, "recipe": Recipe(epochs=1, lr=1e-3), "progress": False}
-    pruning = EnhancedPruning(detector("retinanet"), loader, loader, calibration_samples=6, **options)
+    model = answering(detector("retinanet"))
+    pruning = EnhancedPruning(model, loader, loader, calibration_samples=6, **options)
     assert list(pruning.graph.parts) == ["backbone", "head"]
     result = pruning.run_full_pruning(30, 2)
     assert {"map", "map50", "loss"} <= result.stages[0].keys()
@@ -157,9 +166,7 @@ def test_a_detector_is_pruned_repaired_and_fine_tuned():
 def test_a_detector_is_repaired_across_its_parts():
     """Images of two sizes, and so outputs of two."""
     model, task, loader = detector("retinanet").eval(), Detection(), [batch(2), batch(3)]
-    for module in model.modules():  # what is said depends on the image
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight)
+    answering(model)
     loader[1] = [image[:, :24] for image in loader[1][0]], loader[1][1]
     names = ["backbone", "head"]
     graph = PartsGraph(model, names, lambda network: task.forward(network, loader[0]), 2)

@@ -70,7 +70,7 @@ def test_the_repair_across_layers_follows_the_divergence_of_a_task(name, monkeyp
     assert len(images) == result.repair["held_out"] == 4
     with torch.no_grad():
         divergence = task.divergence(result.model.eval()(images), pruning.model.eval()(images)).mean().item()
-    assert divergence == pytest.approx(result.repair["loss_after"], rel=1e-3)
+    assert divergence == pytest.approx(result.repair["loss_after"], rel=1e-2)  # of numbers of 1e-5 in single precision
     assert result.repair["loss_after"] < result.repair["loss_before"]
 
 
