@@ -7,6 +7,7 @@ import torch
 
 from taylor_pruning.errors import InputError
 from taylor_pruning.options import check, option
+from taylor_pruning.scoring.flow import weigh
 from taylor_pruning.selection.costs import cost_model
 from taylor_pruning.selection.latency_table import NetworkLatency
 
@@ -181,6 +182,19 @@ class Selection:
     def savings(self, units=slice(None)):
         """[units] what each unit's removal contributes to the budget."""
         return self.sizes[units] if self.costs is None else self.costs.savings(units).clamp_min(1e-9)
+
+    def per_saving(self, scores, units=slice(None)):
+        """[units] what a greedy choice goes by, lowest first: a score against what the unit saves.
+
+        Scores are divided by the savings where they are positive, multiplied where they are not (scoring.flow.weigh): of two
+        units the one that scores lower and saves more comes first, whatever the signs. A loss that falls by as much for a
+        smaller saving is no bargain.
+
+        Args:
+            scores: [units] of the given units, low ones may go.
+        """
+        scores = scores.double()
+        return weigh(scores, self.savings(units).to(scores).reciprocal())
 
     def take(self, unit):
         """Chooses the unit if its layers have room for it; True if it was chosen."""

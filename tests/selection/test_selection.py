@@ -69,8 +69,9 @@ def test_joint_is_near_the_best_subset_and_not_worse_than_independent(graph, dir
     assert change(joint) <= every[len(every) // 20]  # among the best twentieth of all subsets
 
 
+@pytest.mark.parametrize("budget", ["filters", "macs"])
 @pytest.mark.parametrize("own_targets", [False, True])
-def test_joint_selection_is_as_good_as_scoring_all_units_after_every_choice(resnet, own_targets):
+def test_joint_selection_is_as_good_as_scoring_all_units_after_every_choice(resnet, own_targets, budget):
     """Many units that move the logits alike: those that look best together on the same scores overshoot together."""
     _, graph = resnet
     units, generator = len(graph.units), torch.Generator().manual_seed(0)
@@ -82,11 +83,12 @@ def test_joint_selection_is_as_good_as_scoring_all_units_after_every_choice(resn
     directions = Directions(
         coordinates, class_basis(logits, labels, 4)[0], logits, labels, 0.0, own_targets=own_targets
     )
-    joint = select_jointly(Selection(graph, 5, Constraints()), directions, 2)
+    joint = select_jointly(Selection(graph, 5, Constraints(budget)), directions, 2)
 
-    selection, shift = Selection(graph, 5, Constraints()), torch.zeros(30, 4, dtype=torch.float64)
+    selection, shift = Selection(graph, 5, Constraints(budget)), torch.zeros(30, 4, dtype=torch.float64)
     while not selection.done():
-        scores = directions.scores(2, shift) / selection.savings()
+        scores, saved = directions.scores(2, shift), selection.savings()
+        scores = torch.where(scores > 0, scores / saved, scores * saved)
         best = int(scores.masked_fill(~selection.open, torch.inf).argmin())
         if selection.take(best):
             shift += coordinates[:, best]
@@ -142,6 +144,42 @@ def test_a_unit_is_weighed_per_filter(resnet):
     scores[wide.index], scores[narrow.index] = 2.0, 1.0
     chosen = select_by_score(Selection(graph, 0.15, Constraints()), scores)
     assert chosen[0] == wide.index
+
+
+def better_in_both(graph, budget):
+    """(units, scores): the lower a unit scores the more it saves, from negative scores over zero to positive ones."""
+    saved = Selection(graph, 20, Constraints(budget)).savings()
+    units = [int((saved == value).nonzero()[0]) for value in saved.unique().flip(0)]
+    scores = torch.ones(len(graph.units), dtype=torch.float64)
+    scores[units] = torch.linspace(-0.010, 0.005, len(units), dtype=torch.float64)
+    return units, scores
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("shift", [0.0, 0.02, -0.02])  # scores of both signs, or of one
+def test_of_two_units_the_one_that_scores_lower_and_saves_more_goes_first(resnet, budget, shift):
+    _, graph = resnet
+    units, scores = better_in_both(graph, budget)
+    selection = Selection(graph, 20, Constraints(budget))
+    order = selection.per_saving(scores + shift)[units]
+    assert len(units) > 1 and order.argsort().tolist() == list(range(len(units)))
+    some = torch.tensor(units[1:])
+    assert torch.equal(selection.per_saving(scores[some] + shift, some), order[1:])
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_a_removal_that_lowers_the_loss_is_no_bargain_because_it_saves_little(resnet, joint):
+    """The unit that lowers the loss most also saves most, as much as is asked for: it goes, alone."""
+    _, graph = resnet
+    (best, *_), scores = better_in_both(graph, "macs")
+    costs = CostModel(graph, "macs")
+    selection = Selection(graph, 100 * costs.savings()[best].item() / costs.total(), Constraints("macs"))
+    if joint:
+        nothing = torch.zeros(1, len(graph.units), 1, dtype=torch.float64)
+        directions = Directions(nothing, nothing[:, :2], nothing[:, :2, 0], torch.tensor([0]), 0.0)
+        assert select_jointly(selection, directions, 2, correction=scores) == [best]
+    else:
+        assert select_by_score(selection, scores) == [best]
 
 
 def test_no_layer_loses_more_than_the_bound(resnet):
