@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from taylor_pruning.errors import InputError, one_of
 from taylor_pruning.experiment.results import plain_scores, ranking_of
-from taylor_pruning.selection.baselines import NEED_DIRECTIONS, baseline_scores
+from taylor_pruning.selection.baselines import OF_GRADIENTS, baseline_scores
 from taylor_pruning.selection.chosen import Chosen
 from taylor_pruning.selection.constraints import Constraints, Ledger, Selection
 from taylor_pruning.selection.costs import LatencyCosts
@@ -97,13 +97,10 @@ class BaselineChoice:
         if callable(self.criterion):
             scores, name = self.criterion(graph), getattr(self.criterion, "__name__", "scores")
         else:
-            needed = self.criterion in NEED_DIRECTIONS
-            if needed and not is_classification(self.rankings.task):
-                raise InputError(
-                    f"the criterion {self.criterion} needs class logits; take one of weights, as magnitude"
-                )
-            directions = self.rankings.of(model, 1).directions if needed else None
-            scores, name = baseline_scores(self.criterion, graph, directions, self.seed), self.criterion
+            directions, name = None, self.criterion
+            if name in OF_GRADIENTS and is_classification(self.rankings.task):
+                directions = self.rankings.of(model, 1).directions
+            scores = baseline_scores(name, graph, directions, self.seed)
         lap("score")
         selection = Selection(graph, percentage, self.constraints, ledger)
         units, uniform = self.select(selection, scores), self.select is select_uniformly

@@ -10,34 +10,14 @@ from torch.nn import functional as F
 
 from EnhancedFilterPruner import EnhancedFilterPruner
 from taylor_pruning.errors import InputError
-from taylor_pruning.scoring.collecting import Wanted, collect_directions
 from taylor_pruning.scoring.flow import weigh
 from taylor_pruning.scoring.layer_costs import removal_costs
 from taylor_pruning.scoring.taylor import Directions, class_basis
-from taylor_pruning.selection.baselines import BASELINES, baseline_scores
 from taylor_pruning.selection.constraints import Constraints, Ledger, Selection
 from taylor_pruning.selection.costs import CostModel
 from taylor_pruning.selection.greedy import select_by_score, select_jointly, select_uniformly
-from taylor_pruning.surgery.graph import ChannelGraph
 
 BUDGETS = ("filters", "params", "macs")  # what can be counted; times: test_latency.py
-
-
-@pytest.fixture
-def graph(plain_network, images):
-    return ChannelGraph(plain_network, images)
-
-
-@pytest.fixture
-def directions(plain_network, graph, batches):
-    return collect_directions(plain_network, graph, batches, Wanted(3), progress=False)
-
-
-@pytest.fixture(scope="module")
-def resnet():
-    torch.manual_seed(0)
-    model = torchvision.models.resnet18(num_classes=10).eval()
-    return model, ChannelGraph(model, torch.randn(1, 3, 64, 64))
 
 
 def test_greedy_takes_account_of_what_is_chosen(graph, directions):
@@ -283,34 +263,6 @@ def test_a_network_without_removable_filters_is_refused(plain_network, images):
         EnhancedFilterPruner(plain_network, images, exclude=["0", "4"])
 
 
-@pytest.mark.parametrize("name", sorted(BASELINES))
-def test_baselines_score_every_unit(plain_network, graph, directions, name):
-    scores = baseline_scores(name, graph, directions)
-    assert scores.shape == (len(graph.units),) and scores.isfinite().all() and (scores >= 0).all()
-
-
-def test_molchanov_2017_is_the_normalised_mean_of_absolute_means(plain_network, graph, directions, images, labels):
-    """By the paper's own words: activation and gradient, mean over space, absolute value, mean over samples, l2 norm."""
-    kept = []
-    handle = plain_network[1].register_forward_hook(lambda module, x, y: (y.retain_grad(), kept.append(y))[1])
-    loss = F.cross_entropy(plain_network(images), labels, reduction="sum")
-    handle.remove()
-    loss.backward()
-    theta = (kept[0] * kept[0].grad).mean((2, 3)).abs().mean(0).detach()
-    torch.testing.assert_close(baseline_scores("molchanov2017", graph, directions)[:5], theta / theta.norm())
-
-
-def test_magnitude_is_the_norm_over_the_layers_mean(plain_network, graph):
-    norms = plain_network[4].weight.detach().flatten(1).norm(dim=1)
-    torch.testing.assert_close(baseline_scores("magnitude", graph, None)[5:], norms / norms.mean())
-
-
-def test_lamp_is_the_share_of_the_filters_that_are_as_large_or_larger(plain_network, graph):
-    squares = plain_network[4].weight.detach().flatten(1).square().sum(1)
-    wanted = torch.stack([s / squares[squares >= s].sum() for s in squares])
-    torch.testing.assert_close(baseline_scores("lamp", graph, None)[5:], wanted)
-
-
 @pytest.mark.usefixtures("costs_count")
 def test_the_automatic_bound_is_off_behind_compensation(plain_network, images, batches):
     """One layer is worth nothing: without compensation it may lose its share alone, behind it as many as are asked for."""
@@ -358,28 +310,6 @@ def test_what_units_save_is_what_removing_them_saves(resnet):
         saved, before = model.savings()[unit].item(), model.total()
         model.remove(unit)
         assert before - model.total() == pytest.approx(saved, rel=0.02)
-
-
-@pytest.mark.parametrize("name", sorted(BASELINES.keys() - {"random", "molchanov2017", "molchanov2019"}))
-def test_a_unit_has_the_sum_over_its_filters(resnet, name):
-    """So that a stream's channels, which end in many layers and save as much, do not look cheap."""
-    model, graph = resnet
-    scores = baseline_scores(name, graph, None)
-    stream = next(unit for unit in graph.units if len(unit.filters) > 2)
-    weights = [model.get_submodule(layer).weight.detach().double().flatten(1) for layer, _ in stream.filters]
-    if name == "magnitude":
-        parts = [(w.norm(dim=1) / w.norm(dim=1).mean())[i] for w, (_, i) in zip(weights, stream.filters, strict=True)]
-        assert scores[stream.index] == pytest.approx(sum(parts).item())
-    sizes = torch.tensor([len(unit.filters) for unit in graph.units])
-    per_filter = scores / sizes
-    many, one = per_filter[sizes == len(stream.filters)].mean(), per_filter[sizes == 1].mean()
-    assert 1 / 3 < many / one < 3
-
-
-def test_fpgm_is_the_distance_to_the_other_filters(plain_network, graph):
-    weights = plain_network[4].weight.detach().flatten(1)
-    wanted = torch.stack([sum((w - other).norm() for other in weights) for w in weights])
-    torch.testing.assert_close(baseline_scores("fpgm", graph, None)[5:], wanted / wanted.mean())
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
