@@ -5,7 +5,6 @@ stream, which ends in many layers, look cheap for what it saves.
 """
 
 import torch
-from torch.nn.modules.conv import _ConvTransposeNd
 
 from taylor_pruning.errors import InputError
 
@@ -86,14 +85,20 @@ def baseline_scores(name, graph, directions=None, seed=0):
 
 
 def _of_weights(graph, score):
-    """[units] sum over a unit's filters of `score`, which maps a layer's weights [filters, ...] to [filters] values."""
-    parameters = dict(graph.model.named_parameters())
+    """[units] sum over a unit's filters of `score`, which maps a layer's weights [filters, ...] to [filters] values.
+
+    Raises InputError if a layer has no such weights.
+    """
     total = torch.zeros(len(graph.units), dtype=torch.float64)
-    for name, info in graph.layers.items():
-        weight = parameters[f"{name}.weight"].detach().double().cpu()
-        if isinstance(graph.model.get_submodule(name), _ConvTransposeNd):
-            weight = weight.transpose(0, 1)  # [in, out, ...]
-        total.index_add_(0, info.unit_of[info.removable], score(weight.flatten(1))[info.removable])
+    for name, weight in graph.filter_weights().items():
+        if weight is None:
+            raise InputError(
+                f"a criterion of weights needs a weight of {name} that the network computes from its parameters, with a "
+                f"dimension for the filters; take a Taylor order, {' or '.join(OF_GRADIENTS)}, or exclude {name}"
+            )
+        info = graph.layers[name]
+        scores = score(weight.detach().double().cpu().reshape(len(weight), -1))
+        total.index_add_(0, info.unit_of[info.removable], scores[info.removable])
     return total
 
 
