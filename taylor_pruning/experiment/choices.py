@@ -20,7 +20,7 @@ from taylor_pruning.surgery.graph import ChannelGraph
 from taylor_pruning.tasks.classification import is_classification
 
 WIDTHS = ("own", "uniform")
-GUARD = 0.25  # share of its filters that a published criterion leaves every layer, where the budget allows it
+LEAST_SHARE = 0.25  # of its filters that a published criterion leaves every layer, where the budget allows it
 
 TRIES, CLOSE = 3, 0.03  # choices under a budget of time, and the error of the time that is good enough
 LARGEST_SHARE = 0.9999  # of the time that a choice may aim at: less than all must be left
@@ -74,7 +74,7 @@ class BaselineChoice:
     Args:
         widths: "own": the lowest scores per unit of budget go, and no layer keeps less than a quarter of its filters, where
             the budget allows it, because some criteria would empty layers; "uniform": the same share of every layer goes.
-        constraints: the budget and the least widths; their layer bound is not used.
+        constraints: the budget and the least widths, which may ask for more than a quarter; their layer bound is not used.
     """
 
     def __init__(
@@ -87,8 +87,8 @@ class BaselineChoice:
     ):
         one_of("widths", widths, WIDTHS)
         self.rankings, self.criterion, self.seed = rankings, criterion, seed
-        guard = GUARD if widths == "own" else 0.0
-        self.constraints = dataclasses.replace(constraints, layer_bound=math.inf, min_share=guard)
+        share = max(constraints.min_share, LEAST_SHARE if widths == "own" else 0.0)
+        self.constraints = dataclasses.replace(constraints, layer_bound=math.inf, min_share=share)
         self.select = {"own": select_by_score, "uniform": select_uniformly}[widths]
 
     def __call__(self, model: nn.Module, percentage: float, ledger: Ledger, lap: Callable[[str], None]) -> Choice:
