@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from taylor_pruning.errors import InputError, one_of
+from taylor_pruning.errors import OutOfReachError, one_of
 from taylor_pruning.experiment.results import plain_scores, ranking_of
 from taylor_pruning.selection.baselines import OF_GRADIENTS, baseline_scores
 from taylor_pruning.selection.chosen import Chosen
@@ -136,7 +136,7 @@ class TimedChoice:
             aim = min(asked / error, LARGEST_SHARE)  # of the layers' times
             try:
                 choice = self.choose(model, 100 * (1 - aim), ledger, lap)
-            except InputError:  # the layers cannot lose that much
+            except OutOfReachError:
                 if best is not None:
                     break
                 if error == 1:

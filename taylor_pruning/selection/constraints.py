@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from taylor_pruning.errors import InputError
+from taylor_pruning.errors import InputError, OutOfReachError
 from taylor_pruning.options import check, option
 from taylor_pruning.scoring.flow import weigh
 from taylor_pruning.selection.costs import cost_model
@@ -221,11 +221,12 @@ class Selection:
         return True
 
     def close_if_unreachable(self):
+        """Gives up the layer bound where no unit is open; raises OutOfReachError where that does not help."""
         if not self.open.any() and not self.relax():
             left, unit = self.ledger.total - self.goal + self.missing(), UNITS[self.constraints.budget]
             most = math.floor(1e4 * (1 - left / self.ledger.total) + 1e-6) / 100
             amount = f"{left:.3g}" if unit == "ms" else f"{left:,.0f}"
-            raise InputError(
+            raise OutOfReachError(
                 f"the layers cannot lose that much: at most {most:g} % of the budget can be removed, {amount} {unit} must "
                 f"be left with at least {self.constraints.min_filters} filter(s) a layer; ask for a lower percentage or a "
                 "larger target, or lower --min-filters"

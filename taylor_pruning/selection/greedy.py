@@ -79,7 +79,7 @@ def select_behind_repair(selection, costs):
 
 
 def check_reachable(graph, percentage, constraints):
-    """Raises InputError if no choice of units reaches the percentage: a selection that knows no scores tries it."""
+    """Raises OutOfReachError if no choice of units reaches the percentage: a selection that knows no scores tries it."""
     select_by_score(Selection(graph, percentage, constraints), torch.zeros(len(graph.units)))
 
 

@@ -9,7 +9,7 @@ import torchvision
 from torch.nn import functional as F
 
 from EnhancedFilterPruner import EnhancedFilterPruner
-from taylor_pruning.errors import InputError
+from taylor_pruning.errors import InputError, OutOfReachError
 from taylor_pruning.scoring.flow import weigh
 from taylor_pruning.scoring.layer_costs import removal_costs
 from taylor_pruning.scoring.taylor import Directions, class_basis
@@ -209,7 +209,7 @@ def test_every_layer_keeps_its_least_number_of_filters(graph):
     scores = torch.arange(len(graph.units), dtype=torch.float64)
     plan = graph.plan_of(select_by_score(Selection(graph, 60, Constraints(min_filters=2)), scores))
     assert all(graph.layers[name].filters - len(gone) >= 2 for name, gone in plan.items())
-    with pytest.raises(InputError, match="lower percentage"):
+    with pytest.raises(OutOfReachError, match="lower percentage"):
         select_by_score(Selection(graph, 90, Constraints(min_filters=2)), scores)
 
 
