@@ -299,7 +299,10 @@ class EnhancedFilterPruner:
 
 
 class Rankings:
-    """Rankings of the networks of one experiment. That of the dense network is kept: orders share what they can of it.
+    """Rankings of the networks of one experiment: orders share what they can of the dense network's.
+
+    Of the networks cut from it only the last ranking is kept, because it can take much memory: a network of which filters are
+    chosen several times in a row is scored once.
 
     Args:
         graph: ChannelGraph of the dense network.
@@ -310,18 +313,18 @@ class Rankings:
                  progress: bool, task: Task | None = None, held_out: list | None = None):  # fmt: skip
         self.graph, self.settings, self.progress, self.task = graph, settings, progress, task_of(task)
         self.calibration, self.compensation, self.held_out = calibration, compensation, held_out
-        self._dense, self._last = {}, None  # rankings of the dense network, graph of the last network cut from it
+        self._dense, self._last, self._of_last = {}, None, {}  # graph of the last network cut from it, and its ranking
 
     def of(
         self, model: nn.Module, order: int, use_gradient_flow: bool = False, repairs: bool = False
     ) -> EnhancedFilterPruner:
         """A pruner that has ranked `model`; with `repairs` it scores what compensation cannot repair."""
-        if model is not self.graph.model:
-            return self._ranked(model, order, use_gradient_flow, repairs)
+        kept = self._dense if self.graph_of(model) is self.graph else self._of_last
         key = (repairs, order if repairs else None)  # behind compensation every order takes directions of its own
-        ranked = self._dense.get(key)
+        ranked = kept.get(key)
         if ranked is None or not ranked.provides(order, use_gradient_flow):
-            ranked = self._dense[key] = self._ranked(model, order, use_gradient_flow, repairs)
+            self._of_last.clear()
+            ranked = kept[key] = self._ranked(model, order, use_gradient_flow, repairs)
         return ranked.with_order(order, use_gradient_flow)
 
     def _ranked(self, model, order, use_gradient_flow, repairs):
@@ -334,5 +337,5 @@ class Rankings:
         if model is self.graph.model:
             return self.graph
         if self._last is None or self._last.model is not model:
-            self._last = graph_for(self.task, model, self.calibration[0], self.settings)
+            self._last, self._of_last = graph_for(self.task, model, self.calibration[0], self.settings), {}
         return self._last

@@ -42,7 +42,7 @@ from taylor_pruning.experiment.loaders import calibration_batches, make_loader
 from taylor_pruning.experiment.setup import prepare
 from taylor_pruning.report.json_files import write_json
 from taylor_pruning.scoring.oracle import spearman, true_loss_changes
-from taylor_pruning.selection.baselines import BASELINES
+from taylor_pruning.selection.baselines import BASELINES, baseline_scores
 from taylor_pruning.selection.constraints import BUDGETS, Constraints
 from taylor_pruning.training.fine_tuning import Recipe, evaluate, fine_tune
 
@@ -143,8 +143,8 @@ def single_estimates(pruning, batches, arguments, seed):
     true = true_loss_changes(pruning.model, pruning.graph, batches, units.tolist(), progress=False)
     ranked = pruning.rankings.of(pruning.model, 3)
     estimates = {f"order {order}": ranked.scores(order)[units] for order in (1, 2, 3)}
-    for name, criterion in BASELINES.items():
-        estimates[name] = criterion(pruning.graph, ranked.directions, seed)[units]
+    for name in BASELINES:
+        estimates[name] = baseline_scores(name, pruning.graph, ranked.directions, seed)[units]
     if importlib.util.find_spec("torch_pruning"):
         for name in PEERS:
             estimates[name] = peer_scores(name, pruning.graph, batches)[units]

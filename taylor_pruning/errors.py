@@ -5,6 +5,10 @@ class InputError(ValueError):
     """Wrong input; the message says in one line what is wrong and what to do. The runners exit with code 2 on it."""
 
 
+class OutOfReachError(InputError):
+    """The layers cannot lose as much as is asked for."""
+
+
 def one_of(name, value, allowed):
     """Raises InputError if the argument `name` has another value than the allowed ones."""
     if value not in allowed:

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from taylor_pruning.errors import InputError, one_of
+from taylor_pruning.errors import OutOfReachError, one_of
 from taylor_pruning.experiment.results import plain_scores, ranking_of
-from taylor_pruning.selection.baselines import NEED_DIRECTIONS, baseline_scores
+from taylor_pruning.selection.baselines import OF_GRADIENTS, baseline_scores
 from taylor_pruning.selection.chosen import Chosen
 from taylor_pruning.selection.constraints import Constraints, Ledger, Selection
 from taylor_pruning.selection.costs import LatencyCosts
@@ -20,7 +20,7 @@ from taylor_pruning.surgery.graph import ChannelGraph
 from taylor_pruning.tasks.classification import is_classification
 
 WIDTHS = ("own", "uniform")
-GUARD = 0.25  # share of its filters that a published criterion leaves every layer, where the budget allows it
+LEAST_SHARE = 0.25  # of its filters that a published criterion leaves every layer, where the budget allows it
 
 TRIES, CLOSE = 3, 0.03  # choices under a budget of time, and the error of the time that is good enough
 LARGEST_SHARE = 0.9999  # of the time that a choice may aim at: less than all must be left
@@ -74,7 +74,7 @@ class BaselineChoice:
     Args:
         widths: "own": the lowest scores per unit of budget go, and no layer keeps less than a quarter of its filters, where
             the budget allows it, because some criteria would empty layers; "uniform": the same share of every layer goes.
-        constraints: the budget and the least widths; their layer bound is not used.
+        constraints: the budget and the least widths, which may ask for more than a quarter; their layer bound is not used.
     """
 
     def __init__(
@@ -87,8 +87,8 @@ class BaselineChoice:
     ):
         one_of("widths", widths, WIDTHS)
         self.rankings, self.criterion, self.seed = rankings, criterion, seed
-        guard = GUARD if widths == "own" else 0.0
-        self.constraints = dataclasses.replace(constraints, layer_bound=math.inf, min_share=guard)
+        share = max(constraints.min_share, LEAST_SHARE if widths == "own" else 0.0)
+        self.constraints = dataclasses.replace(constraints, layer_bound=math.inf, min_share=share)
         self.select = {"own": select_by_score, "uniform": select_uniformly}[widths]
 
     def __call__(self, model: nn.Module, percentage: float, ledger: Ledger, lap: Callable[[str], None]) -> Choice:
@@ -97,13 +97,10 @@ class BaselineChoice:
         if callable(self.criterion):
             scores, name = self.criterion(graph), getattr(self.criterion, "__name__", "scores")
         else:
-            needed = self.criterion in NEED_DIRECTIONS
-            if needed and not is_classification(self.rankings.task):
-                raise InputError(
-                    f"the criterion {self.criterion} needs class logits; take one of weights, as magnitude"
-                )
-            directions = self.rankings.of(model, 1).directions if needed else None
-            scores, name = baseline_scores(self.criterion, graph, directions, self.seed), self.criterion
+            directions, name = None, self.criterion
+            if name in OF_GRADIENTS and is_classification(self.rankings.task):
+                directions = self.rankings.of(model, 1).directions
+            scores = baseline_scores(name, graph, directions, self.seed)
         lap("score")
         selection = Selection(graph, percentage, self.constraints, ledger)
         units, uniform = self.select(selection, scores), self.select is select_uniformly
@@ -139,7 +136,7 @@ class TimedChoice:
             aim = min(asked / error, LARGEST_SHARE)  # of the layers' times
             try:
                 choice = self.choose(model, 100 * (1 - aim), ledger, lap)
-            except InputError:  # the layers cannot lose that much
+            except OutOfReachError:
                 if best is not None:
                     break
                 if error == 1:

@@ -5,12 +5,11 @@ stream, which ends in many layers, look cheap for what it saves.
 """
 
 import torch
-from torch.nn.modules.conv import _ConvTransposeNd
 
 from taylor_pruning.errors import InputError
 
 
-def molchanov2017(graph, directions, seed=0):
+def molchanov2017(graph, directions):
     """mean_n |phi_n|, l2-normalised per layer: |activation x gradient| of Molchanov et al. 2017 (arXiv:1611.06440).
 
     The mean over space in their eq. 8 differs from phi's sum by a factor a layer, which the normalisation removes.
@@ -19,12 +18,12 @@ def molchanov2017(graph, directions, seed=0):
     return _by_layer(graph, score, lambda values: values / values.norm().clamp_min(torch.finfo(values.dtype).tiny))
 
 
-def molchanov2019(graph, directions, seed=0):
+def molchanov2019(graph, directions):
     """mean_n phi_n^2: the gate criterion of Molchanov et al. 2019 (arXiv:1906.10771), eq. 8, with one gate a unit."""
     return directions.moments(order=1)[0].double().square().mean(0).cpu()
 
 
-def magnitude(graph, directions=None, seed=0):
+def magnitude(graph):
     """L2 norm of the filter's weights (Li et al. 2017, arXiv:1608.08710, with L2) over its layer's mean."""
 
     def score(weights):
@@ -34,7 +33,7 @@ def magnitude(graph, directions=None, seed=0):
     return _of_weights(graph, score)
 
 
-def lamp(graph, directions=None, seed=0):
+def lamp(graph):
     """Squared norm of the filter's weights over the sum of those of its layer that are as large or larger.
 
     LAMP (Lee et al. 2021, arXiv:2010.07611, eq. 4), which compares weights of different layers, with filters in the place
@@ -50,7 +49,7 @@ def lamp(graph, directions=None, seed=0):
     return _of_weights(graph, score)
 
 
-def fpgm(graph, directions=None, seed=0):
+def fpgm(graph):
     """Sum of the distances to the layer's other filters (He et al. 2019, arXiv:1811.00250, eq. 4) over its layer's mean."""
 
     def score(weights):
@@ -60,32 +59,46 @@ def fpgm(graph, directions=None, seed=0):
     return _of_weights(graph, score)
 
 
-def random(graph, directions=None, seed=0):
-    """Uniform random scores."""
-    return torch.rand(len(graph.units), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+OF_GRADIENTS = {f.__name__: f for f in (molchanov2017, molchanov2019)}  # f(graph, scoring.taylor.Directions on it)
+OF_WEIGHTS = {f.__name__: f for f in (magnitude, lamp, fpgm)}  # f(graph)
+BASELINES = (*OF_GRADIENTS, *OF_WEIGHTS, "random")
 
 
-BASELINES = {f.__name__: f for f in (molchanov2017, molchanov2019, magnitude, lamp, fpgm, random)}
+def baseline_scores(name, graph, directions=None, seed=0):
+    """[units] scores of the baseline `name`, float64; those of "random" are uniform and follow from the seed alone.
 
-NEED_DIRECTIONS = ("molchanov2017", "molchanov2019")  # the others look at weights alone
+    Args:
+        directions: scoring.taylor.Directions on the graph, for a criterion of gradients.
 
-
-def baseline_scores(name, graph, directions, seed=0):
-    """[units] scores of the baseline `name`. Raises InputError if there is no such baseline."""
-    if name not in BASELINES:
+    Raises:
+        InputError: there is no such baseline, or it needs directions and there are none.
+    """
+    if name in OF_WEIGHTS:
+        return OF_WEIGHTS[name](graph)
+    if name == "random":
+        return torch.rand(len(graph.units), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    if name not in OF_GRADIENTS:
         raise InputError(f"unknown baseline {name}; choose from {', '.join(BASELINES)}")
-    return BASELINES[name](graph, directions, seed)
+    if directions is None:
+        raise InputError(f"the criterion {name} needs class logits; take one of weights, as magnitude")
+    return OF_GRADIENTS[name](graph, directions)
 
 
 def _of_weights(graph, score):
-    """[units] sum over a unit's filters of `score`, which maps a layer's weights [filters, ...] to [filters] values."""
-    parameters = dict(graph.model.named_parameters())
+    """[units] sum over a unit's filters of `score`, which maps a layer's weights [filters, ...] to [filters] values.
+
+    Raises InputError if a layer has no such weights.
+    """
     total = torch.zeros(len(graph.units), dtype=torch.float64)
-    for name, info in graph.layers.items():
-        weight = parameters[f"{name}.weight"].detach().double().cpu()
-        if isinstance(graph.model.get_submodule(name), _ConvTransposeNd):
-            weight = weight.transpose(0, 1)  # [in, out, ...]
-        total.index_add_(0, info.unit_of[info.removable], score(weight.flatten(1))[info.removable])
+    for name, weight in graph.filter_weights().items():
+        if weight is None:
+            raise InputError(
+                f"a criterion of weights needs a weight of {name} that the network computes from its parameters, with a "
+                f"dimension for the filters; take a Taylor order, {' or '.join(OF_GRADIENTS)}, or exclude {name}"
+            )
+        info = graph.layers[name]
+        scores = score(weight.detach().double().cpu().reshape(len(weight), -1))
+        total.index_add_(0, info.unit_of[info.removable], scores[info.removable])
     return total
 
 

@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from taylor_pruning.errors import InputError
+from taylor_pruning.errors import InputError, OutOfReachError
 from taylor_pruning.options import check, option
+from taylor_pruning.scoring.flow import weigh
 from taylor_pruning.selection.costs import cost_model
 from taylor_pruning.selection.latency_table import NetworkLatency
 
@@ -182,6 +183,19 @@ class Selection:
         """[units] what each unit's removal contributes to the budget."""
         return self.sizes[units] if self.costs is None else self.costs.savings(units).clamp_min(1e-9)
 
+    def per_saving(self, scores, units=slice(None)):
+        """[units] what a greedy choice goes by, lowest first: a score against what the unit saves.
+
+        Scores are divided by the savings where they are positive, multiplied where they are not (scoring.flow.weigh): of two
+        units the one that scores lower and saves more comes first, whatever the signs. A loss that falls by as much for a
+        smaller saving is no bargain.
+
+        Args:
+            scores: [units] of the given units, low ones may go.
+        """
+        scores = scores.double()
+        return weigh(scores, self.savings(units).to(scores).reciprocal())
+
     def take(self, unit):
         """Chooses the unit if its layers have room for it; True if it was chosen."""
         counts = self.layer_counts[unit]
@@ -207,11 +221,12 @@ class Selection:
         return True
 
     def close_if_unreachable(self):
+        """Gives up the layer bound where no unit is open; raises OutOfReachError where that does not help."""
         if not self.open.any() and not self.relax():
             left, unit = self.ledger.total - self.goal + self.missing(), UNITS[self.constraints.budget]
             most = math.floor(1e4 * (1 - left / self.ledger.total) + 1e-6) / 100
             amount = f"{left:.3g}" if unit == "ms" else f"{left:,.0f}"
-            raise InputError(
+            raise OutOfReachError(
                 f"the layers cannot lose that much: at most {most:g} % of the budget can be removed, {amount} {unit} must "
                 f"be left with at least {self.constraints.min_filters} filter(s) a layer; ask for a lower percentage or a "
                 "larger target, or lower --min-filters"

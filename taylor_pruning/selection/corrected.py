@@ -67,12 +67,20 @@ def select_corrected(
         weights: [units] of gradient flow, which multiply the levels but are no part of what a trial can measure.
     """
 
-    def choose(trials):
-        selection, costs = selection_of(), costs_of()
+    def started(trials):
+        costs = costs_of()
         levels = levels_of(costs.marginal)
         levels = levels * correction(trials, len(levels)).to(levels)
         costs.start_at(levels if weights is None else weigh(levels, weights))
-        select_behind_repair(selection, costs)
+        return costs
+
+    def choose(trials):
+        selection, costs = selection_of(), started(trials)
+        chosen, before = dict.fromkeys(select_behind_repair(selection, costs)), dict(costs.history)
+        if chosen.keys() != before.keys():  # rounding gave some back or added some, and no removal can be taken back
+            costs = started(trials)
+            for unit in [*(u for u in before if u in chosen), *(u for u in chosen if u not in before)]:
+                costs.remove(unit)
         return selection, costs
 
     selection, costs = choose([])
@@ -83,12 +91,12 @@ def select_corrected(
 
 
 def group_trials(selection, costs, measure, weights=None) -> list[GroupTrial]:
-    """A trial of every group of which the selection took a unit whose cost is known; arguments: see `select_corrected`."""
+    """A trial of every group of which the selection took a unit; `costs` are after all removals, see `select_corrected`."""
     cost = {unit: nats if weights is None else nats / weights[unit].item() for unit, nats in costs.history}
     chosen, units = set(selection.chosen), selection.graph.units
     groups = [members for members in by_layers(units).values() if not chosen.isdisjoint(members)]
     taken = [[unit for unit in members if unit in chosen] for members in groups]
-    predicted = [sum(cost.get(unit, 0.0) for unit in some) for some in taken]
+    predicted = [sum(cost[unit] for unit in some) for some in taken]
     measured = measure(taken)
     names = [units[members[0]].filters[0][0] for members in groups]
     return [GroupTrial(*trial) for trial in zip(names, groups, predicted, measured, strict=True)]

@@ -14,17 +14,17 @@ WINDOW = 8  # units of the pool that are scored together
 
 
 def select_by_score(selection, scores):
-    """Chooses units by ascending score per unit of budget until the selection is done.
+    """Chooses units by ascending score per unit of budget (Selection.per_saving) until the selection is done.
 
     Args:
-        scores: [units] estimated loss change, or any criterion that is low for units that may go.
+        scores: [units] estimated loss change, or any criterion that is low for units that may go; either may be negative.
 
     Returns:
         the chosen unit indices.
     """
     while not selection.done():
         selection.close_if_unreachable()
-        order = (scores / selection.savings()).masked_fill(~selection.open, torch.inf).argsort()
+        order = selection.per_saving(scores).masked_fill(~selection.open, torch.inf).argsort()
         for unit in order.tolist():
             if not selection.open[unit] or selection.done():
                 break
@@ -71,7 +71,7 @@ def select_behind_repair(selection, costs):
     """
     while not selection.done():
         selection.close_if_unreachable()
-        unit = int((costs.marginal / selection.savings()).masked_fill(~selection.open, torch.inf).argmin())
+        unit = int(selection.per_saving(costs.marginal).masked_fill(~selection.open, torch.inf).argmin())
         if selection.take(unit):
             costs.remove(unit)
     selection.round_widths(costs.marginal)
@@ -79,7 +79,7 @@ def select_behind_repair(selection, costs):
 
 
 def check_reachable(graph, percentage, constraints):
-    """Raises InputError if no choice of units reaches the percentage: a selection that knows no scores tries it."""
+    """Raises OutOfReachError if no choice of units reaches the percentage: a selection that knows no scores tries it."""
     select_by_score(Selection(graph, percentage, constraints), torch.zeros(len(graph.units)))
 
 
@@ -115,13 +115,14 @@ def select_jointly(selection, directions, order, correction=None, weights=None):
         selection.close_if_unreachable()
         units = selection.open.nonzero().flatten()
         note(units, directions.scores(order, shift, units))
-        values, ranks = (last[units] / selection.savings(units)).sort()
+        values, ranks = selection.per_saving(last[units], units).sort()
+        # Savings shrink as units go, which raises what the others count, whatever their sign: the bound stays below them.
         bound = values[POOL] if len(units) > POOL else math.inf
         pool = units[ranks[:POOL]]
         coordinates = directions.coordinates[:, pool]
         known, expansion = torch.ones(len(pool), dtype=torch.bool), None
         while not selection.done():
-            values = (last[pool] / selection.savings(pool)).masked_fill(~selection.open[pool], math.inf)
+            values = selection.per_saving(last[pool], pool).masked_fill(~selection.open[pool], math.inf)
             lowest = values.argsort()[:WINDOW]
             unit = int(pool[lowest[0]])
             if not selection.open[unit] or values[lowest[0]] > bound:

@@ -34,7 +34,7 @@ class Analysis:
         for mode, trace in traces.items():
             self.ids.issued, self.ids.depthwise = [], []
             found = propagate(trace, self.ids, parameters, ways)
-            layers = Layers(self.ids, parameters, trace.batch)
+            layers = Layers(self.ids, found.env, parameters, trace.batch)
             if mode:
                 self.layers.add_training(layers)
             else:

@@ -179,8 +179,7 @@ class Execution:
                 if node.op == "placeholder":
                     value = next(inputs)
                 elif node.op == "get_attr":
-                    value = named.get(node.target)
-                    value = self.constant(node.target, named) if value is None else value
+                    value = self._stored(node.target, named)
                 elif node.op == "output":
                     return self._output([env[source] for source in node.args[0]])
                 else:
@@ -195,6 +194,29 @@ class Execution:
 
     def _output(self, tensors):
         return map_tensors(self.trace.output, lambda slot: tensors[slot.index], Slot)
+
+    @torch.no_grad()
+    def without_inputs(self, nodes):
+        """{node: its value} of those of the nodes that the network computes from parameters, buffers and constants alone."""
+        on_inputs = set()
+        for node in self.trace.graph.nodes:
+            if node.op == "placeholder" or not on_inputs.isdisjoint(node.all_input_nodes):
+                on_inputs.add(node)
+        found = [node for node in nodes if node not in on_inputs]
+        needed = set(found)
+        for node in reversed(self.trace.graph.nodes):
+            if node in needed:
+                needed.update(node.all_input_nodes)
+        env, named = {}, self.tensors()
+        for node in self.trace.graph.nodes:
+            if node in needed:
+                stored = node.op == "get_attr"
+                env[node] = self._stored(node.target, named) if stored else evaluate(self.model, node, env.__getitem__)
+        return {node: env[node] for node in found}
+
+    def _stored(self, name, named):
+        value = named.get(name)
+        return self.constant(name, named) if value is None else value
 
     def constant(self, name, named):
         """A tensor of the trace that is neither parameter nor buffer, on the device of the `named` ones."""

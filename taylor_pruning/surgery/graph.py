@@ -18,7 +18,7 @@ from taylor_pruning.surgery.numbering import Numbering
 from taylor_pruning.surgery.plans import exclude_filters, plan_of, units_of
 from taylor_pruning.surgery.proof import CutProof
 from taylor_pruning.surgery.trial_inputs import trial_examples
-from taylor_pruning.surgery.units import cost_terms, gate_sites, readers_of
+from taylor_pruning.surgery.units import by_filter, cost_terms, gate_sites, readers_of
 from taylor_pruning.surgery.ways import Ways
 from taylor_pruning.surgery.wrappers import check_example, unwrapped
 
@@ -92,7 +92,7 @@ class ChannelGraph:
 
     def _build(self, analysis, numbering=None):
         numbering = numbering or Numbering(analysis.ids, analysis.layers, *self._asked)
-        self.positions = analysis.layers.positions
+        self.positions, self._weights = analysis.layers.positions, analysis.layers.weights
         self.smooth_operations = tuple(sorted(analysis.nonlinear))
         self.units, self.layers, self.tensors = numbering.units, numbering.layers, numbering.tensors
         self._widths, self._settings = numbering.widths, numbering.settings
@@ -137,6 +137,18 @@ class ChannelGraph:
     def cost_terms(self):
         """Every parameter as a `CostTerm`; a layer's multiply-accumulates are counted at its weight."""
         return cost_terms(self.model, self.tensors, self.positions)
+
+    def filter_weights(self):
+        """{layer: its weight [filters, ...] as the forward computes it} of the layers with filters that may be removed.
+
+        None in the place of a weight that depends on the network's inputs, or that has no dimension for filters.
+        """
+        wanted = {name: self._weights[name] for name, info in self.layers.items() if info.removable.any()}
+        values = self.executions[False].without_inputs([node for node, _ in wanted.values()])
+        return {
+            name: None if dim is None or node not in values else by_filter(values[node], dim, self.layers[name].filters)
+            for name, (node, dim) in wanted.items()
+        }
 
     @contextmanager
     def gated(self, gates, on_gate=None, estimates=None, outputs=None, once=False):

@@ -5,6 +5,7 @@ from collections import defaultdict
 
 import torch
 
+from taylor_pruning.surgery.ids import varying
 from taylor_pruning.surgery.recorded_calls import operation_name
 
 
@@ -24,11 +25,14 @@ class Layers:
         settings: {module: ids of its channels} of norms and depthwise convs.
         positions: {weight: output positions at which it is applied to one sample}.
         readers: {layer: (nodes, groups, linear)} of those with a parameter for a weight.
+        weights: {layer: (node of its weight, the weight's dimension along which its filters run, or None)}.
     """
 
-    def __init__(self, ids, parameters, batch):
+    def __init__(self, ids, values, parameters, batch):
+        """Args: ids and values {node: ids.Value} of the propagation; parameters and buffers by name; samples of the trace."""
         self.batch = batch
         self.ids, self.filters, self.linear, self.positions, self.readers = ids, {}, set(), defaultdict(int), {}
+        self.weights = {}
         self.settings = dict(ids.settings)
         for node, along, linear in ids.issued:
             parameter = _parameter_of(_weight_of(node), parameters)
@@ -37,7 +41,9 @@ class Layers:
             name = layer_name(parameter.target)
             if name in self.filters and len(self.filters[name]) != len(along):
                 name = parameter.target
-            self.filters.setdefault(name, along)
+            if name not in self.filters:
+                self.filters[name], weight = along, _weight_of(node)
+                self.weights[name] = weight, _dimension_of(along, values[weight])
             if linear:
                 self.linear.add(name)
             self._use(node, name, parameter, linear)
@@ -104,6 +110,19 @@ def _weight_of(node):
     if name == "linear" or name.startswith("conv"):
         return node.args[1] if len(node.args) > 1 else node.kwargs["weight"]
     return next((n for n in node.all_input_nodes if _is_weight(n)), node.all_input_nodes[-1])
+
+
+def _dimension_of(along, weight):
+    """The dimension of a weight (ids.Value) whose ids are those of the filters `along`; None if there is none.
+
+    The weight of a transposed conv in groups has one dimension for the filters of all groups: their ids repeat.
+    """
+    for layer in weight.layers:
+        for d in varying(layer):
+            ids = layer[tuple(slice(None) if d == other else 0 for other in range(layer.dim()))]
+            if len(along) % len(ids) == 0 and torch.equal(ids.repeat(len(along) // len(ids)), along):
+                return d
+    return None
 
 
 def _is_weight(node):

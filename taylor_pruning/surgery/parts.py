@@ -102,6 +102,11 @@ class PartsGraph:
         """As of ChannelGraph, of the parts alone."""
         return cost_terms(self.model, self.tensors, self.positions)
 
+    def filter_weights(self):
+        """As of ChannelGraph, of the parts."""
+        parts = self.parts.items()
+        return {_joined(name, layer): w for name, part in parts for layer, w in part.filter_weights().items()}
+
     @contextmanager
     def gated(self, gates, on_gate=None, estimates=None, outputs=None, once=False):
         """As of ChannelGraph: while open, forwards of the whole network multiply the units' channels by their gates."""

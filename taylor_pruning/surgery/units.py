@@ -106,6 +106,17 @@ def group(items, labels):
     return {value: tuple(ordered[start:end]) for value, start, end in bounds}
 
 
+def by_filter(weight, dim, filters):
+    """The weight as [filters, ...], where its filters run along `dim`.
+
+    A transposed conv in groups has a shorter `dim`, of one group's filters; its other channels are those of all groups.
+    """
+    weight = weight.movedim(dim, 0)
+    if len(weight) < filters:
+        weight = weight.unflatten(1, (filters // len(weight), -1)).movedim(1, 0).flatten(0, 1)
+    return weight
+
+
 def by_layers(units):
     """{frozenset of layer names: indices of the units that have filters in exactly these layers}."""
     found = defaultdict(list)

@@ -1,5 +1,6 @@
 """Predicted costs that trials correct: what a choice takes from layers whose costs were wrong."""
 
+import itertools
 from functools import partial
 
 import pytest
@@ -43,10 +44,10 @@ def held_out():
     return [(images, torch.arange(20) % 4)]
 
 
-def parts_of(pruner, percentage=50):
+def parts_of(pruner, percentage=50, **constraints):
     """Functions that give a new selection and new costs."""
     found, graph = pruner.behind_repair, pruner.graph
-    selection_of = partial(Selection, graph, percentage, Constraints("macs"))
+    selection_of = partial(Selection, graph, percentage, Constraints("macs", **constraints))
     return selection_of, partial(removal_costs, pruner.model, found.moments, found.fisher, len(graph.units))
 
 
@@ -107,6 +108,41 @@ def test_a_trial_takes_what_was_chosen_and_leaves_the_weights_of_gradient_flow_o
     for trial, units in zip(found.trials, seen, strict=True):
         expected = sum(cost / weights[unit].item() for unit, cost in costs.history if unit in units)
         assert trial.predicted == pytest.approx(expected) and trial.measured == 1 and set(units) <= set(trial.units)
+
+
+@pytest.mark.usefixtures("costs_count")
+@pytest.mark.parametrize("measured", [False, True])
+def test_what_is_predicted_of_rounded_widths_is_of_the_filters_that_go(pruner, measured):
+    """Not of those that were chosen before widths became multiples, which gives some back and adds others."""
+    plain_of, costs_of = parts_of(pruner)
+    rounded_of, levels, tried = parts_of(pruner, round_to=4)[0], pruner.levels(), []
+
+    def measure(sets):
+        tried.extend(sets)
+        return [1.0] * len(sets)
+
+    def started(trials):
+        costs = costs_of()
+        costs.start_at(levels * correction(trials, len(levels)))
+        return costs
+
+    found = select_corrected(rounded_of, costs_of, lambda _: levels, measure if measured else None)
+    chosen, removed = set(found.selection.chosen), [unit for unit, _ in found.costs.history]
+    widths = [info.filters - len(chosen & {*info.unit_of.tolist()}) for info in pruner.graph.layers.values()]
+    assert all(width % 4 == 0 for width in widths if width < 10) and sorted(removed) == sorted(chosen)
+
+    before, costs = started(found.trials), started(found.trials)
+    first = select_behind_repair(plain_of(), before)
+    assert {*first} - chosen and chosen - {*first}  # rounding did both
+    kept = [unit for unit, _ in before.history if unit in chosen]
+    assert removed[: len(kept)] == kept
+    for unit in removed:
+        costs.remove(unit)
+    assert found.costs.total == pytest.approx(costs.total) and found.costs.total != pytest.approx(before.total)
+    if measured:
+        uncorrected = select_corrected(rounded_of, costs_of, lambda _: levels)
+        assert sorted(itertools.chain(*tried)) == sorted(uncorrected.selection.chosen)
+        assert sum(trial.predicted for trial in found.trials) == pytest.approx(uncorrected.costs.total)
 
 
 def test_levels_follow_the_ratios_to_their_median_within_bounds():

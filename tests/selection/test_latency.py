@@ -185,6 +185,49 @@ def test_where_layers_times_do_not_add_up_the_network_is_timed_and_chosen_again(
     assert results[0]["layers"] == results[1]["layers"]
 
 
+@pytest.fixture
+def slower_pruning(counted, images, labels, tmp_path, monkeypatch):
+    """A pruning in three rounds in which every choice is made anew: no cut network takes the time of its layers."""
+    torch.manual_seed(0)
+    model, batches = randomise(inverted()), [(images, labels)]
+    settings = PruningSettings(target_latency="50%", latency_table=str(tmp_path / "times.json"), rounds=3)
+    pruning = EnhancedPruning(model, batches, batches, settings=settings, progress=False)
+    timer = latency_module.network_milliseconds
+    monkeypatch.setattr(latency_module, "network_milliseconds", lambda network, example, batch_size: timer(
+        network, example, batch_size) * (1 if network is model else 1.25))  # fmt: skip
+    return pruning
+
+
+def watched(monkeypatch, name, before=lambda calls: None):
+    """[network of every call of a method of the pruner]; `before` is called with that list at every call."""
+    function, calls = getattr(EnhancedFilterPruner, name), []
+
+    def call(pruner, *arguments, **keywords):
+        calls.append(pruner.model)
+        before(calls)
+        return function(pruner, *arguments, **keywords)
+
+    monkeypatch.setattr(EnhancedFilterPruner, name, call)
+    return calls
+
+
+def test_a_network_that_is_chosen_from_again_is_not_scored_again(slower_pruning, monkeypatch):
+    scored, chosen = (watched(monkeypatch, name) for name in ("rank", "get_pruning_plan"))
+    result = slower_pruning.prune(taylor_order=2)
+    assert len(scored) == len(result.rounds) == 3 and len({*chosen}) == 3 < len(chosen)
+    assert [*slower_pruning.rankings._of_last] == [(True, 2)]
+
+
+def test_an_error_in_a_later_choice_is_not_taken_for_a_time_out_of_reach(slower_pruning, monkeypatch):
+    def fail_at_the_second(calls):
+        if len(calls) == 2:
+            raise InputError("the logits are NaN")
+
+    watched(monkeypatch, "get_pruning_plan", fail_at_the_second)
+    with pytest.raises(InputError, match="logits are NaN"):
+        slower_pruning.prune(taylor_order=2)
+
+
 @pytest.mark.parametrize("rounds", [1, 2])
 def test_a_time_out_of_reach_is_approached_as_far_as_layers_can_shrink(
     rounds, counted, images, labels, monkeypatch, tmp_path

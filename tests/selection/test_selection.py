@@ -9,35 +9,15 @@ import torchvision
 from torch.nn import functional as F
 
 from EnhancedFilterPruner import EnhancedFilterPruner
-from taylor_pruning.errors import InputError
-from taylor_pruning.scoring.collecting import Wanted, collect_directions
+from taylor_pruning.errors import InputError, OutOfReachError
 from taylor_pruning.scoring.flow import weigh
 from taylor_pruning.scoring.layer_costs import removal_costs
 from taylor_pruning.scoring.taylor import Directions, class_basis
-from taylor_pruning.selection.baselines import BASELINES, baseline_scores
 from taylor_pruning.selection.constraints import Constraints, Ledger, Selection
 from taylor_pruning.selection.costs import CostModel
 from taylor_pruning.selection.greedy import select_by_score, select_jointly, select_uniformly
-from taylor_pruning.surgery.graph import ChannelGraph
 
 BUDGETS = ("filters", "params", "macs")  # what can be counted; times: test_latency.py
-
-
-@pytest.fixture
-def graph(plain_network, images):
-    return ChannelGraph(plain_network, images)
-
-
-@pytest.fixture
-def directions(plain_network, graph, batches):
-    return collect_directions(plain_network, graph, batches, Wanted(3), progress=False)
-
-
-@pytest.fixture(scope="module")
-def resnet():
-    torch.manual_seed(0)
-    model = torchvision.models.resnet18(num_classes=10).eval()
-    return model, ChannelGraph(model, torch.randn(1, 3, 64, 64))
 
 
 def test_greedy_takes_account_of_what_is_chosen(graph, directions):
@@ -69,8 +49,9 @@ def test_joint_is_near_the_best_subset_and_not_worse_than_independent(graph, dir
     assert change(joint) <= every[len(every) // 20]  # among the best twentieth of all subsets
 
 
+@pytest.mark.parametrize("budget", ["filters", "macs"])
 @pytest.mark.parametrize("own_targets", [False, True])
-def test_joint_selection_is_as_good_as_scoring_all_units_after_every_choice(resnet, own_targets):
+def test_joint_selection_is_as_good_as_scoring_all_units_after_every_choice(resnet, own_targets, budget):
     """Many units that move the logits alike: those that look best together on the same scores overshoot together."""
     _, graph = resnet
     units, generator = len(graph.units), torch.Generator().manual_seed(0)
@@ -82,11 +63,12 @@ def test_joint_selection_is_as_good_as_scoring_all_units_after_every_choice(resn
     directions = Directions(
         coordinates, class_basis(logits, labels, 4)[0], logits, labels, 0.0, own_targets=own_targets
     )
-    joint = select_jointly(Selection(graph, 5, Constraints()), directions, 2)
+    joint = select_jointly(Selection(graph, 5, Constraints(budget)), directions, 2)
 
-    selection, shift = Selection(graph, 5, Constraints()), torch.zeros(30, 4, dtype=torch.float64)
+    selection, shift = Selection(graph, 5, Constraints(budget)), torch.zeros(30, 4, dtype=torch.float64)
     while not selection.done():
-        scores = directions.scores(2, shift) / selection.savings()
+        scores, saved = directions.scores(2, shift), selection.savings()
+        scores = torch.where(scores > 0, scores / saved, scores * saved)
         best = int(scores.masked_fill(~selection.open, torch.inf).argmin())
         if selection.take(best):
             shift += coordinates[:, best]
@@ -144,6 +126,42 @@ def test_a_unit_is_weighed_per_filter(resnet):
     assert chosen[0] == wide.index
 
 
+def better_in_both(graph, budget):
+    """(units, scores): the lower a unit scores the more it saves, from negative scores over zero to positive ones."""
+    saved = Selection(graph, 20, Constraints(budget)).savings()
+    units = [int((saved == value).nonzero()[0]) for value in saved.unique().flip(0)]
+    scores = torch.ones(len(graph.units), dtype=torch.float64)
+    scores[units] = torch.linspace(-0.010, 0.005, len(units), dtype=torch.float64)
+    return units, scores
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("shift", [0.0, 0.02, -0.02])  # scores of both signs, or of one
+def test_of_two_units_the_one_that_scores_lower_and_saves_more_goes_first(resnet, budget, shift):
+    _, graph = resnet
+    units, scores = better_in_both(graph, budget)
+    selection = Selection(graph, 20, Constraints(budget))
+    order = selection.per_saving(scores + shift)[units]
+    assert len(units) > 1 and order.argsort().tolist() == list(range(len(units)))
+    some = torch.tensor(units[1:])
+    assert torch.equal(selection.per_saving(scores[some] + shift, some), order[1:])
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_a_removal_that_lowers_the_loss_is_no_bargain_because_it_saves_little(resnet, joint):
+    """The unit that lowers the loss most also saves most, as much as is asked for: it goes, alone."""
+    _, graph = resnet
+    (best, *_), scores = better_in_both(graph, "macs")
+    costs = CostModel(graph, "macs")
+    selection = Selection(graph, 100 * costs.savings()[best].item() / costs.total(), Constraints("macs"))
+    if joint:
+        nothing = torch.zeros(1, len(graph.units), 1, dtype=torch.float64)
+        directions = Directions(nothing, nothing[:, :2], nothing[:, :2, 0], torch.tensor([0]), 0.0)
+        assert select_jointly(selection, directions, 2, correction=scores) == [best]
+    else:
+        assert select_by_score(selection, scores) == [best]
+
+
 def test_no_layer_loses_more_than_the_bound(resnet):
     _, graph = resnet
     scores = torch.tensor([float(unit.filters[0][0].startswith("layer1")) for unit in graph.units], dtype=torch.float64)
@@ -191,7 +209,7 @@ def test_every_layer_keeps_its_least_number_of_filters(graph):
     scores = torch.arange(len(graph.units), dtype=torch.float64)
     plan = graph.plan_of(select_by_score(Selection(graph, 60, Constraints(min_filters=2)), scores))
     assert all(graph.layers[name].filters - len(gone) >= 2 for name, gone in plan.items())
-    with pytest.raises(InputError, match="lower percentage"):
+    with pytest.raises(OutOfReachError, match="lower percentage"):
         select_by_score(Selection(graph, 90, Constraints(min_filters=2)), scores)
 
 
@@ -245,34 +263,6 @@ def test_a_network_without_removable_filters_is_refused(plain_network, images):
         EnhancedFilterPruner(plain_network, images, exclude=["0", "4"])
 
 
-@pytest.mark.parametrize("name", sorted(BASELINES))
-def test_baselines_score_every_unit(plain_network, graph, directions, name):
-    scores = baseline_scores(name, graph, directions)
-    assert scores.shape == (len(graph.units),) and scores.isfinite().all() and (scores >= 0).all()
-
-
-def test_molchanov_2017_is_the_normalised_mean_of_absolute_means(plain_network, graph, directions, images, labels):
-    """By the paper's own words: activation and gradient, mean over space, absolute value, mean over samples, l2 norm."""
-    kept = []
-    handle = plain_network[1].register_forward_hook(lambda module, x, y: (y.retain_grad(), kept.append(y))[1])
-    loss = F.cross_entropy(plain_network(images), labels, reduction="sum")
-    handle.remove()
-    loss.backward()
-    theta = (kept[0] * kept[0].grad).mean((2, 3)).abs().mean(0).detach()
-    torch.testing.assert_close(baseline_scores("molchanov2017", graph, directions)[:5], theta / theta.norm())
-
-
-def test_magnitude_is_the_norm_over_the_layers_mean(plain_network, graph):
-    norms = plain_network[4].weight.detach().flatten(1).norm(dim=1)
-    torch.testing.assert_close(baseline_scores("magnitude", graph, None)[5:], norms / norms.mean())
-
-
-def test_lamp_is_the_share_of_the_filters_that_are_as_large_or_larger(plain_network, graph):
-    squares = plain_network[4].weight.detach().flatten(1).square().sum(1)
-    wanted = torch.stack([s / squares[squares >= s].sum() for s in squares])
-    torch.testing.assert_close(baseline_scores("lamp", graph, None)[5:], wanted)
-
-
 @pytest.mark.usefixtures("costs_count")
 def test_the_automatic_bound_is_off_behind_compensation(plain_network, images, batches):
     """One layer is worth nothing: without compensation it may lose its share alone, behind it as many as are asked for."""
@@ -320,28 +310,6 @@ def test_what_units_save_is_what_removing_them_saves(resnet):
         saved, before = model.savings()[unit].item(), model.total()
         model.remove(unit)
         assert before - model.total() == pytest.approx(saved, rel=0.02)
-
-
-@pytest.mark.parametrize("name", sorted(BASELINES.keys() - {"random", "molchanov2017", "molchanov2019"}))
-def test_a_unit_has_the_sum_over_its_filters(resnet, name):
-    """So that a stream's channels, which end in many layers and save as much, do not look cheap."""
-    model, graph = resnet
-    scores = baseline_scores(name, graph, None)
-    stream = next(unit for unit in graph.units if len(unit.filters) > 2)
-    weights = [model.get_submodule(layer).weight.detach().double().flatten(1) for layer, _ in stream.filters]
-    if name == "magnitude":
-        parts = [(w.norm(dim=1) / w.norm(dim=1).mean())[i] for w, (_, i) in zip(weights, stream.filters, strict=True)]
-        assert scores[stream.index] == pytest.approx(sum(parts).item())
-    sizes = torch.tensor([len(unit.filters) for unit in graph.units])
-    per_filter = scores / sizes
-    many, one = per_filter[sizes == len(stream.filters)].mean(), per_filter[sizes == 1].mean()
-    assert 1 / 3 < many / one < 3
-
-
-def test_fpgm_is_the_distance_to_the_other_filters(plain_network, graph):
-    weights = plain_network[4].weight.detach().flatten(1)
-    wanted = torch.stack([sum((w - other).norm() for other in weights) for w in weights])
-    torch.testing.assert_close(baseline_scores("fpgm", graph, None)[5:], wanted / wanted.mean())
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
