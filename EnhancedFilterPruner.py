@@ -301,8 +301,8 @@ class EnhancedFilterPruner:
 class Rankings:
     """Rankings of the networks of one experiment: orders share what they can of the dense network's.
 
-    Of the networks cut from it only the last ranking is kept, because it can take much memory: a network of which filters are
-    chosen several times in a row is scored once.
+    Of the networks cut from it only the last ranking is kept, until `release`, because it can take much memory: a network of
+    which filters are chosen several times in a row is scored once.
 
     Args:
         graph: ChannelGraph of the dense network.
@@ -326,6 +326,10 @@ class Rankings:
             self._of_last.clear()
             ranked = kept[key] = self._ranked(model, order, use_gradient_flow, repairs)
         return ranked.with_order(order, use_gradient_flow)
+
+    def release(self) -> None:
+        """Drops the ranking of the last network that was cut from the dense one."""
+        self._of_last.clear()
 
     def _ranked(self, model, order, use_gradient_flow, repairs):
         pruner = EnhancedFilterPruner(model, None, order, use_gradient_flow, settings=self.settings, task=self.task,

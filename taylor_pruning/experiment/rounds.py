@@ -96,6 +96,7 @@ class Rounds:
         ledger = Ledger.open(self.graph, self.settings.constraints)
         ledger.record(removed(self.graph, state.kept))
         choice = choose(state.model, percentage, ledger, seconds.lap)
+        self.rankings.release()
         return_freed_memory()
         plan = broadcast_object(choice.plan)
         smaller, kept = choice.graph.remove(plan), remaining(state.kept, plan)
