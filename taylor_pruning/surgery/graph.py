@@ -31,7 +31,8 @@ class ChannelGraph:
         example_input: tensor [N, C, H, W] of the shape that the network is used at, a tuple of several arguments or a dict
             of named ones.
         exclude: patterns (`fnmatch`) of layer names whose filters are never removed.
-        prune_linear: also make units of the outputs of hidden fully connected layers, whole heads excepted.
+        prune_linear: also make units of the outputs of hidden fully connected layers, whole heads excepted. Outputs that must
+            go with filters of a conv (squeeze-and-excitation) are in their units in any case.
         verify: run the network with half of all gates closed and without those units, on random inputs, and protect
             units whose removal gives other outputs.
         prune_heads: where a view splits channels into heads, whole heads are units, also those of fully connected layers; else
@@ -41,8 +42,8 @@ class ChannelGraph:
         model: the network without wrappers such as DataParallel or torch.compile, on the same parameters.
         notes: one line on each kind of wrapper that was taken off, () if there was none.
         units: tuple of the removable `Unit`s.
-        layers: {name: LayerInfo} of every conv layer (with `prune_linear` or `prune_heads` of every linear one), in order of
-            execution.
+        layers: {name: LayerInfo} of every conv layer, and of linear layers with filters in units (with `prune_linear` or
+            `prune_heads` of every linear one), in order of execution.
             Depthwise convs have no entry: their filters go with the channels that they read.
         sites: tuple of `GateSite`. Closing the gates of units there gives the output of removing them.
         readers: tuple of `Reader`s. Depthwise and transposed convs, functional ones and layers without units are none.

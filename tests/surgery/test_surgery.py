@@ -647,7 +647,11 @@ def removable(graph, *names):
         (UNet, ["a.0", "b.0", "up"], [8, 8, 8]),
         (Grouped, ["a.0", "b.0"], [8, 8]),
         (Excitation, ["a.0", "se.fc1", "b.0"], [8, 2, 8]),
-        (ExpandedExcitation, ["a.0", "b.0"], [0, 8]),  # its gate comes from linear layers, which stay whole
+        (
+            ExpandedExcitation,
+            ["a.0", "b.0"],
+            [8, 8],
+        ),  # its gate comes from linear layers, whose outputs go with the filters
         (SpatialAttention, ["a.0", "b.0", "map"], [0, 8, 0]),
         (ChannelTimesSpace, ["channel", "a.0", "map"], [8, 8, 0]),
         (Highway, ["a.0", "b.0"], [8, 8]),
