@@ -17,6 +17,7 @@ from taylor_pruning.surgery.nested import tensors_in
 from taylor_pruning.surgery.numbering import Numbering
 from taylor_pruning.surgery.plans import exclude_filters, plan_of, units_of
 from taylor_pruning.surgery.proof import CutProof
+from taylor_pruning.surgery.second_call import check_calls
 from taylor_pruning.surgery.trial_inputs import trial_examples
 from taylor_pruning.surgery.units import cost_terms, gate_sites, readers_of
 from taylor_pruning.surgery.ways import Ways
@@ -52,7 +53,8 @@ class ChannelGraph:
         left_whole: {} (surgery.parts.PartsGraph: {part: why it cannot be pruned}).
 
     Raises:
-        InputError: the network cannot be traced, copied, or run on the example, or a pattern matches no layer.
+        InputError: the network cannot be traced, copied, or run on the example, its outputs depend on the call before, or a
+            pattern matches no layer.
     """
 
     def __init__(self, model, example_input, exclude=(), prune_linear=False, verify=True, prune_heads=False):
@@ -69,6 +71,7 @@ class ChannelGraph:
         self._example = example_input
         self._trials = trial_examples(example_input, traces[False].graph)
         self._asked = prune_linear, prune_heads
+        check_calls(model, self._trials[-1], {mode: trace.kept for mode, trace in traces.items()})
         analysis = self._analysed(traces, exclude, Ways(heads=prune_heads))
         if verify and self._protect_faults(analysis):
             self._build(analysis)

@@ -157,7 +157,7 @@ class CutProof:
                 )  # in training mode three: batch statistics would leave nothing but signs of two
                 x = random_inputs(example, samples, dtype, self.device)
                 try:
-                    with _MeanDraws():
+                    with MeanDraws():
                         expected = list(tensors_of(self.run_gated(dense, units, map_tensors(x, torch.Tensor.clone))))
                 except FORWARD_ERRORS as error:
                     mode = " in training mode" if training else ""
@@ -167,7 +167,7 @@ class CutProof:
                         f"({_cause(error)}); pass verify=False if it needs others"
                     ) from error
                 try:
-                    with _MeanDraws():
+                    with MeanDraws():
                         got = list(tensors_of(call(smaller, x)))
                 except FORWARD_ERRORS as error:
                     return f"removing them makes the network fail ({_cause(error)})"
@@ -189,7 +189,7 @@ def in_doubt(difference: float) -> bool:
     return not difference <= DOUBTFUL
 
 
-class _MeanDraws(TorchDispatchMode):
+class MeanDraws(TorchDispatchMode):
     """Random draws become their means, so that networks of two widths draw alike: dropout becomes the identity."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):

@@ -16,6 +16,7 @@ from taylor_pruning.errors import InputError
 from taylor_pruning.memory import raise_out_of_memory
 from taylor_pruning.modes import set_mode
 from taylor_pruning.surgery.copying import copy_of, structure_of
+from taylor_pruning.surgery.kept_state import attributes_of, changed
 from taylor_pruning.surgery.nested import Slot, map_tensors, tensors_in
 from taylor_pruning.surgery.numbers import wrap_widths
 from taylor_pruning.surgery.recorder import TRACE_ERRORS, Recorder, watched
@@ -35,6 +36,7 @@ class Trace:
         output: what the forward returned, with a `Slot` in the place of every tensor.
         batch: the size of the batch in the shapes of the nodes.
         reads_mode: whether the forward may do other steps in the other mode of training.
+        kept: names of the attributes of modules in which the forward leaves something.
     """
 
     graph: fx.Graph
@@ -43,6 +45,7 @@ class Trace:
     output: object = None
     batch: int = 0
     reads_mode: bool = True
+    kept: list = field(default_factory=list)
 
 
 def trace(model, args, kwargs, rules, training=False):
@@ -128,7 +131,7 @@ def _record(recorder, model, args, kwargs, training):
         recorder.nodes.add_input(made)
         return made
 
-    inputs = map_tensors((args, kwargs), place)
+    inputs, before = map_tensors((args, kwargs), place), attributes_of(copied)
     recorder.nodes.read_batch_from(slots[0])
     with recorder.modules(copied), torch.random.fork_rng(devices=[]), torch.enable_grad(), recorder:
         output = copied(*inputs[0], **inputs[1])
@@ -149,4 +152,5 @@ def _record(recorder, model, args, kwargs, training):
         structure,
         recorder.nodes.batch,
         recorder.mode_read,
+        changed(before, attributes_of(copied)),
     )
