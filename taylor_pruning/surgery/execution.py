@@ -9,6 +9,7 @@ from torch import fx
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from taylor_pruning.errors import InputError
+from taylor_pruning.surgery.autocasts import under
 from taylor_pruning.surgery.nested import Slot, map_tensors, tensors_in
 from taylor_pruning.surgery.operations import RULES
 from taylor_pruning.surgery.recorded_calls import set_grad
@@ -210,6 +211,13 @@ def evaluate(model, node, value_of, read=None, grad=True, instead=None):
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), value_of)
     if read is not None:
         args = read(args)
+    if regions := node.meta.get("autocast"):
+        with under(regions):
+            return _called(model, node, args, kwargs, grad, instead)
+    return _called(model, node, args, kwargs, grad, instead)
+
+
+def _called(model, node, args, kwargs, grad, instead):
     if instead is not None:
         return instead(args, kwargs)
     if node.op == "call_method":
