@@ -133,6 +133,11 @@ def test_random_draws_become_their_means():
         assert x.new_empty(2).bernoulli_(0.8).tolist() == pytest.approx([0.8, 0.8])
         assert torch.rand(2).tolist() == [0.5, 0.5] and torch.randn_like(x).tolist() == [0] * 4
         assert torch.empty(1).uniform_(-1, 3).item() == 1 and torch.empty(1).normal_(2, 1).item() == 2
+        assert torch.empty(1).uniform_().item() == 0.5 and torch.empty(1).exponential_(4).item() == 0.25
+        for slopes, mean in (((), (1 / 8 + 1 / 3) / 2), ((0.1, 0.3), 0.2)):
+            y = -torch.ones(1)
+            assert F.rrelu(y, *slopes, training=True).item() == pytest.approx(-mean)
+            assert F.rrelu(y, *slopes, training=True, inplace=True) is y and y.item() == pytest.approx(-mean)
 
 
 class Leaky(nn.Module):
