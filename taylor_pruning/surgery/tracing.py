@@ -15,14 +15,13 @@ from torch import fx
 from taylor_pruning.errors import InputError
 from taylor_pruning.memory import raise_out_of_memory
 from taylor_pruning.modes import set_mode
+from taylor_pruning.surgery.batch_size import LEAST_OF_VALUES, batch_size, first_samples
 from taylor_pruning.surgery.copying import copy_of, structure_of
 from taylor_pruning.surgery.kept_state import attributes_of, changed
 from taylor_pruning.surgery.nested import Slot, map_tensors, tensors_in
 from taylor_pruning.surgery.numbers import wrap_widths
 from taylor_pruning.surgery.recorder import TRACE_ERRORS, Recorder, watched
 from taylor_pruning.surgery.tensor_nodes import Untraceable
-
-VALUES_BATCH = 5  # where the forward runs on values
 
 
 @dataclass
@@ -61,7 +60,7 @@ def trace(model, args, kwargs, rules, training=False):
     opaque, failure = set(), None
     for on_values in [False, *[True] * 50]:
         if on_values:
-            args, kwargs = map_tensors((args, kwargs), lambda t: t[:VALUES_BATCH] if t.dim() else t)
+            args, kwargs = first_samples((args, kwargs), batch_size(model, (args, kwargs), LEAST_OF_VALUES))
         recorder = _recorder(model, rules, args, kwargs, on_values)
         recorder.opaque = opaque
         try:
