@@ -704,6 +704,15 @@ def test_shapes_and_attributes_shrink():
     assert depthwise.out_channels == 2 * depthwise.groups < 16 and depthwise.groups == depthwise.in_channels
 
 
+def test_weights_keep_their_memory_format():
+    model = net(Plain, Depthwise).to(memory_format=torch.channels_last)
+    graph = ChannelGraph(model, images(1))
+    smaller = graph.remove(random_units(graph, 0.4, 0))
+    weights = [p for p in smaller.parameters() if p.dim() == 4]
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in weights)
+    assert not all(p.is_contiguous() for p in weights)
+
+
 def test_kept_filters_keep_their_weights():
     model = net(Plain)
     model.stem[0].weight.requires_grad_(False)

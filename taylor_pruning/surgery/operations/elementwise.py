@@ -107,7 +107,7 @@ KEEP_ZERO_LINEAR = """relu relu6 leaky_relu rrelu dropout dropout1d dropout2d dr
     stochastic_depth data view_as_real conj resolve_conj resolve_neg hardshrink softshrink _data requires_grad"""
 KEEP_ZERO = """elu selu celu gelu silu mish hardswish tanh tanhshrink softsign square sqrt sin tan asin atan
     sinh expm1 log1p erf nan_to_num feature_alpha_dropout rad2deg deg2rad"""
-BREAK_ZERO = """sigmoid hardsigmoid softplus logsigmoid exp cos rsqrt reciprocal log log2 log10 exp2 erfc cosh bernoulli
+BREAK_ZERO = """sigmoid hardsigmoid softplus log_sigmoid exp cos rsqrt reciprocal log log2 log10 exp2 erfc cosh bernoulli
     normal uniform fill zero dropout_"""
 
 
