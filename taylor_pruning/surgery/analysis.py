@@ -104,7 +104,7 @@ class Analysis:
 def steps(graph):
     """What a graph does to reach its output, without its nodes' names."""
     number = {node: i for i, node in enumerate(live_nodes(graph))}
-    return [(n.op, str(n.target), [number[source] for source in n.all_input_nodes]) for n in number]
+    return [(n.op, str(n.target), [number[i] for i in n.all_input_nodes], n.meta.get("autocast")) for n in number]
 
 
 def live_nodes(graph):

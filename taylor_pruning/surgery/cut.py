@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 
+import torch
 from torch import nn
 
 from taylor_pruning.errors import InputError
@@ -49,11 +50,17 @@ def cut(model, tensors, widths, settings, stays):
 
 
 def _select(tensor, kept):
-    """A new parameter or buffer with the given indices of every dimension."""
+    """A new parameter or buffer with the given indices of every dimension, in the memory format of the tensor."""
     data = tensor.detach()
     for dim, index in sorted(kept.items(), key=lambda item: item[0]):  # rows first: they are copied fastest
         data = data.index_select(dim, index.to(data.device))
+    data = data.contiguous(memory_format=_memory_format(tensor))
     return nn.Parameter(data, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else data
+
+
+def _memory_format(tensor):
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim(), torch.contiguous_format)
+    return torch.contiguous_format if tensor.is_contiguous() else last
 
 
 def _set(module, attribute, index, value):

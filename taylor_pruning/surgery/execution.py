@@ -2,6 +2,7 @@
 
 import inspect
 from collections import defaultdict
+from contextlib import suppress
 
 import torch
 import torch.nn.functional as F
@@ -9,12 +10,16 @@ from torch import fx
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from taylor_pruning.errors import InputError
+from taylor_pruning.modes import set_mode
+from taylor_pruning.surgery.autocasts import under
+from taylor_pruning.surgery.batch_size import batch_size
+from taylor_pruning.surgery.copying import copy_of
 from taylor_pruning.surgery.nested import Slot, map_tensors, tensors_in
 from taylor_pruning.surgery.operations import RULES
 from taylor_pruning.surgery.recorded_calls import set_grad
+from taylor_pruning.surgery.recorder import TRACE_ERRORS
+from taylor_pruning.surgery.tensor_nodes import Untraceable
 from taylor_pruning.surgery.tracing import Trace, trace
-
-BATCH = 41  # of the trace: a prime, so that no other dimension is taken for the batch
 
 
 def inputs_of(example):
@@ -40,14 +45,37 @@ def record(model, example, training=False):
     if first is None:
         raise InputError("example_input holds no tensor; pass a tensor of the shape that the network is used at")
     like = next((p for p in model.parameters() if p.is_floating_point()), first)
+    batch = batch_size(model, (args, kwargs))
 
     def batched(tensor):
         if tensor.dim() and first.dim() and len(tensor) == len(first) > 0:
-            tensor = tensor[:1].expand(BATCH, *tensor.shape[1:])
+            tensor = tensor[:1].expand(batch, *tensor.shape[1:])
         return tensor.to(like) if tensor.is_floating_point() else tensor.to(like.device)
 
     args, kwargs = map_tensors((args, kwargs), batched)
-    return trace(model, args, kwargs, RULES.keys(), training)
+    try:
+        return trace(model, args, kwargs, RULES.keys(), training)
+    except InputError as error:
+        if not first.dim() or isinstance(error.__cause__, Untraceable) or not _runs(model, example, training):
+            raise
+        mode, cause = " in training mode" if training else "", str(error.__cause__).strip().partition("\n")[0]
+        raise InputError(
+            f"{type(model).__name__} runs{mode} on {len(first)} samples, but not on {batch} ({cause}); "
+            "make it take any number of samples, each by itself: no pairs of samples, no BatchNorm that splits the batch"
+        ) from error
+
+
+@torch.no_grad()
+def _runs(model, example, training):
+    """Whether a copy of the model runs on the example as it is."""
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    with suppress(*TRACE_ERRORS), torch.random.fork_rng(devices=[]):
+        call(
+            set_mode(copy_of(model), training),
+            map_tensors(example, lambda t: t.to(like) if t.is_floating_point() else t),
+        )
+        return True
+    return False
 
 
 class _Blend(torch.autograd.Function):
@@ -232,6 +260,13 @@ def evaluate(model, node, value_of, read=None, grad=True, instead=None):
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), value_of)
     if read is not None:
         args = read(args)
+    if regions := node.meta.get("autocast"):
+        with under(regions):
+            return _called(model, node, args, kwargs, grad, instead)
+    return _called(model, node, args, kwargs, grad, instead)
+
+
+def _called(model, node, args, kwargs, grad, instead):
     if instead is not None:
         return instead(args, kwargs)
     if node.op == "call_method":

@@ -17,6 +17,7 @@ from taylor_pruning.surgery.nested import tensors_in
 from taylor_pruning.surgery.numbering import Numbering
 from taylor_pruning.surgery.plans import exclude_filters, plan_of, units_of
 from taylor_pruning.surgery.proof import CutProof
+from taylor_pruning.surgery.second_call import check_calls
 from taylor_pruning.surgery.trial_inputs import trial_examples
 from taylor_pruning.surgery.units import by_filter, cost_terms, gate_sites, readers_of
 from taylor_pruning.surgery.ways import Ways
@@ -31,7 +32,8 @@ class ChannelGraph:
         example_input: tensor [N, C, H, W] of the shape that the network is used at, a tuple of several arguments or a dict
             of named ones.
         exclude: patterns (`fnmatch`) of layer names whose filters are never removed.
-        prune_linear: also make units of the outputs of hidden fully connected layers, whole heads excepted.
+        prune_linear: also make units of the outputs of hidden fully connected layers, whole heads excepted. Outputs that must
+            go with filters of a conv (squeeze-and-excitation) are in their units in any case.
         verify: run the network with half of all gates closed and without those units, on random inputs, and protect
             units whose removal gives other outputs.
         prune_heads: where a view splits channels into heads, whole heads are units, also those of fully connected layers; else
@@ -41,8 +43,8 @@ class ChannelGraph:
         model: the network without wrappers such as DataParallel or torch.compile, on the same parameters.
         notes: one line on each kind of wrapper that was taken off, () if there was none.
         units: tuple of the removable `Unit`s.
-        layers: {name: LayerInfo} of every conv layer (with `prune_linear` or `prune_heads` of every linear one), in order of
-            execution.
+        layers: {name: LayerInfo} of every conv layer, and of linear layers with filters in units (with `prune_linear` or
+            `prune_heads` of every linear one), in order of execution.
             Depthwise convs have no entry: their filters go with the channels that they read.
         sites: tuple of `GateSite`. Closing the gates of units there gives the output of removing them.
         readers: tuple of `Reader`s. Depthwise and transposed convs, functional ones and layers without units are none.
@@ -51,7 +53,8 @@ class ChannelGraph:
         left_whole: {} (surgery.parts.PartsGraph: {part: why it cannot be pruned}).
 
     Raises:
-        InputError: the network cannot be traced, copied, or run on the example, or a pattern matches no layer.
+        InputError: the network cannot be traced, copied, or run on the example, its outputs depend on the call before, or a
+            pattern matches no layer.
     """
 
     def __init__(self, model, example_input, exclude=(), prune_linear=False, verify=True, prune_heads=False):
@@ -68,6 +71,7 @@ class ChannelGraph:
         self._example = example_input
         self._trials = trial_examples(example_input, traces[False].graph)
         self._asked = prune_linear, prune_heads
+        check_calls(model, self._trials[-1], {mode: trace.kept for mode, trace in traces.items()})
         analysis = self._analysed(traces, exclude, Ways(heads=prune_heads))
         if verify and self._protect_faults(analysis):
             self._build(analysis)

@@ -89,14 +89,19 @@ class Layers:
 
 
 def kept_linear(ids, layers, roots, prune_linear, prune_heads):
-    """Yields (class, reason) of the classes of filters of fully connected layers that nobody asked to remove.
+    """Yields (class, reason) of the classes of filters of fully connected layers alone that nobody asked to remove.
+
+    Where filters of a conv are in a class (squeeze-and-excitation), those of fully connected layers go with them.
 
     Args:
         roots: [ids] class of every id.
     """
-    heads = torch.cat([roots.new_zeros(0), *(roots[some] for some in ids.heads)])
+    none = roots.new_zeros(0)
+    heads = torch.cat([none, *(roots[some] for some in ids.heads)])
+    of_convs = torch.cat([none, *(roots[some] for name, some in layers.filters.items() if name not in layers.linear)])
     for name in layers.linear:
         classes = roots[layers.filters[name]].unique()
+        classes = classes[~torch.isin(classes, of_convs)]
         whole = torch.isin(classes, heads)
         kept = {"whole heads of a fully connected layer (see prune_heads)": whole & (not prune_heads),
                 "fully connected (see prune_linear)": ~whole & (not prune_linear)}  # fmt: skip

@@ -22,14 +22,15 @@ class Numbering:
 
     def __init__(self, ids: ChannelIds, layers: Layers, prune_linear: bool, prune_heads: bool):
         roots = ids.roots()
-        with_linear = prune_linear or prune_heads
-        names = [name for name in layers.filters if with_linear or name not in layers.linear]
-        classes = {name: roots[layers.filters[name]] for name in names}
+        classes = {name: roots[along] for name, along in layers.filters.items()}
         reason_of = self._reasons(ids, roots, kept_linear(ids, layers, roots, prune_linear, prune_heads))
-        whole = {name: int(classes[name][0]) for name in names if (classes[name] == classes[name][0]).all()}
+        whole = {name: int(own[0]) for name, own in classes.items() if (own == own[0]).all()}
         self.stuck = {name for name, root in whole.items() if root not in reason_of}
         for name, root in whole.items():
             reason_of.setdefault(root, f"all filters of {name} go together")
+        if not prune_linear and not prune_heads:  # those of linear layers that only go with filters of convs
+            kept = {name for name in layers.linear if reason_of.keys() >= set(classes[name].tolist())}
+            classes = {name: own for name, own in classes.items() if name not in kept}
         filters = [(name, index) for name, of_filter in classes.items() for index in range(len(of_filter))]
         members = group(filters, torch.cat([torch.zeros(0, dtype=torch.long), *classes.values()]))
         removable = [root for root in members if root not in reason_of]

@@ -29,6 +29,10 @@ DOUBTFUL = (
     1e-5  # above this in float32, float64 decides where the network runs in it: deep random ones amplify rounding
 )
 NOISE = {"rand": 0.5, "rand_like": 0.5, "randn": 0.0, "randn_like": 0.0}  # operation: mean of what it draws
+DRAWS = {
+    *NOISE,
+    *"native_dropout rrelu_with_noise rrelu_with_noise_ bernoulli bernoulli_ uniform_ normal_ exponential_".split(),
+}
 
 
 class CutProof:
@@ -157,7 +161,7 @@ class CutProof:
                 )  # in training mode three: batch statistics would leave nothing but signs of two
                 x = random_inputs(example, samples, dtype, self.device)
                 try:
-                    with _MeanDraws():
+                    with MeanDraws():
                         expected = list(tensors_of(self.run_gated(dense, units, map_tensors(x, torch.Tensor.clone))))
                 except FORWARD_ERRORS as error:
                     mode = " in training mode" if training else ""
@@ -167,7 +171,7 @@ class CutProof:
                         f"({_cause(error)}); pass verify=False if it needs others"
                     ) from error
                 try:
-                    with _MeanDraws():
+                    with MeanDraws():
                         got = list(tensors_of(call(smaller, x)))
                 except FORWARD_ERRORS as error:
                     return f"removing them makes the network fail ({_cause(error)})"
@@ -189,26 +193,34 @@ def in_doubt(difference: float) -> bool:
     return not difference <= DOUBTFUL
 
 
-class _MeanDraws(TorchDispatchMode):
+class MeanDraws(TorchDispatchMode):
     """Random draws become their means, so that networks of two widths draw alike: dropout becomes the identity."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name, kwargs = function.overloadpacket.__name__, kwargs or {}
+        if name not in DRAWS:
+            return function(*args, **kwargs)
+        given = _arguments(function, args, kwargs)
         if name == "native_dropout":
             return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
-        if name.startswith("rrelu_with_noise"):
-            return torch.where(args[0] < 0, args[0] * (args[2] + args[3]) / 2, args[0])
+        if name in ("rrelu_with_noise", "rrelu_with_noise_"):
+            x = torch.where(args[0] < 0, args[0] * (given["lower"] + given["upper"]) / 2, args[0])
+            return args[0].copy_(x) if name.endswith("_") else x
         result = function(*args, **kwargs)
         if name in NOISE:
             return result.fill_(NOISE[name])
         if name in ("bernoulli", "bernoulli_"):
-            given = args[1] if len(args) > 1 else kwargs.get("p", 0.5 if name == "bernoulli_" else args[0])
-            return result.copy_(torch.as_tensor(given))
+            return result.copy_(torch.as_tensor(given.get("p", args[0])))
         if name == "uniform_":
-            return result.fill_(sum((*args[1:], *(0.0, 1.0)[len(args) - 1 :])) / 2)
-        if name in ("normal_", "exponential_"):
-            return result.fill_(args[1] if len(args) > 1 else float(name == "exponential_"))
-        return result
+            return result.fill_((given["from"] + given["to"]) / 2)
+        return result.fill_(given["mean"] if name == "normal_" else 1 / given["lambd"])
+
+
+def _arguments(function, args, kwargs):
+    """{name: value} of a call of an operation, with its defaults."""
+    declared = function._schema.arguments
+    defaults = {a.name: a.default_value for a in declared if a.has_default_value()}
+    return {**defaults, **dict(zip((a.name for a in declared), args, strict=False)), **kwargs}
 
 
 def is_trivial(tensor: torch.Tensor) -> bool:

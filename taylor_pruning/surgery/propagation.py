@@ -9,7 +9,6 @@ from torch import fx
 from taylor_pruning.surgery.ids import Value
 from taylor_pruning.surgery.numbers import is_tracked, number
 from taylor_pruning.surgery.operations import RULES, Call, Info
-from taylor_pruning.surgery.operations.registry import PIECEWISE_LINEAR
 from taylor_pruning.surgery.operations.views import sizes_of
 from taylor_pruning.surgery.recorded_calls import operation_name
 
@@ -119,7 +118,7 @@ def _call(node, info, result, ids, ways):
         return _without_tensors(call)
     if name in FACTORIES:
         return _factory(call)
-    if name not in PIECEWISE_LINEAR and not info.constant:
+    if not call.is_piecewise_linear():
         info.nonlinear = name
     rule = RULES.get(name)
     if rule is None:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
+from taylor_pruning.surgery.autocasts import Autocasts
 from taylor_pruning.surgery.nested import map_tensors, tensors_in
 from taylor_pruning.surgery.numbers import is_tracked, number
 from taylor_pruning.surgery.recorded_calls import bare, called_function, pick, set_grad
@@ -48,6 +49,7 @@ class Recorder(TorchFunctionMode):
         self.nodes = TensorNodes(names, on_values)
         self.graph, self.path = self.nodes.graph, self.nodes.path
         self.rules, self.device, self.on_values = rules, device, on_values
+        self.autocasts = Autocasts()
         self.hooks = 0  # forward hooks that run now
         self.looked = False  # one of them has looked at values
         self.opaque = ()  # names of modules that run as one operation each
@@ -130,8 +132,8 @@ class Recorder(TorchFunctionMode):
             node = self.graph.call_method(target, arguments, options)
         else:
             node = self.graph.call_function(target, arguments, options)
-        node.meta["module"] = self.path[-1]
-        node.meta["constant"] = on_constants or not tensors
+        constant = on_constants or not tensors
+        node.meta.update(module=self.path[-1], constant=constant, autocast=self.autocasts.now())
         if isinstance(result, torch.Tensor):
             self.nodes.bind(result, node)
         elif made:
@@ -199,7 +201,8 @@ class Recorder(TorchFunctionMode):
             nn.Module.__call__, nn.Module.__getattr__ = traced_call, watched_attribute
             for scope, name, function in saved:
                 scope[name] = wrapped_call(function)
-            yield
+            with self.autocasts.watched():
+                yield
         finally:
             nn.Module.__call__, nn.Module.__getattr__ = call, attribute
             self.mode_read = self.mode_read or any(hasattr(module, "training") for module in model.modules())
@@ -212,7 +215,7 @@ class Recorder(TorchFunctionMode):
         if not self.on_values:
             raise Untraceable(f"{name} runs as a whole")
         node = record(target, *self.nodes.as_nodes((args, kwargs)))
-        node.meta.update(module=self.path[-1], constant=False)
+        node.meta.update(module=self.path[-1], constant=False, autocast=self.autocasts.now())
         with torch._C.DisableTorchFunction():
             result = function(*args, **kwargs)
         if isinstance(result, torch.Tensor):

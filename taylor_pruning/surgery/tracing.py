@@ -15,13 +15,13 @@ from torch import fx
 from taylor_pruning.errors import InputError
 from taylor_pruning.memory import raise_out_of_memory
 from taylor_pruning.modes import set_mode
+from taylor_pruning.surgery.batch_size import LEAST_OF_VALUES, batch_size, first_samples
 from taylor_pruning.surgery.copying import copy_of, structure_of
+from taylor_pruning.surgery.kept_state import attributes_of, changed
 from taylor_pruning.surgery.nested import Slot, map_tensors, tensors_in
 from taylor_pruning.surgery.numbers import wrap_widths
 from taylor_pruning.surgery.recorder import TRACE_ERRORS, Recorder, watched
 from taylor_pruning.surgery.tensor_nodes import Untraceable
-
-VALUES_BATCH = 5  # where the forward runs on values
 
 
 @dataclass
@@ -35,6 +35,7 @@ class Trace:
         output: what the forward returned, with a `Slot` in the place of every tensor.
         batch: the size of the batch in the shapes of the nodes.
         reads_mode: whether the forward may do other steps in the other mode of training.
+        kept: names of the attributes of modules in which the forward leaves something.
     """
 
     graph: fx.Graph
@@ -43,6 +44,7 @@ class Trace:
     output: object = None
     batch: int = 0
     reads_mode: bool = True
+    kept: list = field(default_factory=list)
 
 
 def trace(model, args, kwargs, rules, training=False):
@@ -58,7 +60,7 @@ def trace(model, args, kwargs, rules, training=False):
     opaque, failure = set(), None
     for on_values in [False, *[True] * 50]:
         if on_values:
-            args, kwargs = map_tensors((args, kwargs), lambda t: t[:VALUES_BATCH] if t.dim() else t)
+            args, kwargs = first_samples((args, kwargs), batch_size(model, (args, kwargs), LEAST_OF_VALUES))
         recorder = _recorder(model, rules, args, kwargs, on_values)
         recorder.opaque = opaque
         try:
@@ -128,7 +130,7 @@ def _record(recorder, model, args, kwargs, training):
         recorder.nodes.add_input(made)
         return made
 
-    inputs = map_tensors((args, kwargs), place)
+    inputs, before = map_tensors((args, kwargs), place), attributes_of(copied)
     recorder.nodes.read_batch_from(slots[0])
     with recorder.modules(copied), torch.random.fork_rng(devices=[]), torch.enable_grad(), recorder:
         output = copied(*inputs[0], **inputs[1])
@@ -149,4 +151,5 @@ def _record(recorder, model, args, kwargs, training):
         structure,
         recorder.nodes.batch,
         recorder.mode_read,
+        changed(before, attributes_of(copied)),
     )

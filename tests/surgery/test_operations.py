@@ -250,6 +250,9 @@ BLOCKS = {  # name: (block, its output channels, removable filters of the stem, 
     "repeat": (Block(lambda s, x: s.a(x).repeat(1, 2, 1, 1)), 2 * C, 8, 8, None),
     "reshape_as": (Block(lambda s, x: s.b(s.a(x).flatten(2).reshape_as(x))), C, 8, 8, 8),
     "addcmul": (Block(lambda s, x: torch.addcmul(s.a(x), s.b(x), s.t), t=parameter(C, 1, 1)), C, 8, 8, 8),
+    "gated linear unit": (Block(lambda s, x: F.glu(torch.cat([s.a(x), s.b(x)], 1), 1)), C, 8, 8, 8),
+    "gated linear unit over space": (Block(lambda s, x: s.b(nn.GLU()(s.a(x)))), C, 8, 8, 8),
+    "logarithm of a sigmoid": (Block(lambda s, x: s.b(nn.LogSigmoid()(s.a(x)))), C, 8, 8, 8),
     "pad of channels": (Block(lambda s, x: s.b(x) + F.pad(s.c(x), (0, 0, 0, 0, 2, 2)), c=conv(C, 4, 1)), C, 8, None, 4),
     "maximum of padded space": (
         Block(lambda s, x: s.b(F.max_pool2d(F.pad(s.a(x).relu(), (0, 1, 0, 1), value=float("-inf")), 3, 2))),
@@ -315,6 +318,74 @@ def test_zeroed_gates_are_removed_channels(name):
         if number is not None:
             assert int(graph.layers[layer].removable.sum()) == number, graph.layers[layer].reason
     assert graph.layers["mid"].reason is None  # the block protects no more than itself
+
+
+SMOOTH = {  # name: (block, its smooth operations)
+    "pooling by a norm": (Block(lambda s, x: s.b(F.lp_pool2d(s.a(x), 2, 2))), {"lp_pool2d"}),
+    "three factors": (
+        Block(lambda s, x: s.b(torch.einsum("bchw,bc,c->bchw", s.a(x), x.mean((2, 3)), s.t)), t=parameter(C)),
+        {"einsum"},
+    ),
+    "one factor that depends on the input": (
+        Block(lambda s, x: s.b(torch.einsum("bchw,c,c->bchw", s.a(x), s.t, s.t)), t=parameter(C)),
+        set(),
+    ),
+    "places from the input": (
+        Block(lambda s, x: s.b(F.grid_sample(x, 0.2 * s.c(x).movedim(1, -1), align_corners=False)), c=conv(C, 2, 1)),
+        {"grid_sample"},
+    ),
+    "places that are given": (
+        Block(
+            lambda s, x: s.b(F.grid_sample(s.a(x), s.t.expand(len(x), -1, -1, -1), align_corners=False)),
+            t=parameter(1, 5, 5, 2),
+        ),
+        set(),
+    ),
+    "kernels from the input": (
+        Block(lambda s, x: F.conv2d(s.a(x).mean(0, keepdim=True), s.c(x.mean((0, 2, 3))).view(C, C, 1, 1)).expand_as(x),
+              c=nn.Linear(C, C * C)),
+        {"conv2d"},
+    ),
+    "matrix from the input": (
+        Block(lambda s, x: F.linear(s.a(x), s.b(x).mean((0, 1)), s.t), t=parameter(12)),
+        {"linear"},
+    ),
+    "slopes from the input": (Block(lambda s, x: F.prelu(s.a(x), s.b(x).mean((0, 2, 3)))), {"prelu"}),
+    "scales from the input": (
+        Block(lambda s, x: F.batch_norm(s.a(x), s.n.m, s.n.v, s.b(x).mean((0, 2, 3))), n=Affine()),
+        {"batch_norm"},
+    ),
+    "statistics of the batch": (
+        Block(lambda s, x: F.batch_norm(s.a(x), s.n.m.clone(), s.n.v.clone(), training=True), n=Affine()),
+        {"batch_norm without running statistics"},
+    ),
+    "bilinear form": (
+        Block(lambda s, x: F.bilinear(s.a(x).movedim(1, -1), s.b(x).movedim(1, -1), s.t).movedim(-1, 1),
+              t=parameter(C, C, C)),
+        {"bilinear"},
+    ),
+    "over the input": (Block(lambda s, x: s.b(s.t / (2 + s.a(x).relu())), t=parameter(C, 1, 1)), {"div"}),
+    "over a parameter": (Block(lambda s, x: s.b(s.a(x) / s.t * (1 / s.t)), t=parameter(C, 1, 1)), set()),
+    "standardised weight": (Block(lambda s, x: s.b(s.c(s.a(x))), c=Standardised(C, C, 3)), set()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+def test_what_is_not_piecewise_linear_is_named(name):
+    """Without smooth operations there is no second derivative along a change of activations."""
+    block, expected = SMOOTH[name]
+    model, x = around(block), images()
+    graph = ChannelGraph(model, x[:1], verify=False)
+    assert set(graph.smooth_operations) == expected
+    stem = next(n for n in graph.executions[False].trace.graph.nodes if n.meta.get("module") == "stem.2")
+    direction = torch.randn(C, 1, 1, dtype=torch.double, generator=torch.Generator().manual_seed(0))
+
+    def total(step):
+        with graph.executed({stem: lambda output: output * (1 + step * direction)}):
+            return model(x).sum()
+
+    second = torch.func.grad(torch.func.grad(total))(torch.zeros((), dtype=torch.double))
+    assert bool(second.abs() > 1e-9) == bool(expected)
 
 
 def test_heads_are_units_where_the_scale_depends_on_their_size():

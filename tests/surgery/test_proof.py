@@ -12,7 +12,7 @@ from torch import nn
 from taylor_pruning.errors import InputError
 from taylor_pruning.surgery.graph import ChannelGraph
 from taylor_pruning.surgery.operations import RULES
-from taylor_pruning.surgery.proof import CutProof, _MeanDraws, difference, draw_anew, tensors_of
+from taylor_pruning.surgery.proof import CutProof, MeanDraws, difference, draw_anew, tensors_of
 
 
 class Filters(NamedTuple):
@@ -125,7 +125,7 @@ def test_new_values_keep_variances_positive_and_leave_no_default():
 
 
 def test_random_draws_become_their_means():
-    with torch.no_grad(), _MeanDraws():
+    with torch.no_grad(), MeanDraws():
         x = torch.arange(4.0)
         assert torch.equal(F.dropout(x, 0.4, True), x) and torch.equal(
             F.dropout2d(x.view(1, 4, 1, 1), 0.3).flatten(), x
@@ -133,6 +133,11 @@ def test_random_draws_become_their_means():
         assert x.new_empty(2).bernoulli_(0.8).tolist() == pytest.approx([0.8, 0.8])
         assert torch.rand(2).tolist() == [0.5, 0.5] and torch.randn_like(x).tolist() == [0] * 4
         assert torch.empty(1).uniform_(-1, 3).item() == 1 and torch.empty(1).normal_(2, 1).item() == 2
+        assert torch.empty(1).uniform_().item() == 0.5 and torch.empty(1).exponential_(4).item() == 0.25
+        for slopes, mean in (((), (1 / 8 + 1 / 3) / 2), ((0.1, 0.3), 0.2)):
+            y = -torch.ones(1)
+            assert F.rrelu(y, *slopes, training=True).item() == pytest.approx(-mean)
+            assert F.rrelu(y, *slopes, training=True, inplace=True) is y and y.item() == pytest.approx(-mean)
 
 
 class Leaky(nn.Module):
@@ -208,3 +213,52 @@ def test_a_rule_that_fails_protects_what_meets_the_operation(monkeypatch):
     graph = ChannelGraph(model, torch.zeros(1, 3, 4, 4))
     assert graph.layers["2"].reason == "passes through tanh (3), called in a form that is not known"
     assert graph.layers["0"].reason is None
+
+
+class Remembering(nn.Module):
+    """Adds what it keeps of the image before, as `kept` says."""
+
+    def __init__(self, kept):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+        self.kept, self.before, self.calls, self.list = kept, None, 0, []
+        self.register_buffer("mean", torch.ones(8, 1, 1))
+
+    def forward(self, x):
+        x = before = self.a(x)
+        if self.kept == "features" and self.before is not None:
+            x = x + self.before
+        if self.kept == "number":
+            x = x * (1 + self.calls)
+        if self.kept == "list":
+            x = x + sum(self.list)
+        if self.kept == "buffer":
+            x = x - self.mean
+            self.mean = before.mean((0, 2, 3), keepdim=True)[0].detach()
+        self.before, self.calls, self.list[:] = before, self.calls + 1, [before.mean((0, 2, 3), keepdim=True)]
+        return self.b(F.relu(x)).mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    ("kept", "attribute"),
+    [("features", "before"), ("number", "calls"), ("list", "list"), ("buffer", "mean"), (None, None)],
+)
+def test_a_network_that_goes_on_from_the_call_before_is_refused(kept, attribute):
+    torch.manual_seed(0)
+    model, x = Remembering(kept).eval(), torch.randn(1, 3, 4, 4)
+    if kept is None:  # what is left behind is not read
+        assert len(ChannelGraph(model, x).units) == 8
+        return
+    with pytest.raises(InputError, match=rf"on a second call, because .*0\.{attribute}.*make it an input"):
+        ChannelGraph(nn.Sequential(model), x)
+
+
+def test_statistics_in_buffers_are_no_state_of_calls():
+    class Moving(nn.BatchNorm2d):
+        def forward(self, x):
+            self.running_mean.mul_(0.9).add_(0.1 * x.mean((0, 2, 3)))
+            self.last = x
+            return (x - self.running_mean[:, None, None]) * self.weight[:, None, None]
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), Moving(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    assert len(ChannelGraph(model.eval(), torch.randn(1, 3, 4, 4)).units) == 8

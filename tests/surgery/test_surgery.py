@@ -647,7 +647,11 @@ def removable(graph, *names):
         (UNet, ["a.0", "b.0", "up"], [8, 8, 8]),
         (Grouped, ["a.0", "b.0"], [8, 8]),
         (Excitation, ["a.0", "se.fc1", "b.0"], [8, 2, 8]),
-        (ExpandedExcitation, ["a.0", "b.0"], [0, 8]),  # its gate comes from linear layers, which stay whole
+        (
+            ExpandedExcitation,
+            ["a.0", "b.0"],
+            [8, 8],
+        ),  # its gate comes from linear layers, whose outputs go with the filters
         (SpatialAttention, ["a.0", "b.0", "map"], [0, 8, 0]),
         (ChannelTimesSpace, ["channel", "a.0", "map"], [8, 8, 0]),
         (Highway, ["a.0", "b.0"], [8, 8]),
@@ -698,6 +702,15 @@ def test_shapes_and_attributes_shrink():
     assert kept < 8 and smaller.get_submodule("blocks.2.norms.1").num_features == kept
     depthwise = smaller.blocks[0].b[0]
     assert depthwise.out_channels == 2 * depthwise.groups < 16 and depthwise.groups == depthwise.in_channels
+
+
+def test_weights_keep_their_memory_format():
+    model = net(Plain, Depthwise).to(memory_format=torch.channels_last)
+    graph = ChannelGraph(model, images(1))
+    smaller = graph.remove(random_units(graph, 0.4, 0))
+    weights = [p for p in smaller.parameters() if p.dim() == 4]
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in weights)
+    assert not all(p.is_contiguous() for p in weights)
 
 
 def test_kept_filters_keep_their_weights():

@@ -50,7 +50,8 @@ def finish(call, axes, reason, shape=None):
     return call.result([axis.layer for axis in axes], reason, shape)
 
 
-@rule("add sub rsub radd maximum minimum addcmul addcdiv lerp where fmax fmin masked_fill", linear=True)
+@rule("add sub rsub radd maximum minimum where fmax fmin masked_fill", linear=True)
+@rule("addcmul addcdiv lerp")
 def total(call):
     """x + y: zero where both operands are."""
     values = call.values()
@@ -64,24 +65,22 @@ def total(call):
     call.keep_numbers()
     if call.name in ("where", "masked_fill"):  # zeros of the condition make no zeros
         call.info.mains = tuple(node for node, _ in call.operands if node.meta.get("real"))
-    if call.name in ("addcmul", "addcdiv", "lerp"):
-        call.info.nonlinear = call.name
     return finish(call, axes, reason)
 
 
-@rule("mul multiply div true_divide divide rdiv truediv rtruediv rmul", linear=True)
+@rule("mul multiply div true_divide divide rdiv truediv rtruediv rmul", linear="each")
 def product(call):
     """x * y: zero where one of the operands is; x / y where x is."""
     call.keep_numbers()
     values, divides = call.values(), call.name not in ("mul", "multiply", "rmul")
     if len(values) == 1:
         if divides and not hasattr(call.args[0], "layers") or call.name in ("rdiv", "rtruediv"):
-            call.info.source, call.info.nonlinear = True, call.name
+            call.info.source, call.info.nonlinear = True, None if call.info.constant else call.name
         return call.result(values[0].layers)
     axes, reason = align(call.ids, values, call.shape, call.where)
     find_zero_operands(call, axes, numerator_only=divides)
-    constants = [call.is_constant(i) for i in range(2)]
-    call.info.nonlinear = None if any(constants[1:] if divides else constants) else call.name
+    if divides and not call.is_constant(1):
+        call.info.nonlinear = call.name
     return finish(call, axes, reason)
 
 
@@ -108,7 +107,7 @@ KEEP_ZERO_LINEAR = """relu relu6 leaky_relu rrelu dropout dropout1d dropout2d dr
     stochastic_depth data view_as_real conj resolve_conj resolve_neg hardshrink softshrink _data requires_grad"""
 KEEP_ZERO = """elu selu celu gelu silu mish hardswish tanh tanhshrink softsign square sqrt sin tan asin atan
     sinh expm1 log1p erf nan_to_num feature_alpha_dropout rad2deg deg2rad"""
-BREAK_ZERO = """sigmoid hardsigmoid softplus logsigmoid exp cos rsqrt reciprocal log log2 log10 exp2 erfc cosh bernoulli
+BREAK_ZERO = """sigmoid hardsigmoid softplus log_sigmoid exp cos rsqrt reciprocal log log2 log10 exp2 erfc cosh bernoulli
     normal uniform fill zero dropout_"""
 
 
@@ -158,7 +157,7 @@ def power(call):
     return call.result(values[0].layers)
 
 
-@rule("prelu", linear=True)
+@rule("prelu", linear="each")
 def prelu(call):
     x, weight = call.values()[:2]
     if weight.shape and weight.shape[0] > 1:

@@ -141,6 +141,15 @@ def _equal(ids, parts):
         ids.unite(parts[0], part)
 
 
+@rule("glu")
+def glu(call):
+    """One half times the sigmoid of the other: channels go in pairs."""
+    x = call.values()[0]
+    dim = int(call.get("dim", 1, -1)) % len(x.shape)
+    halves = [call.ids.together(layer.unflatten(dim, (2, -1)), dim) for layer in x.layers]
+    return call.result([layer.select(dim, 0) for layer in halves])
+
+
 @rule("unbind", linear=True)
 def unbind(call):
     x = call.values()[0]

@@ -5,7 +5,7 @@ from taylor_pruning.surgery.operations.products import contract
 from taylor_pruning.surgery.operations.registry import rule
 
 
-@rule("conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d", linear=True)
+@rule("conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d", linear="each")
 def conv(call):
     transposed = "transpose" in call.name
     x, weight, bias = call.get("input", 0), call.get("weight", 1), call.get("bias", 2)
@@ -103,7 +103,7 @@ def _whole_groups(call, inputs, outputs, own, groups):
     return outputs
 
 
-@rule("linear addmm bilinear", linear=True)
+@rule("linear addmm bilinear", linear="each")
 def linear(call):
     if call.name != "linear":
         return call.unknown()

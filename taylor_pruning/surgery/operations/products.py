@@ -36,8 +36,6 @@ def contract(call, operands, out, linear=False, source=False):
         info.mains = None if info.source else info.mains
     if source:
         info.source = True
-    if not any(call.is_constant(i) for i in range(len(call.operands))):
-        info.nonlinear = call.name
     layers = []
     for axis in kept:
         layer = axis.layer
@@ -65,7 +63,7 @@ def _spread(value, own, labels):
     return Value(tuple(shape), tuple(moved(layer) for layer in value.layers), value.reason)
 
 
-@rule("matmul rmatmul bmm mm mv dot baddbmm", linear=True)
+@rule("matmul rmatmul bmm mm mv dot baddbmm", linear="each")
 def matmul(call):
     if call.name == "baddbmm":
         return call.unknown()
@@ -88,7 +86,7 @@ def matmul(call):
     return contract(call, [(a, first), (b, second)], out, linear=constant_weight)
 
 
-@rule("einsum", linear=True)
+@rule("einsum", linear="each")
 def einsum(call):
     equation = call.args[0]
     values = call.values()
@@ -130,7 +128,6 @@ def attention(call):
     axes, reason = align(ids, values, tuple(sizes), call.where)
     call.info.reads = True
     call.info.mains = (call.operands[2][0],)
-    call.info.nonlinear = call.name
     layers, d = [], labels.index("d")
     for axis in axes:
         along = set(varying(axis.layer))

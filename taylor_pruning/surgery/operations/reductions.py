@@ -111,7 +111,7 @@ def layer_norm(call):
     return call.result(kept, f"is normalised over channels in {call.where}")
 
 
-@rule("_weight_norm", linear=True)
+@rule("_weight_norm")
 def weight_norm(call):
     """g v / |v|, the norm over all dimensions but one."""
     v, g, dim = call.get("v", 0), call.get("g", 1), int(call.get("dim", 2, 0))
@@ -149,12 +149,12 @@ def along_channels(call, x):
     return kept
 
 
-@rule("batch_norm", linear=True)
+@rule("batch_norm", linear="each")
 def batch_norm(call):
     x = call.values()[0]
     per_channel(call, {"running_mean": 1, "running_var": 2, "weight": 3, "bias": 4})
     batch_statistics = call.get("running_mean", 1) is None
-    if batch_statistics:  # it divides by those of the batch, in evaluation mode too
+    if (batch_statistics or call.get("training", 5)) and not call.info.constant:  # it divides by those of the batch
         call.info.nonlinear = f"{call.name} without running statistics"
     return call.result(along_channels(call, x) if batch_statistics else x.layers)
 

@@ -9,17 +9,22 @@ from taylor_pruning.surgery.numbers import is_tracked
 from taylor_pruning.surgery.ways import Ways
 
 RULES = {}  # operation name: rule
-PIECEWISE_LINEAR = set()  # names of operations that are piecewise linear in their tensor
+PIECEWISE_LINEAR = {}  # name of an operation that is piecewise linear: True or "each", see `rule`
 
 
 def rule(names, linear=False):
-    """Registers a rule for the operations of these names; `linear`: they are piecewise linear."""
+    """Registers a rule for the operations of these names.
+
+    Args:
+        linear: True: piecewise linear in all their tensors together, as a sum is; "each": in each of them while the others
+            are constant, as a product is. Exact derivatives apply to what is piecewise linear.
+    """
 
     def register(function):
         for name in names.split():
             RULES[name] = function
             if linear:
-                PIECEWISE_LINEAR.add(name)
+                PIECEWISE_LINEAR[name] = linear
         return function
 
     return register
@@ -98,6 +103,11 @@ class Call:
     def is_constant(self, position):
         """Whether the operand of that position (among the tensors) depends on no input."""
         return self.infos[self.operands[position][0]].constant
+
+    def is_piecewise_linear(self):
+        """Whether the operation is piecewise linear in those of its tensors that depend on the input."""
+        inputs = sum(not self.is_constant(i) for i in range(len(self.operands)))
+        return not inputs or (self.name in PIECEWISE_LINEAR and (inputs == 1 or PIECEWISE_LINEAR[self.name] is True))
 
     def protect(self, ids, reason):
         """`ids` cannot be cut because of this operation."""

@@ -6,14 +6,12 @@ from taylor_pruning.surgery.ids import varying
 from taylor_pruning.surgery.operations.registry import rule
 
 _DIMENSIONS = "1d 2d 3d".split()
-POOLS = " ".join(
-    f"{kind}{d}"
-    for kind in ("max_pool", "avg_pool", "adaptive_max_pool", "adaptive_avg_pool", "lp_pool")
-    for d in _DIMENSIONS
-)
+_KINDS = "max_pool avg_pool adaptive_max_pool adaptive_avg_pool".split()
+POOLS = " ".join(f"{kind}{d}" for kind in _KINDS for d in _DIMENSIONS)
 
 
-@rule(POOLS + " interpolate upsample grid_sample adaptive_max_pool2d_with_indices max_pool2d_with_indices"
+@rule("lp_pool1d lp_pool2d lp_pool3d")
+@rule(POOLS + " interpolate upsample adaptive_max_pool2d_with_indices max_pool2d_with_indices"
       " max_unpool2d fractional_max_pool2d", linear=True)  # fmt: skip
 def spatial(call):
     """Pooling and resizing of space: the same channels at another size."""
@@ -31,6 +29,14 @@ def spatial(call):
     if "shapes" in call.node.meta:
         return tuple(_resized(call, kept, shape, first) for shape in call.node.meta["shapes"])
     return _resized(call, kept, call.shape, first)
+
+
+@rule("grid_sample", linear=True)
+def grid_sample(call):
+    """Linear in the maps, not in the places where they are read."""
+    if not call.is_constant(1):
+        call.info.nonlinear = call.name
+    return spatial(call)
 
 
 def _resized(call, layers, shape, first):

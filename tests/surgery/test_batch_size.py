@@ -1,0 +1,71 @@
+"""No size of a network is taken for the batch of its trace, and what needs batches of a certain size is told so."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import randomise
+from test_surgery import check_law
+from torch import nn
+
+from taylor_pruning.errors import InputError
+from taylor_pruning.surgery.batch_size import batch_size
+from taylor_pruning.surgery.graph import ChannelGraph
+
+
+class Literal(nn.Module):
+    """A number in the code is the width of the last conv; `decides`: values choose the way of a part."""
+
+    def __init__(self, width, decides=False):
+        super().__init__()
+        self.a, self.b, self.fc = nn.Conv2d(3, 8, 3), nn.Conv2d(8, width, 3), nn.Linear(width, 4)
+        self.width, self.part = str(width), Decides() if decides else nn.Identity()
+
+    def forward(self, x):
+        x = F.relu(self.b(F.relu(self.part(self.a(x)))))
+        return self.fc(x.mean((2, 3)).view(-1, int(self.width)))
+
+
+class Decides(nn.Module):
+    def forward(self, x):
+        return x if x.sum() > 0 else 2 * x
+
+
+def images(number=3):
+    return torch.randn(number, 3, 9, 9, dtype=torch.double, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(("width", "decides"), [(41, False), (82, False), (10, True)])
+def test_a_literal_size_is_no_batch(width, decides):
+    torch.manual_seed(0)
+    graph = check_law(randomise(Literal(width, decides)), images(), seeds=(0,))
+    assert graph.layers["b"].reason == "is viewed at a fixed size in view"
+    assert len(graph.units) == (0 if decides else 8)
+
+
+def test_the_batch_divides_no_size_of_network_and_inputs():
+    model = nn.Sequential(nn.Conv2d(3, 82, 3), nn.BatchNorm2d(86))
+    model.groups = [47, 3]
+    assert batch_size(model, ((torch.zeros(41, 3, 53, 8), torch.zeros(59)), {})) == 61
+    assert batch_size(nn.ReLU(), torch.zeros(41, 3), least=5) == 5
+
+
+class Pairs(nn.Module):
+    """The halves of a batch are two views of the same samples."""
+
+    def __init__(self, in_training):
+        super().__init__()
+        self.a, self.fc, self.in_training = nn.Conv2d(3, 8, 3), nn.Linear(16, 4), in_training
+
+    def forward(self, x):
+        x = F.relu(self.a(x)).mean((2, 3))
+        if self.in_training and not self.training:
+            return self.fc(x.repeat(1, 2))
+        return self.fc(torch.cat(x.chunk(2), 1))
+
+
+@pytest.mark.parametrize(("in_training", "mode"), [(False, "runs on 4"), (True, "runs in training mode on 4")])
+def test_a_network_of_even_batches_is_told_so(in_training, mode):
+    with pytest.raises(InputError, match=rf"Pairs {mode} samples, but not on 41 \(Sizes of .* any number of samples"):
+        ChannelGraph(Pairs(in_training), images(4))
+    with pytest.raises(InputError, match="pass an example_input"):
+        ChannelGraph(Pairs(False), images(4)[:, :2])
