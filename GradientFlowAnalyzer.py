@@ -75,7 +75,7 @@ def collect_flow(model: nn.Module, graph: ChannelGraph, batches: Iterable) -> Te
             where, batch = f"batch {number}", (images, labels)
             logits = gated_outputs(graph, Classification(), batch, gates, where, on_gate=record)
         loss = F.cross_entropy(logits, labels, reduction="sum")
-        flows.append(unit_gradient_norms(loss, gated, len(graph.units), retain_graph=False).cpu())
+        flows.append(unit_gradient_norms(loss, gated, *gates.shape, retain_graph=False).cpu())
     if not flows:
         raise InputError("there are no images to measure gradient flow on; pass at least one batch")
     return torch.cat(flows)
