@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import fx
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from taylor_pruning.checks import describe
 from taylor_pruning.errors import InputError
 from taylor_pruning.surgery.nested import Slot, map_tensors, tensors_in
 from taylor_pruning.surgery.operations import RULES
@@ -33,7 +34,7 @@ def call(model, example):
 def record(model, example, training=False):
     """`Trace` of the model's forward on tensors of the example's shapes, in the type of the model's parameters.
 
-    Raises InputError if the network cannot be traced, copied or run on the example.
+    Raises InputError if the network cannot be traced, copied or run on the example, or returns no tensor.
     """
     args, kwargs = inputs_of(example)
     first = next(iter(tensors_in((args, kwargs))), None)
@@ -47,7 +48,13 @@ def record(model, example, training=False):
         return tensor.to(like) if tensor.is_floating_point() else tensor.to(like.device)
 
     args, kwargs = map_tensors((args, kwargs), batched)
-    return trace(model, args, kwargs, RULES.keys(), training)
+    found = trace(model, args, kwargs, RULES.keys(), training)
+    if not any("shape" in node.meta for node in next(reversed(found.graph.nodes)).args[0]):
+        raise InputError(
+            f"{type(model).__name__} returns {describe(found.output)} without a tensor that is seen in it; return tensors, "
+            "alone or in tuples, lists, dicts or dataclasses"
+        )
+    return found
 
 
 class _Blend(torch.autograd.Function):
@@ -193,8 +200,8 @@ class Execution:
         finally:
             torch._C._set_grad_enabled(outer)
 
-    def _output(self, tensors):
-        return map_tensors(self.trace.output, lambda slot: tensors[slot.index], Slot)
+    def _output(self, found):
+        return map_tensors(self.trace.output, lambda slot: found[slot.index], Slot)
 
     def constant(self, name, named):
         """A tensor of the trace that is neither parameter nor buffer, on the device of the `named` ones."""

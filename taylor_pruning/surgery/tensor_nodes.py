@@ -123,3 +123,13 @@ class TensorNodes:
             return item
 
         return fx.node.map_aggregate(value, convert)
+
+    def output_node(self, item):
+        """The node of a tensor, a size or a shape that the forward returns; None for what is the same for every input."""
+        if isinstance(item, torch.Size):
+            sizes = [self.output_node(size) or int(size) for size in item]
+            constant = all(isinstance(size, int) for size in sizes)
+            return None if constant else self.graph.call_function(torch.Size, (sizes,))
+        # On values a batch is so small that numbers like it may be constants.
+        found = self.as_nodes(item, sized=not self.on_values)
+        return found if isinstance(found, fx.Node) else None

@@ -32,7 +32,7 @@ class Trace:
         graph: fx.Graph. Every tensor node has its `shape` and the name of the `module` that ran it in `meta`.
         constants: {name: tensor} that the forward uses and that are neither parameters nor buffers.
         inputs: the example with a `Slot` in the place of every tensor.
-        output: what the forward returned, with a `Slot` in the place of every tensor.
+        output: what the forward returned, with a `Slot` in the place of every tensor, and of every size that is read off one.
         batch: the size of the batch in the shapes of the nodes.
         reads_mode: whether the forward may do other steps in the other mode of training.
     """
@@ -134,11 +134,14 @@ def _record(recorder, model, args, kwargs, training):
         output = copied(*inputs[0], **inputs[1])
     found = []
 
-    def slot(tensor):
-        found.append(recorder.nodes.node_of(tensor))
+    def slot(item):
+        node = recorder.nodes.output_node(item)
+        if node is None:
+            return item
+        found.append(node)
         return Slot(len(found) - 1)
 
-    structure = map_tensors(output, slot)
+    structure = map_tensors(output, slot, (torch.Tensor, torch.Size, int, float))
     recorder.graph.output(tuple(found))
     recorder.graph.eliminate_dead_code(_has_effect)
     counter = iter(range(len(slots)))
