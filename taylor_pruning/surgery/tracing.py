@@ -16,6 +16,7 @@ from taylor_pruning.errors import InputError
 from taylor_pruning.memory import raise_out_of_memory
 from taylor_pruning.modes import set_mode
 from taylor_pruning.surgery.copying import copy_of, structure_of
+from taylor_pruning.surgery.draws import fixed_draws
 from taylor_pruning.surgery.nested import Slot, map_tensors, tensors_in
 from taylor_pruning.surgery.numbers import wrap_widths
 from taylor_pruning.surgery.recorder import TRACE_ERRORS, Recorder, watched
@@ -130,7 +131,7 @@ def _record(recorder, model, args, kwargs, training):
 
     inputs = map_tensors((args, kwargs), place)
     recorder.nodes.read_batch_from(slots[0])
-    with recorder.modules(copied), torch.random.fork_rng(devices=[]), torch.enable_grad(), recorder:
+    with recorder.modules(copied), fixed_draws(), torch.random.fork_rng(devices=[]), torch.enable_grad(), recorder:
         output = copied(*inputs[0], **inputs[1])
     found = []
 
