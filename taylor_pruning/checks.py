@@ -39,6 +39,12 @@ def check_weights(model: nn.Module) -> None:
         raise InputError(f"the weights hold NaN or infinite values in {name}; load other weights")
 
 
+def check_gradient_mode(what: str) -> None:
+    """Raises InputError if the caller has switched off gradients, which `what` needs."""
+    if not torch.is_grad_enabled():
+        raise InputError(f"{what} needs gradients; call this outside of torch.no_grad() and torch.inference_mode()")
+
+
 def read_batch(batch, where: str, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
     """Images [B, ...] and class numbers int64 [B] of a loader's batch, on `device`.
 

@@ -259,6 +259,12 @@ def test_data_that_cannot_be_measured(data, message):
         GradientFlowAnalyzer(Chain(), torch.zeros(1, 3, 8, 8)).analyze(data)
 
 
+def test_gradients_that_the_caller_has_switched_off():
+    analyzer = GradientFlowAnalyzer(Chain(), torch.zeros(1, 3, 8, 8))
+    with torch.no_grad(), pytest.raises(InputError, match="gradient flow needs gradients; call this outside of"):
+        analyzer.analyze(batches(1, 4))
+
+
 def test_network_without_units_is_refused():
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
     with pytest.raises(InputError, match="no filter"):
