@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
+from taylor_pruning.surgery.captured import captured_call
 from taylor_pruning.surgery.nested import map_tensors, tensors_in
 from taylor_pruning.surgery.numbers import is_tracked, number
 from taylor_pruning.surgery.recorded_calls import bare, called_function, pick, set_grad
@@ -165,9 +166,13 @@ class Recorder(TorchFunctionMode):
     # -- modules -----------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def modules(self, model):
-        """While open, the recorder knows which module runs, and runs the `opaque` ones as one operation each."""
+    def modules(self, model, original):
+        """While open, the recorder knows which module runs, and runs the `opaque` ones as one operation each.
+
+        Raises InputError if a module of the original runs, of which `model` is a copy.
+        """
         names = {id(module): name for name, module in model.named_modules()}
+        originals = {id(module): name for name, module in original.named_modules() if id(module) not in names}
         call, attribute = nn.Module.__call__, nn.Module.__getattr__
         modes = {id(module): vars(module).pop("training", None) for module in model.modules()}
 
@@ -178,6 +183,8 @@ class Recorder(TorchFunctionMode):
             return modes[id(module)]
 
         def traced_call(module, *args, **kwargs):
+            if id(module) in originals:
+                raise captured_call(originals[id(module)])
             name = names.get(id(module), self.path[-1])
             if name in self.opaque or isinstance(module, torch.jit.ScriptModule):
                 return self.whole(self.graph.call_module, name, module.forward, args, kwargs)

@@ -15,6 +15,7 @@ from torch import fx
 from taylor_pruning.errors import InputError
 from taylor_pruning.memory import raise_out_of_memory
 from taylor_pruning.modes import set_mode
+from taylor_pruning.surgery.captured import untouched
 from taylor_pruning.surgery.copying import copy_of, structure_of
 from taylor_pruning.surgery.draws import fixed_draws
 from taylor_pruning.surgery.nested import Slot, map_tensors, tensors_in
@@ -64,6 +65,8 @@ def trace(model, args, kwargs, rules, training=False):
         recorder.opaque = opaque
         try:
             return _record(recorder, model, args, kwargs, training)
+        except InputError:
+            raise
         except TRACE_ERRORS as error:
             raise_out_of_memory(error)
             failure = failure or error
@@ -131,7 +134,8 @@ def _record(recorder, model, args, kwargs, training):
 
     inputs = map_tensors((args, kwargs), place)
     recorder.nodes.read_batch_from(slots[0])
-    with recorder.modules(copied), fixed_draws(), torch.random.fork_rng(devices=[]), torch.enable_grad(), recorder:
+    watching = untouched(model), recorder.modules(copied, model)
+    with watching[0], watching[1], fixed_draws(), torch.random.fork_rng(devices=[]), torch.enable_grad(), recorder:
         output = copied(*inputs[0], **inputs[1])
     found = []
 
