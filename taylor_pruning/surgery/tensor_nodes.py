@@ -26,6 +26,7 @@ class TensorNodes:
         batch: size of the batch.
         nodes: {id of a tensor: (node, tensor)}, which keeps the tensor alive.
         stand_ins: {id of a real tensor: (its stand-in, tensor)}.
+        settings: {id of a buffer of one number: its version before the forward}.
         constants: {name: tensor} that are neither inputs nor parameters nor buffers.
         path: names of the modules that run now, the innermost last.
     """
@@ -33,6 +34,7 @@ class TensorNodes:
     def __init__(self, names, on_values):
         self.graph, self.names, self.on_values, self.batch = fx.Graph(), names, on_values, None
         self.nodes, self.stand_ins, self.constants, self.path = {}, {}, {}, [""]
+        self.settings = {}
 
     def stand_in(self, tensor):
         """A tensor of the same shape and strides without values; the tensor itself where the forward runs on values."""
@@ -86,6 +88,13 @@ class TensorNodes:
             known = self.nodes.get(id(tensor))
             return known is not None and bool(known[0].meta.get("constant"))
         return tensor.device.type != "meta" and id(tensor) not in self.names
+
+    def is_setting(self, tensor):
+        """Whether it is a buffer of one number that the forward has not changed, which no cut changes either."""
+        if id(tensor) not in self.settings:
+            return False
+        made, _ = self.stand_ins.get(id(tensor), (None, None))
+        return tensor._version == self.settings[id(tensor)] and (made is None or made._version == 0)
 
     def is_batch(self, tensor, dim):
         """Whether the dimension is that of the samples."""

@@ -124,6 +124,8 @@ def _record(recorder, model, args, kwargs, training):
     wrap_widths(copied)
     for named in (copied.named_buffers, copied.named_parameters):
         recorder.nodes.names.update((id(tensor), name) for name, tensor in named())
+    single = [tensor for tensor in copied.buffers() if tensor.numel() == 1 and not tensor.is_inference()]
+    recorder.nodes.settings = {id(tensor): tensor._version for tensor in single}
     slots = []
 
     def place(tensor):
