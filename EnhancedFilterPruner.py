@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from GradientFlowAnalyzer import GradientFlowReport
+from taylor_pruning.checks import check_gradient_mode
 from taylor_pruning.errors import InputError, one_of
 from taylor_pruning.experiment.pruned_graph import graph_for
 from taylor_pruning.experiment.settings import TAYLOR_ORDERS, PruningSettings
@@ -126,8 +127,9 @@ class EnhancedFilterPruner:
 
         Raises:
             InputError: no images, NaN images or logits, labels outside the logits' range; something that the task does not
-                define, or that needs class logits.
+                define, or that needs class logits; gradients are switched off.
         """
+        check_gradient_mode("scoring")
         read = functools.partial(read_batches, self.task, device_of(self.model))
         batches, compensation, settings = read(batches), read(compensation or ()), self.settings
         if not batches:

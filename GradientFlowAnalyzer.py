@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
 
-from taylor_pruning.checks import read_batch
+from taylor_pruning.checks import check_gradient_mode, read_batch
 from taylor_pruning.errors import InputError
 from taylor_pruning.first_batch import device_of
 from taylor_pruning.modes import frozen
@@ -61,6 +61,7 @@ def collect_flow(model: nn.Module, graph: ChannelGraph, batches: Iterable) -> Te
     Raises:
         InputError: no unit, no batch, NaN in images or weights, labels outside the logits' range.
     """
+    check_gradient_mode("gradient flow")
     require_units(graph)
     flows = []
     for number, batch in enumerate(batches):
@@ -75,7 +76,7 @@ def collect_flow(model: nn.Module, graph: ChannelGraph, batches: Iterable) -> Te
             where, batch = f"batch {number}", (images, labels)
             logits = gated_outputs(graph, Classification(), batch, gates, where, on_gate=record)
         loss = F.cross_entropy(logits, labels, reduction="sum")
-        flows.append(unit_gradient_norms(loss, gated, len(graph.units), retain_graph=False).cpu())
+        flows.append(unit_gradient_norms(loss, gated, *gates.shape, retain_graph=False).cpu())
     if not flows:
         raise InputError("there are no images to measure gradient flow on; pass at least one batch")
     return torch.cat(flows)

@@ -21,14 +21,28 @@ def nonfinite_tensor(tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def nonfinite_weight(model: nn.Module) -> str | None:
-    """Name of the first parameter or buffer that holds NaN or infinite values."""
-    return nonfinite_tensor(dict([*model.named_parameters(), *model.named_buffers()]))
+    """Name of the first parameter or running statistic of a norm that holds NaN or infinite values.
+
+    Other buffers may: a causal mask is full of -inf.
+    """
+    return nonfinite_tensor(dict([*model.named_parameters(), *_statistics(model)]))
+
+
+def _statistics(model):
+    """The names and values of running means and variances, as a norm of any class keeps them."""
+    return ((n, b) for n, b in model.named_buffers() if n.rpartition(".")[2] in ("running_mean", "running_var"))
 
 
 def check_weights(model: nn.Module) -> None:
-    """Raises InputError naming the first parameter or buffer that holds NaN or infinite values."""
+    """Raises InputError naming the first parameter or running statistic that holds NaN or infinite values."""
     if name := nonfinite_weight(model):
         raise InputError(f"the weights hold NaN or infinite values in {name}; load other weights")
+
+
+def check_gradient_mode(what: str) -> None:
+    """Raises InputError if the caller has switched off gradients, which `what` needs."""
+    if not torch.is_grad_enabled():
+        raise InputError(f"{what} needs gradients; call this outside of torch.no_grad() and torch.inference_mode()")
 
 
 def read_batch(batch, where: str, device: torch.device | None = None) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, SequentialSampler, Subset
 
-from taylor_pruning.checks import check_weights, describe
+from taylor_pruning.checks import check_gradient_mode, check_weights, describe
 from taylor_pruning.errors import InputError
 from taylor_pruning.memory import raise_out_of_memory
 from taylor_pruning.modes import frozen
@@ -194,8 +194,7 @@ def check_training(model: nn.Module, loader: Batches) -> None:
     Reasons are: gradients are switched off, no parameter requires one, the loader has no length, or a batch of one image
     meets a BatchNorm that has one value a channel then.
     """
-    if not torch.is_grad_enabled():
-        raise InputError("fine-tuning needs gradients; call this outside of torch.no_grad()")
+    check_gradient_mode("fine-tuning")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise InputError(
             "no parameter of the network requires a gradient, so that it cannot be fine-tuned; call "

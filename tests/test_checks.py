@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 from toys import toy_model
 
 from taylor_pruning.checks import check_batch, check_logits, nonfinite_weight, read_batch
@@ -87,6 +88,12 @@ def test_the_first_nonfinite_tensor_is_named():
     with torch.no_grad():
         model[6].bias[0] = math.nan
     assert nonfinite_weight(model) == "6.bias"
+
+
+def test_infinite_values_of_a_mask_are_no_fault():
+    model = toy_model()
+    model.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(4))
+    assert nonfinite_weight(model) is None
 
 
 def test_finite_tensors_with_an_infinite_sum_are_finite():

@@ -6,6 +6,7 @@ smaller = load_pruned("pruned_model.pt")
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from taylor_pruning.errors import InputError
 from taylor_pruning.experiment.models import check_name, network, parameters_on_meta
 from taylor_pruning.experiment.weights import PRUNED_FORMAT, first_names, read_tensors
 from taylor_pruning.files import atomic_file
+from taylor_pruning.surgery.trial_inputs import FORWARD_ERRORS
 
 FORMAT_VERSION = 1
 
@@ -117,11 +119,9 @@ def _skeleton(content: dict, factory: Callable[[], nn.Module] | None, path: str 
         check_name(content["name"])
         with parameters_on_meta():
             return network(content["name"], content["num_classes"], content["image_size"])
-    try:
-        with parameters_on_meta():
-            return factory()
-    except RuntimeError:  # it reads its parameters or moves them: only real ones will do
+    with suppress(*FORWARD_ERRORS), parameters_on_meta():
         return factory()
+    return factory()  # it reads its parameters, moves them or gives them their shapes: only real ones will do
 
 
 def _slots(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:

@@ -17,8 +17,13 @@ from taylor_pruning.surgery.units import by_layers
 WEIGHT_FLOOR = 0.1  # no weight is smaller, so that a weight alone divides no score by more than 10
 
 
-def unit_gradient_norms(loss: Tensor, gated: Sequence[tuple], units: int, *, retain_graph: bool = True) -> Tensor:
-    """The flow F of one batch (module docstring).
+def unit_gradient_norms(
+    loss: Tensor, gated: Sequence[tuple], images: int, units: int, *, retain_graph: bool = True
+) -> Tensor:
+    """The flow F of one batch of `images` images (module docstring).
+
+    Where a forward folds space or time into the batch, an image has several rows there, one after the other; their squares
+    add up.
 
     Args:
         loss: scalar, the sum over the batch of the samples' losses (so that samples do not mix; eval mode).
@@ -29,7 +34,7 @@ def unit_gradient_norms(loss: Tensor, gated: Sequence[tuple], units: int, *, ret
         retain_graph: keep the graph for further backward passes.
 
     Returns:
-        [B, units] tensor.
+        [images, units] tensor.
 
     Raises:
         ValueError: an activation was overwritten by an in-place ReLU, so that its gradient is the one behind the ReLU.
@@ -42,10 +47,11 @@ def unit_gradient_norms(loss: Tensor, gated: Sequence[tuple], units: int, *, ret
     used = [(site, grad) for (site, _), grad in zip(gated, grads, strict=True) if grad is not None]
     first = used[0][1]
     # float64: squares of a vanishing gradient underflow in float32
-    squares = torch.zeros(len(first), units, dtype=torch.float64, device=first.device)
+    squares = torch.zeros(images, units, dtype=torch.float64, device=first.device)
     for site, grad in used:
-        channels = grad.movedim(site.dim, 1).reshape(len(grad), grad.shape[site.dim], -1)
-        norms = torch.linalg.vector_norm(channels, dim=2, dtype=torch.float64)
+        rows = grad.movedim((site.batch_dim, site.dim), (0, 1))
+        channels = rows.reshape(images, -1, rows.shape[1], rows[0, 0].numel())
+        norms = torch.linalg.vector_norm(channels, dim=(1, 3), dtype=torch.float64)
         has_gate = site.units >= 0
         squares.index_add_(1, site.units[has_gate].to(grad.device), norms[:, has_gate.to(grad.device)].square())
     return squares.sqrt().to(first.dtype)

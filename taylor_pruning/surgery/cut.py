@@ -20,7 +20,7 @@ def cut(model, tensors, widths, settings, stays):
         settings: {module name: [channels] unit index or -1} of modules with one setting a channel.
         stays: [units + 1] whether a unit stays; the last entry stands for index -1.
 
-    Raises InputError if a layer would lose its last filter.
+    Raises InputError if a layer, or a parameter or buffer of its own, would lose its last channel.
     """
     shared = {id(units): units for units in tensors.values()}
     indices = {key: stays[units].nonzero()[:, 0] for key, units in shared.items()}
@@ -28,7 +28,7 @@ def cut(model, tensors, widths, settings, stays):
     for (name, dim), units in tensors.items():
         index = indices[id(units)]
         if not len(index):
-            raise InputError(f"{name.rpartition('.')[0]} would lose its last channel; remove fewer filters")
+            raise InputError(f"{name.rpartition('.')[0] or name} would lose its last channel; remove fewer filters")
         if len(index) < len(units):
             kept[name][dim] = index
     replaced = {}  # id of a tensor of the model: what a deep copy has in its place

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import fx
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from taylor_pruning.checks import describe
 from taylor_pruning.errors import InputError
 from taylor_pruning.modes import set_mode
 from taylor_pruning.surgery.autocasts import under
@@ -38,7 +39,7 @@ def call(model, example):
 def record(model, example, training=False):
     """`Trace` of the model's forward on tensors of the example's shapes, in the type of the model's parameters.
 
-    Raises InputError if the network cannot be traced, copied or run on the example.
+    Raises InputError if the network cannot be traced, copied or run on the example, or returns no tensor.
     """
     args, kwargs = inputs_of(example)
     first = next(iter(tensors_in((args, kwargs))), None)
@@ -54,7 +55,7 @@ def record(model, example, training=False):
 
     args, kwargs = map_tensors((args, kwargs), batched)
     try:
-        return trace(model, args, kwargs, RULES.keys(), training)
+        found = trace(model, args, kwargs, RULES.keys(), training)
     except InputError as error:
         if not first.dim() or isinstance(error.__cause__, Untraceable) or not _runs(model, example, training):
             raise
@@ -63,6 +64,12 @@ def record(model, example, training=False):
             f"{type(model).__name__} runs{mode} on {len(first)} samples, but not on {batch} ({cause}); "
             "make it take any number of samples, each by itself: no pairs of samples, no BatchNorm that splits the batch"
         ) from error
+    if not any("shape" in node.meta for node in next(reversed(found.graph.nodes)).args[0]):
+        raise InputError(
+            f"{type(model).__name__} returns {describe(found.output)} without a tensor that is seen in it; return tensors, "
+            "alone or in tuples, lists, dicts or dataclasses"
+        )
+    return found
 
 
 @torch.no_grad()
@@ -220,8 +227,8 @@ class Execution:
         finally:
             torch._C._set_grad_enabled(outer)
 
-    def _output(self, tensors):
-        return map_tensors(self.trace.output, lambda slot: tensors[slot.index], Slot)
+    def _output(self, found):
+        return map_tensors(self.trace.output, lambda slot: found[slot.index], Slot)
 
     @torch.no_grad()
     def without_inputs(self, nodes):

@@ -249,11 +249,19 @@ class ChannelGraph:
         if verify and units:
             proof = self._proof()
             if reason := proof.failure(units):
-                faults = proof.faults(units)
-                layers = sorted({name for unit in faults for name, _ in unit.filters})
-                reason = next(iter(faults.values()), reason)
-                raise InputError(f"filters of {', '.join(layers)} cannot be removed: {reason}; exclude these layers")
+                self._refuse(units, proof.faults(units), reason)
         return smaller
+
+    @staticmethod
+    def _refuse(units, faults, reason):
+        """Raises the InputError on units that cannot be removed for a reason, of which `faults` {unit: reason} are at fault."""
+        layers = ", ".join(sorted({name for unit in faults or units for name, _ in unit.filters}))
+        if faults:
+            reason, remedy = next(iter(faults.values())), "exclude these layers"
+        else:
+            reason = f"{reason} in one comparison, and not in the next, so that the forward differs from run to run"
+            remedy = "draw by torch, NumPy or random alone and keep no state in it, or pass verify=False"
+        raise InputError(f"filters of {layers} cannot be removed: {reason}; {remedy}")
 
     def _cut(self, units):
         stays = torch.ones(len(self.units) + 1, dtype=torch.bool)  # the last entry stands for index -1

@@ -28,6 +28,7 @@ class Numbering:
         self.stuck = {name for name, root in whole.items() if root not in reason_of}
         for name, root in whole.items():
             reason_of.setdefault(root, f"all filters of {name} go together")
+        _keep_one(ids.tensors, roots, classes, reason_of)
         if not prune_linear and not prune_heads:  # those of linear layers that only go with filters of convs
             kept = {name for name in layers.linear if reason_of.keys() >= set(classes[name].tolist())}
             classes = {name: own for name, own in classes.items() if name not in kept}
@@ -74,3 +75,20 @@ class Numbering:
     def filters(self):
         """Number of filters that may go."""
         return sum(len(unit.filters) for unit in self.units)
+
+
+def _keep_one(tensors, roots, classes, reason_of):
+    """Protects a channel of every tensor that could lose all its channels although every layer keeps a filter.
+
+    Plans leave every layer a filter. That keeps a channel of what reads all filters of a layer, but not of a parameter or
+    buffer that runs along some of them.
+
+    Args:
+        tensors: of ChannelIds. roots: [ids] class of every id.
+        classes: {layer: [filters] class}. reason_of: {class: why it stays}; what is protected here is added.
+    """
+    free = [own for of_filter in classes.values() if (own := set(of_filter.tolist())).isdisjoint(reason_of)]
+    for (name, _), along in tensors.items():
+        own = set(roots[along].tolist())
+        if own.isdisjoint(reason_of) and not any(layer <= own for layer in free):
+            reason_of[min(own)] = f"the last channel of {name}"

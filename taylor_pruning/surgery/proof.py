@@ -20,6 +20,7 @@ from taylor_pruning.errors import InputError
 from taylor_pruning.memory import raise_out_of_memory
 from taylor_pruning.modes import set_mode
 from taylor_pruning.surgery.copying import copy_of
+from taylor_pruning.surgery.draws import fixed_draws
 from taylor_pruning.surgery.execution import call
 from taylor_pruning.surgery.nested import map_tensors
 from taylor_pruning.surgery.trial_inputs import FORWARD_ERRORS, random_inputs
@@ -161,7 +162,7 @@ class CutProof:
                 )  # in training mode three: batch statistics would leave nothing but signs of two
                 x = random_inputs(example, samples, dtype, self.device)
                 try:
-                    with MeanDraws():
+                    with fixed_draws(), MeanDraws():
                         expected = list(tensors_of(self.run_gated(dense, units, map_tensors(x, torch.Tensor.clone))))
                 except FORWARD_ERRORS as error:
                     mode = " in training mode" if training else ""
@@ -171,7 +172,7 @@ class CutProof:
                         f"({_cause(error)}); pass verify=False if it needs others"
                     ) from error
                 try:
-                    with MeanDraws():
+                    with fixed_draws(), MeanDraws():
                         got = list(tensors_of(call(smaller, x)))
                 except FORWARD_ERRORS as error:
                     return f"removing them makes the network fail ({_cause(error)})"

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import fx
@@ -64,9 +65,7 @@ def propagate(trace, ids, parameters, ways):
             result.env[node] = _constant(trace, ids, parameters, node)
         elif node.op == "output":
             info.reads = True
-            for source in node.all_input_nodes:
-                for layer in result.env[source].layers:
-                    ids.protect(layer, "output of the network")
+            fx.node.map_aggregate(tuple(result.env[n] for n in node.all_input_nodes), partial(_keep_output, ids))
         else:
             result.env[node] = _call(node, info, result, ids, ways)
             value = result.env[node]
@@ -75,6 +74,15 @@ def propagate(trace, ids, parameters, ways):
             elif not isinstance(value, Value):
                 info.source = info.source or not _has_values(value)
     return result
+
+
+def _keep_output(ids, item):
+    """What the network returns must stay as it is: the channels of a tensor, and those that a size counts."""
+    if isinstance(item, Value):
+        for layer in item.layers:
+            ids.protect(layer, "output of the network")
+    ids.keep_number(item, "their number is an output of the network")
+    return item
 
 
 def _constant(trace, ids, parameters, node):

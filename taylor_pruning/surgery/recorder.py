@@ -10,6 +10,7 @@ from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
 from taylor_pruning.surgery.autocasts import Autocasts
+from taylor_pruning.surgery.captured import captured_call
 from taylor_pruning.surgery.nested import map_tensors, tensors_in
 from taylor_pruning.surgery.numbers import is_tracked, number
 from taylor_pruning.surgery.recorded_calls import bare, called_function, pick, set_grad
@@ -52,6 +53,7 @@ class Recorder(TorchFunctionMode):
         self.autocasts = Autocasts()
         self.hooks = 0  # forward hooks that run now
         self.looked = False  # one of them has looked at values
+        self.apart = False  # whether one of these runs now, of which nothing is recorded
         self.opaque = ()  # names of modules that run as one operation each
         self.failed = None  # name of the innermost module in which an error arose
         self.mode_read = False  # whether the forward asks for the mode in which its modules are
@@ -76,6 +78,8 @@ class Recorder(TorchFunctionMode):
         tensors = tensors_in((args, kwargs))
         if name == "unbind" and self.nodes.is_batch(tensors[0], (args[1:] or tuple(kwargs.values()) or (0,))[0]):
             raise Untraceable("the forward runs over the samples of a batch one by one")
+        if name in VALUES and tensors and all(map(self.nodes.is_setting, tensors)):
+            return func(*args, **kwargs)
         if name in VALUES and not all(self.nodes.is_constant(t) for t in tensors):
             if self.hooks and self.on_values:
                 self.looked = True
@@ -167,11 +171,36 @@ class Recorder(TorchFunctionMode):
     # -- modules -----------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def modules(self, model):
-        """While open, the recorder knows which module runs, and runs the `opaque` ones as one operation each."""
-        names = {id(module): name for name, module in model.named_modules()}
-        call, attribute = nn.Module.__call__, nn.Module.__getattr__
+    def modules(self, model, original):
+        """While open, the recorder knows which module runs, and runs the `opaque` ones as one operation each.
+
+        Raises InputError if a module of the original runs, of which `model` is a copy.
+        """
         modes = {id(module): vars(module).pop("training", None) for module in model.modules()}
+        replaced = {
+            (nn.Module, "__call__"): self._traced_call(model, original),
+            (nn.Module, "__getattr__"): self._watched_attribute(modes),
+            (torch.jit.ScriptFunction, "__call__"): self._scripted_call(),
+        }
+        marked = fx._symbolic_trace._wrapped_fns_to_patch if self.on_values else {}
+        saved = [(scope, name, scope[name]) for (_, name), scope in marked.items() if name in scope]
+        own = [(kind, name, getattr(kind, name)) for kind, name in replaced]
+        try:
+            for (kind, name), function in replaced.items():
+                setattr(kind, name, function)
+            for scope, name, function in saved:
+                scope[name] = self._whole_function(function)
+            with self.autocasts.watched():
+                yield
+        finally:
+            for kind, name, function in own:
+                setattr(kind, name, function)
+            for scope, name, function in saved:
+                scope[name] = function
+            self.mode_read = self.mode_read or any(hasattr(module, "training") for module in model.modules())
+
+    def _watched_attribute(self, modes):
+        attribute = nn.Module.__getattr__
 
         def watched_attribute(module, name):  # is asked for what is no plain attribute, as `training` is not now
             if name != "training" or id(module) not in modes:
@@ -179,7 +208,16 @@ class Recorder(TorchFunctionMode):
             self.mode_read = self.mode_read or sys._getframe(1).f_code.co_filename not in FLAG_ONLY
             return modes[id(module)]
 
+        return watched_attribute
+
+    def _traced_call(self, model, original):
+        names = {id(module): name for name, module in model.named_modules()}
+        originals = {id(module): name for name, module in original.named_modules() if id(module) not in names}
+        call = nn.Module.__call__
+
         def traced_call(module, *args, **kwargs):
+            if id(module) in originals:
+                raise captured_call(originals[id(module)])
             name = names.get(id(module), self.path[-1])
             if name in self.opaque or isinstance(module, torch.jit.ScriptModule):
                 return self.whole(self.graph.call_module, name, module.forward, args, kwargs)
@@ -192,32 +230,39 @@ class Recorder(TorchFunctionMode):
             finally:
                 self.path.pop()
 
-        def wrapped_call(function):
-            return lambda *args, **kwargs: self.whole(self.graph.call_function, function, function, args, kwargs)
+        return traced_call
 
-        marked = fx._symbolic_trace._wrapped_fns_to_patch if self.on_values else {}
-        saved = [(scope, name, scope[name]) for (_, name), scope in marked.items() if name in scope]
-        try:
-            nn.Module.__call__, nn.Module.__getattr__ = traced_call, watched_attribute
-            for scope, name, function in saved:
-                scope[name] = wrapped_call(function)
-            with self.autocasts.watched():
-                yield
-        finally:
-            nn.Module.__call__, nn.Module.__getattr__ = call, attribute
-            self.mode_read = self.mode_read or any(hasattr(module, "training") for module in model.modules())
-            for scope, name, function in saved:
-                scope[name] = function
+    def _scripted_call(self):
+        """The call of a function of torch.jit, whose operations are seen in part, and on later calls not at all."""
+        call = torch.jit.ScriptFunction.__call__
+
+        def scripted_call(function, *args, **kwargs):
+            def scripted(*args, **kwargs):
+                return call(function, *args, **kwargs)
+
+            scripted.__name__ = function.name
+            return self._whole_function(scripted)(*args, **kwargs)
+
+        return scripted_call
+
+    def _whole_function(self, function):
+        return lambda *args, **kwargs: self.whole(self.graph.call_function, function, function, args, kwargs)
 
     def whole(self, record, target, function, args, kwargs):
-        """A module, or a function marked by `torch.fx.wrap`, as one operation of which nothing is known."""
+        """A module, a scripted function or one marked by `torch.fx.wrap`, as one operation of which nothing is known."""
+        if self.apart:
+            return function(*args, **kwargs)
         name = target if isinstance(target, str) else target.__name__
         if not self.on_values:
             raise Untraceable(f"{name} runs as a whole")
         node = record(target, *self.nodes.as_nodes((args, kwargs)))
         node.meta.update(module=self.path[-1], constant=False, autocast=self.autocasts.now())
-        with torch._C.DisableTorchFunction():
-            result = function(*args, **kwargs)
+        self.apart = True
+        try:
+            with torch._C.DisableTorchFunction():
+                result = function(*args, **kwargs)
+        finally:
+            self.apart = False
         if isinstance(result, torch.Tensor):
             self.nodes.bind(result, node)
         elif isinstance(result, (tuple, list)):

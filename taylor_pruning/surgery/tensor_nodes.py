@@ -26,6 +26,7 @@ class TensorNodes:
         batch: size of the batch.
         nodes: {id of a tensor: (node, tensor)}, which keeps the tensor alive.
         stand_ins: {id of a real tensor: (its stand-in, tensor)}.
+        settings: {id of a buffer of one number: its version before the forward}.
         constants: {name: tensor} that are neither inputs nor parameters nor buffers.
         path: names of the modules that run now, the innermost last.
     """
@@ -33,6 +34,7 @@ class TensorNodes:
     def __init__(self, names, on_values):
         self.graph, self.names, self.on_values, self.batch = fx.Graph(), names, on_values, None
         self.nodes, self.stand_ins, self.constants, self.path = {}, {}, {}, [""]
+        self.settings = {}
 
     def stand_in(self, tensor):
         """A tensor of the same shape and strides without values; the tensor itself where the forward runs on values."""
@@ -87,6 +89,13 @@ class TensorNodes:
             return known is not None and bool(known[0].meta.get("constant"))
         return tensor.device.type != "meta" and id(tensor) not in self.names
 
+    def is_setting(self, tensor):
+        """Whether it is a buffer of one number that the forward has not changed, which no cut changes either."""
+        if id(tensor) not in self.settings:
+            return False
+        made, _ = self.stand_ins.get(id(tensor), (None, None))
+        return tensor._version == self.settings[id(tensor)] and (made is None or made._version == 0)
+
     def is_batch(self, tensor, dim):
         """Whether the dimension is that of the samples."""
         return tensor.ndim > 0 and dim in (0, -tensor.ndim) and tensor.shape[0] == self.batch
@@ -123,3 +132,13 @@ class TensorNodes:
             return item
 
         return fx.node.map_aggregate(value, convert)
+
+    def output_node(self, item):
+        """The node of a tensor, a size or a shape that the forward returns; None for what is the same for every input."""
+        if isinstance(item, torch.Size):
+            sizes = [self.output_node(size) or int(size) for size in item]
+            constant = all(isinstance(size, int) for size in sizes)
+            return None if constant else self.graph.call_function(torch.Size, (sizes,))
+        # On values a batch is so small that numbers like it may be constants.
+        found = self.as_nodes(item, sized=not self.on_values)
+        return found if isinstance(found, fx.Node) else None

@@ -16,7 +16,9 @@ from taylor_pruning.errors import InputError
 from taylor_pruning.memory import raise_out_of_memory
 from taylor_pruning.modes import set_mode
 from taylor_pruning.surgery.batch_size import LEAST_OF_VALUES, batch_size, first_samples
+from taylor_pruning.surgery.captured import untouched
 from taylor_pruning.surgery.copying import copy_of, structure_of
+from taylor_pruning.surgery.draws import fixed_draws
 from taylor_pruning.surgery.kept_state import attributes_of, changed
 from taylor_pruning.surgery.nested import Slot, map_tensors, tensors_in
 from taylor_pruning.surgery.numbers import wrap_widths
@@ -32,7 +34,7 @@ class Trace:
         graph: fx.Graph. Every tensor node has its `shape` and the name of the `module` that ran it in `meta`.
         constants: {name: tensor} that the forward uses and that are neither parameters nor buffers.
         inputs: the example with a `Slot` in the place of every tensor.
-        output: what the forward returned, with a `Slot` in the place of every tensor.
+        output: what the forward returned, with a `Slot` in the place of every tensor, and of every size that is read off one.
         batch: the size of the batch in the shapes of the nodes.
         reads_mode: whether the forward may do other steps in the other mode of training.
         kept: names of the attributes of modules in which the forward leaves something.
@@ -65,6 +67,8 @@ def trace(model, args, kwargs, rules, training=False):
         recorder.opaque = opaque
         try:
             return _record(recorder, model, args, kwargs, training)
+        except InputError:
+            raise
         except TRACE_ERRORS as error:
             raise_out_of_memory(error)
             failure = failure or error
@@ -122,6 +126,8 @@ def _record(recorder, model, args, kwargs, training):
     wrap_widths(copied)
     for named in (copied.named_buffers, copied.named_parameters):
         recorder.nodes.names.update((id(tensor), name) for name, tensor in named())
+    single = [tensor for tensor in copied.buffers() if tensor.numel() == 1 and not tensor.is_inference()]
+    recorder.nodes.settings = {id(tensor): tensor._version for tensor in single}
     slots = []
 
     def place(tensor):
@@ -132,15 +138,19 @@ def _record(recorder, model, args, kwargs, training):
 
     inputs, before = map_tensors((args, kwargs), place), attributes_of(copied)
     recorder.nodes.read_batch_from(slots[0])
-    with recorder.modules(copied), torch.random.fork_rng(devices=[]), torch.enable_grad(), recorder:
+    watching = untouched(model), recorder.modules(copied, model)
+    with watching[0], watching[1], fixed_draws(), torch.random.fork_rng(devices=[]), torch.enable_grad(), recorder:
         output = copied(*inputs[0], **inputs[1])
     found = []
 
-    def slot(tensor):
-        found.append(recorder.nodes.node_of(tensor))
+    def slot(item):
+        node = recorder.nodes.output_node(item)
+        if node is None:
+            return item
+        found.append(node)
         return Slot(len(found) - 1)
 
-    structure = map_tensors(output, slot)
+    structure = map_tensors(output, slot, (torch.Tensor, torch.Size, int, float))
     recorder.graph.output(tuple(found))
     recorder.graph.eliminate_dead_code(_has_effect)
     counter = iter(range(len(slots)))

@@ -61,9 +61,9 @@ class OptimiserSteps:
             fused=True,
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.amp == "fp16")
-        if self.scaler.is_enabled() and recipe.momentum:
-            # Zeros mean the same, but where fused SGD starts them itself and an overflow makes the first step void, they
-            # stay uninitialised memory.
+        if recipe.momentum:
+            # Zeros mean the same as none, but fused SGD starts either all of them or none (a parameter may get its first
+            # gradient in a later step), and where an fp16 overflow makes the first step void, they stay uninitialised memory.
             for parameter in self.optimizer.param_groups[0]["params"]:
                 self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         self.average = WeightAverage(model, recipe.ema_decay) if recipe.ema_decay else None

@@ -61,15 +61,36 @@ def test_the_dense_network_is_not_allocated(tmp_path):
     assert not EveryKind().fc.weight.is_meta  # the hook is gone
 
 
-def test_a_factory_that_reads_its_weights(tmp_path):
-    def factory():
-        model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 2))
-        assert model[0].weight.norm().item() > 0  # has no answer on the meta device
-        return model
+def reading(model):
+    assert model[0].weight.norm().item() > 0  # has no answer on the meta device
+    return model
 
-    model, vectors = factory(), torch.randn(2, 6)
+
+def through_numpy(model):
+    model[0].weight.data = torch.from_numpy(2 * model[0].weight.detach().numpy())
+    return model
+
+
+def lazy(model):
+    model = nn.Sequential(nn.LazyLinear(4), nn.LazyBatchNorm1d(), model[1])
+    model(torch.zeros(2, 6))
+    return model
+
+
+@pytest.mark.parametrize("change", [reading, through_numpy, lazy])
+def test_factories_that_need_the_values_of_their_weights(change, tmp_path):
+    def factory():
+        return change(nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 2)))
+
+    model, vectors = factory().eval(), torch.randn(2, 6)
     save_pruned(tmp_path / "pruned.pt", model)
     assert torch.equal(load_pruned(tmp_path / "pruned.pt", factory)(vectors), model(vectors))
+
+
+def test_the_error_of_a_factory_is_its_own(tmp_path):
+    save_pruned(tmp_path / "pruned.pt", pruned_every_kind())
+    with pytest.raises(KeyError, match="width"):
+        load_pruned(tmp_path / "pruned.pt", lambda: {}["width"])
 
 
 def test_dtype_is_kept_and_views_do_not_drag_their_storage(tmp_path):

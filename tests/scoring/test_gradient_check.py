@@ -148,3 +148,11 @@ def test_order_3_is_refused_where_pytorch_has_a_wrong_third_derivative(norm, ima
     )
     with pytest.raises(InputError, match="no right third derivative of .*_norm"):
         EnhancedFilterPruner(model.double().eval(), images, 3, progress=False).rank([(images, labels)])
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_gradients_that_the_caller_has_switched_off(mode):
+    images = torch.zeros(4, 3, 8, 8)
+    pruner = EnhancedFilterPruner(Network(lambda network, first, x: first(x)), images[:1], progress=False)
+    with mode(), pytest.raises(InputError, match="scoring needs gradients; call this outside of torch.no_grad"):
+        pruner.rank([(images, torch.arange(4))])

@@ -156,7 +156,7 @@ def test_overwritten_activation_is_refused(chain):
     with graph.gated(gates, on_gate=lambda site, output: gated.append((site, output))):
         loss = F.cross_entropy(chain(images), labels, reduction="sum")
     with pytest.raises(ValueError, match="get_gradient_edge"):
-        unit_gradient_norms(loss, gated, len(graph.units))
+        unit_gradient_norms(loss, gated, len(images), len(graph.units))
 
 
 def test_tensors_and_edges_agree_where_nothing_is_in_place():
@@ -171,8 +171,40 @@ def test_tensors_and_edges_agree_where_nothing_is_in_place():
     gates = torch.ones(len(graph.units), dtype=torch.float64, requires_grad=True)
     with graph.gated(gates, on_gate=record):
         loss = F.cross_entropy(model(images), labels, reduction="sum")
-    flow = unit_gradient_norms(loss, tensors, len(graph.units))
-    torch.testing.assert_close(unit_gradient_norms(loss, edges, len(graph.units)), flow)
+    flow = unit_gradient_norms(loss, tensors, len(images), len(graph.units))
+    torch.testing.assert_close(unit_gradient_norms(loss, edges, len(images), len(graph.units)), flow)
+
+
+class Rows(nn.Module):
+    """A conv over images, one over their rows of pixels as samples of their own, and one with the batch in another place."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.line = nn.Conv2d(3, 5, 3), nn.Conv1d(5, 4, 3)
+        self.point, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.parts(x)[0]
+
+    def parts(self, x):
+        first = self.conv(x)
+        lines = F.relu(first).permute(0, 2, 1, 3).flatten(0, 1)
+        second = self.line(lines)
+        steps = F.relu(second).mean(2).unflatten(0, (len(x), -1)).transpose(0, 1)
+        third = self.point(steps)
+        return self.head(F.relu(third).mean(0)), [(first, 0), (second, 5), (third, 9)]
+
+
+def test_rows_of_one_image_add_up():
+    model, (images, labels) = Rows().double().eval(), batches(1, 4, dtype=torch.float64)[0]
+    flow = collect_flow(model, ChannelGraph(model, images[:1], prune_linear=True), [(images, labels)])
+    rows = []
+    for image, label in zip(images, labels, strict=True):
+        logits, parts = model.parts(image[None])
+        grads = torch.autograd.grad(F.cross_entropy(logits, label[None]), [part for part, _ in parts])
+        first, second, third = (grad.square() for grad in grads)
+        rows.append(torch.cat([first.sum((0, 2, 3)), second.sum((0, 2)), third.sum((0, 1))]).sqrt())
+    torch.testing.assert_close(flow, torch.stack(rows))
 
 
 def test_flow_of_a_flat_activation():
@@ -225,6 +257,12 @@ def test_the_model_comes_back_as_it_was(channels):
 def test_data_that_cannot_be_measured(data, message):
     with pytest.raises(InputError, match=message):
         GradientFlowAnalyzer(Chain(), torch.zeros(1, 3, 8, 8)).analyze(data)
+
+
+def test_gradients_that_the_caller_has_switched_off():
+    analyzer = GradientFlowAnalyzer(Chain(), torch.zeros(1, 3, 8, 8))
+    with torch.no_grad(), pytest.raises(InputError, match="gradient flow needs gradients; call this outside of"):
+        analyzer.analyze(batches(1, 4))
 
 
 def test_network_without_units_is_refused():

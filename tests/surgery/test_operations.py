@@ -235,7 +235,7 @@ BLOCKS = {  # name: (block, its output channels, removable filters of the stem, 
     "split by a stored width": (Block(res2, width=4, c=conv(4, 4, 3, padding=1)), C, 8, 8, None),
     "parts in a list": (Block(c2f, c=conv(4, 4, 3, padding=1)), 12, 8, 8, None),
     "slices by a stored width": (Block(lambda s, x: s.a(x)[:, : s.width] * s.b(x)[:, s.width :], width=4), 4, 8, 8, 8),
-    "slice by a literal": (Block(lambda s, x: s.a(x)[:, 2:]), 6, 8, 6, None),
+    "slice by a literal": (Block(lambda s, x: s.a(x)[:, 2:]), 6, 8, 5, None),  # its reader keeps a channel
     "halves by a shape": (
         Block(lambda s, x: torch.max(s.a(x)[:, : x.shape[1] // 2], s.b(x)[:, x.shape[1] // 2 :])),
         4,

@@ -11,6 +11,7 @@ from torch import nn
 from torchvision.ops import FrozenBatchNorm2d, SqueezeExcitation
 
 from taylor_pruning.errors import InputError
+from taylor_pruning.surgery.cut import cut
 from taylor_pruning.surgery.graph import ChannelGraph
 
 SIZE = 12
@@ -764,6 +765,31 @@ def test_impossible_plans(plan, message):
     graph = ChannelGraph(net(Residual, Plain, OptionA), images(1))
     with pytest.raises(InputError, match=message):
         graph.remove(plan)
+
+
+class ShiftOfSome(Block):
+    """A root parameter that runs along the first four channels."""
+
+    def __init__(self, c):
+        super().__init__(c)
+        self.shift, self.rest = nn.Parameter(torch.randn(4)), c - 4
+
+    def forward(self, x):
+        return self.b(self.a(x) + F.pad(self.shift, (0, self.rest)).view(1, -1, 1, 1))
+
+
+def test_a_parameter_along_some_filters_keeps_a_channel():
+    graph = check_law(net(ShiftOfSome), images())
+    info = graph.layers["blocks.0.a.0"]
+    assert info.removable.tolist() == [False] + [True] * 3 + [False] * 4
+    assert graph.remove([u for u in graph.units if u.filters[0][0] == "blocks.0.a.0"]).blocks[0].shift.shape == (1,)
+
+
+def test_a_tensor_of_the_network_itself_is_named_where_it_would_be_emptied():
+    graph = ChannelGraph(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 3)), torch.zeros(1, 3, 8, 8))
+    tensors = {("scale", 0): torch.arange(4)}
+    with pytest.raises(InputError, match="^scale would lose its last channel"):
+        cut(graph.model, tensors, {}, {}, torch.tensor([False] * 4 + [True]))
 
 
 def test_units_of_another_graph():

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from toys import RICH, ListLoader, states_equal, toy_data, toy_loaders, toy_model
 
@@ -134,6 +135,34 @@ def test_a_step_reads_nothing_from_the_device(changes):
         with pytest.raises(AssertionError, match="_local_scalar_dense"):  # the guard guards
             float(facts[0][0].mul(1))
     assert steps.number == 3 and all(values[0].isfinite() for values in facts)
+
+
+class LateBranch(nn.Module):
+    """Leaves its convolution out of the first forward, as layer drop may."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head, self.forwards = nn.Conv2d(3, 3, 3, padding=1), nn.Linear(3, 3), 0
+
+    def forward(self, x):
+        self.forwards += 1
+        x = x if self.forwards == 1 else x + self.conv(x)
+        return self.head(x.mean((2, 3)))
+
+
+def test_a_parameter_may_get_its_first_gradient_in_a_later_step():
+    images, labels = toy_data(images=8)
+    model = LateBranch()
+    reference = copy.deepcopy(model)
+    steps = OptimiserSteps(model, Recipe(lr=0.1).resolved(images.device), None, total=None)
+    optimizer = torch.optim.SGD(reference.parameters(), 0.1, momentum=0.9, weight_decay=1e-4, nesterov=True)
+    for _ in range(3):
+        steps.step([(images, labels)], ["batch"])
+        optimizer.zero_grad()
+        F.cross_entropy(reference(images), labels).backward()
+        optimizer.step()
+    for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_an_fp16_overflow_in_the_first_step_leaves_no_trace():
