@@ -57,9 +57,10 @@ def record(model, example, training=False):
     try:
         found = trace(model, args, kwargs, RULES.keys(), training)
     except InputError as error:
-        if not first.dim() or isinstance(error.__cause__, Untraceable) or not _runs(model, example, training):
+        cause = error.__cause__  # of the forward itself; else the message says already what to do
+        if cause is None or isinstance(cause, Untraceable) or not first.dim() or not _runs(model, example, training):
             raise
-        mode, cause = " in training mode" if training else "", str(error.__cause__).strip().partition("\n")[0]
+        mode, cause = " in training mode" if training else "", str(cause).strip().partition("\n")[0]
         raise InputError(
             f"{type(model).__name__} runs{mode} on {len(first)} samples, but not on {batch} ({cause}); "
             "make it take any number of samples, each by itself: no pairs of samples, no BatchNorm that splits the batch"
