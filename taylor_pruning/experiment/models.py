@@ -49,6 +49,11 @@ class BuiltModel:
     new_head: bool
 
 
+def weights_file(weights: str | Path) -> Path | None:
+    """The file at --weights; None for the words that say which weights to take."""
+    return None if weights in ("auto", "default", "none") else Path(weights)
+
+
 def model_names() -> list[str]:
     """Names of torchvision's classification networks and of the toolkit's own."""
     return [*models.list_models(module=models), VGG7]
@@ -111,7 +116,7 @@ def build_model(
     elif weights in ("auto", "none"):
         state, description = None, "none"
     else:
-        state, description = read_state(Path(weights), probe.state_dict().keys()), str(weights)
+        state, description = read_state(weights_file(weights), probe.state_dict().keys()), str(weights)
 
     if state is not None:
         state = _adapt_names(name, state)

@@ -24,9 +24,10 @@ from taylor_pruning.experiment.data import ImageData
 from taylor_pruning.experiment.embedded import embedded_data
 from taylor_pruning.experiment.folders import load_image_folder
 from taylor_pruning.experiment.head import present_classes
+from taylor_pruning.experiment.inputs import check_inputs
 from taylor_pruning.experiment.loaders import calibration_batches, make_loader
 from taylor_pruning.experiment.models import BuiltModel, build_model, head_name, pretrained_weights
-from taylor_pruning.experiment.weights import read_tensors
+from taylor_pruning.experiment.weights import load_own_weights
 from taylor_pruning.files import atomic_file, cache_folder
 from taylor_pruning.first_batch import Batches, check_training
 from taylor_pruning.modes import requirements_kept
@@ -101,10 +102,11 @@ def prepare(command, folder, device, percentages=()):
         percentages: that the network will be pruned to; what cannot be is refused before any training.
 
     Raises:
-        InputError: see experiment.data, experiment.models, surgery.graph, selection.greedy.
+        InputError: see experiment.inputs, experiment.data, experiment.models, surgery.graph, selection.greedy.
     """
     torch.manual_seed(command.pruning.seed)
     data = load_data(command.data)
+    check_inputs(folder, command.data, data)
     built = build_model(
         command.data.model,
         data.num_classes,
@@ -197,7 +199,7 @@ def train_dense(experiment, folder):
         if is_main():
             print(f"dense {built.name} from {kept}")
             checkpoint.unlink(missing_ok=True)
-        built.model.load_state_dict(read_tensors(kept, experiment.device, "remove the file to train the network again"))
+        load_own_weights(built.model, kept, "remove the file to train the network again")
         return
     what = "new head" if head else "dense network"
     if is_main():
