@@ -3,7 +3,23 @@
 import pytest
 import torch
 
-from taylor_pruning.files import is_whole_archive
+from taylor_pruning.errors import InputError
+from taylor_pruning.experiment.arguments import parse
+from taylor_pruning.experiment.command import ExperimentTask
+from taylor_pruning.experiment.models import weights_file
+from taylor_pruning.experiment.run import results_folder
+from taylor_pruning.files import is_whole_archive, user_path
+from taylor_pruning.selection.latency_table import LatencyTable
+
+
+def test_a_tilde_that_the_shell_leaves_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert user_path("~/x") == tmp_path / "x" and str(user_path("a~/x")) == "a~/x"
+    assert results_folder(parse(ExperimentTask, "", ["--output-dir=~/runs"])) == tmp_path / "runs"
+    assert weights_file("~/w.pt") == tmp_path / "w.pt"
+    assert LatencyTable("~/times.json", "cpu", "1").path == tmp_path / "times.json"
+    with pytest.raises(InputError, match="no home folder for ~; write ./~nobody-of-that-name"):
+        user_path("~nobody-of-that-name")
 
 
 @pytest.mark.parametrize("bit", (1, 128))

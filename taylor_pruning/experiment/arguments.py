@@ -9,6 +9,7 @@ from pathlib import Path
 from taylor_pruning.errors import InputError
 from taylor_pruning.experiment.command import Command, DataSettings, ExperimentTask, RunSettings, SweepTask
 from taylor_pruning.experiment.settings import PruningSettings
+from taylor_pruning.files import user_path
 from taylor_pruning.options import NAMES, flag, option_name, options, problem, range_text, value_type
 from taylor_pruning.training.recipe import Recipe
 
@@ -116,8 +117,8 @@ def _reader(field: dataclasses.Field):
         if optional and not several and field.metadata["option"].choices and text == "none":
             return None
         value = kind(text)
-        if found := problem(field, value):
-            raise argparse.ArgumentTypeError(f"{found}, not {text}")
+        if found := problem(field, value, text):
+            raise argparse.ArgumentTypeError(found)
         return value
 
     read.__name__ = {int: "whole number", float: "number", str: "text"}[kind]
@@ -136,7 +137,7 @@ def parse(task: type[ExperimentTask] | type[SweepTask], description: str, argv: 
     given = vars(given)
     try:
         if folder := given["run.resume"]:
-            parser.set_defaults(**_options_of_run(Path(folder), task))
+            parser.set_defaults(**_options_of_run(user_path(folder), task))
             given = vars(parser.parse_args(argv))
         values = {part: {} for part in parts_of(task)}
         for destination, value in given.items():
@@ -159,13 +160,17 @@ def _unknown(words: list[str], task: type) -> str:
 def _options_of_run(folder: Path, task: type) -> dict:
     """{destination: value} of the options in the folder's config.json; {} where there is no such file."""
     config = folder / "config.json"
-    if not config.exists():  # run.open_folder reports it
-        return {}
     try:
         there = json.loads(config.read_text(encoding="utf-8"))["arguments"]
         names = {name: f"{part}.{f.name}" for part, f in shown_options(task) if (name := option_name(f)) != "resume"}
         return {destination: there[name] for name, destination in names.items() if name in there}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (FileNotFoundError, NotADirectoryError):  # run.open_folder reports it
+        return {}
+    except OSError as error:
+        raise InputError(
+            f"cannot read {config}: {error.strerror}; --resume takes the folder of an interrupted run"
+        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(
             f"{config} is not the config.json of a run ({error}); pass the folder of an interrupted run"
         ) from error

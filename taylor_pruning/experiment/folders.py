@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from taylor_pruning.errors import InputError
 from taylor_pruning.experiment.data import IMAGENET_MEAN, IMAGENET_STD, SMALL_IMAGE, ImageData, TensorImages
+from taylor_pruning.files import user_path
 
 MEMORY_LIMIT = 2**30  # bytes of uint8 pixels that may be held decoded
 # What Pillow's decoders raise on broken files; struct and zlib errors come from damaged PNG and TIFF chunks.
@@ -204,7 +205,7 @@ def load_image_folder(path, *, image_size: int | None = None, weights=None, skip
     """
     if image_size is not None and image_size < 1:
         raise InputError(f"image size must be at least 1 pixel, got {image_size}; leave it out to use the native size")
-    path = Path(path).expanduser()
+    path = user_path(path)
     try:
         train, val, imagenet_labels = _scan(path)
     except OSError as error:

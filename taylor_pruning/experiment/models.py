@@ -23,6 +23,7 @@ from taylor_pruning.errors import InputError
 from taylor_pruning.experiment.data import SMALL_IMAGE
 from taylor_pruning.experiment.timm_models import PREFIX, TimmWeights, check_timm_name, timm_network
 from taylor_pruning.experiment.weights import copy_weights, read_state
+from taylor_pruning.files import user_path
 from taylor_pruning.memory import raise_out_of_memory
 
 IMAGENET_CLASSES = 1000
@@ -51,7 +52,7 @@ class BuiltModel:
 
 def weights_file(weights: str | Path) -> Path | None:
     """The file at --weights; None for the words that say which weights to take."""
-    return None if weights in ("auto", "default", "none") else Path(weights)
+    return None if weights in ("auto", "default", "none") else user_path(weights)
 
 
 def model_names() -> list[str]:

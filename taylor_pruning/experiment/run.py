@@ -3,8 +3,8 @@
 import contextlib
 import errno
 import io
-import json
 import os
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -13,9 +13,9 @@ from taylor_pruning.distributed import end_distributed, init_distributed, is_mai
 from taylor_pruning.errors import InputError
 from taylor_pruning.experiment.command import Command
 from taylor_pruning.experiment.setup import choose_device, environment
-from taylor_pruning.files import remove_leftovers
+from taylor_pruning.files import remove_leftovers, user_path
 from taylor_pruning.memory import is_out_of_memory, keep_freed_memory
-from taylor_pruning.report.json_files import plain, write_json
+from taylor_pruning.report.json_files import plain, read_json, write_json
 from taylor_pruning.training.fine_tuning import Interrupted, TrainingDiverged
 
 try:
@@ -36,8 +36,9 @@ def run_guarded(command: Command, run) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a character that the terminal cannot encode must not end a run
             stream.reconfigure(errors="backslashreplace")
-    folder = Path(command.run.resume or command.run.output_dir or default_folder(command))
+    folder = None
     try:
+        folder = results_folder(command)
         if fcntl is None:
             raise InputError(
                 "the command line runs on Linux and macOS; on Windows use WSL, or EnhancedPruning from Python"
@@ -77,12 +78,15 @@ def run_guarded(command: Command, run) -> int:
 
 
 def how_to_continue(folder):
-    started = (folder / "config.json").exists()
-    return f"continue with --resume {folder}" if started else "start again with the same arguments"
+    """What to do after an interruption, in words; `folder` is None where not even that was known."""
+    started = folder and os.path.exists(folder / "config.json")  # False also where the folder cannot be searched
+    return f"continue with --resume {shlex.quote(str(folder))}" if started else "start again with the same arguments"
 
 
-def default_folder(command):
-    """A folder in runs/ that does not exist yet."""
+def results_folder(command):
+    """The folder that the command names, or one in runs/ that does not exist yet."""
+    if named := command.run.resume or command.run.output_dir:
+        return user_path(named)
     base = Path("runs") / f"{Path(sys.argv[0]).stem}-{command.data.model.replace('/', '-')}"
     candidates = (base if n == 1 else base.with_name(f"{base.name}-{n}") for n in range(1, 10**6))
     return next(path for path in candidates if not path.exists())
@@ -110,9 +114,11 @@ def open_folder(folder, command):
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder) as lock:
         if command.run.resume:
-            check_same_arguments(json.loads(config.read_text(encoding="utf-8")), command)
+            check_same_arguments(read_json(config), command)
         elif config.exists():
-            raise InputError(f"{folder} holds a run already; pass --resume {folder} or another --output-dir")
+            raise InputError(
+                f"{folder} holds a run already; pass --resume {shlex.quote(str(folder))} or another --output-dir"
+            )
         for place in (folder, folder / "cells"):
             remove_leftovers(place)
         before = {config.name, *os.listdir(folder)}

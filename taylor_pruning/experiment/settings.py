@@ -18,6 +18,10 @@ TAYLOR_ORDERS = (1, 2, 3)
 SELECTIONS = ("auto", "joint", "independent")
 CURVATURES = ("auto", "exact", "hvp")
 REPAIRS = ("auto", "none", "layer", "network")
+SEEDS = {
+    "low": 0,
+    "high": 2**32 - 1,
+}  # of numpy's and torch's generators, also where a seed stands for a billion others
 
 
 @dataclass(frozen=True)
@@ -151,7 +155,8 @@ class PruningSettings(Constraints):
     )
     guard: bool = option(
         True,
-        "stop before a round whose network predicts held-out images worse than a constant answer; smaller rounds are tried first",
+        "stop before a round whose network predicts held-out images worse than a constant answer; smaller rounds are tried "
+        "first",
         "Turn it off where long training follows that will make up for any cut.",
     )
     fine_tune_between: int = option(
@@ -196,6 +201,7 @@ class PruningSettings(Constraints):
         0,
         "seed of initial weights, calibration images and order of batches",
         "To repeat a run, or to see how far it depends on chance.",
+        **SEEDS,
     )
 
     def __post_init__(self):
