@@ -8,7 +8,7 @@ from taylor_pruning.experiment.arguments import parse
 from taylor_pruning.experiment.command import ExperimentTask
 from taylor_pruning.experiment.models import weights_file
 from taylor_pruning.experiment.run import results_folder
-from taylor_pruning.files import is_whole_archive, user_path
+from taylor_pruning.files import atomic_file, is_whole_archive, user_path
 from taylor_pruning.selection.latency_table import LatencyTable
 
 
@@ -20,6 +20,20 @@ def test_a_tilde_that_the_shell_leaves_is_the_home_folder(tmp_path, monkeypatch)
     assert LatencyTable("~/times.json", "cpu", "1").path == tmp_path / "times.json"
     with pytest.raises(InputError, match="no home folder for ~; write ./~nobody-of-that-name"):
         user_path("~nobody-of-that-name")
+
+
+def test_ctrl_c_while_a_file_is_written_stays_ctrl_c(tmp_path):
+    """torch.save raises RuntimeError, because it cannot end its archive."""
+    (tmp_path / "kept.pt").write_text("as it was")
+
+    class Interrupting:
+        def write(self, content):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), atomic_file(tmp_path / "kept.pt"):
+        torch.save(torch.zeros(1000), Interrupting())
+    assert [path.name for path in tmp_path.iterdir()] == ["kept.pt"]
+    assert (tmp_path / "kept.pt").read_text() == "as it was"
 
 
 @pytest.mark.parametrize("bit", (1, 128))

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import io
 import os
 import shlex
 import signal
@@ -12,7 +11,9 @@ from pathlib import Path
 from taylor_pruning.distributed import end_distributed, init_distributed, is_main
 from taylor_pruning.errors import InputError
 from taylor_pruning.experiment.command import Command
+from taylor_pruning.experiment.loaders import is_worker_failure
 from taylor_pruning.experiment.setup import choose_device, environment
+from taylor_pruning.experiment.streams import lasting_streams
 from taylor_pruning.files import remove_leftovers, user_path
 from taylor_pruning.memory import is_out_of_memory, keep_freed_memory
 from taylor_pruning.report.json_files import plain, read_json, write_json
@@ -24,6 +25,9 @@ except ImportError:  # Windows
     fcntl = None
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+EXPLAINED = (InputError, TrainingDiverged, OSError, MemoryError, RuntimeError, KeyboardInterrupt)
+CHECK_PATH = "check that path, or pass another --output-dir"
+WORKER_FAILED = "a process that decodes images was killed, or shared memory (/dev/shm) is full"
 # may differ between a run and its resumption
 NOT_COMPARED = ("resume", "output_dir", "quiet", "device", "workers", "latency_table")
 
@@ -31,50 +35,52 @@ NOT_COMPARED = ("resume", "output_dir", "quiet", "device", "workers", "latency_t
 def run_guarded(command: Command, run) -> int:
     """run(command, folder, device) with clear errors; returns the exit code.
 
-    Exit codes: 2 bad input, 1 training diverged, the disk failed or there is not enough memory, 130 interrupted.
+    Exit codes: 2 bad input, 1 training diverged, the disk failed, there is not enough memory or a worker of a loader was
+    killed, 130 interrupted.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a character that the terminal cannot encode must not end a run
-            stream.reconfigure(errors="backslashreplace")
     folder = None
-    try:
-        folder = results_folder(command)
-        if fcntl is None:
-            raise InputError(
-                "the command line runs on Linux and macOS; on Windows use WSL, or EnhancedPruning from Python"
-            )
-        keep_freed_memory()
-        device = init_distributed(choose_device(command.run.device))
-        with open_folder(folder, command):
-            return run(command, folder, device)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
+    with lasting_streams():
+        try:
+            folder = results_folder(command)
+            if fcntl is None:
+                raise InputError(
+                    "the command line runs on Linux and macOS; on Windows use WSL, or EnhancedPruning from Python"
+                )
+            keep_freed_memory()
+            device = init_distributed(choose_device(command.run.device))
+            with open_folder(folder, command):
+                return run(command, folder, device)
+        except EXPLAINED as error:
+            code, message = explained(error, folder)
+            if code is None:
+                raise
+            print(message, file=sys.stderr)
+            return code
+        finally:
+            end_distributed()
+
+
+def explained(error: BaseException, folder: Path | None) -> tuple[int | None, str]:
+    """Exit code and message of an error; (None, "") for one that nobody foresaw, whose traceback says most.
+
+    folder: of the results, None where it is not known yet.
+    """
+    if isinstance(error, (InputError, TrainingDiverged)):
+        return 2 if isinstance(error, InputError) else 1, f"error: {error}"
+    if isinstance(error, KeyboardInterrupt):
+        reason = error.reason if isinstance(error, Interrupted) and error.checkpoint else "interrupted"
+        return 128 + signal.SIGINT, f"{reason}\n{how_to_continue(folder)}"
+    if isinstance(error, OSError):
         disk = error.errno in DISK_ERRORS
-        advice = (
-            f"free space, then {how_to_continue(folder)}" if disk else "check that path, or pass another --output-dir"
-        )
-        print(f"error: {error.strerror or error}: {error.filename or folder}; {advice}", file=sys.stderr)
-        return 1 if disk else 2
-    except TrainingDiverged as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        print(
-            f"error: out of memory ({str(error).splitlines()[0][:200]}); lower --batch-size, --calibration-samples or "
-            f"--memory-limit, or free memory, then {how_to_continue(folder)}",
-            file=sys.stderr,
-        )
-        return 1
-    except KeyboardInterrupt as error:
-        reason = str(error) if isinstance(error, Interrupted) and error.checkpoint else "interrupted"
-        print(f"{reason}\n{how_to_continue(folder)}", file=sys.stderr)
-        return 128 + signal.SIGINT
-    finally:
-        end_distributed()
+        advice = f"free space, then {how_to_continue(folder)}" if disk else CHECK_PATH
+        return 1 if disk else 2, f"error: {error.strerror or error}: {error.filename or folder}; {advice}"
+    first = str(error).strip().splitlines()[:1]
+    if is_out_of_memory(error):
+        advice = "lower --batch-size, --calibration-samples or --memory-limit, or free memory"
+        return 1, f"error: out of memory ({''.join(first)[:200]}); {advice}, then {how_to_continue(folder)}"
+    if is_worker_failure(error):
+        return 1, f"error: {WORKER_FAILED}; lower --workers, or free memory, then {how_to_continue(folder)}"
+    return None, ""
 
 
 def how_to_continue(folder):
