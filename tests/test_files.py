@@ -27,11 +27,16 @@ def test_ctrl_c_while_a_file_is_written_stays_ctrl_c(tmp_path):
     (tmp_path / "kept.pt").write_text("as it was")
 
     class Interrupting:
-        def write(self, content):
-            raise KeyboardInterrupt
+        def __init__(self, file):
+            self.file = file
 
-    with pytest.raises(KeyboardInterrupt), atomic_file(tmp_path / "kept.pt"):
-        torch.save(torch.zeros(1000), Interrupting())
+        def write(self, content):
+            if len(content) == 4000:
+                raise KeyboardInterrupt
+            return self.file.write(content)
+
+    with pytest.raises(KeyboardInterrupt), atomic_file(tmp_path / "kept.pt") as file:
+        torch.save(torch.zeros(1000), Interrupting(file))
     assert [path.name for path in tmp_path.iterdir()] == ["kept.pt"]
     assert (tmp_path / "kept.pt").read_text() == "as it was"
 
