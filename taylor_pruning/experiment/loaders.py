@@ -13,6 +13,7 @@ that an unbroken run would have seen.
 import contextlib
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from multiprocessing.pool import ThreadPool
@@ -139,7 +140,7 @@ class WorkerLoader:
         self.plan.epoch = epoch
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        with _interrupts_blocked():
+        with _interrupts_deferred():
             batches = iter(self._loader)
         for batch in batches:
             if isinstance(batch, InputError):
@@ -159,13 +160,22 @@ def _ignore_interrupts(worker: int) -> None:
 
 
 @contextlib.contextmanager
-def _interrupts_blocked():
-    """Ctrl-C waits until the block ends; processes that are started in it inherit that until they ignore it themselves."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def _interrupts_deferred():
+    """Ctrl-C in the block counts at its end, and not in processes that are forked in it.
+
+    Python drops an exception that is raised in what it calls around a fork, and the run would go on.
+    """
+    usual, caught = signal.getsignal(signal.SIGINT), []
+    if not callable(usual) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda *received: caught.append(received))
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGINT, usual)
+        if caught:
+            usual(*caught[0])
 
 
 def is_worker_failure(error: BaseException) -> bool:

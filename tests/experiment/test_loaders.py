@@ -145,7 +145,20 @@ def test_ctrl_c_does_not_reach_the_workers(large, moment):
     for worker in loader._loader._iterator._workers:
         os.kill(worker.pid, signal.SIGINT)
     assert len([first, *batches]) == len(large.val)
-    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_ctrl_c_while_workers_start_is_not_lost(large):
+    """Python drops an exception that is raised in what it calls around a fork."""
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        once = [signal.SIGINT]
+        os.register_at_fork(after_in_parent=lambda: once and os.kill(os.getpid(), once.pop()))
+        with pytest.raises(KeyboardInterrupt):
+            list(make_loader(large.val, 1, workers=2))
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert len(list(make_loader(large.val, 1, workers=1))) == len(large.val)
+    finally:
+        signal.signal(signal.SIGINT, usual)
 
 
 @pytest.mark.parametrize(
