@@ -116,13 +116,23 @@ def _reader(field: dataclasses.Field):
     def read(text: str):
         if optional and not several and field.metadata["option"].choices and text == "none":
             return None
-        value = kind(text)
-        if found := problem(field, value, text):
-            raise argparse.ArgumentTypeError(found)
+        try:
+            value = kind(text)
+            found = problem(field, value, text)
+        except ValueError:
+            found = f"must be {NAMES[kind]}, not {text!r}"
+        if found:
+            raise argparse.ArgumentTypeError(found + _hint(text, kind, several))
         return value
 
-    read.__name__ = {int: "whole number", float: "number", str: "text"}[kind]
     return read
+
+
+def _hint(text: str, kind: type, several: bool) -> str:
+    """What may have been meant by a value that is wrong; "" where nothing comes to mind."""
+    if "," in text:
+        return "; separate several by spaces" if several else "; it has a comma in it"
+    return "; give the number without a per cent sign" if kind is not str and text.endswith("%") else ""
 
 
 def parse(task: type[ExperimentTask] | type[SweepTask], description: str, argv: list[str] | None = None) -> Command:
