@@ -5,7 +5,9 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -104,6 +106,8 @@ def prepare(command, folder, device, percentages=()):
     Raises:
         InputError: see experiment.inputs, experiment.data, experiment.models, surgery.graph, selection.greedy.
     """
+    if command.recipe.compile and command.recipe.epochs:
+        check_compiler(device)
     torch.manual_seed(command.pruning.seed)
     data = load_data(command.data)
     check_inputs(folder, command.data, data)
@@ -166,6 +170,21 @@ def choose_device(name):
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("there is no cuda device here; pass --device cpu or auto")
     return torch.device(name)
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raises InputError where torch.compile will not find the compiler that it calls: of C on a GPU, else of C++."""
+    if device.type == "cuda":
+        variable, names = "CC", ("gcc", "clang")
+    else:
+        variable, names = "CXX", ("clang++" if sys.platform == "darwin" else "g++",)
+    if given := os.environ.get(variable):
+        names = (given.split()[0],)
+    if not any(map(shutil.which, names)):
+        raise InputError(
+            f"--compile needs a compiler, and there is no {' or '.join(names)}; install it, name one in {variable}, or leave "
+            "--compile out"
+        )
 
 
 def load_data(settings: DataSettings) -> ImageData:
