@@ -21,6 +21,7 @@ from EnhancedPruning import EnhancedPruning, InputError, PruningResult
 from taylor_pruning.distributed import barrier, is_main
 from taylor_pruning.experiment.arguments import parse
 from taylor_pruning.experiment.command import Command, SweepTask
+from taylor_pruning.experiment.inputs import allow_repair
 from taylor_pruning.experiment.run import run_guarded
 from taylor_pruning.experiment.setup import Experiment, environment, prepare, warn_of_chance
 from taylor_pruning.report.closing import sweep_closing
@@ -113,6 +114,7 @@ class Sweep:
             result = self.fine_tuned(method, percentage, self.pruned(method, percentage))
             content = {"status": "done", "error": None, **result.as_dict()}
         except CELL_ERRORS as error:
+            allow_repair(self.folder.parent, error)
             content = {"status": "failed", "error": str(error)}
         self.write(method, percentage, content)
 

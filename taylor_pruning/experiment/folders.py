@@ -242,11 +242,11 @@ def _listing(train: FolderImages, val: FolderImages) -> dict:
 
 
 def _names_and_sizes(dataset: FolderImages) -> dict:
-    digest = hashlib.sha256()
+    names, sizes = hashlib.sha256(), hashlib.sha256()
     for path, _ in dataset.samples:
-        name, size = os.path.relpath(path, dataset.root), os.stat(path).st_size
-        digest.update(os.fsencode(name) + b"\0%d\0" % size)
-    return {"images": len(dataset), "names and sizes": digest.hexdigest()[:16]}
+        names.update(os.fsencode(os.path.relpath(path, dataset.root)) + b"\0")
+        sizes.update(b"%d\0" % os.stat(path).st_size)
+    return {"images": len(dataset), "names": names.hexdigest()[:16], "sizes": sizes.hexdigest()[:16]}
 
 
 def _scan(path: Path) -> tuple[FolderImages, FolderImages, bool]:

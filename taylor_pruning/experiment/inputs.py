@@ -11,6 +11,7 @@ from taylor_pruning.distributed import is_main
 from taylor_pruning.errors import InputError
 from taylor_pruning.experiment.command import DataSettings
 from taylor_pruning.experiment.data import ImageData
+from taylor_pruning.experiment.folders import CorruptImageError
 from taylor_pruning.experiment.models import weights_file
 from taylor_pruning.report.json_files import read_json, write_json
 
@@ -31,7 +32,7 @@ def check_inputs(folder: Path, settings: DataSettings, data: ImageData) -> None:
     if config is None:  # the network is prepared without a runner
         return
     now, then = {"images": data.listing, "weights": _weights(settings)}, config.get("inputs")
-    if not isinstance(then, dict):
+    if not isinstance(then, dict) or _without_sizes(now) == then:
         if is_main():
             write_json(folder / "config.json", {**config, "inputs": now})
         return
@@ -46,6 +47,19 @@ def check_inputs(folder: Path, settings: DataSettings, data: ImageData) -> None:
             f"{settings.weights} has other content than when this run began; put the file back, or start a new run with "
             "another --output-dir"
         )
+
+
+def allow_repair(folder: Path, error: Exception) -> None:
+    """After an image that could not be decoded: the file may have another size when the run goes on, for it must change."""
+    config = read_json(folder / "config.json") if is_main() and isinstance(error, CorruptImageError) else None
+    if config and isinstance(config.get("inputs"), dict):
+        write_json(folder / "config.json", {**config, "inputs": _without_sizes(config["inputs"])})
+
+
+def _without_sizes(inputs: dict) -> dict:
+    images = inputs.get("images") or {}
+    splits = {name: {**images[name], "sizes": None} for name in ("train", "val") if isinstance(images.get(name), dict)}
+    return {**inputs, "images": {**images, **splits} or None}
 
 
 def _weights(settings: DataSettings) -> str | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from taylor_pruning.distributed import end_distributed, init_distributed, is_main
 from taylor_pruning.errors import InputError
 from taylor_pruning.experiment.command import Command
+from taylor_pruning.experiment.inputs import allow_repair
 from taylor_pruning.experiment.loaders import is_worker_failure
 from taylor_pruning.experiment.setup import choose_device, environment
 from taylor_pruning.experiment.streams import lasting_streams
@@ -135,6 +136,7 @@ def open_folder(folder, command):
         try:
             yield
         except (InputError, OSError) as error:
+            allow_repair(folder, error)
             wrong_input = isinstance(error, InputError) or error.errno not in DISK_ERRORS
             if wrong_input and not command.run.resume and before.issuperset(os.listdir(folder)):
                 config.unlink()

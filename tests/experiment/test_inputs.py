@@ -10,6 +10,10 @@ from watching import interrupted_at
 
 import run_enhanced_pruning
 import run_single_experiment
+from taylor_pruning.errors import InputError
+from taylor_pruning.experiment.command import DataSettings
+from taylor_pruning.experiment.folders import CorruptImageError, load_image_folder
+from taylor_pruning.experiment.inputs import allow_repair, check_inputs
 from taylor_pruning.training import fine_tuning as FineTuning
 
 QUICK = [
@@ -101,3 +105,22 @@ def test_other_weights_do_not_continue_a_sweep(interrupted, tmp_path, monkeypatc
     refused(run_enhanced_pruning.main(resume), capsys, f"cannot open {weights}")
     shutil.copy(run / "dense_model.pt", weights)
     assert run_enhanced_pruning.main(resume) == 0
+
+
+def test_a_broken_image_may_be_repaired(interrupted, tmp_path):
+    """Its size changes; other images still have to be those of the run."""
+    config = json.loads((interrupted[0] / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    data = load_image_folder(shutil.copytree(interrupted[1], tmp_path / "data"))
+    settings = DataSettings(data_path=str(tmp_path / "data"))
+    check_inputs(tmp_path, settings, data)
+    another_image(tmp_path / "data")
+    changed = load_image_folder(tmp_path / "data")
+    for error in (None, InputError("other"), CorruptImageError("cannot decode")):
+        allow_repair(tmp_path, error)
+        if not isinstance(error, CorruptImageError):
+            with pytest.raises(InputError, match="renamed or replaced"):
+                check_inputs(tmp_path, settings, changed)
+    check_inputs(tmp_path, settings, changed)
+    with pytest.raises(InputError, match="renamed or replaced"):  # from then on, the repaired ones
+        check_inputs(tmp_path, settings, data)
