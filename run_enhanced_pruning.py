@@ -10,6 +10,8 @@ Every cell is the experiment that run_single_experiment.py runs with the same ar
 the dense network's evaluation and its ranking. A finished cell is on disk before the next begins.
 """
 
+import itertools
+import shlex
 import sys
 from pathlib import Path
 
@@ -19,11 +21,13 @@ from EnhancedPruning import EnhancedPruning, InputError, PruningResult
 from taylor_pruning.distributed import barrier, is_main
 from taylor_pruning.experiment.arguments import parse
 from taylor_pruning.experiment.command import Command, SweepTask
+from taylor_pruning.experiment.inputs import allow_repair
 from taylor_pruning.experiment.run import run_guarded
 from taylor_pruning.experiment.setup import Experiment, environment, prepare, warn_of_chance
 from taylor_pruning.report.closing import sweep_closing
 from taylor_pruning.report.json_files import read_json, write_json
 from taylor_pruning.report.sweep import sweep_table, write_sweep
+from taylor_pruning.report.sweep_numbers import CELL, DONE_CELL, STAGE
 from taylor_pruning.training.fine_tuning import TrainingDiverged
 
 DESCRIPTION = """Sweep over pruning percentages and Taylor orders, compare, and report.
@@ -42,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(command: Command, folder: Path, device: torch.device) -> int:
     """Runs what is not yet in the folder, writes the tables and plots; 1 if a cell failed."""
-    before = read_json(folder / "results.json") if command.run.resume else None
+    before = read_json(folder / "results.json", {"cells": [CELL]}) if command.run.resume else None
     barrier()
     if before and all(cell["status"] == "done" for cell in before["cells"]):
         if is_main():
@@ -51,15 +55,18 @@ def run(command: Command, folder: Path, device: torch.device) -> int:
     methods = [f"order {order}" for order in sorted(set(command.task.taylor_orders))]
     methods += baseline_methods(command.task) if command.task.compare_baseline else []
     percentages = sorted(set(command.task.pruning_percentages))
+    cells, seeds = list(itertools.product(dict.fromkeys(methods), percentages)), list(dict.fromkeys(command.task.seeds))
     experiment = prepare(command, folder, device, percentages)
     dense = None
-    for seed in command.task.seeds:
+    for seed in seeds:
         sweep = Sweep(command, experiment, folder / "cells", seed, dense)
-        for method in methods:
-            for percentage in percentages:
-                sweep.cell(method, percentage)
+        for method, percentage in cells:
+            sweep.cell(method, percentage)
         dense = sweep.pruning.dense_stage()
-    return report(command, experiment, folder, dense) if is_main() else 0
+    if not is_main():
+        return 0
+    found = [read_cell(folder / "cells", *cell, seed) for cell in cells for seed in seeds]
+    return report(command, experiment, folder, dense, found)
 
 
 def baseline_methods(task: SweepTask) -> list[str]:
@@ -69,12 +76,28 @@ def baseline_methods(task: SweepTask) -> list[str]:
     return [f"{name}{width}{repair}" for name in task.baselines for width in widths for repair in repairs]
 
 
+def cell_file(folder: Path, method: str, percentage: float, seed: int) -> Path:
+    exact = repr(float(percentage)).removesuffix(".0")  # "30" for 30.0, and never the same for two percentages
+    return folder / f"{method.replace(' ', '-')}_{exact}_seed-{seed}.json"
+
+
+def read_cell(folder: Path, method: str, percentage: float, seed: int) -> dict | None:
+    """The cell in its file, None where there is none. Raises InputError if the file holds anything else."""
+    file = cell_file(folder, method, percentage, seed)
+    cell = read_json(file, CELL)
+    if cell and cell["status"] == "done":
+        cell = read_json(file, DONE_CELL)
+    if cell and (cell["method"], cell["percentage"], cell["seed"]) != (method, percentage, seed):
+        raise InputError(f"{file} is of another cell; remove it, and --resume computes it again")
+    return cell
+
+
 class Sweep:
     """The cells of one seed, in `folder`."""
 
     def __init__(self, command: Command, experiment: Experiment, folder: Path, seed: int, dense: dict | None):
         self.command, self.experiment, self.folder, self.seed = command, experiment, folder, seed
-        stage = dense or read_json(folder / "dense.json")
+        stage = dense or read_json(folder / "dense.json", STAGE)
         self.pruning = EnhancedPruning(**experiment.pipeline_arguments(seed, dense_stage=stage))
         stage = self.pruning.dense_stage()
         if is_main():
@@ -85,12 +108,13 @@ class Sweep:
 
     def cell(self, method: str, percentage: float) -> None:
         """Prunes, fine-tunes and writes one cell, unless it is finished. A failure is recorded; the other cells run."""
-        if (read_json(self.file(method, percentage)) or {}).get("status") == "done":
+        if (read_cell(self.folder, method, percentage, self.seed) or {}).get("status") == "done":
             return
         try:
             result = self.fine_tuned(method, percentage, self.pruned(method, percentage))
             content = {"status": "done", "error": None, **result.as_dict()}
         except CELL_ERRORS as error:
+            allow_repair(self.folder.parent, error)
             content = {"status": "failed", "error": str(error)}
         self.write(method, percentage, content)
 
@@ -124,7 +148,7 @@ class Sweep:
         return EnhancedPruning(**arguments).fine_tune(result, checkpoint=checkpoint)
 
     def file(self, method: str, percentage: float) -> Path:
-        return self.folder / f"{method.replace(' ', '-')}_{percentage:g}_seed-{self.seed}.json"
+        return cell_file(self.folder, method, percentage, self.seed)
 
     def write(self, method: str, percentage: float, content: dict) -> None:
         if not is_main():
@@ -138,11 +162,10 @@ class Sweep:
         print(f"{method}, {percentage:g} %, seed {self.seed}: {outcome}", flush=True)
 
 
-def report(command: Command, experiment: Experiment, folder: Path, dense: dict) -> int:
+def report(command: Command, experiment: Experiment, folder: Path, dense: dict, cells: list[dict]) -> int:
     """Writes the tables and plots and prints the table; returns the exit code."""
     for checkpoint in (folder / "cells").glob("*.checkpoint"):  # of cells that were killed after their last step
         checkpoint.unlink()
-    cells = [read_json(file) for file in sorted((folder / "cells").glob("*_seed-*.json"))]
     sweep = {
         "arguments": command.as_dict(),
         "environment": environment(experiment.device),
@@ -154,8 +177,8 @@ def report(command: Command, experiment: Experiment, folder: Path, dense: dict) 
     print(f"\n{sweep_closing(sweep, folder)}")
     failed = sum(cell["status"] == "failed" for cell in cells)
     if failed:
-        print(f"{failed} of {len(cells)} cells failed; results.md names them, --resume {folder} tries them again",
-              file=sys.stderr)  # fmt: skip
+        again = f"--resume {shlex.quote(str(folder))} tries them again"
+        print(f"{failed} of {len(cells)} cells failed; results.md names them, {again}", file=sys.stderr)
     return 1 if failed else 0
 
 

@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(command: Command, folder: Path, device: torch.device) -> int:
-    finished = read_json(folder / "results.json") is not None and not (folder / PRUNED).exists()
+    finished = read_json(folder / "results.json", {"stages": list}) is not None and not (folder / PRUNED).exists()
     barrier()
     if command.run.resume and finished:
         if is_main():

@@ -9,6 +9,8 @@ import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
+from taylor_pruning.errors import InputError
+
 
 @contextmanager
 def atomic_path(path):
@@ -33,14 +35,32 @@ def atomic_path(path):
 
 @contextmanager
 def atomic_file(path):
-    """`atomic_path` as an open binary file, for torch.save: on a full disk that raises RuntimeError, this OSError."""
+    """`atomic_path` as an open binary file, for torch.save.
+
+    On a full disk and on Ctrl-C torch.save raises RuntimeError, because it then cannot end its archive; this raises OSError
+    and KeyboardInterrupt.
+    """
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         try:
             yield file
         except RuntimeError as error:
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from None
-            raise
+            cause = error
+            while cause is not None and not isinstance(cause, (OSError, KeyboardInterrupt)):
+                cause = cause.__context__
+            if cause is None:
+                raise
+            raise cause from None
+
+
+def user_path(text: str | Path) -> Path:
+    """The path with the home folder for ~, also where the shell leaves it, as in --output-dir=~/runs.
+
+    Raises InputError where there is no such user.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise InputError(f"{text}: there is no home folder for ~; write ./{text} for a file of that name") from error
 
 
 def is_whole_archive(path) -> bool:

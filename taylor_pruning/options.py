@@ -85,19 +85,24 @@ def check(settings) -> None:
         if several and not isinstance(value, (tuple, list)):
             raise InputError(f"{f.name} must be a list, not {value!r}")
         for item in value if several else [value]:
-            if found := problem(f, item):
-                raise InputError(f"{f.name} {found}, not {item!r}")
+            if found := problem(f, item, repr(item)):
+                raise InputError(f"{f.name} {found}")
 
 
-def problem(field: dataclasses.Field, value) -> str | None:
-    """What is wrong with one value of a field, as "must be at least 1"; None if it is right."""
+def problem(field: dataclasses.Field, value, text: str) -> str | None:
+    """What is wrong with one value of a field, as "must be at least 1, not 0"; None if it is right.
+
+    text: the value as the message shows it.
+    """
     about, (kind, *_) = field.metadata["option"], value_type(field)
     if not _has_type(value, kind):
-        return f"must be {NAMES[kind]}"
+        return f"must be {NAMES[kind]}, not {text}"
+    if value == "":
+        return "is empty; give a value or leave the option out (a variable of the shell that is not set is empty)"
     if about.choices is not None and value not in about.choices:
-        return f"must be one of {', '.join(map(str, about.choices))}"
+        return f"must be one of {', '.join(map(str, about.choices))}, not {text}"
     if kind in (int, float) and not _in_range(about, value):
-        return f"must be {range_text(about)}"
+        return f"must be {range_text(about)}, not {text}"
     return None
 
 
@@ -113,13 +118,19 @@ def _has_type(value, kind: type) -> bool:
 def _in_range(about: Option, value: float) -> bool:
     above = about.low is None or value > about.low or (value == about.low and not about.open_low)
     below = about.high is None or value < about.high or (value == about.high and not about.open_high)
-    return (math.isfinite(value) or (about.infinite and value == math.inf)) and above and below
+    finite = isinstance(value, int) or math.isfinite(value)  # a whole number may be too large for a float
+    return (finite or (about.infinite and value == math.inf)) and above and below
+
+
+def _exact(end: float) -> str:
+    return str(end) if isinstance(end, int) else f"{end:g}"
 
 
 def range_text(about: Option) -> str:
     """The range of a number in words, as "at least 1"; "" where there is none."""
     if about.low is not None and about.high is not None and about.open_low == about.open_high:
-        return f"between {about.low:g} and {about.high:g} (both {'excluded' if about.open_low else 'included'})"
-    low = "" if about.low is None else f"{'above' if about.open_low else 'at least'} {about.low:g}"
-    high = "" if about.high is None else f"{'below' if about.open_high else 'at most'} {about.high:g}"
+        ends = "excluded" if about.open_low else "included"
+        return f"between {_exact(about.low)} and {_exact(about.high)} (both {ends})"
+    low = "" if about.low is None else f"{'above' if about.open_low else 'at least'} {_exact(about.low)}"
+    high = "" if about.high is None else f"{'below' if about.open_high else 'at most'} {_exact(about.high)}"
     return " and ".join(filter(None, (low, high)))

@@ -3,7 +3,42 @@
 import pytest
 import torch
 
-from taylor_pruning.files import is_whole_archive
+from taylor_pruning.errors import InputError
+from taylor_pruning.experiment.arguments import parse
+from taylor_pruning.experiment.command import ExperimentTask
+from taylor_pruning.experiment.models import weights_file
+from taylor_pruning.experiment.run import results_folder
+from taylor_pruning.files import atomic_file, is_whole_archive, user_path
+from taylor_pruning.selection.latency_table import LatencyTable
+
+
+def test_a_tilde_that_the_shell_leaves_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert user_path("~/x") == tmp_path / "x" and str(user_path("a~/x")) == "a~/x"
+    assert results_folder(parse(ExperimentTask, "", ["--output-dir=~/runs"])) == tmp_path / "runs"
+    assert weights_file("~/w.pt") == tmp_path / "w.pt"
+    assert LatencyTable("~/times.json", "cpu", "1").path == tmp_path / "times.json"
+    with pytest.raises(InputError, match="no home folder for ~; write ./~nobody-of-that-name"):
+        user_path("~nobody-of-that-name")
+
+
+def test_ctrl_c_while_a_file_is_written_stays_ctrl_c(tmp_path):
+    """torch.save raises RuntimeError, because it cannot end its archive."""
+    (tmp_path / "kept.pt").write_text("as it was")
+
+    class Interrupting:
+        def __init__(self, file):
+            self.file = file
+
+        def write(self, content):
+            if len(content) == 4000:
+                raise KeyboardInterrupt
+            return self.file.write(content)
+
+    with pytest.raises(KeyboardInterrupt), atomic_file(tmp_path / "kept.pt") as file:
+        torch.save(torch.zeros(1000), Interrupting(file))
+    assert [path.name for path in tmp_path.iterdir()] == ["kept.pt"]
+    assert (tmp_path / "kept.pt").read_text() == "as it was"
 
 
 @pytest.mark.parametrize("bit", (1, 128))

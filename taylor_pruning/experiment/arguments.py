@@ -9,6 +9,7 @@ from pathlib import Path
 from taylor_pruning.errors import InputError
 from taylor_pruning.experiment.command import Command, DataSettings, ExperimentTask, RunSettings, SweepTask
 from taylor_pruning.experiment.settings import PruningSettings
+from taylor_pruning.files import user_path
 from taylor_pruning.options import NAMES, flag, option_name, options, problem, range_text, value_type
 from taylor_pruning.training.recipe import Recipe
 
@@ -115,13 +116,23 @@ def _reader(field: dataclasses.Field):
     def read(text: str):
         if optional and not several and field.metadata["option"].choices and text == "none":
             return None
-        value = kind(text)
-        if found := problem(field, value):
-            raise argparse.ArgumentTypeError(f"{found}, not {text}")
+        try:
+            value = kind(text)
+            found = problem(field, value, text)
+        except ValueError:
+            found = f"must be {NAMES[kind]}, not {text!r}"
+        if found:
+            raise argparse.ArgumentTypeError(found + _hint(text, kind, several))
         return value
 
-    read.__name__ = {int: "whole number", float: "number", str: "text"}[kind]
     return read
+
+
+def _hint(text: str, kind: type, several: bool) -> str:
+    """What may have been meant by a value that is wrong; "" where nothing comes to mind."""
+    if "," in text:
+        return "; separate several by spaces" if several else "; it has a comma in it"
+    return "; give the number without a per cent sign" if kind is not str and text.endswith("%") else ""
 
 
 def parse(task: type[ExperimentTask] | type[SweepTask], description: str, argv: list[str] | None = None) -> Command:
@@ -136,7 +147,7 @@ def parse(task: type[ExperimentTask] | type[SweepTask], description: str, argv: 
     given = vars(given)
     try:
         if folder := given["run.resume"]:
-            parser.set_defaults(**_options_of_run(Path(folder), task))
+            parser.set_defaults(**_options_of_run(user_path(folder), task))
             given = vars(parser.parse_args(argv))
         values = {part: {} for part in parts_of(task)}
         for destination, value in given.items():
@@ -159,13 +170,17 @@ def _unknown(words: list[str], task: type) -> str:
 def _options_of_run(folder: Path, task: type) -> dict:
     """{destination: value} of the options in the folder's config.json; {} where there is no such file."""
     config = folder / "config.json"
-    if not config.exists():  # run.open_folder reports it
-        return {}
     try:
         there = json.loads(config.read_text(encoding="utf-8"))["arguments"]
         names = {name: f"{part}.{f.name}" for part, f in shown_options(task) if (name := option_name(f)) != "resume"}
         return {destination: there[name] for name, destination in names.items() if name in there}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (FileNotFoundError, NotADirectoryError):  # run.open_folder reports it
+        return {}
+    except OSError as error:
+        raise InputError(
+            f"cannot read {config}: {error.strerror}; --resume takes the folder of an interrupted run"
+        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(
             f"{config} is not the config.json of a run ({error}); pass the folder of an interrupted run"
         ) from error

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields, replace
 
 from taylor_pruning.errors import InputError
 from taylor_pruning.experiment.choices import WIDTHS
-from taylor_pruning.experiment.settings import TAYLOR_ORDERS, PruningSettings
+from taylor_pruning.experiment.settings import SEEDS, TAYLOR_ORDERS, PruningSettings
 from taylor_pruning.options import check, option, option_name, options
 from taylor_pruning.selection.baselines import BASELINES
 from taylor_pruning.training.recipe import Recipe
@@ -118,6 +118,7 @@ class SweepTask(Task):
         None,
         "seeds of the calibration images and of the order in fine-tuning",
         "Three or more show how far the results depend on chance.",
+        **SEEDS,
         default_text="that of --seed",
     )
 

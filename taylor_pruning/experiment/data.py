@@ -27,6 +27,9 @@ class ImageData:
     skipped: list[Path] = field(default_factory=list)  # corrupt files that were left out
     mean: tuple[float, ...] = IMAGENET_MEAN  # of the normalisation: (value in [0, 1] - mean) / std
     std: tuple[float, ...] = IMAGENET_STD
+    # What tells these images from others, cheaply, in plain values; None where they cannot change. {"classes": folder names
+    # in the order of their labels, "train", "val": {"images": their number, "names", "sizes": hashes of those of all files}}
+    listing: dict | None = None
 
 
 @dataclass(eq=False)

@@ -6,8 +6,10 @@ Small images (shorter side up to 64 pixels) are decoded once into one uint8 tens
 """
 
 import copy
+import hashlib
 import io
 import os
+import stat
 import statistics
 import struct
 import zlib
@@ -26,6 +28,7 @@ from tqdm import tqdm
 
 from taylor_pruning.errors import InputError
 from taylor_pruning.experiment.data import IMAGENET_MEAN, IMAGENET_STD, SMALL_IMAGE, ImageData, TensorImages
+from taylor_pruning.files import user_path
 
 MEMORY_LIMIT = 2**30  # bytes of uint8 pixels that may be held decoded
 # What Pillow's decoders raise on broken files; struct and zlib errors come from damaged PNG and TIFF chunks.
@@ -70,20 +73,24 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 class FolderImages(ImageFolder):
-    """ImageFolder with given labels; `dataset[i]` raises InputError naming the file when it cannot be decoded."""
+    """ImageFolder with given labels; `dataset[i]` raises InputError naming the file when it cannot be decoded.
+
+    Raises InputError for a folder that cannot be listed and for an image that is no file, as a pipe.
+    """
 
     def __init__(self, root: Path, class_to_idx: dict[str, int]):
         self._class_to_idx = class_to_idx
-        super().__init__(str(root), loader=read_image, is_valid_file=self._is_visible_image, allow_empty=True)
-
-    def _is_visible_image(self, path: str) -> bool:
-        """False for what editors, notebooks and file managers leave in hidden files and folders, as .ipynb_checkpoints."""
-        return has_file_allowed_extension(path, IMG_EXTENSIONS) and f"{os.sep}." not in path.removeprefix(
-            str(self.root)
-        )
+        super().__init__(str(root), loader=read_image)
 
     def find_classes(self, directory) -> tuple[list[str], dict[str, int]]:
         return list(self._class_to_idx), self._class_to_idx
+
+    @staticmethod
+    def make_dataset(directory: str, class_to_idx: dict[str, int], **_) -> list[tuple[str, int]]:
+        """[(path, label)] by class and path."""
+        folders = {name: os.path.join(directory, name) for name in sorted(class_to_idx)}
+        present = [name for name, folder in folders.items() if os.path.isdir(folder)]
+        return [(path, class_to_idx[name]) for name in present for path in _image_files(folders[name])]
 
     def keep(self, samples: list[tuple[str, int]]) -> None:
         self.samples = self.imgs = samples
@@ -93,6 +100,38 @@ class FolderImages(ImageFolder):
         other = copy.copy(self)
         other.transform = transform
         return other
+
+
+def _image_files(folder: str) -> Iterator[str]:
+    """The images in a folder and the folders below it, but for what editors, notebooks and file managers hide there.
+
+    Every folder counts once, however many symbolic links lead to it: one that leads upwards would give images for ever.
+    """
+
+    def refuse(error: OSError):
+        raise InputError(f"cannot list {error.filename}: {error.strerror}; check --data-path and its permissions")
+
+    listed, seen = [], set()
+    for place, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+        real = os.path.realpath(place)
+        # sorted, so that which of several links counts does not depend on the file system
+        folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
+        if real not in seen:
+            listed.append((place, names))
+        seen.add(real)
+    for place, names in sorted(listed):
+        for name in sorted(names):
+            if has_file_allowed_extension(name, IMG_EXTENSIONS) and not name.startswith("."):
+                yield _regular_file(os.path.join(place, name))
+
+
+def _regular_file(path: str) -> str:
+    try:
+        if stat.S_ISREG(os.stat(path).st_mode):
+            return path
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}; check the file and its permissions") from error
+    raise InputError(f"cannot read {path}: it is a pipe, socket or device; remove it")  # reading it could wait for ever
 
 
 def _threaded(function, items, description: str) -> Iterator:
@@ -161,12 +200,17 @@ def load_image_folder(path, *, image_size: int | None = None, weights=None, skip
     skip_corrupt: decode everything once, leave out what cannot be decoded and list it in `ImageData.skipped`.
 
     When all class folders are ImageNet synset ids, labels follow ImageNet's order, whichever classes are missing.
-    Raises InputError on a wrong layout, empty or unknown class folders, fewer than two classes, undecodable images.
+    Raises InputError on a wrong layout, empty or unknown class folders, fewer than two classes, undecodable images, and
+    on folders that cannot be read.
     """
     if image_size is not None and image_size < 1:
         raise InputError(f"image size must be at least 1 pixel, got {image_size}; leave it out to use the native size")
-    path = Path(path).expanduser()
-    train, val, imagenet_labels = _scan(path)
+    path = user_path(path)
+    try:
+        train, val, imagenet_labels = _scan(path)
+    except OSError as error:
+        place = error.filename or path
+        raise InputError(f"cannot read {place}: {error.strerror}; check --data-path and its permissions") from error
     skipped = _drop_corrupt(train) + _drop_corrupt(val) if skip_corrupt else []
     _check_not_empty(train)
     _check_not_empty(val)
@@ -186,8 +230,23 @@ def load_image_folder(path, *, image_size: int | None = None, weights=None, skip
     return ImageData(
         name=path.resolve().name, train=augmented, val=validation, evaluation_train=evaluation, classes=train.classes,
         num_classes=len(train.classes), image_size=size, imagenet_labels=imagenet_labels, skipped=skipped,
-        mean=preset.mean, std=preset.std,
+        mean=preset.mean, std=preset.std, listing=_listing(train, val),
     )  # fmt: skip
+
+
+def _listing(train: FolderImages, val: FolderImages) -> dict:
+    """See ImageData.listing."""
+    present = set(train.targets)
+    classes = [name for name, label in train.class_to_idx.items() if label in present]
+    return {"classes": classes, "train": _names_and_sizes(train), "val": _names_and_sizes(val)}
+
+
+def _names_and_sizes(dataset: FolderImages) -> dict:
+    names, sizes = hashlib.sha256(), hashlib.sha256()
+    for path, _ in dataset.samples:
+        names.update(os.fsencode(os.path.relpath(path, dataset.root)) + b"\0")
+        sizes.update(b"%d\0" % os.stat(path).st_size)
+    return {"images": len(dataset), "names": names.hexdigest()[:16], "sizes": sizes.hexdigest()[:16]}
 
 
 def _scan(path: Path) -> tuple[FolderImages, FolderImages, bool]:
@@ -238,7 +297,7 @@ def _native_size(dataset: FolderImages) -> int:
         try:
             with Image.open(path) as image:
                 sides.append(min(image.size))
-        except (OSError, SyntaxError):  # a broken file says nothing here; it is reported when it is decoded
+        except DECODING_ERRORS:  # a broken file says nothing here; it is reported when it is decoded
             continue
     if not sides:
         read_image(dataset.samples[0][0])

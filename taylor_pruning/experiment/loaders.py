@@ -10,7 +10,10 @@ depend on (seed, epoch) alone, never on the number of workers or on what was dra
 that an unbroken run would have seen.
 """
 
+import contextlib
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from multiprocessing.pool import ThreadPool
@@ -126,6 +129,7 @@ class WorkerLoader:
         self._loader = DataLoader(
             _SeededItems(dataset, plan.seed), batch_sampler=plan, num_workers=workers, collate_fn=_collate,
             pin_memory=device.type == "cuda", persistent_workers=workers > 0,
+            worker_init_fn=_ignore_interrupts,
             generator=torch.Generator().manual_seed(plan.seed),  # keeps the DataLoader off the global generator
         )  # fmt: skip
 
@@ -136,7 +140,9 @@ class WorkerLoader:
         self.plan.epoch = epoch
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for batch in self._loader:
+        with _interrupts_deferred():
+            batches = iter(self._loader)
+        for batch in batches:
             if isinstance(batch, InputError):
                 raise batch
             images, labels = batch
@@ -146,6 +152,36 @@ class WorkerLoader:
         """See BatchLoader.spread."""
         rows, plan = self.plan.spread(samples)
         return list(WorkerLoader(Subset(self.dataset, rows), plan, self.device, self._loader.num_workers))
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """Ctrl-C in a terminal reaches every process. The one that trains ends the workers; workers that end first are an error."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def _interrupts_deferred():
+    """Ctrl-C in the block counts at its end, and not in processes that are forked in it.
+
+    Python drops an exception that is raised in what it calls around a fork, and the run would go on.
+    """
+    usual, caught = signal.getsignal(signal.SIGINT), []
+    if not callable(usual) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda *received: caught.append(received))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+        if caught:
+            usual(*caught[0])
+
+
+def is_worker_failure(error: BaseException) -> bool:
+    """Whether a worker was killed, or had no shared memory for its batch; torch raises RuntimeError, wherever it is then."""
+    signs = ("DataLoader worker (pid", "shared memory", "shm_open", "</torch_")  # the last: a file in /dev/shm
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
 class _SeededItems(Dataset):

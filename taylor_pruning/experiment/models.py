@@ -23,6 +23,7 @@ from taylor_pruning.errors import InputError
 from taylor_pruning.experiment.data import SMALL_IMAGE
 from taylor_pruning.experiment.timm_models import PREFIX, TimmWeights, check_timm_name, timm_network
 from taylor_pruning.experiment.weights import copy_weights, read_state
+from taylor_pruning.files import user_path
 from taylor_pruning.memory import raise_out_of_memory
 
 IMAGENET_CLASSES = 1000
@@ -47,6 +48,11 @@ class BuiltModel:
     image_size: int
     weights: str
     new_head: bool
+
+
+def weights_file(weights: str | Path) -> Path | None:
+    """The file at --weights; None for the words that say which weights to take."""
+    return None if weights in ("auto", "default", "none") else user_path(weights)
 
 
 def model_names() -> list[str]:
@@ -111,7 +117,7 @@ def build_model(
     elif weights in ("auto", "none"):
         state, description = None, "none"
     else:
-        state, description = read_state(Path(weights), probe.state_dict().keys()), str(weights)
+        state, description = read_state(weights_file(weights), probe.state_dict().keys()), str(weights)
 
     if state is not None:
         state = _adapt_names(name, state)

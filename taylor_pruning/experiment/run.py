@@ -2,9 +2,8 @@
 
 import contextlib
 import errno
-import io
-import json
 import os
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -12,10 +11,13 @@ from pathlib import Path
 from taylor_pruning.distributed import end_distributed, init_distributed, is_main
 from taylor_pruning.errors import InputError
 from taylor_pruning.experiment.command import Command
+from taylor_pruning.experiment.inputs import allow_repair
+from taylor_pruning.experiment.loaders import is_worker_failure
 from taylor_pruning.experiment.setup import choose_device, environment
-from taylor_pruning.files import remove_leftovers
+from taylor_pruning.experiment.streams import lasting_streams
+from taylor_pruning.files import remove_leftovers, user_path
 from taylor_pruning.memory import is_out_of_memory, keep_freed_memory
-from taylor_pruning.report.json_files import plain, write_json
+from taylor_pruning.report.json_files import plain, read_json, write_json
 from taylor_pruning.training.fine_tuning import Interrupted, TrainingDiverged
 
 try:
@@ -24,6 +26,9 @@ except ImportError:  # Windows
     fcntl = None
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+EXPLAINED = (InputError, TrainingDiverged, OSError, MemoryError, RuntimeError, KeyboardInterrupt)
+CHECK_PATH = "check that path, or pass another --output-dir"
+WORKER_FAILED = "a process that decodes images was killed, or shared memory (/dev/shm) is full"
 # may differ between a run and its resumption
 NOT_COMPARED = ("resume", "output_dir", "quiet", "device", "workers", "latency_table")
 
@@ -31,58 +36,64 @@ NOT_COMPARED = ("resume", "output_dir", "quiet", "device", "workers", "latency_t
 def run_guarded(command: Command, run) -> int:
     """run(command, folder, device) with clear errors; returns the exit code.
 
-    Exit codes: 2 bad input, 1 training diverged, the disk failed or there is not enough memory, 130 interrupted.
+    Exit codes: 2 bad input, 1 training diverged, the disk failed, there is not enough memory or a worker of a loader was
+    killed, 130 interrupted.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a character that the terminal cannot encode must not end a run
-            stream.reconfigure(errors="backslashreplace")
-    folder = Path(command.run.resume or command.run.output_dir or default_folder(command))
-    try:
-        if fcntl is None:
-            raise InputError(
-                "the command line runs on Linux and macOS; on Windows use WSL, or EnhancedPruning from Python"
-            )
-        keep_freed_memory()
-        device = init_distributed(choose_device(command.run.device))
-        with open_folder(folder, command):
-            return run(command, folder, device)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
+    folder = None
+    with lasting_streams():
+        try:
+            folder = results_folder(command)
+            if fcntl is None:
+                raise InputError(
+                    "the command line runs on Linux and macOS; on Windows use WSL, or EnhancedPruning from Python"
+                )
+            keep_freed_memory()
+            device = init_distributed(choose_device(command.run.device))
+            with open_folder(folder, command):
+                return run(command, folder, device)
+        except EXPLAINED as error:
+            code, message = explained(error, folder)
+            if code is None:
+                raise
+            print(message, file=sys.stderr)
+            return code
+        finally:
+            end_distributed()
+
+
+def explained(error: BaseException, folder: Path | None) -> tuple[int | None, str]:
+    """Exit code and message of an error; (None, "") for one that nobody foresaw, whose traceback says most.
+
+    folder: of the results, None where it is not known yet.
+    """
+    if isinstance(error, (InputError, TrainingDiverged)):
+        return 2 if isinstance(error, InputError) else 1, f"error: {error}"
+    if isinstance(error, KeyboardInterrupt):
+        reason = error.reason if isinstance(error, Interrupted) and error.checkpoint else "interrupted"
+        return 128 + signal.SIGINT, f"{reason}\n{how_to_continue(folder)}"
+    if isinstance(error, OSError):
         disk = error.errno in DISK_ERRORS
-        advice = (
-            f"free space, then {how_to_continue(folder)}" if disk else "check that path, or pass another --output-dir"
-        )
-        print(f"error: {error.strerror or error}: {error.filename or folder}; {advice}", file=sys.stderr)
-        return 1 if disk else 2
-    except TrainingDiverged as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        print(
-            f"error: out of memory ({str(error).splitlines()[0][:200]}); lower --batch-size, --calibration-samples or "
-            f"--memory-limit, or free memory, then {how_to_continue(folder)}",
-            file=sys.stderr,
-        )
-        return 1
-    except KeyboardInterrupt as error:
-        reason = str(error) if isinstance(error, Interrupted) and error.checkpoint else "interrupted"
-        print(f"{reason}\n{how_to_continue(folder)}", file=sys.stderr)
-        return 128 + signal.SIGINT
-    finally:
-        end_distributed()
+        advice = f"free space, then {how_to_continue(folder)}" if disk else CHECK_PATH
+        return 1 if disk else 2, f"error: {error.strerror or error}: {error.filename or folder}; {advice}"
+    first = str(error).strip().splitlines()[:1]
+    if is_out_of_memory(error):
+        advice = "lower --batch-size, --calibration-samples or --memory-limit, or free memory"
+        return 1, f"error: out of memory ({''.join(first)[:200]}); {advice}, then {how_to_continue(folder)}"
+    if is_worker_failure(error):
+        return 1, f"error: {WORKER_FAILED}; lower --workers, or free memory, then {how_to_continue(folder)}"
+    return None, ""
 
 
 def how_to_continue(folder):
-    started = (folder / "config.json").exists()
-    return f"continue with --resume {folder}" if started else "start again with the same arguments"
+    """What to do after an interruption, in words; `folder` is None where not even that was known."""
+    started = folder and os.path.exists(folder / "config.json")  # False also where the folder cannot be searched
+    return f"continue with --resume {shlex.quote(str(folder))}" if started else "start again with the same arguments"
 
 
-def default_folder(command):
-    """A folder in runs/ that does not exist yet."""
+def results_folder(command):
+    """The folder that the command names, or one in runs/ that does not exist yet."""
+    if named := command.run.resume or command.run.output_dir:
+        return user_path(named)
     base = Path("runs") / f"{Path(sys.argv[0]).stem}-{command.data.model.replace('/', '-')}"
     candidates = (base if n == 1 else base.with_name(f"{base.name}-{n}") for n in range(1, 10**6))
     return next(path for path in candidates if not path.exists())
@@ -110,9 +121,11 @@ def open_folder(folder, command):
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder) as lock:
         if command.run.resume:
-            check_same_arguments(json.loads(config.read_text(encoding="utf-8")), command)
+            check_same_arguments(read_json(config), command)
         elif config.exists():
-            raise InputError(f"{folder} holds a run already; pass --resume {folder} or another --output-dir")
+            raise InputError(
+                f"{folder} holds a run already; pass --resume {shlex.quote(str(folder))} or another --output-dir"
+            )
         for place in (folder, folder / "cells"):
             remove_leftovers(place)
         before = {config.name, *os.listdir(folder)}
@@ -123,6 +136,7 @@ def open_folder(folder, command):
         try:
             yield
         except (InputError, OSError) as error:
+            allow_repair(folder, error)
             wrong_input = isinstance(error, InputError) or error.errno not in DISK_ERRORS
             if wrong_input and not command.run.resume and before.issuperset(os.listdir(folder)):
                 config.unlink()

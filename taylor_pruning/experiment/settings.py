@@ -18,6 +18,10 @@ TAYLOR_ORDERS = (1, 2, 3)
 SELECTIONS = ("auto", "joint", "independent")
 CURVATURES = ("auto", "exact", "hvp")
 REPAIRS = ("auto", "none", "layer", "network")
+SEEDS = {
+    "low": 0,
+    "high": 2**32 - 1,
+}  # of numpy's and torch's generators, also where a seed stands for a billion others
 
 
 @dataclass(frozen=True)
@@ -197,6 +201,7 @@ class PruningSettings(Constraints):
         0,
         "seed of initial weights, calibration images and order of batches",
         "To repeat a run, or to see how far it depends on chance.",
+        **SEEDS,
     )
 
     def __post_init__(self):
@@ -205,7 +210,7 @@ class PruningSettings(Constraints):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         check(self)
         if self.repair in ("layer", "network") and not self.compensate:
-            raise InputError(f"repair {self.repair} and no compensation contradict each other; give one of the two")
+            raise InputError(f"--repair {self.repair} and --no-compensate contradict each other; give one of the two")
         if self.repair == "network" and self.fine_tune_between:
             raise InputError("repair network would undo the training of fine_tune_between; give one of the two")
         if self.repair == "none":
@@ -213,11 +218,11 @@ class PruningSettings(Constraints):
         if target := self.target:
             if self.budget not in ("filters", target.kind):  # the default, or what the target says
                 raise InputError(
-                    f"target_{target.kind} and budget {self.budget} contradict each other; leave the budget out"
+                    f"--target-{target.kind} and --budget {self.budget} contradict each other; leave --budget out"
                 )
             object.__setattr__(self, "budget", target.kind)
         if self.prune_modules and self.budget == "latency":
-            given = "target_latency" if self.target_latency else "budget latency"
+            given = "--target-latency" if self.target_latency else "--budget latency"
             raise InputError(
                 f"{given} and prune_modules exclude each other, as only whole networks are timed; give macs or params"
             )
@@ -230,7 +235,7 @@ class PruningSettings(Constraints):
         given = {"macs": self.target_macs, "params": self.target_params, "latency": self.target_latency}
         targets = [parse_target(kind, text) for kind, text in given.items() if text is not None]
         if len(targets) > 1:
-            raise InputError("give one target, target_macs, target_params or target_latency, not several")
+            raise InputError("give one target, --target-macs, --target-params or --target-latency, not several")
         return targets[0] if targets else None
 
     def graph_of(self, model: nn.Module, example: Tensor) -> ChannelGraph:

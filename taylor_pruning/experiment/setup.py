@@ -5,7 +5,9 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -24,9 +26,10 @@ from taylor_pruning.experiment.data import ImageData
 from taylor_pruning.experiment.embedded import embedded_data
 from taylor_pruning.experiment.folders import load_image_folder
 from taylor_pruning.experiment.head import present_classes
+from taylor_pruning.experiment.inputs import check_inputs
 from taylor_pruning.experiment.loaders import calibration_batches, make_loader
 from taylor_pruning.experiment.models import BuiltModel, build_model, head_name, pretrained_weights
-from taylor_pruning.experiment.weights import read_tensors
+from taylor_pruning.experiment.weights import load_own_weights
 from taylor_pruning.files import atomic_file, cache_folder
 from taylor_pruning.first_batch import Batches, check_training
 from taylor_pruning.modes import requirements_kept
@@ -101,10 +104,13 @@ def prepare(command, folder, device, percentages=()):
         percentages: that the network will be pruned to; what cannot be is refused before any training.
 
     Raises:
-        InputError: see experiment.data, experiment.models, surgery.graph, selection.greedy.
+        InputError: see experiment.inputs, experiment.data, experiment.models, surgery.graph, selection.greedy.
     """
+    if command.recipe.compile and command.recipe.epochs:
+        check_compiler(device)
     torch.manual_seed(command.pruning.seed)
     data = load_data(command.data)
+    check_inputs(folder, command.data, data)
     built = build_model(
         command.data.model,
         data.num_classes,
@@ -166,6 +172,21 @@ def choose_device(name):
     return torch.device(name)
 
 
+def check_compiler(device: torch.device) -> None:
+    """Raises InputError where torch.compile will not find the compiler that it calls: of C on a GPU, else of C++."""
+    if device.type == "cuda":
+        variable, names = "CC", ("gcc", "clang")
+    else:
+        variable, names = "CXX", ("clang++" if sys.platform == "darwin" else "g++",)
+    if given := os.environ.get(variable):
+        names = (given.split()[0],)
+    if not any(map(shutil.which, names)):
+        raise InputError(
+            f"--compile needs a compiler, and there is no {' or '.join(names)}; install it, name one in {variable}, or leave "
+            "--compile out"
+        )
+
+
 def load_data(settings: DataSettings) -> ImageData:
     """The folder at `--data-path`, or the embedded data set."""
     if settings.data_path is None:
@@ -197,7 +218,7 @@ def train_dense(experiment, folder):
         if is_main():
             print(f"dense {built.name} from {kept}")
             checkpoint.unlink(missing_ok=True)
-        built.model.load_state_dict(read_tensors(kept, experiment.device, "remove the file to train the network again"))
+        load_own_weights(built.model, kept, "remove the file to train the network again")
         return
     what = "new head" if head else "dense network"
     if is_main():

@@ -109,6 +109,19 @@ def copy_weights(model: nn.Module, state: dict[str, Tensor], source: str, head: 
     return new_head
 
 
+def load_own_weights(model: nn.Module, path: Path, remedy: str) -> None:
+    """Loads a state_dict that an earlier run wrote of this very network.
+
+    Raises InputError, ending in `remedy`, if the file cannot be read or is of another network.
+    """
+    content = read_tensors(path, next(model.parameters()).device, remedy)
+    try:
+        model.load_state_dict(content)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise_out_of_memory(error)
+        raise InputError(f"{path} is of another network, as one for other classes; {remedy}") from error
+
+
 def first_names(groups: dict[str, list[str]]) -> str:
     """What is wrong with which tensors: "2 missing (a, b); 5 unexpected (c, d, e, ...)"."""
     return "; ".join(

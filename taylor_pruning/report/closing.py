@@ -4,14 +4,13 @@ print(experiment_closing(results, folder))       # results: the content of resul
 print(sweep_closing(sweep, folder))              # sweep: the content of a sweep's results.json
 """
 
-import math
 import statistics
 import textwrap
 from pathlib import Path
 
 from taylor_pruning.report.figures import METHODS
 from taylor_pruning.report.sweep_numbers import cells_by_method
-from taylor_pruning.report.tables import signed
+from taylor_pruning.report.tables import signed, standard_error
 
 LINE = 80  # columns
 STAGES = {
@@ -46,7 +45,7 @@ def experiment_closing(results: dict, folder: Path) -> str:
             f"Removing {filters - kept:,} of {filters:,} filters gave:",
             *(f"  {line}" for line in [*_gains(dense, final), *_latency(results.get("latency"))]),
             f"Cost, on {final['images']:,} validation images:",
-            f"  {_cost(dense, final)}; one standard error is {_standard_error(final):.1f} points",
+            f"  {_cost(dense, final)}; {_chance(final)}",
             textwrap.fill(top1, LINE, initial_indent="  ", subsequent_indent="  "),
             *_files(Path(folder)),
         ]
@@ -138,9 +137,9 @@ def _cost(dense: dict, final: dict) -> str:
     return f"top-1 {dense['top1']:.1f} % -> {final['top1']:.1f} % ({change} points)"
 
 
-def _standard_error(stage: dict) -> float:
-    share = stage["top1"] / 100
-    return 100 * math.sqrt(share * (1 - share) / stage["images"])
+def _chance(stage: dict) -> str:
+    error = standard_error(stage["top1"], stage["images"])
+    return "too few images to tell by how much" if error is None else f"one standard error is {error:.1f} points"
 
 
 def _number(count: float) -> str:

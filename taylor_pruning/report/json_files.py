@@ -41,14 +41,28 @@ def write_json(path, value) -> None:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
-def read_json(path: Path) -> dict | None:
-    """The results in the file, None where there is none. Raises InputError if it is damaged."""
+def read_json(path: Path, shape=dict) -> dict | None:
+    """The results in the file, None where there is none.
+
+    shape: what the file must hold, see `has_shape`. Raises InputError if it is damaged or holds anything else.
+    """
     if not path.exists():
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("no results")
-    except ValueError as error:
+        if not has_shape(content, shape):
+            raise ValueError("it holds no such results")
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged ({error}); remove it, and --resume computes it again") from error
     return content
+
+
+def has_shape(value, shape) -> bool:
+    """Whether plain values have the types that `shape` gives: a type, or several, as for isinstance; a dictionary, whose
+    keys must be there, with values of its shapes; or a list of one shape, which at least one item and every item must have.
+    """
+    if isinstance(shape, dict):
+        return isinstance(value, dict) and all(key in value and has_shape(value[key], shape[key]) for key in shape)
+    if isinstance(shape, list):
+        return isinstance(value, list) and bool(value) and all(has_shape(item, shape[0]) for item in value)
+    return isinstance(value, shape)

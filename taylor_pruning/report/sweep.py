@@ -30,7 +30,7 @@ from taylor_pruning.report.sweep_numbers import (
 )
 from taylor_pruning.report.sweep_plots import write_sweep_plots
 from taylor_pruning.report.sweep_steps import steps_to_reach
-from taylor_pruning.report.tables import cost_unit, numbers, text_table
+from taylor_pruning.report.tables import cost_unit, numbers, standard_error, text_table
 
 CSV_COLUMNS = ("percentage", "method", "taylor_order", "seed", "stage", "top1", "top5", "loss", "parameters", "macs",
                "file_bytes", "latency_ms", "seconds", "status", "error")  # fmt: skip
@@ -83,12 +83,12 @@ def sweep_table(sweep: dict) -> str:
 def _chance(sweep):
     """The standard error from the finite number of test images, in words."""
     top1, images = numbers([sweep["dense"].get("top1"), sweep["dense"].get("images")])
-    error = 100 * math.sqrt(top1 / 100 * (1 - top1 / 100) / images) if images else math.nan
-    return (
-        f"one standard error of {images:.0f} test images: {error:.1f} points"
-        if math.isfinite(error)
-        else "no test images"
-    )
+    if not images > 0 or math.isnan(top1):
+        return "no test images"
+    error = standard_error(top1, images)
+    if error is None:
+        return f"{images:.0f} test images are too few to tell a standard error"
+    return f"one standard error of {images:.0f} test images: {error:.1f} points"
 
 
 def _span(counts):

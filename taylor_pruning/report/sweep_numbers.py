@@ -1,9 +1,9 @@
 """What the cells of a sweep say: means and deviations over seeds, before and after fine-tuning.
 
 A sweep holds "dense" (the stage of the unpruned network), "cells", "arguments" and "environment". A cell has "percentage",
-"method" (a key of report.figures.METHODS), "seed", "status" ("done" or "failed") and "error"; a finished one also has
-"stages", "layers" and "fine_tuning", as in the results of one experiment. Percentages count what the argument "budget" says,
-filters where there is none. Failed cells enter no mean.
+"method" (a key of report.figures.METHODS), "seed", "status" ("done" or "failed") and "error" (CELL); a finished one also has
+"stages", "layers" and "fine_tuning", as in the results of one experiment (DONE_CELL). Percentages count what the argument
+"budget" says, filters where there is none. Failed cells enter no mean.
 """
 
 import math
@@ -15,6 +15,12 @@ from taylor_pruning.errors import InputError
 from taylor_pruning.report.figures import METHODS
 from taylor_pruning.report.tables import numbers
 
+# What is read back from files, for report.json_files.read_json. What was not measured is None.
+NUMBER = (int, float, type(None))
+STAGE = {"stage": str, "top1": (int, float), "top5": NUMBER, "loss": NUMBER, "images": int, "parameters": int, "macs": int,
+         "file_bytes": int, "latency_ms": NUMBER, "seconds": NUMBER}  # fmt: skip
+CELL = {"percentage": (int, float), "method": str, "seed": int, "status": str, "error": (str, type(None))}
+DONE_CELL = CELL | {"stages": [STAGE], "layers": dict, "fine_tuning": list, "accuracy_at_steps": list}
 COSTS = {"macs": "MACs", "parameters": "parameters", "file_bytes": "size", "latency_ms": "latency"}
 COUNTED = {
     "filters": "filters",

@@ -16,6 +16,11 @@ def numbers(values) -> np.ndarray:
     return np.array([math.nan if value is None else value for value in values], dtype=np.float64)
 
 
+def standard_error(top1: float, images: float) -> float | None:
+    """Of a top-1 (%) on so many images, in points; None where all or none are right, of which it would be 0."""
+    return 100 * math.sqrt(top1 / 100 * (1 - top1 / 100) / images) if images and 0 < top1 < 100 else None
+
+
 def text_table(header: list[str], rows: list[list[str]]) -> str:
     """Aligned text for a terminal: first column to the left, the others to the right."""
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]

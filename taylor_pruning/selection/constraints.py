@@ -27,7 +27,8 @@ class Constraints:
             bound. It yields where the target cannot be met otherwise. None: 1.03 for a budget in filters, no bound for
             the others.
         min_filters: filters that every layer keeps at least.
-        round_to: filter counts of cut layers are multiples of it where units allow.
+        round_to: filter counts of cut layers are multiples of it; a layer without such a count stays whole. Layers that share
+            only some of their filters with others (grouped or concatenated channels) are cut as the scores say.
         min_share: share of its filters that every layer keeps at least; like the layer bound it yields where the target
             cannot be met otherwise.
         latency_batch: images of the forward whose time a budget of latency counts.
@@ -59,7 +60,7 @@ class Constraints:
     )
     round_to: int = option(
         1,
-        "filter counts of cut layers are multiples of it",
+        "filter counts of cut layers are multiples of it; a layer without such a count stays whole",
         "8 suits most hardware: the network is faster at the same size.",
         low=1,
     )
@@ -126,6 +127,12 @@ class Ledger:
     def open(cls, graph, constraints):
         removable = {name: int(info.removable.sum()) for name, info in graph.layers.items()}
         require_units(graph)
+        widest = max(graph.layers[name].filters for name, count in removable.items() if count)
+        if constraints.round_to > 1 and widest <= constraints.round_to:
+            raise InputError(
+                f"no layer has more than {widest} filters, so that none can lose some and keep a multiple of "
+                f"{constraints.round_to}; lower --round-to"
+            )
         costs = cost_model(graph, constraints)
         return cls(removable, sum(removable.values()) if costs is None else costs.total())
 
@@ -264,8 +271,8 @@ class Selection:
                 possible.append(-fewer)
             if width - more >= max(self.constraints.min_filters, 1):
                 possible.append(more)
-            if not possible:
-                continue
+            if not possible:  # no multiple is left between the least width and the whole one
+                possible.append(-len(taken))
             change = min(possible, key=lambda c: abs(deviation + c * size))
             deviation += change * size
             if change > 0:

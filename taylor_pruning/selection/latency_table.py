@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from taylor_pruning.errors import InputError
-from taylor_pruning.files import atomic_path
+from taylor_pruning.files import atomic_path, user_path
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class LatencyTable:
     """
 
     def __init__(self, path: str | Path | None, device: str, version: str):
-        self.path, self.place = None if path is None else Path(path), (device, version)
+        self.path, self.place = None if path is None else user_path(path), (device, version)
         self.times: dict[str, dict[str, float]] = self._at(self._read())
 
     def _read(self):

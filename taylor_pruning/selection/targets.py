@@ -7,6 +7,7 @@ from taylor_pruning.errors import InputError, one_of
 
 KINDS = ("params", "macs", "latency")
 COUNTS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9}
+FEW = 100  # parameters or multiply-accumulates: such a number is meant as a share
 TIMES = {"S": 1e3, "MS": 1, "US": 1e-3}  # milliseconds
 
 
@@ -45,7 +46,7 @@ def parse_target(kind, text):
     """The Target of "50%", of counts as "150M", "1.2G", "3e6" or such a number, of times as "5ms", "0.1s" or "300us".
 
     Raises:
-        InputError: the text is none of these, or not above 0, or a share of 100 % and more.
+        InputError: the text is none of these, or a share of 0 or 100 % and more, or a count below 100.
     """
     one_of("kind", kind, KINDS)
     units, example = (TIMES, "5ms or 0.1s") if kind == "latency" else (COUNTS, "150M or 1.2G")
@@ -59,8 +60,8 @@ def parse_target(kind, text):
         if not 0 < number < 100:
             raise InputError(f"the target {text!r} must lie between 0% and 100% (both excluded)")
         return Target(kind, share=number / 100)
-    if not number * factor >= 1 and kind != "latency":
-        raise InputError(f"the target {text!r} is less than one; give a share with a per cent sign, as in 50%")
+    if not number * factor >= FEW and kind != "latency":  # of no network that is worth pruning
+        raise InputError(f"the target {text!r} is less than {FEW} {kind}; for a share write a per cent sign, as in 50%")
     if not number:
         raise InputError(f"the target {text!r} must be above 0")
     return Target(kind, amount=number * factor)

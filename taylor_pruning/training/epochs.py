@@ -37,11 +37,14 @@ class TrainingDiverged(RuntimeError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C during training; `checkpoint` holds the last finished epoch (None if there is no checkpoint)."""
+    """Ctrl-C during training; `checkpoint` holds the last finished epoch (None if there is no checkpoint).
 
-    def __init__(self, message: str, checkpoint: Path | None):
-        super().__init__(message)
-        self.checkpoint = checkpoint
+    The message says `reason`, in one line, and what to do from Python.
+    """
+
+    def __init__(self, reason: str, advice: str, checkpoint: Path | None):
+        super().__init__(f"{reason}; {advice}")
+        self.reason, self.checkpoint = reason, checkpoint
 
 
 @dataclass

@@ -193,9 +193,9 @@ def _out_of_memory(run: Training, description: str) -> InputError:
 
 def _interrupted(run: Training) -> Interrupted:
     if run.saved_epoch is None:
-        return Interrupted("training was interrupted and there is no checkpoint; start it again", None)
+        return Interrupted("training was interrupted and there is no checkpoint", "start it again", None)
     return Interrupted(
-        f"training was interrupted; {run.checkpoint} holds epoch {run.saved_epoch} of {run.recipe.epochs}, "
-        "start again with resume to continue from there",
+        f"training was interrupted; {run.checkpoint} holds epoch {run.saved_epoch} of {run.recipe.epochs}",
+        "resume=True continues from there",
         run.checkpoint,
     )

@@ -1,6 +1,7 @@
 """The command line is made from the fields of the settings, and so are config.json and docs/options.md."""
 
 import dataclasses
+import errno
 import importlib.util
 import math
 from pathlib import Path
@@ -84,12 +85,26 @@ def test_the_options_of_a_run_come_back_from_its_config(tmp_path):
     ("words", "message"),
     [
         ("--rounds 0", "--rounds: must be at least 1, not 0"),
-        ("--rounds x", "--rounds: invalid whole number value: 'x'"),
+        ("--rounds x", "--rounds: must be a whole number, not 'x'"),
+        ("--pruning-percentage 30%", "must be a number, not '30%'; give the number without a per cent sign"),
+        ("--memory-limit much", "--memory-limit must be a number of bytes such as 4GB"),
+        ("--target-macs 50", "the target '50' is less than 100 macs; for a share write a per cent sign, as in 50%"),
+        ("--target-macs 50% --target-params 50%", "give one target, --target-macs, --target-params or"),
+        ("--repair layer --no-compensate", "--repair layer and --no-compensate contradict each other"),
+        ("--export onnx,pt2", "must be one of onnx, pt2, not onnx,pt2; separate several by spaces"),
         ("--layer-bound nan", "--layer-bound: must be at least 1, not nan"),
         ("--budget flops", "--budget: must be one of filters, params, macs, latency, not flops"),
         ("--export pt2 jit", "--export: must be one of onnx, pt2, not jit"),
         ("--amp fp8", "--amp: must be one of auto, bf16, fp16, not fp8"),
         ("--round 3", "there is no option --round; did you mean --rounds"),
+        ("--seed -1", "--seed: must be between 0 and 4294967295 (both included), not -1"),
+        (f"--seed {10**400}", "--seed: must be between 0 and 4294967295"),
+        ("--resume=", "--resume: is empty"),
+        ("--output-dir=", "--output-dir: is empty"),
+        ("--weights=", "--weights: is empty"),
+        ("--exclude=", "--exclude: is empty"),
+        (f"--resume {'a' * 300}", "cannot read aaa"),
+        ("--resume ~nobody-of-that-name/run", "no home folder for ~; write ./~nobody-of-that-name/run"),
     ],
 )
 def test_wrong_values_are_named_with_their_option(words, message, capsys):
@@ -98,15 +113,36 @@ def test_wrong_values_are_named_with_their_option(words, message, capsys):
     assert exit.value.code == 2 and message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("kind", ["folder", "nested", "locked"])
+def test_a_config_that_cannot_be_read_is_named(kind, tmp_path, monkeypatch, capsys):
+    config = tmp_path / "config.json"
+    if kind == "folder":
+        config.mkdir()
+    elif kind == "nested":
+        config.write_text("[" * 100_000)
+    else:  # as the system does for users without rights; root has them
+
+        def refuse(*arguments, **keywords):
+            raise PermissionError(errno.EACCES, "Permission denied", str(config))
+
+        monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(SystemExit) as exit:
+        parse(ExperimentTask, "", ["--resume", str(tmp_path)])
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and str(config) in error and "folder of an interrupted run" in error
+
+
 @pytest.mark.parametrize(
     ("task", "words", "message"),
     [
         (SweepTask, "--target-macs 50%", "run_single_experiment.py"),
+        (SweepTask, "--seeds 1 -1", "--seeds: must be between 0 and 4294967295"),
         (SweepTask, "--pruning-percentage 50", "no option --pruning-percentage; did you mean --pruning-percentages"),
         (SweepTask, "--baselines molchanov2017", "--baselines needs --compare-baseline"),
         (SweepTask, "--compensate-baselines", "--compensate-baselines needs --compare-baseline"),
         (ExperimentTask, "--target-macs 50% --pruning-percentage 30", "contradict"),
-        (ExperimentTask, "--target-macs 50% --budget params", "target_macs and budget params contradict"),
+        (ExperimentTask, "--target-macs 50% --budget params", "--target-macs and --budget params contradict"),
+        (SweepTask, "--pruning-percentages 10,30", "must be a number, not '10,30'; separate several by spaces"),
         (ExperimentTask, "photos", "photos belongs to no option"),
     ],
 )

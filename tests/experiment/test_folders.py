@@ -1,5 +1,10 @@
 """Image folders: layout, labels, transforms, corrupt and odd images."""
 
+import errno
+import os
+import zlib
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -164,6 +169,61 @@ def test_unreadable_file_is_an_error_even_when_corrupt_ones_are_skipped(tmp_path
     (root / "val" / "cat" / "dangling.png").symlink_to(root / "gone.png")
     with pytest.raises(InputError, match=r"cannot read .*dangling\.png"):
         load_image_folder(root, skip_corrupt=True)
+
+
+def test_a_header_of_a_huge_image_is_named_or_skipped(tmp_path):
+    root = write_folder(tmp_path)
+    bad = root / "train" / "cat" / "bad.png"
+    content = bytearray((root / "train" / "cat" / "0.png").read_bytes())
+    content[16:24] = (60_000).to_bytes(4, "big") * 2  # width and height
+    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    bad.write_bytes(content)
+    with pytest.raises(InputError, match=r"cannot decode .*bad\.png: .*--skip-corrupt"):
+        load_image_folder(root)
+    assert load_image_folder(root, skip_corrupt=True).skipped == [bad]
+
+
+def test_a_pipe_is_refused_and_never_opened(tmp_path):
+    """Opening it would wait for a writer."""
+    root = write_folder(tmp_path)
+    os.mkfifo(root / "train" / "cat" / "x.jpg")
+    with pytest.raises(InputError, match=r"x\.jpg: it is a pipe"):
+        load_image_folder(root)
+
+
+def test_symbolic_links_that_lead_in_circles_add_no_images(tmp_path):
+    root = write_folder(tmp_path / "data")
+    write_image(root / "train" / "cat" / "more" / "3.png")
+    (root / "train" / "cat" / "loop").symlink_to(root / "train" / "cat")
+    (root / "train" / "cat" / "more" / "again").symlink_to(root / "train" / "cat" / "more")
+    elsewhere = tmp_path / "elsewhere"
+    write_image(elsewhere / "4.png")
+    (root / "train" / "dog" / "linked").symlink_to(elsewhere)
+    assert load_image_folder(root).train.targets.tolist() == [0] * 4 + [1] * 4
+
+
+@pytest.mark.parametrize("place", ["train/cat/more", "train/cat", "val", "."])
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path, place, monkeypatch):
+    root = write_folder(tmp_path)
+    write_image(root / "train" / "cat" / "more" / "3.png")
+    locked, scandir, listdir = str((root / place).resolve()), os.scandir, os.listdir
+
+    def refusing(call):
+        def listed(path):  # as the system does for users without rights; root has them
+            if str(Path(path).resolve()) == locked and place != ".":
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return call(path)
+
+        return listed
+
+    monkeypatch.setattr(os, "scandir", refusing(scandir))
+    monkeypatch.setattr(os, "listdir", refusing(listdir))
+    if place == ".":
+        monkeypatch.setattr(
+            Path, "is_dir", lambda path: (_ for _ in ()).throw(PermissionError(errno.EACCES, "no", path))
+        )
+    with pytest.raises(InputError, match=r"cannot (list|read) .*; check --data-path and its permissions"):
+        load_image_folder(root)
 
 
 def test_class_that_loses_all_its_images_is_named(tmp_path):

@@ -1,5 +1,11 @@
 """Repeatable loaders, shards, evenly spread images and calibration draws."""
 
+import os
+import signal
+from contextlib import nullcontext
+from pathlib import Path
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +15,14 @@ from taylor_pruning.errors import InputError
 from taylor_pruning.experiment.data import TensorImages
 from taylor_pruning.experiment.embedded import embedded_data
 from taylor_pruning.experiment.folders import load_image_folder
-from taylor_pruning.experiment.loaders import BatchLoader, EpochBatches, WorkerLoader, calibration_batches, make_loader
+from taylor_pruning.experiment.loaders import (
+    BatchLoader,
+    EpochBatches,
+    WorkerLoader,
+    calibration_batches,
+    make_loader,
+)
+from taylor_pruning.experiment.run import explained
 
 
 def epoch_of(loader, epoch):
@@ -119,6 +132,48 @@ def test_evaluation_shards_cover_everything_once(length, world):
     assert all(len(list(shard)) == len(shard) for shard in shards)
     seen = [index for shard in shards for batch in shard for _, index in batch]
     assert sorted(seen) == list(range(length))
+
+
+@pytest.mark.parametrize("moment", ["at once", "after a batch"])
+def test_ctrl_c_does_not_reach_the_workers(large, moment):
+    """A terminal sends it to all processes; the one that trains ends the others."""
+    patch = mock.patch("taylor_pruning.experiment.loaders._ignore_interrupts")
+    with patch if moment == "at once" else nullcontext():  # before they come to ignore it
+        loader = make_loader(large.val, 1, workers=2)
+        batches = iter(loader)
+        first = next(batches)
+    for worker in loader._loader._iterator._workers:
+        os.kill(worker.pid, signal.SIGINT)
+    assert len([first, *batches]) == len(large.val)
+
+
+def test_ctrl_c_while_workers_start_is_not_lost(large):
+    """Python drops an exception that is raised in what it calls around a fork."""
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        once = [signal.SIGINT]
+        os.register_at_fork(after_in_parent=lambda: once and os.kill(os.getpid(), once.pop()))
+        with pytest.raises(KeyboardInterrupt):
+            list(make_loader(large.val, 1, workers=2))
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert len(list(make_loader(large.val, 1, workers=1))) == len(large.val)
+    finally:
+        signal.signal(signal.SIGINT, usual)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "DataLoader worker (pid 20686) is killed by signal: Killed. ",
+        "DataLoader worker (pid(s) 11590, 11591) exited unexpectedly",
+        "unable to allocate shared memory(shm) for file </torch_1_2_3>: Resource temporarily unavailable (11)",
+        "Caught RuntimeError in DataLoader worker process 0.\nunable to write to file </torch_1_2_3>: No space left (28)",
+    ],
+)
+def test_a_worker_that_ends_early_is_told_from_other_errors(message):
+    code, text = explained(RuntimeError(message), Path("nowhere"))
+    assert code == 1 and "lower --workers" in text and "\n" not in text
+    assert explained(RuntimeError("shapes do not match"), Path("nowhere")) == (None, "")
 
 
 def test_impossible_loaders():

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -162,8 +163,6 @@ def test_weights_that_cannot_be_downloaded_name_the_way_out(image_folder, tmp_pa
 
 
 def test_corrupt_images_are_named_or_left_out(image_folder, tmp_path, capsys):
-    import shutil
-
     copy = tmp_path / "images"
     shutil.copytree(image_folder, copy)
     bad = copy / "train" / "class 0 ä" / "bad.png"
@@ -285,6 +284,44 @@ def test_a_finished_run_is_left_as_it_is(finished, swept, capsys):
         assert runner.main(["--resume", str(folder)]) == 0
         assert f"{folder} is finished; nothing was changed" in capsys.readouterr().out
         assert before == {p: (p.stat().st_mtime_ns, p.is_file() and p.read_bytes()) for p in folder.rglob("*")}
+
+
+DAMAGED = {
+    "results.json": ['{"a": 1}', '{"cells": [{}]}', '{"cells": 3}', "[" * 100_000],
+    "cells/dense.json": ["{}", '{"top1": 5}'],
+    "cells/order-2_20_seed-0.json": ["{}", '{"status": "done"}', "of another cell"],
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_files_of_another_content_are_named(name, swept, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(swept[0], folder)
+    if name != "results.json":
+        (folder / "results.json").unlink()
+    for text in DAMAGED[name]:
+        if text == "of another cell":
+            text = (folder / "cells" / "order-2_40_seed-0.json").read_text()
+        (folder / name).write_text(text)
+        assert run_enhanced_pruning.main(["--resume", str(folder)]) == 2
+        error = capsys.readouterr().err
+        assert f"{folder / name} is" in error and "remove it, and --resume" in error and "Traceback" not in error
+
+
+def test_only_the_cells_of_a_sweep_are_reported(swept, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(swept[0], folder)
+    (folder / "results.json").unlink()
+    for name in ("order-2_30_seed-0.json", "notes_seed-7.json"):
+        (folder / "cells" / name).write_text("{}")
+    assert run_enhanced_pruning.main(["--resume", str(folder)]) == 0
+    assert len(json.loads((folder / "results.json").read_text())["cells"]) == 4
+
+
+def test_every_percentage_has_a_file_of_its_own(tmp_path):
+    shares = (30.0, 30, 33.3333331, 33.3333334, 0.00001, 12.5)
+    names = [run_enhanced_pruning.cell_file(tmp_path, "order 2", share, 1).name for share in shares]
+    assert names[:3] == ["order-2_30_seed-1.json"] * 2 + ["order-2_33.3333331_seed-1.json"] and len(set(names)) == 5
 
 
 def test_a_failed_cell_is_recorded_and_the_rest_goes_on(image_folder, tmp_path, monkeypatch, capsys):

@@ -3,11 +3,13 @@
 import dataclasses
 
 import pytest
+import torch
 
+from taylor_pruning.errors import InputError
 from taylor_pruning.experiment.arguments import parse
 from taylor_pruning.experiment.command import ExperimentTask
 from taylor_pruning.experiment.models import build_model
-from taylor_pruning.experiment.setup import dense_training
+from taylor_pruning.experiment.setup import check_compiler, dense_training, prepare
 
 CASES = {
     "from scratch with BatchNorm": ("vgg7_bn", False, [], (12, 0.1, 64)),
@@ -25,6 +27,18 @@ def test_schedule(case):
     recipe, batch_size = dense_training(parse(ExperimentTask, "", words), built, 3000)
     assert (recipe.epochs, recipe.lr, batch_size) == expected
     assert recipe.warmup_epochs == min(1, recipe.epochs / 4) and recipe.weight_decay == 5e-4
+
+
+@pytest.mark.parametrize(("device", "variable"), [("cpu", "CXX"), ("cuda", "CC")])
+def test_a_missing_compiler_is_named_before_anything_is_trained(device, variable, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv(variable, raising=False)
+    command = parse(ExperimentTask, "", ["--compile"])
+    with pytest.raises(InputError, match=f"--compile needs a compiler, .* in {variable}, or leave --compile out"):
+        prepare(command, tmp_path, torch.device(device))
+    (tmp_path / "mine").touch(mode=0o755)
+    monkeypatch.setenv(variable, f"{tmp_path / 'mine'} -O2")
+    check_compiler(torch.device(device))
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,12 @@ def test_nearly_all_is_not_all_and_nearly_nothing_has_no_sign(stages, tmp_path):
     assert "top-1 95.2 % -> 95.2 % (+0.0 points)" in text
 
 
+def test_images_that_are_all_right_give_no_error(stages, tmp_path):
+    stages[-1].update(top1=100.0, images=24)
+    text = experiment_closing({"stages": stages, "layers": {}}, tmp_path)
+    assert "(+4.8 points); too few images to tell by how much" in text and "0.0 points" not in text
+
+
 def test_a_budget_of_time_names_the_predicted_and_the_measured_time(stages, tmp_path):
     times = {
         "dense_ms": 10.0,

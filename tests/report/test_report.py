@@ -501,6 +501,8 @@ def test_tables_say_what_the_test_images_leave_open():
     sweep = top1_sweep({"order 2": [50.0], "order 3": [54.0]}, images=400)
     sweep["dense"] |= {"top1": 50.0, "images": 400}
     assert "one standard error of 400 test images: 2.5 points" in SweepReport.sweep_table(sweep)
+    sweep["dense"] |= {"top1": 100.0, "images": 24}
+    assert "24 test images are too few to tell a standard error" in SweepReport.sweep_table(sweep)
     sweep["dense"]["images"] = None
     assert "nan" not in SweepReport.sweep_table(sweep)
 

@@ -1,0 +1,53 @@
+"""What cannot be printed ends no run."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from tqdm import tqdm
+
+from taylor_pruning.experiment.streams import lasting_streams
+
+
+@pytest.mark.parametrize("kind", ["pipe", "full disk"])
+def test_a_run_outlives_standard_output(kind, monkeypatch, capsys):
+    if kind == "pipe":
+        reader, writer = os.pipe()
+        os.close(reader)
+        place = writer
+    elif not Path("/dev/full").exists():
+        pytest.skip("needs Linux")
+    else:
+        place = "/dev/full"
+    with open(place, "w") as output:  # closing would raise what was not written
+        monkeypatch.setattr(sys, "stdout", output)
+        with lasting_streams():
+            for _ in range(3):
+                print("x" * 100_000, flush=True)
+            print("left in the buffer")
+        assert sys.stdout is output
+    error = capsys.readouterr().err
+    reason = {"pipe": "Broken pipe", "full disk": "No space left on device"}[kind]
+    assert error == f"standard output cannot be written ({reason}); the run goes on without it\n"
+
+
+def test_what_is_left_in_the_buffer_at_the_end_raises_nothing(monkeypatch, capsys):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        with lasting_streams():
+            print("short")
+    assert "Broken pipe" in capsys.readouterr().err
+
+
+def test_closed_streams_are_written_to_nowhere(monkeypatch):
+    """Python has None for them."""
+    monkeypatch.setattr(sys, "stderr", None)
+    monkeypatch.setattr(sys, "stdout", None)
+    with lasting_streams():
+        print("result")
+        print("error", file=sys.stderr)
+        assert list(tqdm(range(3))) == [0, 1, 2]
+        tqdm.write("epoch 1")
