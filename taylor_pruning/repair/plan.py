@@ -6,12 +6,11 @@ from torch import fx
 from taylor_pruning.errors import InputError
 from taylor_pruning.repair.batchnorm import BatchNorm
 from taylor_pruning.repair.fitted_layer import FittedLayer, argument, conv_geometry
-from taylor_pruning.surgery.execution import Execution, record
+from taylor_pruning.surgery.execution import Execution, input_dependent, record
 from taylor_pruning.surgery.layers import layer_name
 from taylor_pruning.surgery.recorded_calls import operation_name
 
 CONVS = ("conv1d", "conv2d", "conv3d")
-AS_ANOTHER = ("to", "type_as")  # a second tensor gives the type and the device alone
 TRANSPARENT = ("dropout", "dropout1d", "dropout2d", "dropout3d", "contiguous")  # in eval mode
 
 
@@ -62,7 +61,7 @@ class RepairPlan:
 
     def _candidates(self, dense_nodes, nodes, kept):
         """[(node, kept filters, and what `_behind` says)] of the layers that are fitted."""
-        claimed, found, varying = set(), [], _varying(nodes)
+        claimed, found, varying = set(), [], input_dependent(nodes)
         for dense_node, node in zip(dense_nodes, nodes, strict=True):
             name = operation_name(node)
             if node.op in ("placeholder", "get_attr", "output"):
@@ -158,16 +157,6 @@ class RepairPlan:
         for name, i in last.items():
             dead[i].append(name)
         return dead
-
-
-def _varying(nodes):
-    """The nodes whose values depend on what the network reads."""
-    found = set()
-    for node in nodes:
-        sources = node.all_input_nodes[:1] if operation_name(node) in AS_ANOTHER else node.all_input_nodes
-        if node.op == "placeholder" or not found.isdisjoint(sources):
-            found.add(node)
-    return found
 
 
 def _positions(node, name):

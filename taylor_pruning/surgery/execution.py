@@ -17,10 +17,12 @@ from taylor_pruning.surgery.batch_size import batch_size
 from taylor_pruning.surgery.copying import copy_of
 from taylor_pruning.surgery.nested import Slot, map_tensors, tensors_in
 from taylor_pruning.surgery.operations import RULES
-from taylor_pruning.surgery.recorded_calls import set_grad
+from taylor_pruning.surgery.recorded_calls import operation_name, set_grad
 from taylor_pruning.surgery.recorder import TRACE_ERRORS
 from taylor_pruning.surgery.tensor_nodes import Untraceable
 from taylor_pruning.surgery.tracing import Trace, trace
+
+AS_ANOTHER = ("to", "type_as")  # of a second tensor they take the type and the device alone
 
 
 def inputs_of(example):
@@ -84,6 +86,16 @@ def _runs(model, example, training):
         )
         return True
     return False
+
+
+def input_dependent(nodes):
+    """The nodes of a graph whose values depend on what the network reads."""
+    found = set()
+    for node in nodes:
+        sources = node.all_input_nodes[:1] if operation_name(node) in AS_ANOTHER else node.all_input_nodes
+        if node.op == "placeholder" or not found.isdisjoint(sources):
+            found.add(node)
+    return found
 
 
 class _Blend(torch.autograd.Function):
@@ -234,11 +246,8 @@ class Execution:
     @torch.no_grad()
     def without_inputs(self, nodes):
         """{node: its value} of those of the nodes that the network computes from parameters, buffers and constants alone."""
-        on_inputs = set()
-        for node in self.trace.graph.nodes:
-            if node.op == "placeholder" or not on_inputs.isdisjoint(node.all_input_nodes):
-                on_inputs.add(node)
-        found = [node for node in nodes if node not in on_inputs]
+        varying = input_dependent(self.trace.graph.nodes)
+        found = [node for node in nodes if node not in varying]
         needed = set(found)
         for node in reversed(self.trace.graph.nodes):
             if node in needed:
