@@ -9,8 +9,9 @@ from torch import fx, nn
 from taylor_pruning.positions import STEP
 from taylor_pruning.repair.batchnorm import update_statistics
 from taylor_pruning.repair.plan import RepairPlan
-from taylor_pruning.surgery.execution import evaluate, inputs_of
+from taylor_pruning.surgery.execution import evaluate
 from taylor_pruning.surgery.nested import map_tensors
+from taylor_pruning.surgery.recording import inputs_of
 
 STATISTICS_ROWS = 2**18  # inputs a channel, over all images, that make the statistics of a BatchNorm
 

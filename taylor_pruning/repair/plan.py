@@ -6,9 +6,10 @@ from torch import fx
 from taylor_pruning.errors import InputError
 from taylor_pruning.repair.batchnorm import BatchNorm
 from taylor_pruning.repair.fitted_layer import FittedLayer, argument, conv_geometry
-from taylor_pruning.surgery.execution import Execution, input_dependent, record
+from taylor_pruning.surgery.execution import Execution, input_dependent
 from taylor_pruning.surgery.layers import layer_name
 from taylor_pruning.surgery.recorded_calls import operation_name
+from taylor_pruning.surgery.recording import record
 
 CONVS = ("conv1d", "conv2d", "conv3d")
 TRANSPARENT = ("dropout", "dropout1d", "dropout2d", "dropout3d", "contiguous")  # in eval mode

@@ -5,11 +5,12 @@ from functools import partial
 
 import torch
 
-from taylor_pruning.surgery.execution import Execution, inputs_of
+from taylor_pruning.surgery.execution import Execution
 from taylor_pruning.surgery.ids import ChannelIds, varying
 from taylor_pruning.surgery.layers import Layers
 from taylor_pruning.surgery.nested import map_tensors
 from taylor_pruning.surgery.propagation import propagate
+from taylor_pruning.surgery.recording import inputs_of
 from taylor_pruning.surgery.trial_inputs import FORWARD_ERRORS
 
 

@@ -12,11 +12,12 @@ from taylor_pruning.checks import check_weights
 from taylor_pruning.errors import InputError
 from taylor_pruning.surgery.analysis import Analysis, steps
 from taylor_pruning.surgery.cut import cut
-from taylor_pruning.surgery.execution import Execution, blended, call, gate, gated_norm, record
+from taylor_pruning.surgery.execution import Execution, blended, gate, gated_norm
 from taylor_pruning.surgery.nested import tensors_in
 from taylor_pruning.surgery.numbering import Numbering
 from taylor_pruning.surgery.plans import exclude_filters, plan_of, units_of
 from taylor_pruning.surgery.proof import CutProof
+from taylor_pruning.surgery.recording import call, record
 from taylor_pruning.surgery.second_call import check_calls
 from taylor_pruning.surgery.trial_inputs import trial_examples
 from taylor_pruning.surgery.units import by_filter, cost_terms, gate_sites, readers_of

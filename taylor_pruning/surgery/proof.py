@@ -21,8 +21,8 @@ from taylor_pruning.memory import raise_out_of_memory
 from taylor_pruning.modes import set_mode
 from taylor_pruning.surgery.copying import copy_of
 from taylor_pruning.surgery.draws import fixed_draws
-from taylor_pruning.surgery.execution import call
 from taylor_pruning.surgery.nested import map_tensors
+from taylor_pruning.surgery.recording import call
 from taylor_pruning.surgery.trial_inputs import FORWARD_ERRORS, random_inputs
 
 TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-6}  # largest relative difference that counts as none

@@ -6,9 +6,9 @@ from torch import nn
 from taylor_pruning.errors import InputError
 from taylor_pruning.modes import set_mode
 from taylor_pruning.surgery.copying import copy_of
-from taylor_pruning.surgery.execution import call
 from taylor_pruning.surgery.nested import map_tensors, tensors_in
 from taylor_pruning.surgery.proof import TOLERANCES, MeanDraws, difference, tensors_of
+from taylor_pruning.surgery.recording import call
 from taylor_pruning.surgery.trial_inputs import FORWARD_ERRORS, random_inputs
 
 

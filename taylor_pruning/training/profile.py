@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from taylor_pruning.modes import frozen
-from taylor_pruning.surgery.execution import call
 from taylor_pruning.surgery.nested import tensors_in
+from taylor_pruning.surgery.recording import call
 from taylor_pruning.timing import median_milliseconds
 from taylor_pruning.training.throughput import throughput
 

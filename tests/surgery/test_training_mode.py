@@ -6,8 +6,8 @@ from conftest import randomise
 from torch import nn
 
 from taylor_pruning.surgery import graph as graphs
-from taylor_pruning.surgery.execution import record
 from taylor_pruning.surgery.graph import ChannelGraph
+from taylor_pruning.surgery.recording import record
 
 
 class Doubling(nn.Module):
