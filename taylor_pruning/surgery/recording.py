@@ -1,0 +1,79 @@
+"""Records the forward of a network on an example: how it is called, and in batches of which size it is traced."""
+
+from contextlib import suppress
+
+import torch
+
+from taylor_pruning.checks import describe
+from taylor_pruning.errors import InputError
+from taylor_pruning.modes import set_mode
+from taylor_pruning.surgery.batch_size import batch_size
+from taylor_pruning.surgery.copying import copy_of
+from taylor_pruning.surgery.nested import map_tensors, tensors_in
+from taylor_pruning.surgery.operations import RULES
+from taylor_pruning.surgery.recorder import TRACE_ERRORS
+from taylor_pruning.surgery.tensor_nodes import Untraceable
+from taylor_pruning.surgery.tracing import trace
+
+
+def inputs_of(example):
+    """(args, kwargs) of the forward: a tensor or a list is its one argument, a tuple all of them, a dict named ones."""
+    if isinstance(example, dict):
+        return (), dict(example)
+    return (tuple(example) if type(example) is tuple else (example,)), {}
+
+
+def call(model, example):
+    """The output of the model on inputs in the form of `example_input`."""
+    args, kwargs = inputs_of(example)
+    return model(*args, **kwargs)
+
+
+def record(model, example, training=False):
+    """`Trace` of the model's forward on tensors of the example's shapes, in the type of the model's parameters.
+
+    Raises InputError if the network cannot be traced, copied or run on the example, or returns no tensor.
+    """
+    args, kwargs = inputs_of(example)
+    first = next(iter(tensors_in((args, kwargs))), None)
+    if first is None:
+        raise InputError("example_input holds no tensor; pass a tensor of the shape that the network is used at")
+    like = next((p for p in model.parameters() if p.is_floating_point()), first)
+    batch = batch_size(model, (args, kwargs))
+
+    def batched(tensor):
+        if tensor.dim() and first.dim() and len(tensor) == len(first) > 0:
+            tensor = tensor[:1].expand(batch, *tensor.shape[1:])
+        return tensor.to(like) if tensor.is_floating_point() else tensor.to(like.device)
+
+    args, kwargs = map_tensors((args, kwargs), batched)
+    try:
+        found = trace(model, args, kwargs, RULES.keys(), training)
+    except InputError as error:
+        cause = error.__cause__  # of the forward itself; else the message says already what to do
+        if cause is None or isinstance(cause, Untraceable) or not first.dim() or not _runs(model, example, training):
+            raise
+        mode, cause = " in training mode" if training else "", str(cause).strip().partition("\n")[0]
+        raise InputError(
+            f"{type(model).__name__} runs{mode} on {len(first)} samples, but not on {batch} ({cause}); "
+            "make it take any number of samples, each by itself: no pairs of samples, no BatchNorm that splits the batch"
+        ) from error
+    if not any("shape" in node.meta for node in next(reversed(found.graph.nodes)).args[0]):
+        raise InputError(
+            f"{type(model).__name__} returns {describe(found.output)} without a tensor that is seen in it; return tensors, "
+            "alone or in tuples, lists, dicts or dataclasses"
+        )
+    return found
+
+
+@torch.no_grad()
+def _runs(model, example, training):
+    """Whether a copy of the model runs on the example as it is."""
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    with suppress(*TRACE_ERRORS), torch.random.fork_rng(devices=[]):
+        call(
+            set_mode(copy_of(model), training),
+            map_tensors(example, lambda t: t.to(like) if t.is_floating_point() else t),
+        )
+        return True
+    return False
