@@ -270,8 +270,6 @@ def test_a_single_run_on_a_full_disk_loses_nothing_and_goes_on(images, whole, tm
             shutil.copy(whole / "dense_model.pt", folder)  # its checkpoint is larger than all that follow
         kept, place = contents(folder), ["--resume", folder]
     assert {"dense_model.pt", "rounds_checkpoint.pt", "pruned_before_fine_tuning.pt"} <= kept.keys()
-    checkpoint = torch.load(folder / "fine_tuning_checkpoint.pt")  # that of epoch 0, smaller for want of momentum
-    assert [record["epoch"] for record in checkpoint["history"]] == [0]
     assert single(images, "--resume", folder) == 0
     assert_same_run(folder, whole)
 

@@ -215,7 +215,7 @@ def test_a_network_that_is_chosen_from_again_is_not_scored_again(slower_pruning,
     scored, chosen = (watched(monkeypatch, name) for name in ("rank", "get_pruning_plan"))
     result = slower_pruning.prune(taylor_order=2)
     assert len(scored) == len(result.rounds) == 3 and len({*chosen}) == 3 < len(chosen)
-    assert [*slower_pruning.rankings._of_last] == [(True, 2)]
+    assert not slower_pruning.rankings._of_last  # it would hold memory while layers are repaired
 
 
 def test_an_error_in_a_later_choice_is_not_taken_for_a_time_out_of_reach(slower_pruning, monkeypatch):
@@ -322,7 +322,7 @@ def test_a_budget_of_time_without_times_is_refused(images):
 
 
 @pytest.mark.parametrize(
-    ("given", "named"), [({"budget": "latency"}, "budget latency"), ({"target_latency": "50%"}, "target_latency")]
+    ("given", "named"), [({"budget": "latency"}, "budget latency"), ({"target_latency": "50%"}, "--target-latency")]
 )
 def test_time_as_the_budget_of_parts_of_a_network_is_refused_by_name(given, named):
     with pytest.raises(InputError, match=f"{named} and prune_modules exclude each other"):
