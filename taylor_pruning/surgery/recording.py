@@ -58,7 +58,7 @@ def record(model, example, training=False):
             f"{type(model).__name__} runs{mode} on {len(first)} samples, but not on {batch} ({cause}); "
             "make it take any number of samples, each by itself: no pairs of samples, no BatchNorm that splits the batch"
         ) from error
-    if not any("shape" in node.meta for node in next(reversed(found.graph.nodes)).args[0]):
+    if not any("shape" in node.meta for node in found.graph.output_node().args[0]):
         raise InputError(
             f"{type(model).__name__} returns {describe(found.output)} without a tensor that is seen in it; return tensors, "
             "alone or in tuples, lists, dicts or dataclasses"
