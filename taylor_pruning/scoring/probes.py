@@ -13,6 +13,7 @@ Double and triple backward passes run through the gates alone.
 
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -124,6 +125,21 @@ def check_third_derivative(graph: ChannelGraph) -> None:
         raise InputError(f"order 3 cannot be probed here: {reason}. Use order 1 or 2, or compensate")
 
 
+@contextmanager
+def _known_derivatives():
+    """Says what to do where this version of PyTorch has no second derivative of an operation."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "derivative for" in str(error) and "not implemented" in str(error):
+            raise InputError(
+                f"orders 2 and 3 cannot be probed here: PyTorch {torch.__version__} says {str(error).splitlines()[0]}. "
+                "Use order 1, compensate, or a newer PyTorch"
+            ) from error
+        raise
+
+
+@_known_derivatives()
 def probed_second(gamma: Tensor, gates: Tensor, probes: int, seed: int, first: int) -> Tensor:
     """[B, units] mean over probes of z * (H z); `first`: samples of the pass before these."""
     total = torch.zeros_like(gamma, dtype=torch.float64)
@@ -136,6 +152,7 @@ def probed_second(gamma: Tensor, gates: Tensor, probes: int, seed: int, first: i
     return total / probes
 
 
+@_known_derivatives()
 def probed_third(gamma: Tensor, gates: Tensor, probes: int, seed: int, first: int) -> Tensor:
     """[B, units] mean over probes of z * T(z, z) / E z^3; `first`: samples of the pass before these."""
     total = torch.zeros_like(gamma, dtype=torch.float64)

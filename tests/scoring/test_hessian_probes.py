@@ -1,13 +1,15 @@
 """Probed derivatives against brute force and against the exact path."""
 
+import pytest
 import torch
 from test_taylor_scores import brute_force
 from watching import interrupted_at
 
 from EnhancedFilterPruner import EnhancedFilterPruner
+from taylor_pruning.errors import InputError
 from taylor_pruning.memory import Portions
 from taylor_pruning.scoring import probes as probes_module
-from taylor_pruning.scoring.probes import probe_derivatives
+from taylor_pruning.scoring.probes import probe_derivatives, probed_second
 from taylor_pruning.surgery.graph import ChannelGraph
 
 
@@ -82,3 +84,21 @@ def test_another_loss_is_scored_by_probes(plain_network, images, labels):
     wanted = v.square().sum(0).mean(0)
     assert ((pruner.collected.probed.h - wanted).abs() <= 4 * pruner.collected.probed.h_error).all()
     assert len(pruner.get_pruning_plan(30))
+
+
+def test_a_derivative_that_pytorch_lacks_is_named(monkeypatch):
+    class Once(torch.autograd.Function):
+        """As grid_sample until torch 2.12."""
+
+        @staticmethod
+        def forward(ctx, x):
+            return x.square()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            raise RuntimeError("derivative for aten::once_backward is not implemented")
+
+    gates = torch.ones(2, 3, requires_grad=True)
+    gamma = Once.apply(gates)
+    with pytest.raises(InputError, match="aten::once_backward is not implemented.*Use order 1, compensate"):
+        probed_second(gamma, gates, 1, 0, 0)
