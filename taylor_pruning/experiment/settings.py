@@ -18,10 +18,8 @@ TAYLOR_ORDERS = (1, 2, 3)
 SELECTIONS = ("auto", "joint", "independent")
 CURVATURES = ("auto", "exact", "hvp")
 REPAIRS = ("auto", "none", "layer", "network")
-SEEDS = {
-    "low": 0,
-    "high": 2**32 - 1,
-}  # of numpy's and torch's generators, also where a seed stands for a billion others
+# of numpy's and torch's generators, also where a seed stands for a billion others
+SEEDS = {"low": 0, "high": 2**32 - 1}
 
 
 @dataclass(frozen=True)

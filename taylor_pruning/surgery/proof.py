@@ -22,7 +22,7 @@ from taylor_pruning.modes import set_mode
 from taylor_pruning.surgery.copying import copy_of
 from taylor_pruning.surgery.draws import fixed_draws
 from taylor_pruning.surgery.nested import map_tensors
-from taylor_pruning.surgery.recording import call
+from taylor_pruning.surgery.recording import call, typical_tensor
 from taylor_pruning.surgery.trial_inputs import FORWARD_ERRORS, random_inputs
 
 TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-6}  # largest relative difference that counts as none
@@ -61,7 +61,7 @@ class CutProof:
     ):
         self.model, self.run_gated, self.cut, self.modes = model, run_gated, cut, modes
         self.examples = examples
-        tensor = next((p for p in model.parameters() if p.is_floating_point()), next(tensors_of(self.examples[-1])))
+        tensor = typical_tensor(model, next(tensors_of(self.examples[-1])))
         self.dtype, self.device = tensor.dtype, tensor.device
 
     def failure(self, units: Sequence) -> str | None:

@@ -29,6 +29,11 @@ def call(model, example):
     return model(*args, **kwargs)
 
 
+def typical_tensor(model, otherwise):
+    """The model's first floating-point parameter, whose type and device its inputs take; `otherwise` where it has none."""
+    return next((p for p in model.parameters() if p.is_floating_point()), otherwise)
+
+
 def record(model, example, training=False):
     """`Trace` of the model's forward on tensors of the example's shapes, in the type of the model's parameters.
 
@@ -38,7 +43,7 @@ def record(model, example, training=False):
     first = next(iter(tensors_in((args, kwargs))), None)
     if first is None:
         raise InputError("example_input holds no tensor; pass a tensor of the shape that the network is used at")
-    like = next((p for p in model.parameters() if p.is_floating_point()), first)
+    like = typical_tensor(model, first)
     batch = batch_size(model, (args, kwargs))
 
     def batched(tensor):
@@ -69,7 +74,7 @@ def record(model, example, training=False):
 @torch.no_grad()
 def _runs(model, example, training):
     """Whether a copy of the model runs on the example as it is."""
-    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    like = typical_tensor(model, torch.empty(0))
     with suppress(*TRACE_ERRORS), torch.random.fork_rng(devices=[]):
         call(
             set_mode(copy_of(model), training),

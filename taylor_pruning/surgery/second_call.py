@@ -8,7 +8,7 @@ from taylor_pruning.modes import set_mode
 from taylor_pruning.surgery.copying import copy_of
 from taylor_pruning.surgery.nested import map_tensors, tensors_in
 from taylor_pruning.surgery.proof import TOLERANCES, MeanDraws, difference, tensors_of
-from taylor_pruning.surgery.recording import call
+from taylor_pruning.surgery.recording import call, typical_tensor
 from taylor_pruning.surgery.trial_inputs import FORWARD_ERRORS, random_inputs
 
 
@@ -35,7 +35,7 @@ def _repeats(model, example, training):
 
     What a call writes into buffers, as a BatchNorm does, a graph repeats: both go on from the same buffers.
     """
-    tensor = next((p for p in model.parameters() if p.is_floating_point()), tensors_in(example)[0])
+    tensor = typical_tensor(model, tensors_in(example)[0])
     used, fresh = (set_mode(copy_of(model), training) for _ in range(2))
     x = random_inputs(example, 3, tensor.dtype, tensor.device)
     buffers = list(used.buffers())
