@@ -73,7 +73,7 @@ class RepairPlan:
             reason = self._unfit(node, name, weight)
             if reason is None and node.all_input_nodes[0] not in varying:
                 reason = "its input does not depend on the images"
-            if reason is None and _positions(node, name) != _positions(dense_node, name):
+            if reason is None and not self._runs_along_the_same(dense_node, node):
                 reason = "it is applied along channels that were removed"
             layer = layer_name(weight.target) if weight.op == "get_attr" else node.meta.get("module", node.name)
             if reason:
@@ -82,6 +82,13 @@ class RepairPlan:
             indices = _kept_filters(layer, self._tensor(weight), self._tensor(weight, 0), kept)
             found.append((node, indices, *self._behind(node, claimed)))
         return found
+
+    def _runs_along_the_same(self, *layer):
+        """Whether a layer's outputs in both networks have the same lengths, but for the filters and the traces' batches."""
+        lengths, batches = [list(node.meta["shape"]) for node in layer], [net.trace.batch for net in self.networks]
+        for shape in lengths:
+            del shape[-1 if operation_name(layer[0]) == "linear" else 1]
+        return all(a == b or a * batches[1] == b * batches[0] for a, b in zip(*lengths, strict=True))
 
     def _unfit(self, node, name, weight):
         if self._tensor(weight) is None:
@@ -158,13 +165,6 @@ class RepairPlan:
         for name, i in last.items():
             dead[i].append(name)
         return dead
-
-
-def _positions(node, name):
-    """The lengths of a layer's output but for that of its filters."""
-    shape = list(node.meta["shape"])
-    del shape[-1 if name == "linear" else 1]
-    return shape
 
 
 def _is_output(node):

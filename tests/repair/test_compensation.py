@@ -595,3 +595,15 @@ def test_a_layer_that_does_not_read_the_channels_is_left_alone(branch, layer, re
     report = compensate(model, smaller, images(40), kept, progress=False)
     assert report.left_alone["layer"] == reason and "head" in [fit.name for fit in report.layers]
     assert all(torch.equal(value, before[name]) for name, value in model.layer.state_dict().items())
+
+
+@pytest.mark.parametrize("left", [40, 41, 82])
+def test_every_number_of_filters_that_are_left_is_repaired(left):
+    """Networks whose sizes differ may be traced on batches of different sizes."""
+    torch.manual_seed(0)
+    model = randomised(
+        nn.Sequential(nn.Conv2d(3, 90, 3), nn.ReLU(), nn.Conv2d(90, 4, 1), nn.Flatten(), nn.Linear(196, 5))
+    )
+    smaller, kept = cut(model, {"0": range(left, 90)})
+    report = compensate(model, smaller, images(40), kept, progress=False)
+    assert [fit.name for fit in report.layers] == ["2", "4"] and not report.left_alone.keys() - {"0"}
