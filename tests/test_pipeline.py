@@ -20,7 +20,7 @@ from taylor_pruning.experiment.loaders import make_loader
 from taylor_pruning.repair import network as network_module
 from taylor_pruning.repair import parts as parts_module
 from taylor_pruning.repair.compensation import CompensationReport
-from taylor_pruning.scoring.estimates import by_fold
+from taylor_pruning.scoring.folds import by_fold
 from taylor_pruning.training import fine_tuning as FineTuning
 from taylor_pruning.training.fine_tuning import Recipe, evaluate
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from taylor_pruning.memory import Portions
 from taylor_pruning.scoring.collecting import CLASS_PROBES, Wanted, collect_directions
-from taylor_pruning.scoring.estimates import InputMoments, by_fold, channel_estimates, input_moments
+from taylor_pruning.scoring.estimates import InputMoments, channel_estimates, input_moments
+from taylor_pruning.scoring.folds import by_fold
 from taylor_pruning.scoring.layer_costs import OutputFisher
 from taylor_pruning.scoring.output_curvature import output_derivatives
 from taylor_pruning.scoring.probes import ProbedDerivatives
@@ -91,7 +92,7 @@ def collect_behind_repair(
     images = sum(map(size, batches))
     fisher = OutputFisher((m.reader for m in moments.values()), images) if joint else None
     parts, first, portions = [], 0, Portions(device, memory_limit)
-    for fold, part in by_fold(batches):
+    for fold, part in by_fold(batches, task):
         estimates = channel_estimates(moments, without=fold)
         shared = {"estimates": estimates, "fisher": fisher, "first": first, "portions": portions, "progress": progress}
         if is_classification(task):

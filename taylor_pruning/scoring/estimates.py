@@ -8,13 +8,12 @@ residual after least squares on the other channels, over calibration images and 
 (the inverse of Optimal Brain Surgeon, Hassibi & Stork 1993, on activations; of a unit that has several channels in one
 layer, the block of P takes the place of P_uu). `ChannelGraph.gated(..., estimates=...)` puts e_u where a gate closes.
 
-Estimates are cross-fitted: images fall into `FOLDS` folds by their pixels, and an image is scored with estimates that were
-fitted on the other folds. A layer with few rows a channel (a classifier after pooling has one row an image) explains
-almost everything on the images that fitted it, and would be emptied.
+Estimates are cross-fitted: an image is scored with estimates that were fitted on the other folds (scoring.folds). A layer
+with few rows a channel (a classifier after pooling has one row an image) explains almost everything on the images that
+fitted it, and would be emptied.
 """
 
 import itertools
-from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -24,17 +23,15 @@ from taylor_pruning.gram import add_gram
 from taylor_pruning.memory import Portions
 from taylor_pruning.modes import frozen
 from taylor_pruning.positions import drawn_positions
+from taylor_pruning.scoring.folds import FOLDS, folds_of
 from taylor_pruning.surgery.execution import moved
 from taylor_pruning.tasks import batches as samples
 from taylor_pruning.tasks.classification import Classification
 from taylor_pruning.tasks.portions import in_portions
 
 RIDGE = 1e-2  # relative to the mean variance; the ratio of channels to rows is added
-FOLDS = 4
-PRIME = 2**31 - 1
 ROWS_PER_CHANNEL = 32  # and `positions.ENOUGH_ROWS` at least, where the images have as many positions
 FEW_POSITIONS = 32  # up to which reading the matrix once for every image would take longer than the products
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a pixel
 
 
 class ChannelEstimate:
@@ -158,41 +155,6 @@ def in_single(values):
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
-def fold_of(images):
-    """[B] fold of every image: a function of its pixels alone, so that an image has one fold in every pass and batch.
-
-    `images`: tensor [B, ...], or a list of tensors of any sizes.
-    """
-    if isinstance(images, (list, tuple)):
-        return torch.cat([fold_of(image[None]) for image in images])
-    numbers = images.detach().flatten(1).contiguous().view(_INTEGERS[images.element_size()]).long()
-    weights = torch.arange(1, numbers.shape[1] + 1, device=numbers.device) * 2654435761 + 40503  # wraps around: a hash
-    return (numbers * weights).sum(1) % PRIME % FOLDS  # the prime mixes all bits: those of rounded pixels end in zeros
-
-
-def folds_of(batches):
-    """[number of images] fold of every image of the batches, on the CPU."""
-    return torch.cat([fold_of(samples.images(batch)).cpu() for batch in batches])
-
-
-def by_fold(batches):
-    """Yields (fold, batches of the images that fall into it); batches are no larger than the largest one given.
-
-    Images are what a batch begins with (tasks.batches).
-    """
-    sizes = [samples.size(batch) for batch in batches]
-    folds = folds_of(batches).split(sizes)
-    for fold in range(FOLDS):
-        chosen = [(f == fold).nonzero().flatten() for f in folds]
-        picked = defaultdict(list)  # by the size of their images: others cannot be joined
-        for batch, i in zip(batches, chosen, strict=True):
-            if len(i):
-                picked[tuple(getattr(samples.images(batch), "shape", ())[1:])].append(samples.select(batch, i))
-        if picked:
-            joined = [samples.join(alike) for alike in picked.values()]
-            yield fold, [part for batch in joined for part in samples.split(batch, max(sizes))]
-
-
 def input_moments(model, graph, batches, portions=None, task=None):
     """{layer name: InputMoments} of the layers that compensation refits, from one forward of the task's batches.
 
@@ -206,7 +168,7 @@ def input_moments(model, graph, batches, portions=None, task=None):
     task = task or Classification()
     found, calls = {}, dict.fromkeys((reader.layer for reader in graph.readers), 0)
     numbers, counts, forwards = None, [], 0  # of the samples of one forward, sorted by fold
-    folds, images_in_all = folds_of(batches), sum(map(samples.size, batches))
+    folds, images_in_all = folds_of(batches, task), sum(map(samples.size, batches))
 
     def record(reader):
         def read(args):

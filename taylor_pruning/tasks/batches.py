@@ -29,6 +29,13 @@ def size(batch) -> int:
     return len(images(batch))
 
 
+def shapes(batch) -> tuple:
+    """Those of one sample in every field that is a tensor; batches of the same ones can be joined."""
+    found = []
+    _map_fields(batch, lambda field: found.append(getattr(field, "shape", ())[1:]), top=True)
+    return tuple(found)
+
+
 def select(batch, index: Tensor):
     """The samples of `index` (int64), in its order."""
     return _map_fields(batch, lambda field: _pick(field, index), top=True)

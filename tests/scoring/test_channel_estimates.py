@@ -11,7 +11,8 @@ from EnhancedFilterPruner import EnhancedFilterPruner
 from taylor_pruning.errors import InputError
 from taylor_pruning.repair.compensation import compensate
 from taylor_pruning.scoring.collecting import Wanted, collect_directions
-from taylor_pruning.scoring.estimates import by_fold, channel_estimates, input_moments
+from taylor_pruning.scoring.estimates import channel_estimates, input_moments
+from taylor_pruning.scoring.folds import by_fold
 from taylor_pruning.scoring.oracle import spearman
 from taylor_pruning.surgery.graph import ChannelGraph
 

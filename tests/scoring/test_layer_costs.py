@@ -13,7 +13,8 @@ from EnhancedFilterPruner import EnhancedFilterPruner
 from taylor_pruning.scoring import estimates, layer_costs
 from taylor_pruning.scoring.behind_repair import collect_behind_repair
 from taylor_pruning.scoring.collecting import Wanted, collect_directions
-from taylor_pruning.scoring.estimates import FOLDS, by_fold, channel_estimates, fold_of, input_moments
+from taylor_pruning.scoring.estimates import channel_estimates, input_moments
+from taylor_pruning.scoring.folds import FOLDS, by_fold, fold_of
 from taylor_pruning.scoring.layer_costs import OutputFisher, RemovalCosts, removal_costs
 from taylor_pruning.surgery.graph import ChannelGraph
 
