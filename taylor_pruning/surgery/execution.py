@@ -63,8 +63,10 @@ class _OpenGatedNorm(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph
             raise RuntimeError("gates that are differentiated once have no second derivative; leave `once` out")
         x, factor, scale, shift = ctx.saved_tensors
-        rows, of_channels = gradient.flatten(2), (-1, *(1,) * (x.dim() - 2))
-        along = (rows * x.flatten(2)).sum(2) * scale + rows.sum(2) * shift
+        rows, inputs = (
+            values.reshape(*values.shape[:2], -1) for values in (gradient, x)
+        )  # one position behind a linear layer
+        along, of_channels = (rows * inputs).sum(2) * scale + rows.sum(2) * shift, (-1, *(1,) * (x.dim() - 2))
         return gradient * scale.view(of_channels), along.to(factor.dtype), None, None, None
 
 
