@@ -212,9 +212,7 @@ class Selection:
         for name, count in counts.items():
             self.room[name] -= count
             self.hard_room[name] -= count
-        if self.costs is not None:
-            self.costs.remove(unit)
-        self.removed += float(self.sizes[unit])
+        self.book(unit, 1)
         self.chosen.append(unit)
         return True
 
@@ -246,37 +244,15 @@ class Selection:
             return missing <= 0
         return bool(missing < self.savings(self.open).min() / 2)
 
-    def round_widths(self, scores):
-        """Makes the widths of cut layers multiples of `round_to`, by units more or fewer, close to the total.
+    def book(self, unit, number):
+        """Counts so many units like this one as removed, or as put back where it is negative."""
+        if self.costs is not None:
+            self.costs.remove(unit, number)
+        self.removed += number * float(self.sizes[unit])
 
-        Units that share all their layers form a cohort; one whose layers also belong to other units (grouped or
-        concatenated channels) stays as it is. What is added has low `scores`, what is given back was chosen last.
-        """
-        step = self.constraints.round_to
-        cohorts = {}
-        for unit, counts in enumerate(self.layer_counts):
-            cohorts.setdefault(frozenset(counts.items()), []).append(unit)
-        shared = [name for key in cohorts for name, _ in key]
-        chosen, deviation = set(self.chosen), 0.0
-        for key, units in cohorts.items():
-            layers = dict(key)
-            taken = [u for u in self.chosen if self.layer_counts[u] == layers]
-            if step == 1 or not taken or any(shared.count(n) > 1 for n in layers) or set(layers.values()) != {1}:
-                continue
-            width = self.graph.layers[next(iter(layers))].filters - len(taken)
-            fewer, more = -width % step, width % step
-            size, free = len(layers), [u for u in units if u not in chosen]
-            possible = []
-            if fewer <= len(taken):
-                possible.append(-fewer)
-            if width - more >= max(self.constraints.min_filters, 1):
-                possible.append(more)
-            if not possible:  # no multiple is left between the least width and the whole one
-                possible.append(-len(taken))
-            change = min(possible, key=lambda c: abs(deviation + c * size))
-            deviation += change * size
-            if change > 0:
-                chosen |= set(sorted(free, key=lambda u: scores[u])[:change])
-            elif change < 0:
-                chosen -= set(taken[change:])
-        self.chosen = sorted(chosen)
+    def missing_without(self, unit, number):
+        """How much of the budget would be missing without so many units like this one."""
+        self.book(unit, number)
+        missing = self.missing()
+        self.book(unit, -number)
+        return missing

@@ -39,9 +39,9 @@ class Costs:
         """[units] what removing each unit alone would save, to first order in its counts."""
         return (self.slopes().float() @ self.counts)[self.kind[units]]
 
-    def remove(self, unit: int) -> None:
-        """Takes a unit out."""
-        self.alive -= self.counts[:, self.kind[unit]]
+    def remove(self, unit: int, number: int = 1) -> None:
+        """Takes out a unit, or so many that shrink the same dimensions as this one; puts them back where it is negative."""
+        self.alive -= number * self.counts[:, self.kind[unit]]
 
 
 class CostModel(Costs):

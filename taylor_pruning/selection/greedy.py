@@ -7,6 +7,7 @@ import torch
 from taylor_pruning.scoring.flow import weigh
 from taylor_pruning.scoring.taylor import loss_change
 from taylor_pruning.selection.constraints import Selection
+from taylor_pruning.selection.rounding import round_widths
 from taylor_pruning.surgery.units import by_layers
 
 POOL = 256  # units of which a joint selection chooses before it scores all units again
@@ -29,7 +30,7 @@ def select_by_score(selection, scores):
             if not selection.open[unit] or selection.done():
                 break
             selection.take(unit)
-    selection.round_widths(scores)
+    round_widths(selection, scores)
     return selection.chosen
 
 
@@ -54,7 +55,7 @@ def select_uniformly(selection, scores):
                 break
             if selection.savings(unit) <= 2 * selection.missing():  # else the budget is nearer without it
                 selection.take(unit)
-    selection.round_widths(ranks)
+    round_widths(selection, ranks)
     return selection.chosen
 
 
@@ -74,7 +75,7 @@ def select_behind_repair(selection, costs):
         unit = int(selection.per_saving(costs.marginal).masked_fill(~selection.open, torch.inf).argmin())
         if selection.take(unit):
             costs.remove(unit)
-    selection.round_widths(costs.marginal)
+    round_widths(selection, costs.marginal)
     return selection.chosen
 
 
@@ -135,5 +136,5 @@ def select_jointly(selection, directions, order, correction=None, weights=None):
             elif selection.take(unit):
                 shift += directions.coordinates[:, unit]
                 known[:], expansion = False, None
-    selection.round_widths(last)
+    round_widths(selection, last)
     return selection.chosen

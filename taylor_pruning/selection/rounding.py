@@ -1,0 +1,64 @@
+"""Widths that are multiples of a number, as near to the budget of a selection as they can be."""
+
+from collections import Counter
+
+
+def round_widths(selection, scores):
+    """Makes the widths of cut layers multiples of `round_to`, by units more or fewer, so that the budget is met best.
+
+    Units that share all their layers form a cohort; one whose layers also belong to other units (grouped or
+    concatenated channels) stays as it is. The cohorts of the largest savings come first, so that smaller ones can make up
+    for them. What is added has low `scores`, what is given back was chosen last.
+    """
+    step, chosen = selection.constraints.round_to, set(selection.chosen)
+    cut = [units for units in _cohorts(selection) if not chosen.isdisjoint(units)] if step > 1 else []
+    cut.sort(key=lambda units: float(selection.savings(units[0])), reverse=True)
+    changes = [_nearest(selection, units, _to_multiples(selection, units)) for units in cut]
+    while True:  # by further steps while these bring the total closer
+        further = [_nearest(selection, u, _steps(selection, u, change)) for u, change in zip(cut, changes, strict=True)]
+        if not any(further):
+            break
+        changes = [change + number for change, number in zip(changes, further, strict=True)]
+    for units, change in zip(cut, changes, strict=True):
+        if change > 0:
+            chosen |= set(sorted((u for u in units if u not in chosen), key=lambda u: scores[u])[:change])
+        elif change < 0:
+            chosen -= set([u for u in selection.chosen if u in units][change:])
+    selection.chosen = sorted(chosen)
+
+
+def _widths(selection, units):
+    """(filters that a layer of the cohort has left, how many it has to keep, how many it had)."""
+    filters = selection.graph.layers[next(iter(selection.layer_counts[units[0]]))].filters
+    left = filters - len(set(units).intersection(selection.chosen))
+    return left, max(selection.constraints.min_filters, 1, filters - len(units)), filters
+
+
+def _to_multiples(selection, units):
+    """How many more units of a cohort may go (less than none: come back) so that its width is a multiple of `round_to`."""
+    step, (width, least, filters) = selection.constraints.round_to, _widths(selection, units)
+    possible = [number for number in (-(-width % step), width % step) if least <= width - number <= filters]
+    return possible or [width - filters]  # no multiple is left between the least width and the whole one
+
+
+def _steps(selection, units, change):
+    """The same from one multiple to the next ones, after `change`."""
+    step, (width, least, filters) = selection.constraints.round_to, _widths(selection, units)
+    width -= change
+    return [0] + [number for number in (-step, step) if width % step == 0 and least <= width - number <= filters]
+
+
+def _nearest(selection, units, numbers):
+    """That of the numbers with which the budget is met best; it is booked."""
+    best = min(numbers, key=lambda number: abs(selection.missing_without(units[0], number)))
+    selection.book(units[0], best)
+    return best
+
+
+def _cohorts(selection):
+    """Lists of the units that share all their layers with each other and none with other units, one filter in each."""
+    cohorts = {}
+    for unit, counts in enumerate(selection.layer_counts):
+        cohorts.setdefault(frozenset(counts.items()), []).append(unit)
+    shared = Counter(name for key in cohorts for name, _ in key)
+    return [units for key, units in cohorts.items() if all(n == 1 and shared[name] == 1 for name, n in key)]
