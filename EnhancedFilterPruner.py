@@ -33,7 +33,7 @@ from taylor_pruning.experiment.pruned_graph import graph_for
 from taylor_pruning.experiment.settings import TAYLOR_ORDERS, PruningSettings
 from taylor_pruning.first_batch import device_of
 from taylor_pruning.memory import Portions
-from taylor_pruning.modes import frozen
+from taylor_pruning.modes import frozen, own_precision
 from taylor_pruning.scoring.behind_repair import collect_behind_repair
 from taylor_pruning.scoring.collected import Collected
 from taylor_pruning.scoring.collecting import CLASS_PROBES, Wanted, collect_directions, read_batches
@@ -182,6 +182,7 @@ class EnhancedFilterPruner:
 
     # -- scores ------------------------------------------------------------------------------------------------------
 
+    @own_precision()
     def scores(self, order: int | None = None) -> Tensor:
         """[units] estimated signed loss change (nats) of removing each unit alone; `order` defaults to `taylor_order`."""
         return self._collected(order or self.taylor_order).scores(order or self.taylor_order)
@@ -265,6 +266,7 @@ class EnhancedFilterPruner:
         """
         return self.graph.plan_of(self.select(percentage, ledger))
 
+    @own_precision()
     def select(self, percentage: float, ledger: Ledger | None = None) -> list[int]:
         """Like `get_pruning_plan`; returns the indices of the chosen units."""
         order, constraints = self.taylor_order, self.settings.constraints
@@ -284,6 +286,7 @@ class EnhancedFilterPruner:
             self.chosen = chosen_by_score(selection_of(), self.criterion()[0], collected, order)
         return self.chosen.units
 
+    @own_precision()
     def levels(self, order: int | None = None) -> Tensor:
         """[units] what removing each unit alone costs behind compensation (nats), see scoring.collected.Collected.levels.
 

@@ -19,6 +19,7 @@
 
 import copy
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -45,6 +46,8 @@ from taylor_pruning.experiment.results import (
 from taylor_pruning.experiment.rounds import Rounds
 from taylor_pruning.experiment.settings import TAYLOR_ORDERS, PruningSettings
 from taylor_pruning.first_batch import Batches, check_inputs, check_training, device_of
+from taylor_pruning.modes import own_precision
+from taylor_pruning.repair.network import check_joinable
 from taylor_pruning.scoring.curvature import check_scoring, no_third_order
 from taylor_pruning.scoring.oracle import judge_estimates
 from taylor_pruning.selection.greedy import check_reachable
@@ -109,12 +112,16 @@ class EnhancedPruning:
         if calibration:
             self.calibration = list(Batches(calibration, "the calibration images", device, self.task))
         else:
+            if calibration_samples < 1:
+                raise InputError(f"calibration_samples must be at least 1, not {calibration_samples}")
             first = first_images(self.train_loader, calibration_samples + HELD_OUT)
             self.calibration, rest = split_images(first, calibration_samples)
             held_out = held_out or rest
         self.compensation = self.calibration
         if compensation:
             self.compensation = list(Batches(compensation, "the compensation images", device, self.task))
+        if self.settings.repair == "network":
+            check_joinable(self.compensation)
         held_out = held_out and list(Batches(held_out, "the held-out images", device, self.task))
         self.example = example_of(self.task, self.calibration[0])
         self.graph = graph_for(self.task, self.model, self.calibration[0], self.settings)
@@ -151,6 +158,7 @@ class EnhancedPruning:
                             checkpoint=rounds, resume=resume)  # fmt: skip
         return self.fine_tune(result, fine_tune_epochs, checkpoint=checkpoint, resume=resume)
 
+    @own_precision()
     def prune(
         self,
         pruning_percentage: float = 30,
@@ -199,6 +207,7 @@ class EnhancedPruning:
             result.oracle = self.oracle(oracle_samples)
         return result
 
+    @own_precision()
     def prune_by_baseline(
         self,
         criterion: str | Callable[[ChannelGraph], Tensor],
@@ -250,14 +259,18 @@ class EnhancedPruning:
         warmup = min(self.recipe.warmup_epochs, epochs / 2)
         recipe = dataclasses.replace(self.recipe, epochs=epochs, warmup_epochs=warmup)
         start, model = time.perf_counter(), copy.deepcopy(result.model)
-        torch.manual_seed(self.settings.seed)  # dropout does not depend on what ran before, as after an interruption
         before = self.measuring.metrics_of(result.stages[-1])
         if self.settings.reestimate_batchnorm:
             reestimate_batchnorm(model, self.calibration, self.task)
             before = None
-        history = fine_tune(model, self.train_loader, self.measuring.validation, recipe, teacher=self.teacher,
-                            before=before, monitor=self.measuring.monitor, checkpoint=checkpoint, resume=resume,
-                            memory_limit=self.settings.memory_bytes, task=self.task, progress=self.progress)  # fmt: skip
+        with torch.random.fork_rng(devices={p.device for p in model.parameters() if p.is_cuda}):
+            torch.manual_seed(
+                self.settings.seed
+            )  # dropout does not depend on what ran before, as after an interruption
+            history = fine_tune(model, self.train_loader, self.measuring.validation, recipe, teacher=self.teacher,
+                                before=before, monitor=self.measuring.monitor, checkpoint=checkpoint, resume=resume,
+                                memory_limit=self.settings.memory_bytes, task=self.task,
+                                progress=self.progress)  # fmt: skip
         stages = [*result.stages, self.measuring.stage("fine-tuned", model, time.perf_counter() - start, history.best)]
         flow = result.gradient_flow and flow_with_stage(result.gradient_flow, "fine-tuned", self._flow_report(model))
         return dataclasses.replace(
@@ -269,6 +282,7 @@ class EnhancedPruning:
             gradient_flow=flow,
         )
 
+    @own_precision()
     def oracle(self, samples: int) -> dict:
         """Every order's estimates against the true loss changes of random units, see scoring.oracle.judge_estimates.
 
@@ -285,11 +299,17 @@ class EnhancedPruning:
     def dense_stage(self) -> dict:
         """The dense network's stage, measured once."""
         if self._dense_stage is None:
-            self._dense_stage = self.measuring.stage("dense", self.model)
+            stage = self.measuring.stage("dense", self.model)
+            if not math.isfinite(stage[main := self.task.main]):
+                raise InputError(
+                    f"{main} of the dense network is {stage[main]}; check the labels of the validation images"
+                )
+            self._dense_stage = stage
         return self._dense_stage
 
     def _in_rounds(self, state, percentage, choose, settings, store=None):
         """The state after what is left of the settings' rounds, and after the repair; `store` keeps every step."""
+        self.dense_stage()
         rounds = Rounds(self.rankings, self.measuring, self.train_loader, self.recipe, self.teacher, settings,
                         self.progress)  # fmt: skip
         if settings.times:

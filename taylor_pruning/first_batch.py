@@ -223,7 +223,10 @@ def _has_single_image(loader) -> bool:
         return any(len(indices) == 1 for indices in sampler)
     if not all(hasattr(sampler, name) for name in ("sampler", "batch_size", "drop_last")):
         return getattr(loader, "batch_size", None) == 1
-    return sampler.batch_size == 1 or (not sampler.drop_last and len(sampler.sampler) % sampler.batch_size == 1)
+    images = (
+        sampler.sampler if hasattr(sampler.sampler, "__len__") else loader.dataset
+    )  # one that gives them in its order
+    return sampler.batch_size == 1 or (not sampler.drop_last and len(images) % sampler.batch_size == 1)
 
 
 def _check_single_image(model, loader):

@@ -1,8 +1,9 @@
 """Contexts that change the mode of a model and give it back as it was."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
+import torch
 from torch import nn
 
 
@@ -29,9 +30,19 @@ def requirements_kept(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def own_precision() -> Iterator[None]:
+    """Without the caller's torch.autocast: the sums of scores and fits, too, would be of half precision under it."""
+    with ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+@contextmanager
 def frozen(model: nn.Module) -> Iterator[nn.Module]:
-    """While open, the model is in eval mode and its parameters require no gradient; then all is as it was."""
-    with modes_kept(model), requirements_kept(model):
+    """While open, the model is in eval mode, its parameters require no gradient, and the caller's torch.autocast is off."""
+    with modes_kept(model), requirements_kept(model), own_precision():
         yield model.eval().requires_grad_(False)
 
 

@@ -12,6 +12,7 @@ The command line, its help, config.json and docs/options.md are made from such f
 
 import dataclasses
 import math
+import numbers
 import types
 import typing
 from dataclasses import dataclass, field
@@ -110,8 +111,7 @@ NAMES = {int: "a whole number", float: "a number", bool: "True or False", str: "
 
 
 def _has_type(value, kind: type) -> bool:
-    if kind is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    kind = {float: numbers.Real, int: numbers.Integral}.get(kind, kind)  # those of NumPy too
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 

@@ -5,9 +5,11 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
-from taylor_pruning.errors import OutOfReachError, one_of
+from taylor_pruning.checks import describe
+from taylor_pruning.errors import InputError, OutOfReachError, one_of
 from taylor_pruning.experiment.results import plain_scores, ranking_of
 from taylor_pruning.selection.baselines import OF_GRADIENTS, baseline_scores
 from taylor_pruning.selection.chosen import Chosen
@@ -95,7 +97,8 @@ class BaselineChoice:
         """As of TaylorChoice."""
         graph = self.rankings.graph_of(model)
         if callable(self.criterion):
-            scores, name = self.criterion(graph), getattr(self.criterion, "__name__", "scores")
+            name = getattr(self.criterion, "__name__", "scores")
+            scores = _checked(self.criterion(graph), len(graph.units), name)
         else:
             directions, name = None, self.criterion
             if name in OF_GRADIENTS and is_classification(self.rankings.task):
@@ -109,6 +112,20 @@ class BaselineChoice:
         ranking = {"scores": plain_scores(by_layer), "criterion": name}
         chosen = Chosen(units, None, layer_bound_held=selection.bound_held, uniform_widths=uniform)
         return Choice(graph, graph.plan_of(units), ranking, chosen)
+
+
+def _checked(scores, units: int, name: str) -> Tensor:
+    """[units] the scores of a user's function, floating. Raises InputError if they are something else, or not numbers."""
+    try:
+        scores = torch.as_tensor(scores).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"the criterion {name} gives {describe(scores)}; give a tensor of one score a unit") from error
+    if scores.shape != (units,) or scores.is_complex() or scores.isnan().any():
+        kind = "NaN" if scores.isnan().any() else f"scores of the shape {[*scores.shape]}"
+        raise InputError(
+            f"the criterion {name} gives {kind}; give one number for each of the {units} units of the graph"
+        )
+    return scores if scores.is_floating_point() else scores.double()
 
 
 class TimedChoice:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from taylor_pruning.report.json_files import plain
 from taylor_pruning.surgery.graph import ChannelGraph
 
 
@@ -73,8 +74,8 @@ class PruningResult:
     stopped: dict | None = None
 
     def as_dict(self) -> dict:
-        """All but the model, as plain values."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "model"}
+        """All but the model, as values that JSON knows: NaN and infinities are None."""
+        return plain({f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "model"})
 
 
 def layer_table(graph: ChannelGraph, kept: dict) -> dict:

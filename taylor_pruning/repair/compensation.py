@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from taylor_pruning.errors import InputError
 from taylor_pruning.memory import fitting, held_bytes, merged
-from taylor_pruning.modes import frozen
+from taylor_pruning.modes import frozen, own_precision
 from taylor_pruning.repair.logits import LogitsRegression
 from taylor_pruning.repair.paired_runs import PairedRuns
 from taylor_pruning.repair.plan import RepairPlan
@@ -44,6 +44,7 @@ class CompensationReport:
 
 
 @torch.no_grad()
+@own_precision()
 def compensate(
     dense,
     smaller,

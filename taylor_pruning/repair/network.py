@@ -22,11 +22,11 @@ from tqdm import tqdm
 
 from taylor_pruning.distributed import all_reduce_sum, gather_objects, rank, world_size
 from taylor_pruning.errors import InputError
-from taylor_pruning.modes import frozen, modes_kept, requirements_kept
+from taylor_pruning.modes import frozen, modes_kept, own_precision, requirements_kept
 from taylor_pruning.repair.paired_runs import refresh_batchnorms
 from taylor_pruning.repair.whitening import WhiteAdam, white_coordinates
 from taylor_pruning.surgery.parts import recorded_inputs
-from taylor_pruning.tasks.batches import join, select, size
+from taylor_pruning.tasks.batches import join, select, shapes, size
 from taylor_pruning.tasks.batches import split as in_parts
 from taylor_pruning.tasks.classification import is_classification, task_of
 from taylor_pruning.tasks.task import Task, flatten
@@ -76,6 +76,16 @@ def split(batches: list, seed: int) -> tuple[list, list]:
     return parts
 
 
+def check_joinable(batches: list) -> None:
+    """Raises InputError if the samples of the batches cannot be joined to others."""
+    if len({shapes(batch) for batch in batches}) > 1:
+        raise InputError(
+            "repair of the network: images of different sizes fit into no batch; give images of one size, or repair the layers "
+            "alone"
+        )
+
+
+@own_precision()
 def repair_network(
     dense: nn.Module,
     smaller: nn.Module,
@@ -112,6 +122,7 @@ def repair_network(
     """
     if not (batches and held_out):
         raise InputError("repair of the network: there is one image or none; give at least two calibration images")
+    check_joinable(batches)
     start, task = time.perf_counter(), task_of(task)
     rate = min(RATE_A_PASS * passes, LARGEST_RATE) if rate is None else rate
     mine = _Samples(dense, task, batches, held_out, seed)
@@ -185,11 +196,7 @@ class _Samples:
         return torch.cat(gather_objects(torch.cat(found) if found else torch.empty(0, dtype=torch.float64)))
 
     def _joined(self, places):
-        rows = [select(self.batches[number], torch.tensor([row])) for number, row in places]
-        try:
-            return join(rows)
-        except RuntimeError as error:
-            raise InputError(f"repair of the network: images of different sizes fit into no batch ({error})") from error
+        return join([select(self.batches[number], torch.tensor([row])) for number, row in places])
 
     @torch.no_grad()
     def _answers(self, batch, mirror: bool = False):

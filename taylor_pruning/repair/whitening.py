@@ -38,7 +38,8 @@ class Coordinates:
         self.parameter, self.inverses, self.first = parameter, inverses, parameter.detach().clone()
         white = self.first
         if inverses:
-            white = _product(white, *map(torch.linalg.inv, inverses))
+            dtype = torch.promote_types(white.dtype, torch.float32)  # in half precision there is no inverse
+            white = _product(white.to(dtype), *(torch.linalg.inv(inverse.to(dtype)) for inverse in inverses))
         self.scale = max(white.square().mean().sqrt().item(), SMALLEST)
         self.move = nn.Parameter(torch.zeros_like(self.first))
 

@@ -1,6 +1,7 @@
 """What a selection must respect, and the state of one: what is chosen, what may still be chosen, how far the target is."""
 
 import math
+import numbers
 from dataclasses import dataclass, field
 
 import torch
@@ -146,8 +147,10 @@ class Selection:
     """The state of one selection on one graph: what is chosen, what may still be chosen, how far the target is."""
 
     def __init__(self, graph, percentage, constraints, ledger=None):
-        if not (isinstance(percentage, (int, float)) and 0 < percentage < 100):
-            raise InputError(f"the pruning percentage must lie between 0 and 100 (both excluded), not {percentage}")
+        if not isinstance(percentage, numbers.Real) or isinstance(percentage, bool) or not 0 < percentage < 100:
+            raise InputError(
+                f"the pruning percentage must be a number between 0 and 100 (both excluded), not {percentage!r}"
+            )
         self.graph, self.constraints = graph, constraints
         self.ledger = ledger or Ledger.open(graph, constraints)
         self.chosen = []

@@ -1,5 +1,7 @@
 """One class a pixel, or numbers: segmentation by mIoU, regression by the mean absolute error."""
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -161,7 +163,7 @@ class Regression(Task):
     def metrics(self, sums: Tensor) -> dict[str, float]:
         """mae: mean absolute error over all known numbers; loss; images."""
         error, loss, images, known = sums.tolist()
-        return {"mae": error / max(known, 1), "loss": loss / images, "images": int(images)}
+        return {"mae": error / known if known else math.nan, "loss": loss / images, "images": int(images)}
 
 
 def _pair(batch, where, labels):

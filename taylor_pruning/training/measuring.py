@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from taylor_pruning.distributed import on_main
+from taylor_pruning.errors import InputError
 from taylor_pruning.memory import Portions
 from taylor_pruning.modes import frozen
 from taylor_pruning.tasks.batches import size, split
@@ -67,6 +68,10 @@ class Measuring:
         start, (measured, known) = time.perf_counter(), self._last or (None, None)
         if accuracy is None:
             accuracy = known if measured is model else self._measure(model, self.validation, name, self.progress)
+        if taken := sorted(set(OF_STAGE).intersection(figures(accuracy))):
+            raise InputError(
+                f"the task {self.task.name} gives a metric called {taken[0]!r}, as a stage's own; rename it"
+            )
         seconds = time.perf_counter() - start if seconds is None else seconds
         costs = on_main(lambda: profile(model, example_of(self.task, self.calibration[0])))
         return {"stage": name, **figures(accuracy), **costs, "seconds": seconds}

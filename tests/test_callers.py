@@ -1,0 +1,172 @@
+"""What callers do around the pipeline, what they give it, and what they do with its results."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from EnhancedPruning import EnhancedPruning, InputError, PruningSettings
+from taylor_pruning.tasks.dense import Segmentation
+from taylor_pruning.tasks.task import Task
+from taylor_pruning.training.fine_tuning import Recipe
+
+generator = torch.Generator().manual_seed(0)
+IMAGES, LABELS = torch.rand(24, 3, 8, 8, generator=generator), torch.randint(4, (24,), generator=generator)
+BATCHES = [(x, y) for x, y in zip(IMAGES.split(8), LABELS.split(8), strict=True)]
+
+
+def network():
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1)
+    return nn.Sequential(*layers, nn.Flatten(), nn.Dropout(0.5), nn.Linear(8, 4)).eval()
+
+
+def pipeline(batches=BATCHES, model=None, **options):
+    options = {
+        "settings": PruningSettings(rounds=1, guard=False),
+        "recipe": Recipe(lr=0.01),
+        "progress": False,
+    } | options
+    return EnhancedPruning(model or network(), batches, batches, **options)
+
+
+def test_autocast_of_the_caller_changes_no_score_and_no_weight():
+    apart = pipeline(settings=PruningSettings(rounds=2, repair="network")).prune(40, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        under = pipeline(settings=PruningSettings(rounds=2, repair="network")).prune(40, 2)
+    assert under.plan == apart.plan and under.scores == apart.scores
+    for ours, theirs in zip(under.model.parameters(), apart.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_random_numbers_of_the_caller_go_on_after_fine_tuning():
+    pruning, drawn = pipeline(), []
+    for runs in (False, True):
+        torch.manual_seed(1)
+        if runs:
+            pruning.run_full_pruning(30, 2, fine_tune_epochs=1)
+        drawn.append(torch.rand(4))
+    assert torch.equal(*drawn)
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.float32, np.float64])
+def test_numbers_of_numpy_are_numbers(kind):
+    settings = PruningSettings(rounds=np.int64(1), guard=False, class_probes=np.int32(2))
+    result = pipeline(settings=settings).run_full_pruning(kind(30), np.int64(2), fine_tune_epochs=np.int64(1))
+    assert result.plan == pipeline(settings=settings).prune(30, 2).plan and len(result.fine_tuning) == 1
+
+
+@pytest.mark.parametrize("value", ["30", True, None, float("nan")])
+def test_what_is_no_percentage_is_shown(value):
+    with pytest.raises(InputError, match=f"number between 0 and 100 .both excluded., not {value!r}"):
+        pipeline().prune(value)
+
+
+@pytest.mark.parametrize("count", [2, 24])
+def test_results_are_strict_json(count):
+    """With two images no image is left to judge a layer's fit: its errors are not known."""
+    result = pipeline([(IMAGES[:count], LABELS[:count])]).run_full_pruning(40, 2, fine_tune_epochs=1)
+    assert json.loads(json.dumps(result.as_dict(), allow_nan=False)) == result.as_dict()
+
+
+class Stream(IterableDataset):
+    """Images one after the other, and how many there are."""
+
+    def __iter__(self):
+        return iter(zip(IMAGES, LABELS, strict=True))
+
+    def __len__(self):
+        return len(IMAGES)
+
+
+def test_a_stream_of_known_length_is_trained_on():
+    result = pipeline(DataLoader(Stream(), 8)).run_full_pruning(30, 2, fine_tune_epochs=1)
+    assert result.fine_tuning[0]["train_loss"] > 0
+    with pytest.raises(InputError, match="a batch of the training loader has one image"):
+        network_1d = network()
+        network_1d.insert(7, nn.BatchNorm1d(8))
+        pipeline(DataLoader(Stream(), 23), network_1d.eval()).run_full_pruning(30, 2, fine_tune_epochs=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_repaired_across_layers(dtype):
+    batches = [(x.to(dtype), y) for x, y in BATCHES]
+    pruning = pipeline(batches, network().to(dtype), settings=PruningSettings(rounds=1, guard=False, repair="network"))
+    result = pruning.prune(40, 2)
+    assert result.stages[-1]["stage"] == "repaired" and next(result.model.parameters()).dtype == dtype
+
+
+SCORES = {
+    "too few": (lambda units: torch.rand(3), r"of the shape \[3\]"),
+    "columns": (lambda units: torch.rand(units, 1), "of the shape"),
+    "NaN": (lambda units: torch.full((units,), torch.nan), "gives NaN"),
+    "text": (lambda units: "abc", "gives an object of type str"),
+}
+
+
+@pytest.mark.parametrize("case", SCORES)
+def test_a_criterion_that_gives_no_scores_is_refused(case):
+    make, message = SCORES[case]
+    with pytest.raises(InputError, match=f"the criterion <lambda> .*{message}"):
+        pipeline().prune_by_baseline(lambda graph: make(len(graph.units)), 30)
+
+
+def test_a_criterion_may_give_whole_numbers_or_a_list():
+    pruning = pipeline()
+    plans = [
+        pruning.prune_by_baseline(criterion, 30).plan
+        for criterion in (
+            lambda graph: torch.arange(len(graph.units)),
+            lambda graph: [0.5 * unit for unit in range(len(graph.units))],
+        )
+    ]
+    assert plans[0] == plans[1] and any(plans[0].values())
+
+
+def test_images_of_two_sizes_are_refused_before_any_round():
+    batches = [*BATCHES, (torch.rand(8, 3, 10, 10), LABELS[:8])]
+    with pytest.raises(InputError, match="images of different sizes fit into no batch"):
+        pipeline(batches, settings=PruningSettings(repair="network"))
+    pipeline(batches).prune(30)  # layers alone
+
+
+def test_no_images_and_complex_ones_are_refused():
+    with pytest.raises(InputError, match="calibration_samples must be at least 1, not 0"):
+        pipeline(calibration_samples=0)
+    with pytest.raises(InputError, match="complex images; give their real and imaginary parts as channels"):
+        pipeline([(IMAGES.to(torch.complex64), LABELS)])
+
+
+def test_a_metric_that_is_not_known_is_refused():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 3, 1)).eval()
+    unlabelled = [(IMAGES[:8], torch.full((8, 8, 8), 255))]
+    with pytest.raises(InputError, match="miou of the dense network is nan; check the labels"):
+        pipeline(unlabelled, model, task=Segmentation()).prune(30)
+
+
+class Own(Task):
+    """Metrics as tensors, under the names given."""
+
+    main = "error"
+
+    def __init__(self, *names):
+        self.names = names
+
+    def loss(self, outputs, batch):
+        return (outputs.mean(1) - batch[1]).square()
+
+    def divergence(self, outputs, dense_outputs):
+        return (outputs - dense_outputs).square().mean(1)
+
+    def evaluate(self, model, loader):
+        return {name: torch.cat([self.loss(self.forward(model, b), b) for b in loader]).mean() for name in self.names}
+
+
+def test_metrics_of_a_task_are_plain_numbers_with_names_of_their_own():
+    result = pipeline(task=Own("error")).prune(30)
+    assert isinstance(result.stages[0]["error"], float) and json.dumps(result.as_dict())
+    with pytest.raises(InputError, match="a metric called 'macs', as a stage's own; rename it"):
+        pipeline(task=Own("error", "macs")).prune(30)
