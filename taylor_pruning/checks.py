@@ -39,6 +39,15 @@ def check_weights(model: nn.Module) -> None:
         raise InputError(f"the weights hold NaN or infinite values in {name}; load other weights")
 
 
+def check_default_device() -> None:
+    """Raises InputError if the caller's tensors are made elsewhere than on the CPU, where indices and draws belong."""
+    if (device := torch.get_default_device()).type != "cpu":
+        raise InputError(
+            f"torch.set_default_device({str(device)!r}) moves indices and random draws there; set it back to 'cpu' and move the "
+            "model and its images by to(device)"
+        )
+
+
 def check_gradient_mode(what: str) -> None:
     """Raises InputError if the caller has switched off gradients, which `what` needs."""
     if not torch.is_grad_enabled():

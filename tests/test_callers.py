@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from EnhancedFilterPruner import ChannelGraph
 from EnhancedPruning import EnhancedPruning, InputError, PruningSettings
 from taylor_pruning.tasks.dense import Segmentation
 from taylor_pruning.tasks.task import Task
@@ -170,3 +171,10 @@ def test_metrics_of_a_task_are_plain_numbers_with_names_of_their_own():
     assert isinstance(result.stages[0]["error"], float) and json.dumps(result.as_dict())
     with pytest.raises(InputError, match="a metric called 'macs', as a stage's own; rename it"):
         pipeline(task=Own("error", "macs")).prune(30)
+
+
+def test_another_default_device_is_named():
+    """Here one without values; a GPU refuses the draws of the CPU's generator."""
+    model = network()
+    with torch.device("meta"), pytest.raises(InputError, match="set_default_device.'meta'. .*set it back to 'cpu'"):
+        ChannelGraph(model, IMAGES[:1])

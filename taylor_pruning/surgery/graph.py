@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from taylor_pruning.checks import check_weights
+from taylor_pruning.checks import check_default_device, check_weights
 from taylor_pruning.errors import InputError
 from taylor_pruning.surgery.analysis import Analysis, steps
 from taylor_pruning.surgery.cut import cut
@@ -60,6 +60,7 @@ class ChannelGraph:
 
     def __init__(self, model, example_input, exclude=(), prune_linear=False, verify=True, prune_heads=False):
         check_example(example_input)
+        check_default_device()
         model, self.notes = unwrapped(model)
         check_weights(model)
         self.model, self.left_whole = model, {}
