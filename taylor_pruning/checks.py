@@ -43,8 +43,8 @@ def check_default_device() -> None:
     """Raises InputError if the caller's tensors are made elsewhere than on the CPU, where indices and draws belong."""
     if (device := torch.get_default_device()).type != "cpu":
         raise InputError(
-            f"torch.set_default_device({str(device)!r}) moves indices and random draws there; set it back to 'cpu' and move the "
-            "model and its images by to(device)"
+            f"torch.set_default_device({str(device)!r}) moves indices and random draws there; set it back to 'cpu' and move "
+            "the model and its images by to(device)"
         )
 
 
