@@ -45,13 +45,13 @@ SWEEP = [
 ]  # fmt: skip
 
 
-def noise(label, seed, size=(32, 32)):
+def noise(label, seed, size=(16, 16)):
     pixels = np.random.default_rng(seed).integers(0, 120, (*size, 3))
     pixels[..., label] += 80
     return Image.fromarray(pixels.astype(np.uint8))
 
 
-def write_images(root, *, classes=3, train=4, val=3, size=(32, 32)):
+def write_images(root, *, classes=3, train=4, val=3, size=(16, 16)):
     for split, count in (("train", train), ("val", val)):
         for label in range(classes):
             folder = root / split / f"Klasse {label} ö"
