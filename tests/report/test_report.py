@@ -330,6 +330,16 @@ def test_settings_of_matplotlib_come_back(tmp_path):
     assert dict(matplotlib.rcParams) == before and not list(tmp_path.iterdir())
 
 
+def test_labels_lie_inside_of_the_picture(tmp_path):
+    with careful_plots(), saved_figure(tmp_path / "a.png") as figure:
+        axes = figure.subplots()
+        axes.plot([-1e6, 1e6])
+        axes.ticklabel_format(style="plain")
+        axes.set_ylabel("loss")
+        figure.draw_without_rendering()
+        assert axes.yaxis.label.get_window_extent().x0 >= 0
+
+
 def test_a_plot_that_fails_in_the_middle_leaves_nothing_behind(tmp_path, monkeypatch):
     def half(self, path, **options):
         Path(path).write_bytes(b"\x89PNG")
