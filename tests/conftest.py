@@ -6,9 +6,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported; te
 
 import pytest
 import torch
+from quick import quick_reports
 from torch import nn
-
-from taylor_pruning.report.figures import PLOT_SETTINGS
 
 
 def randomise(model):
@@ -95,10 +94,9 @@ def batches(images, labels):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def coarse_plots():
-    """Drawing at 300 dots an inch would take a tenth of the suite's time."""
+def reports_are_quick():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(PLOT_SETTINGS, "savefig.dpi", 30)
+        quick_reports(patch)
         yield
 
 

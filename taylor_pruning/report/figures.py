@@ -81,6 +81,8 @@ PLOT_SETTINGS = {
     "lines.linewidth": 1.2,
     "lines.markersize": 3.5,
     "hatch.linewidth": 0.5,
+    "figure.autolayout": False,
+    "figure.constrained_layout.use": True,
     "savefig.dpi": 300,
     "pdf.fonttype": 42,  # TrueType: publishers refuse Type 3 fonts
 }
@@ -90,7 +92,7 @@ PLOT_SETTINGS = {
 def saved_figure(*paths, width=COLUMN_WIDTH, height=2.6):
     """Yield a figure of `width` x `height` inches; save it under every path when the block ends without error."""
     with matplotlib.rc_context(PLOT_SETTINGS):
-        figure = Figure(figsize=(width, height), layout="constrained")
+        figure = Figure(figsize=(width, height))
         yield figure
         for path in paths:
             with atomic_path(path) as temporary:

@@ -45,13 +45,13 @@ SWEEP = [
 ]  # fmt: skip
 
 
-def noise(label, seed, size=(32, 32)):
+def noise(label, seed, size=(16, 16)):
     pixels = np.random.default_rng(seed).integers(0, 120, (*size, 3))
     pixels[..., label] += 80
     return Image.fromarray(pixels.astype(np.uint8))
 
 
-def write_images(root, *, classes=3, train=4, val=3, size=(32, 32)):
+def write_images(root, *, classes=3, train=4, val=3, size=(16, 16)):
     for split, count in (("train", train), ("val", val)):
         for label in range(classes):
             folder = root / split / f"Klasse {label} ö"
@@ -153,18 +153,32 @@ SINGLE_STAGES = {
 }
 
 
-@pytest.mark.parametrize("stage", SINGLE_STAGES)
-def test_a_single_run_killed_in_any_stage_ends_as_an_unbroken_one(stage, images, whole, tmp_path):
+def finished(folder, images):
+    """Goes on with a run that was killed; where nothing was begun, the same command goes again."""
+    if (folder / "config.json").exists():
+        return run_single_experiment.main(["--resume", str(folder)])  # all arguments are in config.json
+    return single(images, "--output-dir", folder)
+
+
+def test_a_single_run_killed_in_one_stage_after_the_other_ends_as_an_unbroken_one(images, whole, tmp_path):
     folder = tmp_path / "Läufe" / "run"
-    arguments = ["--data-path", images, *QUICK, *SINGLE, "--output-dir", folder]
-    killed("run_single_experiment", arguments, tmp_path, lambda text: SINGLE_STAGES[stage](folder, text))
-    killed_writing(folder / "results.json")
-    started = (folder / "config.json").exists()  # else nothing was, and the same command goes again
-    if started:
-        assert run_single_experiment.main(["--resume", str(folder)]) == 0  # all arguments are in config.json
-    else:
-        assert single(images, "--output-dir", folder) == 0
-    assert_same_run(folder, whole)
+    for stage, reached in SINGLE_STAGES.items():
+        copy = tmp_path / stage
+        copy.mkdir()
+        place = ["--resume" if (folder / "config.json").exists() else "--output-dir", folder]
+        arguments = ["--data-path", images, *QUICK, *SINGLE, *place]
+        killed("run_single_experiment", arguments, copy, lambda text, reached=reached: reached(folder, text))
+        killed_writing(folder / "results.json")
+        shutil.copytree(folder, copy / "run")
+    try:
+        assert finished(folder, images) == 0
+        assert_same_run(folder, whole)
+    except AssertionError:
+        for stage in SINGLE_STAGES:  # in which was it lost? The path says it
+            folder = tmp_path / stage / "run"
+            assert finished(folder, images) == 0, folder
+            assert_same_run(folder, whole)
+        raise
 
 
 def test_a_sweep_killed_in_one_stage_after_the_other_ends_as_an_unbroken_one(images, whole, swept, tmp_path):

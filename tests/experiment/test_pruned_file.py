@@ -1,11 +1,8 @@
 """Pruned networks through a file and back."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from killed_runs import PROCESSES
 from pruned_networks import EveryKind, pruned_every_kind, pruned_network
 from torch import nn
 
@@ -28,6 +25,12 @@ def test_every_layer_kind_survives_the_file(tmp_path):
     assert torch.load(tmp_path / "pruned.pt", weights_only=True)["extra"] == {"plan": {"conv": [1]}}
 
 
+def write_logits(folder, names):
+    images = torch.load(folder / "images.pt")
+    with torch.no_grad():
+        torch.save({name: load_pruned(folder / name)(images) for name in names}, folder / "logits.pt")
+
+
 def test_a_new_process_gives_the_same_logits(tmp_path):
     images, expected = torch.randn(2, 3, 32, 32), {}
     for name in ("vgg11_bn", "resnet18", "mobilenet_v2"):
@@ -36,14 +39,10 @@ def test_a_new_process_gives_the_same_logits(tmp_path):
         with torch.no_grad():
             expected[name] = model(images)
     torch.save(images, tmp_path / "images.pt")
-    code = (
-        "import sys, torch\nfrom taylor_pruning.experiment.pruned_file import load_pruned\n"
-        "images = torch.load('images.pt')\n"
-        "with torch.no_grad():\n"
-        "    torch.save({name: load_pruned(name)(images) for name in sys.argv[1:]}, 'logits.pt')\n"
-    )
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([sys.executable, "-c", code, *expected], cwd=tmp_path, env=environment, check=True)
+    process = PROCESSES.Process(target=write_logits, args=(tmp_path, list(expected)))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected)
 
 

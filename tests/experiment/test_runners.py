@@ -34,7 +34,7 @@ SWEEP = ["--pruning-percentages", "20", "40", "--taylor-orders", "2", "--compare
 
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory):
-    """Three classes of 32x32 images: noise of three colours."""
+    """Three classes of 16x16 images: noise of three colours."""
     root = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     for split, count in (("train", 8), ("val", 6)):
@@ -42,7 +42,7 @@ def image_folder(tmp_path_factory):
             folder = root / split / f"class {label} ä"
             folder.mkdir(parents=True)
             for index in range(count):
-                pixels = rng.integers(0, 120, (32, 32, 3))
+                pixels = rng.integers(0, 120, (16, 16, 3))
                 pixels[..., label] += 80
                 Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{index}.png")
     return root
@@ -74,7 +74,7 @@ def test_a_run_leaves_its_folder(finished):
     removable = sum(layer["filters"] for layer in results["layers"].values() if layer["reason"] is None)
     assert removed == pytest.approx(0.3 * removable, abs=1)
     assert results["data"]["classes"] == [f"class {label} ä" for label in range(3)]  # in the order of the logits
-    assert results["data"]["image_size"] == 32 and len(results["data"]["mean"]) == len(results["data"]["std"]) == 3
+    assert results["data"]["image_size"] == 16 and len(results["data"]["mean"]) == len(results["data"]["std"]) == 3
     config = json.loads((finished / "config.json").read_text())
     assert config["arguments"]["pruning_percentage"] == 30 and config["environment"]["torch"] == torch.__version__
 

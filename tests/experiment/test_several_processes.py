@@ -3,24 +3,19 @@
 import copy
 import functools
 import json
-import os
-import pickle
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import plain, randomise
 from image_files import write_folder
 from torch import nn
+from two_processes import in_two_processes
 from watching import interrupted_at
 
 import run_single_experiment
 from EnhancedFilterPruner import ChannelGraph, EnhancedFilterPruner
 from EnhancedPruning import EnhancedPruning, InputError, PruningSettings
-from taylor_pruning.distributed import check_equal_shapes, end_distributed, init_distributed, rank
+from taylor_pruning.distributed import check_equal_shapes, end_distributed, rank
 from taylor_pruning.experiment.loaders import make_loader
 from taylor_pruning.experiment.models import network
 from taylor_pruning.repair.network import repair_network
@@ -28,44 +23,8 @@ from taylor_pruning.scoring import probes
 from taylor_pruning.scoring.passes import _of_all_processes
 from taylor_pruning.tasks.classification import kl_divergence
 
-ROOT = Path(__file__).parents[2]
 QUICK = ["--model", "vgg7_bn", "--fine-tune-epochs", "1", "--rounds", "1", "--batch-size", "8", "--workers", "0",
          "--device", "cpu", "--quiet"]  # fmt: skip
-
-
-def in_two_processes(function, folder):
-    """What `function(folder)` of this file returns in two processes of one group."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    paths = [str(path) for path in (ROOT, ROOT / "tests", Path(__file__).parent)]
-    code = (
-        f"import sys; sys.path[:0] = {paths!r}\n"
-        f"import test_several_processes as tests; tests.body(tests.{function.__name__}, {str(folder)!r})"
-    )
-    base = {
-        **os.environ,
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-    }
-    processes = [
-        subprocess.Popen([sys.executable, "-c", code], env={**base, "RANK": str(r), "LOCAL_RANK": str(r)},
-                         stderr=subprocess.PIPE, text=True)
-        for r in range(2)
-    ]  # fmt: skip
-    errors = [process.communicate(timeout=300)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
-    return [pickle.loads((folder / f"{r}.pickle").read_bytes()) for r in range(2)]
-
-
-def body(function, folder):
-    init_distributed(torch.device("cpu"))
-    Path(folder, f"{rank()}.pickle").write_bytes(pickle.dumps(function()))
-    end_distributed()
-    if Path(folder, "images").exists():
-        command(folder, "double")  # as torchrun starts it
 
 
 def command(folder, output):
@@ -82,7 +41,7 @@ class Elsewhere(torch.Tensor):
         return torch.zeros(1)
 
 
-def one_experiment():
+def one_experiment(folder):
     """Every process has scores and compensation images of its own: the rankings differ, as by rounding on other GPUs."""
     found, rank_by_images = {}, EnhancedFilterPruner.rank
 
@@ -116,6 +75,8 @@ def one_experiment():
     found["sent"] = [type(result).__name__ for result in results]
     with pytest.raises(InputError, match=r"bias has the shape \(4,\) in process 0 and \(5,\) in process 1"):
         check_equal_shapes(nn.Linear(3, 4 + rank()))
+    end_distributed()
+    command(folder, "double")  # as torchrun starts it
     return found
 
 
@@ -135,7 +96,7 @@ def test_two_processes_cut_and_repair_as_one(tmp_path):
     assert double["stages"][-1]["images"] == single["stages"][-1]["images"] == 16
 
 
-def one_probing():
+def one_probing(_=None):
     """Derivatives along random probes, and the images that this process has scored for it, of three batches."""
     torch.manual_seed(0)
     model, images = randomise(plain(nn.SiLU)), torch.randn(10, 3, 8, 8, dtype=torch.float64)
@@ -155,7 +116,7 @@ def test_two_processes_share_the_probes_and_find_what_one_does(tmp_path):
         torch.testing.assert_close(both["derivatives"], alone["derivatives"])
 
 
-def one_repair():
+def one_repair(_=None):
     """Each process takes half of the images of every step."""
     torch.manual_seed(0)
     dense = randomise(plain(nn.ReLU))

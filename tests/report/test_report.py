@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from quick import careful_plots
 
 from run_enhanced_pruning import Sweep, baseline_methods
 from taylor_pruning.experiment.command import SweepTask
@@ -216,7 +217,8 @@ def test_json_that_cannot_be_written_leaves_the_old_file(tmp_path):
 
 
 def test_experiment_plots_are_whole(tmp_path):
-    paths = ExperimentPlots.write_experiment_plots(make_results(), tmp_path / "new" / "run")
+    with careful_plots():
+        paths = ExperimentPlots.write_experiment_plots(make_results(), tmp_path / "new" / "run")
     names = ("accuracy", "filters_per_layer", "score_distribution", "cost_against_width", "oracle", "gradient_flow",
              "flow_vs_score")  # fmt: skip
     assert {path.name for path in paths} == {f"{name}.png" for name in names}
@@ -328,6 +330,16 @@ def test_settings_of_matplotlib_come_back(tmp_path):
     assert dict(matplotlib.rcParams) == before and not list(tmp_path.iterdir())
 
 
+def test_labels_lie_inside_of_the_picture(tmp_path):
+    with careful_plots(), saved_figure(tmp_path / "a.png") as figure:
+        axes = figure.subplots()
+        axes.plot([-1e6, 1e6])
+        axes.ticklabel_format(style="plain")
+        axes.set_ylabel("loss")
+        figure.draw_without_rendering()
+        assert axes.yaxis.label.get_window_extent().x0 >= 0
+
+
 def test_a_plot_that_fails_in_the_middle_leaves_nothing_behind(tmp_path, monkeypatch):
     def half(self, path, **options):
         Path(path).write_bytes(b"\x89PNG")
@@ -346,7 +358,8 @@ def test_a_plot_that_fails_in_the_middle_leaves_nothing_behind(tmp_path, monkeyp
 def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sweep")
     sweep = make_sweep((10, 30, 50), failed=[(50, "order 3", 1), *((30, "random", seed) for seed in range(3))])
-    return sweep, folder, SweepReport.write_sweep(sweep, folder)
+    with careful_plots():
+        return sweep, folder, SweepReport.write_sweep(sweep, folder)
 
 
 def test_sweep_files_are_whole(written):
@@ -461,16 +474,14 @@ def test_a_sweep_without_a_finished_cell_keeps_its_tables(tmp_path):
         ((67.0, 68.0, 65.9), "66.0 (order 2)", ["10", "0", "0"]),  # the aim is what an order has
     ],
 )
-def test_steps_until_a_method_has_what_the_best_order_has_before_training(tmp_path, random, aim, steps):
+def test_steps_until_a_method_has_what_the_best_order_has_before_training(random, aim, steps):
     sweep = top1_sweep({"order 1": [70.0, 70.0], "order 2": [70.0, 70.0], "random": [60.0, 60.0]})
     curves = {"order 1": (60.0, 66.0, 72.0), "order 2": (66.0, 70.0, 73.0), "random": random}
     for cell in sweep["cells"]:
         off = 2 * cell["seed"] - 1  # means are those above
         cell["accuracy_at_steps"] = [{"step": s, "top1": top1 + off}
                                      for s, top1 in zip((0, 10, 30), curves[cell["method"]], strict=True)]  # fmt: skip
-    SweepReport.write_sweep(sweep, tmp_path)
-    text = (tmp_path / "results.md").read_text(encoding="utf-8")
-    header, row = markdown_tables(text)[1]
+    header, row = markdown_tables(SweepReport._markdown(sweep))[1]
     assert header[1:] == ["top-1 to reach", "order 1", "order 2", "random"]
     assert row == ["50 %", aim, *steps]
 

@@ -17,7 +17,8 @@ def test_probes_agree_with_brute_force_on_a_smooth_network(silu_network, images,
     graph = ChannelGraph(silu_network, images)
     images, labels = images[:4], labels[:4]
     wanted = brute_force(silu_network, graph, images, labels).mean(1)
-    found = probe_derivatives(silu_network, graph, [(images, labels)] * 60, order=3, probes=10, progress=False)
+    batches = [(images.repeat(15, 1, 1, 1), labels.repeat(15))] * 4
+    found = probe_derivatives(silu_network, graph, batches, order=3, probes=10, progress=False)
     torch.testing.assert_close(found.phi, wanted[0], rtol=1e-8, atol=1e-12)
     # the standard error counts the spread over the repeated samples too, so that it is an upper bound here
     for value, error, true in ((found.h, found.h_error, wanted[1]), (found.t, found.t_error, wanted[2])):
@@ -54,7 +55,8 @@ def test_every_image_has_probes_of_its_own(silu_network, images, labels):
 def test_probes_agree_with_the_exact_path_on_a_relu_network(plain_network, images, labels):
     exact = EnhancedFilterPruner(plain_network, images, 3, curvature="exact", progress=False).rank([(images, labels)])
     graph = exact.graph
-    found = probe_derivatives(plain_network, graph, [(images, labels)] * 30, order=3, probes=20, progress=False)
+    batches = [(images.repeat(5, 1, 1, 1), labels.repeat(5))] * 6
+    found = probe_derivatives(plain_network, graph, batches, order=3, probes=20, progress=False)
     _, h, t = (m.mean(0) for m in exact.directions.moments())
     assert ((found.h - h).abs() <= 4 * found.h_error).all()
     assert ((found.t - t).abs() <= 4 * found.t_error).all()

@@ -1,11 +1,11 @@
 """Joint selection against exhaustive search, budgets, bounds, widths, and clear refusals."""
 
+import copy
 import itertools
 import math
 
 import pytest
 import torch
-import torchvision
 from torch.nn import functional as F
 
 from EnhancedFilterPruner import EnhancedFilterPruner
@@ -51,10 +51,9 @@ def test_joint_is_near_the_best_subset_and_not_worse_than_independent(graph, dir
 
 @pytest.mark.parametrize("budget", ["filters", "macs"])
 @pytest.mark.parametrize("own_targets", [False, True])
-def test_joint_selection_is_as_good_as_scoring_all_units_after_every_choice(resnet, own_targets, budget):
+def test_joint_selection_is_as_good_as_scoring_all_units_after_every_choice(many_units, own_targets, budget):
     """Many units that move the logits alike: those that look best together on the same scores overshoot together."""
-    _, graph = resnet
-    units, generator = len(graph.units), torch.Generator().manual_seed(0)
+    units, generator = len(many_units.units), torch.Generator().manual_seed(0)
     kinds = torch.randn(30, 12, 4, generator=generator, dtype=torch.float64)
     kind = torch.randint(12, (units,), generator=generator)
     coordinates = 0.3 * kinds[:, kind] + 0.05 * torch.randn(30, units, 4, generator=generator, dtype=torch.float64)
@@ -63,9 +62,9 @@ def test_joint_selection_is_as_good_as_scoring_all_units_after_every_choice(resn
     directions = Directions(
         coordinates, class_basis(logits, labels, 4)[0], logits, labels, 0.0, own_targets=own_targets
     )
-    joint = select_jointly(Selection(graph, 5, Constraints(budget)), directions, 2)
+    joint = select_jointly(Selection(many_units, 5, Constraints(budget)), directions, 2)
 
-    selection, shift = Selection(graph, 5, Constraints(budget)), torch.zeros(30, 4, dtype=torch.float64)
+    selection, shift = Selection(many_units, 5, Constraints(budget)), torch.zeros(30, 4, dtype=torch.float64)
     while not selection.done():
         scores, saved = directions.scores(2, shift), selection.savings()
         scores = torch.where(scores > 0, scores / saved, scores * saved)
@@ -336,10 +335,9 @@ def test_a_least_share_of_every_layer_stays_where_the_budget_allows_it(resnet):
 
 
 @pytest.mark.parametrize("scale", [0.05, 30.0])
-def test_where_answers_hardly_depend_on_the_image_widths_are_uniform(images, batches, scale):
+def test_where_answers_hardly_depend_on_the_image_widths_are_uniform(half_resnet_of_4, images, batches, scale):
     """A layer that looks free on such images is not emptied: the plan has the shares of uniform widths at the same cost."""
-    torch.manual_seed(0)
-    model = torchvision.models.resnet18(num_classes=4).double().eval()
+    model = copy.deepcopy(half_resnet_of_4).double()
     with torch.no_grad():
         logits = model(images)
         model.fc.bias -= logits.mean(0)

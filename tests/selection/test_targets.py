@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torchvision
 
 from EnhancedPruning import EnhancedPruning, PruningSettings
 from taylor_pruning.errors import InputError
@@ -44,9 +43,8 @@ def test_what_is_no_target_is_refused(text):
 
 @pytest.mark.parametrize("kind", ["macs", "params"])
 @pytest.mark.parametrize("absolute", [False, True])
-def test_what_is_left_is_the_target(kind, absolute):
-    torch.manual_seed(0)
-    model, images = torchvision.models.resnet18(num_classes=4).eval(), torch.randn(8, 3, 32, 32)
+def test_what_is_left_is_the_target(kind, absolute, half_resnet_of_4):
+    model, images = half_resnet_of_4, torch.randn(8, 3, 32, 32)
     batches = [(images, torch.arange(8) % 4)]
     dense = profile(model, images[:1])[{"params": "parameters"}.get(kind, kind)]
     text = str(0.6 * dense) if absolute else "60%"
@@ -56,9 +54,8 @@ def test_what_is_left_is_the_target(kind, absolute):
     assert left == pytest.approx(0.6, abs=0.01)
 
 
-def test_a_target_above_the_network_and_two_targets_are_refused():
-    model = torchvision.models.resnet18(num_classes=4)
-    graph = ChannelGraph(model, torch.randn(1, 3, 32, 32))
+def test_a_target_above_the_network_and_two_targets_are_refused(half_resnet_of_4):
+    graph = ChannelGraph(half_resnet_of_4, torch.randn(1, 3, 32, 32))
     with pytest.raises(InputError, match="smaller target"):
         Target("params", amount=1e9).percentage(CostModel(graph, "params").total())
     with pytest.raises(InputError, match="one target"):

@@ -1,21 +1,18 @@
 """A training that was broken off goes on with the same bits."""
 
 import copy
+import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from killed_runs import PROCESSES
 from toys import RICH, raise_at, rich_run, states_equal, toy_model, without_seconds
 from watching import with_flipped_bit
 
 from taylor_pruning.errors import InputError
 from taylor_pruning.training.epochs import Interrupted
 from taylor_pruning.training.recipe import Recipe
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("epoch", [1, 3])
@@ -42,18 +39,19 @@ def test_resume_without_a_file_starts_anew(tmp_path):
     assert states_equal(model, unbroken)
 
 
+def killed_in_epoch_3(checkpoint):
+    def kill(epoch, batch):
+        if (epoch, batch) == (3, 2):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    rich_run(checkpoint, on_batch=kill)
+
+
 def test_resume_after_sigkill_has_the_same_bits(tmp_path):
-    script = tmp_path / "killed.py"
-    script.write_text(
-        "import os, signal, sys\nfrom pathlib import Path\n"
-        f"sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests' / 'training')!r}]\n"
-        "from toys import rich_run\n"
-        "def kill(epoch, batch):\n"
-        "    if (epoch, batch) == (3, 2):\n        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "rich_run(Path(sys.argv[1]), on_batch=kill)\n"
-    )
-    killed = subprocess.run([sys.executable, script, tmp_path / "c.pt"], capture_output=True, text=True, timeout=120)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    process = PROCESSES.Process(target=killed_in_epoch_3, args=(tmp_path / "c.pt",))
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
     assert len(torch.load(tmp_path / "c.pt", weights_only=True)["history"]) == 3
     unbroken, expected = rich_run()
     model, history = rich_run(tmp_path / "c.pt", resume=True)
