@@ -2,6 +2,7 @@
 
     >>> import torch
     >>> from torch import nn
+    >>> _ = torch.manual_seed(1)
     >>> layers = [layer for width in (3, 8, 8) for layer in (nn.Conv2d(width, 8, 3), nn.ReLU())]
     >>> model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
     >>> images, labels = torch.randn(40, 3, 12, 12), torch.arange(40) % 4
