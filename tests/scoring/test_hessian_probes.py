@@ -11,6 +11,7 @@ from taylor_pruning.memory import Portions
 from taylor_pruning.scoring import probes as probes_module
 from taylor_pruning.scoring.probes import probe_derivatives, probed_second
 from taylor_pruning.surgery.graph import ChannelGraph
+from taylor_pruning.tasks.directions import SKEW
 
 
 def test_probes_agree_with_brute_force_on_a_smooth_network(silu_network, images, labels):
@@ -25,6 +26,42 @@ def test_probes_agree_with_brute_force_on_a_smooth_network(silu_network, images,
         z = (value - true) / error
         assert z.abs().max() < 4 and z.square().mean() < 2
         assert (error < true.abs().max()).all()
+
+
+def all_signs(units):
+    """[16, units] of -1 and 1 whose mean of z_i z_j is 0 unless i = j: columns of a Hadamard matrix."""
+    two = torch.tensor([[1, 1], [1, -1]])
+    return torch.kron(torch.kron(two, two), torch.kron(two, two))[:, :units]
+
+
+def all_skewed_numbers(units):
+    """[243, units] of the skewed law whose mean of z_i z_j z_k is 0 unless i = j = k.
+
+    An orthogonal array of strength 3: the columns, of 5 numbers modulo 3, are independent in threes.
+    """
+    points = torch.cartesian_prod(*[torch.arange(3)] * 5)
+    columns = []
+    for point in points[1:]:
+        factors = [(a, b) for a in (1, 2) for b in (0, 1, 2)]
+        spanned = (((a * p + b * q) % 3).equal(point) for p in columns for q in columns for a, b in factors)
+        if len(columns) < units and not any(spanned):
+            columns.append(point)
+    return torch.where(points @ torch.stack(columns, 1) % 3 == 0, 2**0.5, -SKEW).double()
+
+
+@pytest.mark.parametrize(("order", "name"), [(2, "random_signs"), (3, "skewed_numbers")])
+def test_probes_of_an_orthogonal_array_give_the_derivatives_of_brute_force(
+    order, name, silu_network, images, labels, monkeypatch
+):
+    """Not in the mean alone: the products of other indices cancel exactly."""
+    graph = ChannelGraph(silu_network, images)
+    array = {2: all_signs, 3: all_skewed_numbers}[order](len(graph.units))
+    monkeypatch.setattr(probes_module, name, lambda seed, first, samples, units: array[first % len(array) :][:samples])
+    wanted = brute_force(silu_network, graph, images[:2], labels[:2])[order - 1]
+    for n in range(2):
+        batches = [(images[n : n + 1].expand(len(array), -1, -1, -1), labels[n : n + 1].expand(len(array)))]
+        found = probe_derivatives(silu_network, graph, batches, order=order, probes=1, progress=False)
+        torch.testing.assert_close(found.h if order == 2 else found.t, wanted[n], rtol=1e-7, atol=1e-12)
 
 
 def test_probes_do_not_depend_on_how_batches_are_split(silu_network, images, labels):
