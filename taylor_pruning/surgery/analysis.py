@@ -5,12 +5,14 @@ from functools import partial
 
 import torch
 
+from taylor_pruning.surgery.copying import copy_of
+from taylor_pruning.surgery.draws import equal_draws
 from taylor_pruning.surgery.execution import Execution
 from taylor_pruning.surgery.ids import ChannelIds, varying
 from taylor_pruning.surgery.layers import Layers
-from taylor_pruning.surgery.nested import map_tensors
+from taylor_pruning.surgery.nested import map_tensors, tensors_in
 from taylor_pruning.surgery.propagation import propagate
-from taylor_pruning.surgery.recording import inputs_of
+from taylor_pruning.surgery.recording import inputs_of, typical_tensor
 from taylor_pruning.surgery.trial_inputs import FORWARD_ERRORS
 
 
@@ -78,8 +80,9 @@ class Analysis:
 
     @torch.no_grad()
     def _ordered(self, mode, nodes, example):
-        """Four samples run, of which the first and the third are alike."""
-        like = next(self.model.parameters(), None)
+        """Four samples run, of which the first and the third are alike, through a copy with buffers of its own."""
+        model = copy_of(self.model, {id(p): p for p in self.model.parameters()})
+        like = typical_tensor(model, tensors_in(example)[0])
         generator, found = torch.Generator().manual_seed(0), set()
 
         def drawn(tensor):
@@ -88,7 +91,7 @@ class Analysis:
                 return tensor[:1].expand(shape)
             values = torch.randn(shape, generator=generator)
             values[2:3] = values[:1]
-            return values.to(tensor if like is None else like)
+            return values.to(like)
 
         def watch(node, out):
             first, second, third, fourth = out.chunk(4)
@@ -98,7 +101,9 @@ class Analysis:
             return out
 
         change = {node: partial(watch, node) for node in nodes if node.meta["real"]}
-        Execution(self.model, self.traces[mode]).run(*map_tensors(inputs_of(example), drawn), change=change)
+        args, kwargs = map_tensors(inputs_of(example), drawn)
+        with equal_draws(like.device):
+            Execution(model, self.traces[mode]).run(args, kwargs, change=change)
         return found
 
 

@@ -14,13 +14,12 @@ from contextlib import suppress
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from taylor_pruning.errors import InputError
 from taylor_pruning.memory import raise_out_of_memory
 from taylor_pruning.modes import set_mode
 from taylor_pruning.surgery.copying import copy_of
-from taylor_pruning.surgery.draws import fixed_draws
+from taylor_pruning.surgery.draws import equal_draws
 from taylor_pruning.surgery.nested import map_tensors
 from taylor_pruning.surgery.recording import call, typical_tensor
 from taylor_pruning.surgery.trial_inputs import FORWARD_ERRORS, random_inputs
@@ -29,11 +28,6 @@ TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-6}  # largest relative diff
 DOUBTFUL = (
     1e-5  # above this in float32, float64 decides where the network runs in it: deep random ones amplify rounding
 )
-NOISE = {"rand": 0.5, "rand_like": 0.5, "randn": 0.0, "randn_like": 0.0}  # operation: mean of what it draws
-DRAWS = {
-    *NOISE,
-    *"native_dropout rrelu_with_noise rrelu_with_noise_ bernoulli bernoulli_ uniform_ normal_ exponential_".split(),
-}
 
 
 class CutProof:
@@ -147,8 +141,7 @@ class CutProof:
     def _compare(self, units, dtype, example):
         """Largest relative difference of the outputs, nan if there is none; or why the cut network fails."""
         differences = []
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with torch.no_grad():
             dense = self._copy(dtype)
             try:
                 smaller = self.cut(dense, units)
@@ -162,7 +155,7 @@ class CutProof:
                 )  # in training mode three: batch statistics would leave nothing but signs of two
                 x = random_inputs(example, samples, dtype, self.device)
                 try:
-                    with fixed_draws(), MeanDraws():
+                    with equal_draws(self.device):
                         expected = list(tensors_of(self.run_gated(dense, units, map_tensors(x, torch.Tensor.clone))))
                 except FORWARD_ERRORS as error:
                     mode = " in training mode" if training else ""
@@ -172,7 +165,7 @@ class CutProof:
                         f"({_cause(error)}); pass verify=False if it needs others"
                     ) from error
                 try:
-                    with fixed_draws(), MeanDraws():
+                    with equal_draws(self.device):
                         got = list(tensors_of(call(smaller, x)))
                 except FORWARD_ERRORS as error:
                     return f"removing them makes the network fail ({_cause(error)})"
@@ -192,36 +185,6 @@ class CutProof:
 def in_doubt(difference: float) -> bool:
     """Whether rounding or overflow in float32 may be all there is to a difference."""
     return not difference <= DOUBTFUL
-
-
-class MeanDraws(TorchDispatchMode):
-    """Random draws become their means, so that networks of two widths draw alike: dropout becomes the identity."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name, kwargs = function.overloadpacket.__name__, kwargs or {}
-        if name not in DRAWS:
-            return function(*args, **kwargs)
-        given = _arguments(function, args, kwargs)
-        if name == "native_dropout":
-            return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
-        if name in ("rrelu_with_noise", "rrelu_with_noise_"):
-            x = torch.where(args[0] < 0, args[0] * (given["lower"] + given["upper"]) / 2, args[0])
-            return args[0].copy_(x) if name.endswith("_") else x
-        result = function(*args, **kwargs)
-        if name in NOISE:
-            return result.fill_(NOISE[name])
-        if name in ("bernoulli", "bernoulli_"):
-            return result.copy_(torch.as_tensor(given.get("p", args[0])))
-        if name == "uniform_":
-            return result.fill_((given["from"] + given["to"]) / 2)
-        return result.fill_(given["mean"] if name == "normal_" else 1 / given["lambd"])
-
-
-def _arguments(function, args, kwargs):
-    """{name: value} of a call of an operation, with its defaults."""
-    declared = function._schema.arguments
-    defaults = {a.name: a.default_value for a in declared if a.has_default_value()}
-    return {**defaults, **dict(zip((a.name for a in declared), args, strict=False)), **kwargs}
 
 
 def is_trivial(tensor: torch.Tensor) -> bool:

@@ -5,10 +5,12 @@ import random
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from test_surgery import Net, Plain, images, random_units, randomise
+from torch import nn
 
 from taylor_pruning.errors import InputError
-from taylor_pruning.surgery.draws import fixed_draws
+from taylor_pruning.surgery.draws import MeanDraws, fixed_draws
 from taylor_pruning.surgery.graph import ChannelGraph
 
 
@@ -56,3 +58,51 @@ def test_comparisons_that_contradict_each_other_name_the_layers(monkeypatch):
     monkeypatch.setattr("taylor_pruning.surgery.graph.CutProof.failure", lambda *_: next(answers))
     with pytest.raises(InputError, match=r"filters of blocks.0.a.0 cannot be removed: .* differs from run to run"):
         graph.remove([unit for unit in graph.units if unit.filters[0][0] == "blocks.0.a.0"][:2])
+
+
+def test_random_draws_become_their_means():
+    with torch.no_grad(), MeanDraws():
+        x = torch.arange(4.0)
+        assert torch.equal(F.dropout(x, 0.4, True), x) and torch.equal(
+            F.dropout2d(x.view(1, 4, 1, 1), 0.3).flatten(), x
+        )
+        assert x.new_empty(2).bernoulli_(0.8).tolist() == pytest.approx([0.8, 0.8])
+        assert torch.rand(2).tolist() == [0.5, 0.5] and torch.randn_like(x).tolist() == [0] * 4
+        assert torch.empty(1).uniform_(-1, 3).item() == 1 and torch.empty(1).normal_(2, 1).item() == 2
+        assert torch.empty(1).uniform_().item() == 0.5 and torch.empty(1).exponential_(4).item() == 0.25
+        for slopes, mean in (((), (1 / 8 + 1 / 3) / 2), ((0.1, 0.3), 0.2)):
+            y = -torch.ones(1)
+            assert F.rrelu(y, *slopes, training=True).item() == pytest.approx(-mean)
+            assert F.rrelu(y, *slopes, training=True, inplace=True) is y and y.item() == pytest.approx(-mean)
+
+
+class Frames(nn.Module):
+    """Frames folded into the batch, and what only training does to them."""
+
+    def __init__(self, drop):
+        super().__init__()
+        self.a, self.norm, self.b = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 6, 3)
+        self.fc, self.drop = nn.Linear(6, 4), drop
+
+    def forward(self, x):
+        n, frames = x.shape[:2]
+        x = self.norm(self.a(x.flatten(0, 1)))
+        x = self.drop(x) if self.training else x
+        return self.fc(F.relu(self.b(F.relu(x))).mean((2, 3)).view(n, frames, -1).mean(1))
+
+
+DROPS = {
+    "dropout": lambda x: F.dropout(x, 0.5, True),
+    "drop path": lambda x: x * (torch.rand(len(x), 1, 1, 1) < 0.9),
+}
+
+
+@pytest.mark.parametrize("name", DROPS)
+def test_what_training_draws_for_folded_samples_protects_nothing_and_leaves_no_trace(name):
+    torch.manual_seed(0)
+    model = Frames(DROPS[name]).eval()
+    before, state = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+    graph = ChannelGraph(model, torch.zeros(2, 4, 3, 8, 8))
+    assert len(graph.units) == 14 and all(info.reason is None for info in graph.layers.values())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)

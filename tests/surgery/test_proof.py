@@ -12,7 +12,7 @@ from torch import nn
 from taylor_pruning.errors import InputError
 from taylor_pruning.surgery.graph import ChannelGraph
 from taylor_pruning.surgery.operations import RULES
-from taylor_pruning.surgery.proof import CutProof, MeanDraws, difference, draw_anew, tensors_of
+from taylor_pruning.surgery.proof import CutProof, difference, draw_anew, tensors_of
 
 
 class Filters(NamedTuple):
@@ -122,22 +122,6 @@ def test_new_values_keep_variances_positive_and_leave_no_default():
         assert (norm.running_var > 0).all() and (norm.weight != 1).all() and (norm.bias != 0).all()
     assert (model.norms[0].weight != 0).all()
     assert all(map(torch.equal, weights, (p for p in model.parameters() if p.dim() > 1)))
-
-
-def test_random_draws_become_their_means():
-    with torch.no_grad(), MeanDraws():
-        x = torch.arange(4.0)
-        assert torch.equal(F.dropout(x, 0.4, True), x) and torch.equal(
-            F.dropout2d(x.view(1, 4, 1, 1), 0.3).flatten(), x
-        )
-        assert x.new_empty(2).bernoulli_(0.8).tolist() == pytest.approx([0.8, 0.8])
-        assert torch.rand(2).tolist() == [0.5, 0.5] and torch.randn_like(x).tolist() == [0] * 4
-        assert torch.empty(1).uniform_(-1, 3).item() == 1 and torch.empty(1).normal_(2, 1).item() == 2
-        assert torch.empty(1).uniform_().item() == 0.5 and torch.empty(1).exponential_(4).item() == 0.25
-        for slopes, mean in (((), (1 / 8 + 1 / 3) / 2), ((0.1, 0.3), 0.2)):
-            y = -torch.ones(1)
-            assert F.rrelu(y, *slopes, training=True).item() == pytest.approx(-mean)
-            assert F.rrelu(y, *slopes, training=True, inplace=True) is y and y.item() == pytest.approx(-mean)
 
 
 class Leaky(nn.Module):
