@@ -4,6 +4,7 @@ from contextlib import suppress
 from functools import partial
 
 import torch
+from torch import fx
 
 from taylor_pruning.surgery.copying import copy_of
 from taylor_pruning.surgery.draws import equal_draws
@@ -12,6 +13,7 @@ from taylor_pruning.surgery.ids import ChannelIds, varying
 from taylor_pruning.surgery.layers import Layers
 from taylor_pruning.surgery.nested import map_tensors, tensors_in
 from taylor_pruning.surgery.propagation import propagate
+from taylor_pruning.surgery.recorded_calls import writes
 from taylor_pruning.surgery.recording import inputs_of, typical_tensor
 from taylor_pruning.surgery.trial_inputs import FORWARD_ERRORS
 
@@ -114,10 +116,18 @@ def steps(graph):
 
 
 def live_nodes(graph):
-    """The nodes that the output depends on, in order."""
+    """The nodes that the output depends on, in order; one that writes to a parameter or buffer counts with what reads that."""
     live = set()
     for node in reversed(graph.nodes):
-        if node.op == "output" or node in live:
+        if node.op == "output" or node in live or _written_by(node) in live:
             live.update(node.all_input_nodes)
             live.add(node)
     return [node for node in graph.nodes if node in live]
+
+
+def _written_by(node):
+    """The node of the parameter or buffer to which a node writes, perhaps through views; None if there is none."""
+    source = node if writes(node) else None
+    while isinstance(source, fx.Node) and source.op != "get_attr":
+        source = source.args[0] if source.args else None
+    return source

@@ -159,7 +159,8 @@ class ChannelGraph:
     def gated(self, gates, on_gate=None, estimates=None, outputs=None, once=False):
         """While open, forwards of the model run its graph, in which every unit's channels are multiplied by its gate.
 
-        Where the forward differs in training mode, the graph is that of the mode in which the model is.
+        Where the forward differs in training mode, the graph is that of the mode in which the model is. What it writes to
+        parameters and buffers, it writes to copies of them.
 
         Args:
             gates: [units] or [batch, units] tensor, one value a unit (and sample).

@@ -29,12 +29,14 @@ class TensorNodes:
         settings: {id of a buffer of one number: its version before the forward}.
         constants: {name: tensor} that are neither inputs nor parameters nor buffers.
         path: names of the modules that run now, the innermost last.
+        written: ids of the storages to which calls have written.
     """
 
     def __init__(self, names, on_values):
         self.graph, self.names, self.on_values, self.batch = fx.Graph(), names, on_values, None
         self.nodes, self.stand_ins, self.constants, self.path = {}, {}, {}, [""]
         self.settings = {}
+        self.written = set()
 
     def stand_in(self, tensor):
         """A tensor of the same shape and strides without values; the tensor itself where the forward runs on values."""
@@ -95,6 +97,14 @@ class TensorNodes:
             return False
         made, _ = self.stand_ins.get(id(tensor), (None, None))
         return tensor._version == self.settings[id(tensor)] and (made is None or made._version == 0)
+
+    def note_written(self, tensors):
+        """A call writes to these tensors, which may be views of others."""
+        self.written.update(self.stand_in(tensor).untyped_storage()._cdata for tensor in tensors)
+
+    def is_written(self, tensor):
+        """Whether a call has written to the tensor or to a part of it."""
+        return self.stand_in(tensor).untyped_storage()._cdata in self.written
 
     def is_batch(self, tensor, dim):
         """Whether the dimension is that of the samples."""

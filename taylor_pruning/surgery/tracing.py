@@ -22,6 +22,7 @@ from taylor_pruning.surgery.draws import fixed_draws
 from taylor_pruning.surgery.kept_state import attributes_of, changed
 from taylor_pruning.surgery.nested import Slot, map_tensors, tensors_in
 from taylor_pruning.surgery.numbers import wrap_widths
+from taylor_pruning.surgery.recorded_calls import set_grad, writes
 from taylor_pruning.surgery.recorder import TRACE_ERRORS, Recorder, watched
 from taylor_pruning.surgery.tensor_nodes import Untraceable
 
@@ -38,6 +39,7 @@ class Trace:
         batch: the size of the batch in the shapes of the nodes.
         reads_mode: whether the forward may do other steps in the other mode of training.
         kept: names of the attributes of modules in which the forward leaves something.
+        written: names of the parameters and buffers to which it writes.
     """
 
     graph: fx.Graph
@@ -47,6 +49,7 @@ class Trace:
     batch: int = 0
     reads_mode: bool = True
     kept: list = field(default_factory=list)
+    written: list = field(default_factory=list)
 
 
 def trace(model, args, kwargs, rules, training=False):
@@ -99,15 +102,7 @@ def refusal(model, error, example):
 
 def _has_effect(node):
     """Whether the node does more than give its result."""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    in_place = (
-        name.endswith("_") and not name.startswith("_") or name.startswith("__i") or bool(node.kwargs.get("inplace"))
-    )
-    return (
-        in_place
-        or node.op in ("placeholder", "output", "call_module")
-        or name in ("set_grad", "__setitem__", "setitem")
-    )
+    return node.op in ("placeholder", "output", "call_module") or node.target is set_grad or writes(node)
 
 
 def _recorder(model, rules, args, kwargs, on_values):
@@ -162,4 +157,15 @@ def _record(recorder, model, args, kwargs, training):
         recorder.nodes.batch,
         recorder.mode_read,
         changed(before, attributes_of(copied)),
+        _written(recorder, model, copied),
     )
+
+
+def _written(recorder, model, copied):
+    """Names of the parameters and buffers to which a recorded call has written, or the forward of an opaque module."""
+    named = [*copied.named_buffers(), *copied.named_parameters()]
+    found = [name for name, tensor in named if recorder.nodes.is_written(tensor)]
+    if recorder.opaque:
+        own = {**dict(model.named_buffers()), **dict(model.named_parameters())}
+        found += [name for name, tensor in named if name in own and not torch.equal(tensor, own[name])]
+    return found
