@@ -7,10 +7,18 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-NOISE = {"rand": 0.5, "rand_like": 0.5, "randn": 0.0, "randn_like": 0.0}  # operation: mean of what it draws
-DRAWS = {
-    *NOISE,
-    *"native_dropout rrelu_with_noise rrelu_with_noise_ bernoulli bernoulli_ uniform_ normal_ exponential_".split(),
+SHARE = 0.6  # of a range: not its middle, where 2 * rand - 1 would hide what it multiplies
+DEVIATIONS = 0.6  # from a mean, for the same reason
+DRAWN = {  # operation: what it gives here, by its arguments
+    "rand": lambda of: SHARE,
+    "rand_like": lambda of: SHARE,
+    "randn": lambda of: DEVIATIONS,
+    "randn_like": lambda of: DEVIATIONS,
+    "uniform_": lambda of: of["from"] + SHARE * (of["to"] - of["from"]),
+    "normal_": lambda of: of["mean"] + DEVIATIONS * of["std"],
+    "exponential_": lambda of: 1 / of["lambd"],
+    "bernoulli": lambda of: of.get("p", of["self"]),
+    "bernoulli_": lambda of: of["p"],
 }
 
 
@@ -33,32 +41,26 @@ def fixed_draws():
 @contextmanager
 def equal_draws(device: torch.device):
     """While open, networks of two widths on the device draw alike; afterwards all generators go on where they were."""
-    with fixed_draws(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), MeanDraws():
+    with fixed_draws(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), EqualDraws():
         torch.manual_seed(0)
         yield
 
 
-class MeanDraws(TorchDispatchMode):
-    """Random draws become their means, so that networks of two widths draw alike: dropout becomes the identity."""
+class EqualDraws(TorchDispatchMode):
+    """Random draws become one fixed number, so that networks of two widths draw alike: dropout becomes the identity."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name, kwargs = function.overloadpacket.__name__, kwargs or {}
-        if name not in DRAWS:
-            return function(*args, **kwargs)
-        given = _arguments(function, args, kwargs)
         if name == "native_dropout":
             return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
         if name in ("rrelu_with_noise", "rrelu_with_noise_"):
+            given = _arguments(function, args, kwargs)
             x = torch.where(args[0] < 0, args[0] * (given["lower"] + given["upper"]) / 2, args[0])
             return args[0].copy_(x) if name.endswith("_") else x
         result = function(*args, **kwargs)
-        if name in NOISE:
-            return result.fill_(NOISE[name])
-        if name in ("bernoulli", "bernoulli_"):
-            return result.copy_(torch.as_tensor(given.get("p", args[0])))
-        if name == "uniform_":
-            return result.fill_((given["from"] + given["to"]) / 2)
-        return result.fill_(given["mean"] if name == "normal_" else 1 / given["lambd"])
+        if name in DRAWN:
+            result.copy_(torch.as_tensor(DRAWN[name](_arguments(function, args, kwargs))))
+        return result
 
 
 def _arguments(function, args, kwargs):

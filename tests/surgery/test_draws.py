@@ -1,5 +1,6 @@
 """Forwards that draw random numbers outside of torch, as layers that are left out at random do."""
 
+import math
 import random
 
 import numpy as np
@@ -10,7 +11,7 @@ from test_surgery import Net, Plain, images, random_units, randomise
 from torch import nn
 
 from taylor_pruning.errors import InputError
-from taylor_pruning.surgery.draws import MeanDraws, fixed_draws
+from taylor_pruning.surgery.draws import EqualDraws, fixed_draws
 from taylor_pruning.surgery.graph import ChannelGraph
 
 
@@ -60,16 +61,18 @@ def test_comparisons_that_contradict_each_other_name_the_layers(monkeypatch):
         graph.remove([unit for unit in graph.units if unit.filters[0][0] == "blocks.0.a.0"][:2])
 
 
-def test_random_draws_become_their_means():
-    with torch.no_grad(), MeanDraws():
+def test_random_draws_become_one_number():
+    with torch.no_grad(), EqualDraws():
         x = torch.arange(4.0)
         assert torch.equal(F.dropout(x, 0.4, True), x) and torch.equal(
             F.dropout2d(x.view(1, 4, 1, 1), 0.3).flatten(), x
         )
         assert x.new_empty(2).bernoulli_(0.8).tolist() == pytest.approx([0.8, 0.8])
-        assert torch.rand(2).tolist() == [0.5, 0.5] and torch.randn_like(x).tolist() == [0] * 4
-        assert torch.empty(1).uniform_(-1, 3).item() == 1 and torch.empty(1).normal_(2, 1).item() == 2
-        assert torch.empty(1).uniform_().item() == 0.5 and torch.empty(1).exponential_(4).item() == 0.25
+        assert torch.rand(2).tolist() == pytest.approx([0.6] * 2) and torch.randn_like(x).tolist() == pytest.approx(
+            [0.6] * 4
+        )
+        assert torch.empty(1).uniform_(-1, 4).item() == 2 and torch.empty(1).normal_(2, 5).item() == 5
+        assert torch.empty(1).exponential_(4).item() == 0.25
         for slopes, mean in (((), (1 / 8 + 1 / 3) / 2), ((0.1, 0.3), 0.2)):
             y = -torch.ones(1)
             assert F.rrelu(y, *slopes, training=True).item() == pytest.approx(-mean)
@@ -106,3 +109,32 @@ def test_what_training_draws_for_folded_samples_protects_nothing_and_leaves_no_t
     assert len(graph.units) == 14 and all(info.reason is None for info in graph.layers.values())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), state)
+
+
+class Encoding(nn.Module):
+    """The deviation of its noise depends on the number of channels, so that no filter of `a` can be cut exactly."""
+
+    def __init__(self, noise):
+        super().__init__()
+        self.a, self.mean, self.deviation = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 1), nn.Conv2d(8, 6, 1)
+        self.b, self.noise = nn.Conv2d(6, 3, 1), noise
+
+    def forward(self, x):
+        x = F.relu(self.a(x))
+        deviation = torch.exp(self.deviation(x / math.sqrt(x.shape[1])))
+        return self.b(self.mean(x) + deviation * self.noise(deviation))
+
+
+NOISES = {
+    "randn_like": torch.randn_like,
+    "between -1 and 1": lambda x: 2 * torch.rand_like(x) - 1,
+    "in place": lambda x: torch.empty_like(x).normal_(),
+    "rsample": lambda x: torch.distributions.Normal(torch.zeros_like(x), 1.0, validate_args=False).rsample(),
+}
+
+
+@pytest.mark.parametrize("name", NOISES)
+def test_noise_of_mean_zero_hides_no_branch(name):
+    torch.manual_seed(0)
+    graph = ChannelGraph(Encoding(NOISES[name]).eval(), torch.zeros(1, 3, 8, 8))
+    assert "other outputs than closing" in graph.layers["a"].reason
