@@ -28,8 +28,8 @@ VALUES = set(  # a number or a decision taken from the values of a tensor
     "__bool__ item tolist __int__ __float__ __index__ numpy is_nonzero equal allclose __contains__ __complex__".split()
 )
 SIZED = set(
-    "view reshape expand repeat tile unflatten broadcast_to zeros ones full empty rand randn new_zeros new_ones new_full "
-    "new_empty".split()
+    "view reshape expand repeat tile unflatten broadcast_to zeros ones full empty rand randn randperm new_zeros new_ones "
+    "new_full new_empty".split()
 )
 SHAPE_KEPT = set(  # the result is like the first argument; running them on meta tensors takes long
     """batch_norm instance_norm group_norm layer_norm rms_norm relu relu6 silu gelu hardswish hardsigmoid mish elu selu

@@ -62,7 +62,7 @@ def test_comparisons_that_contradict_each_other_name_the_layers(monkeypatch):
 
 
 def test_random_draws_become_one_number():
-    with torch.no_grad(), EqualDraws():
+    with torch.no_grad(), EqualDraws(torch.device("cpu")):
         x = torch.arange(4.0)
         assert torch.equal(F.dropout(x, 0.4, True), x) and torch.equal(
             F.dropout2d(x.view(1, 4, 1, 1), 0.3).flatten(), x
@@ -138,3 +138,41 @@ def test_noise_of_mean_zero_hides_no_branch(name):
     torch.manual_seed(0)
     graph = ChannelGraph(Encoding(NOISES[name]).eval(), torch.zeros(1, 3, 8, 8))
     assert "other outputs than closing" in graph.layers["a"].reason
+
+
+class Augmented(Frames):
+    """Changes hidden states in training."""
+
+    def forward(self, x):
+        x = self.a(x)
+        x = self.drop(x) if self.training else x
+        return self.fc(F.relu(self.b(F.relu(x))).mean((2, 3)))
+
+
+def mixed(x):
+    share = float(np.random.beta(0.3, 0.3))
+    return share * x + (1 - share) * x[torch.randperm(len(x))]
+
+
+def mixed_styles(x):
+    mean, deviation, order = x.mean((2, 3), True), x.std((2, 3), keepdim=True) + 1e-3, torch.randperm(len(x))
+    share = torch.distributions.Beta(0.1, 0.1).sample((len(x), 1, 1, 1))
+    return (x - mean) / deviation * (deviation * share + deviation[order] * (1 - share)) + mean[order]
+
+
+AUGMENTED = {
+    "mixup": mixed,
+    "styles": mixed_styles,
+    "behind other noise": lambda x: mixed(x + torch.randn_like(x)),
+    "normal": lambda x: x + torch.normal(0.0, 0.1, x.shape),
+    "around means": lambda x: torch.normal(x, 0.1),
+    "poisson": lambda x: x + torch.poisson(F.relu(x)) + 0.1 * torch.poisson(torch.ones(len(x), 1, 1, 1)),
+    "other": lambda x: x + torch.empty_like(x).cauchy_() + torch.empty_like(x).log_normal_(),
+}
+
+
+@pytest.mark.parametrize("name", AUGMENTED)
+def test_what_training_draws_protects_nothing(name):
+    torch.manual_seed(0)
+    graph = ChannelGraph(Augmented(AUGMENTED[name]).eval(), torch.zeros(2, 3, 8, 8))
+    assert True in graph.executions and all(info.reason is None for info in graph.layers.values())
