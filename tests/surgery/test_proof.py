@@ -1,6 +1,7 @@
 """The proof of a cut: it passes what is right, finds what is wrong, and says which units are at fault."""
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -110,6 +111,41 @@ def test_all_outputs_are_compared():
     assert [t.tolist() for t in tensors_of((a, Answer(a, {"b": [b, None, 2]})))] == [[1, 1], [1, 1], [0, 1, 2], 2]
     assert difference([a, b], [a * 1.5, b]) == 0.5 and difference([a, b], [a, b + 1]) == torch.inf
     assert difference([a], [a[:1]]) == torch.inf and difference([a], [a * torch.inf]) == torch.inf
+
+
+LARGE = {
+    "masked classes": lambda a: a.index_fill(1, torch.arange(2, 20), -1e9),
+    "another mask in every row": lambda a: a.masked_fill(torch.eye(20)[:3].bool().flip(1), -1e9),
+    "boxes beside scores": lambda a: torch.cat([a[:, :4], 1e4 * a[:, 4:]], 1),
+    "one place": lambda a: torch.cat([a[:, :19], torch.full((3, 1), 1e12)], 1),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_large_values_hide_no_small_ones_and_rounding_is_no_difference(name):
+    torch.manual_seed(0)
+    a = torch.randn(3, 20, dtype=torch.double)
+    other = torch.cat([1.01 * a[:, :1], a[:, 1:]], 1)
+    assert difference([LARGE[name](a)], [LARGE[name](other)]) == pytest.approx(0.01, rel=0.05)
+    a[:, 0] *= 1e-9  # less than the rounding of the sums of which it is left
+    noise = 1e-12 * torch.randn(3, 20, dtype=torch.double)
+    assert difference([a], [a + noise]) < 1e-11
+
+
+def test_a_mask_in_the_outputs_hides_no_fault():
+    class Masking(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.fc = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 6, 1), nn.Linear(6, 4)
+
+        def forward(self, x):
+            x = F.relu(self.a(x))
+            x = self.fc(F.relu(self.b(x)).mean((2, 3)) / math.sqrt(x.shape[1]))
+            return x.masked_fill(torch.tensor([False, False, True, False]), -1e9)
+
+    torch.manual_seed(0)
+    graph = ChannelGraph(Masking().eval(), torch.zeros(1, 3, 4, 4))
+    assert "other outputs than closing" in graph.layers["a"].reason and graph.layers["b"].reason is None
 
 
 def test_new_values_keep_variances_positive_and_leave_no_default():
