@@ -28,6 +28,8 @@ TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-6}  # largest relative diff
 DOUBTFUL = (
     1e-5  # above this in float32, float64 decides where the network runs in it: deep random ones amplify rounding
 )
+SCALES = (1, 10, 0.1, 100, 0.01, 1e4, 1e6)  # of random inputs, until the outputs vary
+IN_SLICES = 0.1  # what a difference in a slice of an output counts: rounding shows more in a few numbers than in all
 SMALL_SLICES = 0.1  # share of an output's slices that are compared by the size of the next larger one
 
 
@@ -55,7 +57,7 @@ class CutProof:
         modes: Sequence[bool] = (False,),
     ):
         self.model, self.run_gated, self.cut, self.modes = model, run_gated, cut, modes
-        self.examples = examples
+        self.examples, self.scales = examples, {}
         tensor = typical_tensor(model, next(tensors_of(self.examples[-1])))
         self.dtype, self.device = tensor.dtype, tensor.device
 
@@ -83,8 +85,8 @@ class CutProof:
             return found
         if math.isnan(found):
             raise InputError(
-                f"{type(self.model).__name__} gives no finite number on random inputs, so that its cuts cannot be "
-                "verified; pass verify=False to leave the verification out"
+                f"{type(self.model).__name__} gives no finite number that depends on its random inputs or filters, so that "
+                "its cuts cannot be verified; pass verify=False to leave the verification out"
             )
         if found <= TOLERANCES[dtype]:
             return None
@@ -155,23 +157,45 @@ class CutProof:
                     self.modes
                 )  # in training mode three: batch statistics would leave nothing but signs of two
                 x = random_inputs(example, samples, dtype, self.device)
-                try:
-                    with equal_draws(self.device):
-                        expected = list(tensors_of(self.run_gated(dense, units, map_tensors(x, torch.Tensor.clone))))
-                except FORWARD_ERRORS as error:
-                    mode = " in training mode" if training else ""
-                    shapes = ", ".join(str(tuple(t.shape[1:])) for t in tensors_of(x))
-                    raise InputError(
-                        f"{type(self.model).__name__} cannot be run{mode} on random inputs of shape {shapes} "
-                        f"({_cause(error)}); pass verify=False if it needs others"
-                    ) from error
+                x, expected, says = self._expected(dense, units, x, training)
                 try:
                     with equal_draws(self.device):
                         got = list(tensors_of(call(smaller, x)))
                 except FORWARD_ERRORS as error:
                     return f"removing them makes the network fail ({_cause(error)})"
-                differences.append(difference(expected, got))
+                found = difference(expected, got)
+                differences.append(found if says or found > TOLERANCES[dtype] else math.nan)
         return math.nan if any(map(math.isnan, differences)) else max(differences)
+
+    def _expected(self, dense, units, x, training):
+        """(inputs, outputs with closed gates, whether they say anything), the inputs scaled until all outputs vary, if they can
+        be: what is always the same, behind a ReLU that is dead there or a clamp, would be the same of a wrong cut."""
+        kind, best = (training, next(tensors_of(x)).dtype), (-1,)
+        for scale in self.scales.get(kind, SCALES):
+            scaled = map_tensors(x, lambda t, scale=scale: t * scale if t.is_floating_point() else t)
+            outputs = self._gated(dense, units, scaled, training)
+            vary = sum(varies(t, len(next(tensors_of(x)))) for t in outputs)
+            if vary > best[0]:
+                best = vary, scale, scaled, outputs
+            if vary == len(outputs):
+                break
+        says, (scale, x, outputs) = best[0] > 0 or training, best[1:]  # a BatchNorm in training undoes every scale
+        if not says:  # what no input changes may still depend on the filters
+            says = difference(self._gated(dense, [], x, training), outputs) > 0
+        self.scales[kind] = (scale,)
+        return x, outputs, says
+
+    def _gated(self, dense, units, x, training):
+        try:
+            with equal_draws(self.device):
+                return list(tensors_of(self.run_gated(dense, units, map_tensors(x, torch.Tensor.clone))))
+        except FORWARD_ERRORS as error:
+            mode = " in training mode" if training else ""
+            shapes = ", ".join(str(tuple(t.shape[1:])) for t in tensors_of(x))
+            raise InputError(
+                f"{type(self.model).__name__} cannot be run{mode} on random inputs of shape {shapes} "
+                f"({_cause(error)}); pass verify=False if it needs others"
+            ) from error
 
     def _copy(self, dtype):
         """A copy with drawn parameters. Its large weights are the model's own where they have the right type already."""
@@ -234,7 +258,7 @@ def tensors_of(outputs) -> Iterator[torch.Tensor]:
 
 def difference(expected: Sequence[torch.Tensor], got: Sequence[torch.Tensor]) -> float:
     """Largest relative difference |a - b| / |a| of corresponding tensors and of their slices along one dimension (Euclidean
-    norms): in one norm, boxes in pixels would hide scores.
+    norms), where it counts a tenth: in one norm, boxes in pixels would hide scores.
 
     Values that are alike in both and occur again, as the -1e9 of a mask, are in no norm. inf where shapes, places of infinite
     values, or integers differ; nan where there is no finite number to compare.
@@ -255,6 +279,11 @@ def difference(expected: Sequence[torch.Tensor], got: Sequence[torch.Tensor]) ->
     return worst if compared or worst else math.nan
 
 
+def varies(output: torch.Tensor, samples: int) -> bool:
+    """Whether an output is another one for other samples."""
+    return output.dim() > 0 and len(output) == samples and not torch.equal(output, output[:1].expand_as(output))
+
+
 def _relative(a, b):
     wide = torch.complex128 if a.is_complex() else torch.float64
     errors, sizes = ((t.to(wide).abs() ** 2) for t in (a - b, a.where(~_repeated(a, b), 0)))
@@ -262,7 +291,8 @@ def _relative(a, b):
     for dim in [d for d in range(1, a.dim()) if a.shape[d] > 1]:
         error, size = (t.sum([d for d in range(a.dim()) if d != dim]) for t in (errors, sizes))
         if (own := size[size > 0]).numel():  # of the smallest slices some are little more than rounding
-            found.append((error / size.clamp(min=own.kthvalue(math.ceil(SMALL_SLICES * len(own)))[0])).max())
+            least = own.kthvalue(math.ceil(SMALL_SLICES * len(own)))[0]
+            found.append((error / size.clamp(min=least)).max() * IN_SLICES**2)
     return math.sqrt(torch.stack(found).nan_to_num(0.0, math.inf).max().item())
 
 
