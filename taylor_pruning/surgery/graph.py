@@ -74,8 +74,8 @@ class ChannelGraph:
         self._asked = prune_linear, prune_heads
         check_calls(model, self._trials[-1], {mode: trace.kept for mode, trace in traces.items()})
         analysis = self._analysed(traces, exclude, Ways(heads=prune_heads))
-        if verify and self._protect_faults(analysis):
-            self._build(analysis)
+        if verify:
+            self._protect_faults(analysis)
 
     def _analysed(self, traces, exclude, ways):
         """The analysis by which the most filters may go, of every way to cut that keeps the network exact."""
@@ -120,12 +120,17 @@ class ChannelGraph:
         return self.on(copy.deepcopy(self.model, memo))
 
     def _protect_faults(self, analysis):
-        """Protects the units of which a trial shows that they cannot be removed; whether there are any."""
-        faults = self._proof().faults(self.units, share=0.5)
-        for unit, reason in faults.items():
-            for name, index in unit.filters:
-                analysis.ids.protect(analysis.layers.filters[name][index : index + 1], reason)
-        return bool(faults)
+        """Protects the units of which a trial shows that they cannot be removed, also among those that come in their place."""
+        tried = set()
+        while units := [unit for unit in self.units if not tried.issuperset(unit.filters)]:
+            tried.update(*(unit.filters for unit in units))
+            filters = {name: info.filters for name, info in self.layers.items()}
+            faults = self._proof().faults(units, share=0.5, filters=filters)
+            for unit, reason in faults.items():
+                for name, index in unit.filters:
+                    analysis.ids.protect(analysis.layers.filters[name][index : index + 1], reason)
+            if faults:
+                self._build(analysis)
 
     def _proof(self):
         def run_gated(model, units, x):

@@ -92,15 +92,16 @@ class CutProof:
             return None
         return f"removing them gives other outputs than closing their gates (relative difference {found:.1g})"
 
-    def faults(self, units: Sequence, share: float = 1.0) -> dict:
+    def faults(self, units: Sequence, share: float = 1.0, filters: Mapping[str, int] | None = None) -> dict:
         """{unit: reason} of units whose removal is wrong; all others can be removed at once.
 
         Units with filters in the same layers are judged as one class.
 
         Args:
             share: share of every class that is cut on trial, drawn from a fixed seed.
+            filters: {layer name: how many filters it has}; by default those of the units.
         """
-        trials, faults = self._classes(units, share), {}
+        trials, faults = self._classes(units, share, filters or {}), {}
 
         def admit(classes, accepted):
             """The accepted classes with those of `classes` that can be removed with them."""
@@ -118,7 +119,7 @@ class CutProof:
         return faults
 
     @staticmethod
-    def _classes(units, share):
+    def _classes(units, share, filters):
         """{layers: (units of the class, those cut on trial)}; with a share below 1 no layer loses all its filters."""
         classes, counts, left = defaultdict(list), {}, Counter()
         for unit in units:
@@ -128,6 +129,7 @@ class CutProof:
             classes[frozenset(counts[names])].append((unit, counts[names]))
             for name, count in counts[names].items():
                 left[name] += count
+        left |= filters
         draw, trials = random.Random(0), {}
         for layers, members in classes.items():
             chosen = []

@@ -113,6 +113,30 @@ def test_all_outputs_are_compared():
     assert difference([a], [a[:1]]) == torch.inf and difference([a], [a * torch.inf]) == torch.inf
 
 
+def test_a_layer_with_a_single_removable_filter_is_tried():
+    class Octave(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.high, self.low, self.fc = (
+                nn.Conv2d(3, 8, 1),
+                nn.Conv2d(6, 6, 1),
+                nn.Conv2d(2, 6, 1),
+                nn.Linear(6, 4),
+            )
+
+        def forward(self, x):
+            x = self.a(x)
+            high = int(x.shape[1] * 0.75)
+            return self.fc(F.relu(self.high(x[:, :high]) + self.low(x[:, high:])).mean((2, 3)))
+
+    torch.manual_seed(0)
+    model, x = Octave().eval(), torch.zeros(1, 3, 4, 4)
+    assert ChannelGraph(model, x, verify=False).layers["a"].removable.sum() == 1
+    graph = ChannelGraph(model, x)
+    assert {name for unit in graph.units for name, _ in unit.filters} == {"high", "low"}
+    graph.remove(graph.units[:3])
+
+
 LARGE = {
     "masked classes": lambda a: a.index_fill(1, torch.arange(2, 20), -1e9),
     "another mask in every row": lambda a: a.masked_fill(torch.eye(20)[:3].bool().flip(1), -1e9),
