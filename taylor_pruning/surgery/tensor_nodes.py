@@ -84,6 +84,11 @@ class TensorNodes:
         self.bind(tensor, node)
         return node
 
+    def is_computed(self, tensor):
+        """Whether it is the result of a recorded call."""
+        known = self.nodes.get(id(tensor))
+        return known is not None and known[0].op != "get_attr"
+
     def is_constant(self, tensor):
         """Whether its values are known and do not depend on the input, parameters or buffers."""
         if self.on_values:

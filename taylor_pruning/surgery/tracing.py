@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from taylor_pruning.errors import InputError
+from taylor_pruning.held import held_tensors
 from taylor_pruning.memory import raise_out_of_memory
 from taylor_pruning.modes import set_mode
 from taylor_pruning.surgery.batch_size import LEAST_OF_VALUES, batch_size, first_samples
@@ -146,6 +147,12 @@ def _record(recorder, model, args, kwargs, training):
         return Slot(len(found) - 1)
 
     structure = map_tensors(output, slot, (torch.Tensor, torch.Size, int, float))
+    for tensor, holder in held_tensors(structure, without=(nn.Module,)):
+        if recorder.nodes.is_computed(tensor):
+            raise InputError(
+                f"{type(model).__name__} returns tensors in an object of type {type(holder).__name__}, in which they are not "
+                "seen; return them alone or in tuples, lists, dicts or dataclasses"
+            )
     recorder.graph.output(tuple(found))
     recorder.graph.eliminate_dead_code(_has_effect)
     counter = iter(range(len(slots)))
