@@ -15,6 +15,7 @@ from taylor_pruning.surgery.cut import cut
 from taylor_pruning.surgery.execution import Execution, blended, gate, gated_norm
 from taylor_pruning.surgery.nested import tensors_in
 from taylor_pruning.surgery.numbering import Numbering
+from taylor_pruning.surgery.outliving import unchanged
 from taylor_pruning.surgery.plans import exclude_filters, plan_of, units_of
 from taylor_pruning.surgery.proof import CutProof
 from taylor_pruning.surgery.recording import call, record
@@ -72,7 +73,9 @@ class ChannelGraph:
         self._example = example_input
         self._trials = trial_examples(example_input, traces[False].graph)
         self._asked = prune_linear, prune_heads
-        check_calls(model, self._trials[-1], {mode: trace.kept for mode, trace in traces.items()})
+        self._caches = [cache for trace in traces.values() for cache in trace.caches]
+        with unchanged(self._caches):
+            check_calls(model, self._trials[-1], {mode: trace.kept for mode, trace in traces.items()})
         analysis = self._analysed(traces, exclude, Ways(heads=prune_heads))
         if verify:
             self._protect_faults(analysis)
@@ -125,7 +128,8 @@ class ChannelGraph:
         while units := [unit for unit in self.units if not tried.issuperset(unit.filters)]:
             tried.update(*(unit.filters for unit in units))
             filters = {name: info.filters for name, info in self.layers.items()}
-            faults = self._proof().faults(units, share=0.5, filters=filters)
+            with unchanged(self._caches):
+                faults = self._proof().faults(units, share=0.5, filters=filters)
             for unit, reason in faults.items():
                 for name, index in unit.filters:
                     analysis.ids.protect(analysis.layers.filters[name][index : index + 1], reason)
@@ -255,8 +259,11 @@ class ChannelGraph:
         smaller = self._cut(units)
         if verify and units:
             proof = self._proof()
-            if reason := proof.failure(units):
-                self._refuse(units, proof.faults(units), reason)
+            with unchanged(self._caches):
+                reason = proof.failure(units)
+                faults = proof.faults(units) if reason else {}
+            if reason:
+                self._refuse(units, faults, reason)
         return smaller
 
     @staticmethod

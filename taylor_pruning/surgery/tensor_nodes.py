@@ -1,6 +1,7 @@
 """The graph that a recording builds, and the node of every tensor in it."""
 
 import operator
+import weakref
 
 import torch
 from torch import fx
@@ -49,6 +50,13 @@ class TensorNodes:
             if id(tensor) in self.names:
                 self.names[id(made)] = self.names[id(tensor)]
         return self.stand_ins[id(tensor)][0]
+
+    def released(self):
+        """Weak references to the tensors that were made for the recording, which this no longer keeps alive."""
+        made = [tensor for node, tensor in self.nodes.values() if node.op != "get_attr"]
+        made += [tensor for tensor, _ in self.stand_ins.values()]
+        self.nodes, self.stand_ins = {}, {}
+        return [weakref.ref(tensor) for tensor in made]
 
     def add_input(self, tensor):
         node = self.graph.placeholder(f"input_{len(self.nodes)}")

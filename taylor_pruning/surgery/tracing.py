@@ -23,6 +23,7 @@ from taylor_pruning.surgery.draws import fixed_draws
 from taylor_pruning.surgery.kept_state import attributes_of, changed
 from taylor_pruning.surgery.nested import Slot, map_tensors, tensors_in
 from taylor_pruning.surgery.numbers import wrap_widths
+from taylor_pruning.surgery.outliving import forget
 from taylor_pruning.surgery.recorded_calls import set_grad, writes
 from taylor_pruning.surgery.recorder import TRACE_ERRORS, Recorder, watched
 from taylor_pruning.surgery.tensor_nodes import Untraceable
@@ -41,6 +42,7 @@ class Trace:
         reads_mode: whether the forward may do other steps in the other mode of training.
         kept: names of the attributes of modules in which the forward leaves something.
         written: names of the parameters and buffers to which it writes.
+        caches: containers outside of modules in which it keeps tensors.
     """
 
     graph: fx.Graph
@@ -51,6 +53,7 @@ class Trace:
     reads_mode: bool = True
     kept: list = field(default_factory=list)
     written: list = field(default_factory=list)
+    caches: list = field(default_factory=list)
 
 
 def trace(model, args, kwargs, rules, training=False):
@@ -68,19 +71,25 @@ def trace(model, args, kwargs, rules, training=False):
         if on_values:
             args, kwargs = first_samples((args, kwargs), batch_size(model, (args, kwargs), LEAST_OF_VALUES))
         recorder = _recorder(model, rules, args, kwargs, on_values)
-        recorder.opaque = opaque
+        recorder.opaque, found = opaque, None
         try:
-            return _record(recorder, model, args, kwargs, training)
+            found = _record(recorder, model, args, kwargs, training)
         except InputError:
             raise
         except TRACE_ERRORS as error:
             raise_out_of_memory(error)
+            traceback.clear_frames(error.__traceback__)
             failure = failure or error
             if on_values:
                 failure = error
                 if not recorder.failed or recorder.failed in opaque or not isinstance(error, Untraceable):
                     break
                 opaque.add(recorder.failed)
+        finally:
+            caches = forget(recorder.nodes.released())
+        if found is not None:
+            found.caches = caches
+            return found
     raise InputError(refusal(model, failure, (args, kwargs))) from failure
 
 
