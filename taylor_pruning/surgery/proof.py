@@ -172,11 +172,18 @@ class CutProof:
     def _expected(self, dense, units, x, training):
         """(inputs, outputs with closed gates, whether they say anything), the inputs scaled until all outputs vary, if they can
         be: what is always the same, behind a ReLU that is dead there or a clamp, would be the same of a wrong cut."""
-        kind, best = (training, next(tensors_of(x)).dtype), (-1,)
-        for scale in self.scales.get(kind, SCALES):
+        first, best = next(tensors_of(x)), (-1,)
+        kind = training, first.dtype, first.shape
+        scales = SCALES if any(t.is_floating_point() for t in tensors_of(x)) else SCALES[:1]
+        for scale in self.scales.get(kind, scales):
             scaled = map_tensors(x, lambda t, scale=scale: t * scale if t.is_floating_point() else t)
-            outputs = self._gated(dense, units, scaled, training)
-            vary = sum(varies(t, len(next(tensors_of(x)))) for t in outputs)
+            try:
+                outputs = self._gated(dense, units, scaled, training)
+            except InputError:
+                if best[0] < 0:
+                    raise
+                continue  # of such a scale alone
+            vary = sum(varies(t, len(first)) for t in outputs)
             if vary > best[0]:
                 best = vary, scale, scaled, outputs
             if vary == len(outputs):
@@ -282,8 +289,11 @@ def difference(expected: Sequence[torch.Tensor], got: Sequence[torch.Tensor]) ->
 
 
 def varies(output: torch.Tensor, samples: int) -> bool:
-    """Whether an output is another one for other samples."""
-    return output.dim() > 0 and len(output) == samples and not torch.equal(output, output[:1].expand_as(output))
+    """Whether finite values of an output are others for other samples."""
+    if not output.dim() or len(output) != samples:
+        return False
+    finite = torch.isfinite(output) & torch.isfinite(output[:1])
+    return bool((finite & (output != output[:1])).any())
 
 
 def _relative(a, b):
