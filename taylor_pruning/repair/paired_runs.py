@@ -107,7 +107,7 @@ class PairedRuns:
                 if node.target not in tensors:
                     state[node.name] = plan.networks[k].constant(node.target, tensors)
             elif node.op != "output":
-                state[node.name] = evaluate(model, node, value_of)
+                state[node.name] = evaluate(model, node, value_of, instead=plan.networks[k].with_copies(node, tensors))
             for name in plan.last_use[position]:
                 state.pop(name, None)
         return state
