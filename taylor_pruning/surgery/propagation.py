@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from taylor_pruning.surgery.ids import Value
-from taylor_pruning.surgery.numbers import is_tracked, number
+from taylor_pruning.surgery.numbers import is_tracked, number, numbers_of
 from taylor_pruning.surgery.operations import RULES, Call, Info
 from taylor_pruning.surgery.operations.views import sizes_of
 from taylor_pruning.surgery.recorded_calls import operation_name
@@ -56,23 +56,24 @@ def propagate(trace, ids, parameters, ways):
         ways: how it is cut where several ways keep the network exact.
     """
     result = Propagation()
-    for node in trace.graph.nodes:
-        info = result.infos[node] = Info()
-        if node.op == "placeholder":
-            result.env[node] = Value(node.meta["shape"], (), "input of the network")
-        elif node.op == "get_attr":
-            info.constant = True
-            result.env[node] = _constant(trace, ids, parameters, node)
-        elif node.op == "output":
-            info.reads = True
-            fx.node.map_aggregate(tuple(result.env[n] for n in node.all_input_nodes), partial(_keep_output, ids))
-        else:
-            result.env[node] = _call(node, info, result, ids, ways)
-            value = result.env[node]
-            if info.source and isinstance(value, Value):
-                info.value = value
-            elif not isinstance(value, Value):
-                info.source = info.source or not _has_values(value)
+    with numbers_of(trace.graph):
+        for node in trace.graph.nodes:
+            info = result.infos[node] = Info()
+            if node.op == "placeholder":
+                result.env[node] = Value(node.meta["shape"], (), "input of the network")
+            elif node.op == "get_attr":
+                info.constant = True
+                result.env[node] = _constant(trace, ids, parameters, node)
+            elif node.op == "output":
+                info.reads = True
+                fx.node.map_aggregate(tuple(result.env[n] for n in node.all_input_nodes), partial(_keep_output, ids))
+            else:
+                result.env[node] = _call(node, info, result, ids, ways)
+                value = result.env[node]
+                if info.source and isinstance(value, Value):
+                    info.value = value
+                elif not isinstance(value, Value):
+                    info.source = info.source or not _has_values(value)
     return result
 
 

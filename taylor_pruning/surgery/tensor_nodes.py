@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from taylor_pruning.surgery.nested import map_tensors, tensors_in
-from taylor_pruning.surgery.numbers import is_tracked
+from taylor_pruning.surgery.numbers import is_tracked, plain
 from taylor_pruning.surgery.recorded_calls import pick
 
 
@@ -123,8 +123,9 @@ class TensorNodes:
         def convert(item):
             if isinstance(item, torch.Tensor):
                 return self.node_of(item)
-            if is_tracked(item) and item.node is not None:
-                return item.node
+            if is_tracked(item):
+                return item if item.node is None else item.node
+            item = plain(item)
             if sized and type(item) is int and self.batch and item and item % self.batch == 0:
                 if item == self.batch:
                     return self.batch_node

@@ -21,7 +21,7 @@ from taylor_pruning.surgery.copying import copy_of, structure_of
 from taylor_pruning.surgery.draws import fixed_draws
 from taylor_pruning.surgery.kept_state import attributes_of, changed
 from taylor_pruning.surgery.nested import Slot, map_tensors, tensors_in
-from taylor_pruning.surgery.numbers import wrap_widths
+from taylor_pruning.surgery.numbers import numbers_of, wrap_widths
 from taylor_pruning.surgery.recorder import TRACE_ERRORS, Recorder, watched
 from taylor_pruning.surgery.tensor_nodes import Untraceable
 
@@ -66,7 +66,8 @@ def trace(model, args, kwargs, rules, training=False):
         recorder = _recorder(model, rules, args, kwargs, on_values)
         recorder.opaque = opaque
         try:
-            return _record(recorder, model, args, kwargs, training)
+            with numbers_of(recorder.graph):
+                return _record(recorder, model, args, kwargs, training)
         except InputError:
             raise
         except TRACE_ERRORS as error:
