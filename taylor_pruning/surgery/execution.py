@@ -11,6 +11,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from taylor_pruning.errors import InputError
 from taylor_pruning.surgery.autocasts import under
 from taylor_pruning.surgery.nested import Slot, map_tensors
+from taylor_pruning.surgery.other_sizes import at_size
 from taylor_pruning.surgery.recorded_calls import operation_name, set_grad
 from taylor_pruning.surgery.tracing import Trace
 
@@ -140,15 +141,21 @@ class Execution:
             )
         return given
 
-    def run(self, args, kwargs=None, change=None, read=None, calls=None):
-        """The output of the network.
+    def at_size(self, inputs, own=None):
+        """`surgery.other_sizes.at_size` for the inputs that `flat` gives."""
+        return at_size(self.trace, self.model, inputs, vars(self.model) if own is None else own)
+
+    def run(self, args, kwargs=None, change=None, read=None, calls=None, own=None):
+        """The output of the network. Raises InputError if its graph does not hold for inputs of that size.
 
         Args:
             change: {node: function}, called with the node's result; its result takes the place.
             read: {node: function} called with the list of the node's positional arguments; the result takes their place.
             calls: {node: function} called with the node's (args, kwargs) in the place of what it calls.
+            own: see surgery.other_sizes.at_size; default: the model is as it is without its graph.
         """
-        inputs = iter(self.flat(tuple(args), dict(kwargs or {})))
+        inputs = self.flat(tuple(args), dict(kwargs or {}))
+        at, inputs = self.at_size(inputs, own), iter(inputs)
         change, read, calls, env, named = change or {}, read or {}, calls or {}, {}, self.tensors()
         outer = torch.is_grad_enabled()
         try:
@@ -156,11 +163,11 @@ class Execution:
                 if node.op == "placeholder":
                     value = next(inputs)
                 elif node.op == "get_attr":
-                    value = self._stored(node.target, named)
+                    value = self._stored(node.target, named, at)
                 elif node.op == "output":
-                    return self._output([env[source] for source in node.args[0]])
+                    return _filled(at.output, [env[source] for source in node.args[0]])
                 else:
-                    value = evaluate(self.model, node, env.__getitem__, read.get(node), outer, calls.get(node))
+                    value = evaluate(self.model, node, env.__getitem__, read.get(node), outer, calls.get(node), at)
                 if node in change:
                     value = change[node](value)
                 env[node] = value
@@ -168,9 +175,6 @@ class Execution:
                     del env[dead]
         finally:
             torch._C._set_grad_enabled(outer)
-
-    def _output(self, found):
-        return map_tensors(self.trace.output, lambda slot: found[slot.index], Slot)
 
     @torch.no_grad()
     def without_inputs(self, nodes):
@@ -188,22 +192,31 @@ class Execution:
                 env[node] = self._stored(node.target, named) if stored else evaluate(self.model, node, env.__getitem__)
         return {node: env[node] for node in found}
 
-    def _stored(self, name, named):
+    def _stored(self, name, named, at=None):
         value = named.get(name)
-        return self.constant(name, named) if value is None else value
+        return self.constant(name, named, at) if value is None else value
 
-    def constant(self, name, named):
+    def constant(self, name, named, at=None):
         """A tensor of the trace that is neither parameter nor buffer, on the device of the `named` ones."""
-        tensor = self.trace.constants[name]
+        constants = at.constants if at is not None and name in at.constants else self.trace.constants
+        tensor = constants[name]
         device = next((t.device for t in named.values()), tensor.device)
         if tensor.device != device and tensor.device.type == "cpu" and tensor.dim():
-            tensor = self.trace.constants[name] = tensor.to(device)
+            tensor = constants[name] = tensor.to(device)
         return tensor
 
 
-def evaluate(model, node, value_of, read=None, grad=True, instead=None):
-    """The result of one call of the graph; `value_of` gives the value of every node that it reads. See `Execution.run`."""
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), value_of)
+def _filled(output, found):
+    return map_tensors(output, lambda slot: found[slot.index], Slot)
+
+
+def evaluate(model, node, value_of, read=None, grad=True, instead=None, at=None):
+    """The result of one call of the graph; `value_of` gives the value of every node that it reads. See `Execution.run`.
+
+    `at`: surgery.other_sizes.AtSize, None for inputs of the example's size.
+    """
+    arguments = None if at is None else at.arguments.get(node)
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs) if arguments is None else arguments, value_of)
     if read is not None:
         args = read(args)
     if regions := node.meta.get("autocast"):

@@ -15,6 +15,7 @@ from taylor_pruning.surgery.cut import cut
 from taylor_pruning.surgery.execution import Execution, blended, gate, gated_norm
 from taylor_pruning.surgery.nested import tensors_in
 from taylor_pruning.surgery.numbering import Numbering
+from taylor_pruning.surgery.other_sizes import REPLACED
 from taylor_pruning.surgery.plans import exclude_filters, plan_of, units_of
 from taylor_pruning.surgery.proof import CutProof
 from taylor_pruning.surgery.recording import call, record
@@ -212,14 +213,14 @@ class ChannelGraph:
         """While open, forwards of the model run its graph; see `Execution.run` for `change`, `read` and `calls`."""
 
         def forward(*args, **kwargs):
-            return self.executions[self._mode()].run(args, kwargs, change, read, calls)
+            return self.executions[self._mode()].run(args, kwargs, change, read, calls, before)
 
         before = dict(vars(self.model))
         try:  # hooks of the network itself are a part of its graph
             vars(self.model).update(forward=forward, _forward_hooks=OrderedDict(), _forward_pre_hooks=OrderedDict())
             yield self
         finally:
-            for name in ("forward", "_forward_hooks", "_forward_pre_hooks"):
+            for name in REPLACED:
                 vars(self.model).pop(name)
                 if name in before:
                     vars(self.model)[name] = before[name]

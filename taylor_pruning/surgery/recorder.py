@@ -57,6 +57,7 @@ class Recorder(TorchFunctionMode):
         self.opaque = ()  # names of modules that run as one operation each
         self.failed = None  # name of the innermost module in which an error arose
         self.mode_read = False  # whether the forward asks for the mode in which its modules are
+        self.sizes_read = False  # whether it asks for a size, or for the parts of a tensor, of which there may be more
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -103,6 +104,7 @@ class Recorder(TorchFunctionMode):
     def size(self, func, name, args, kwargs):
         """A shape is a node, and each of its sizes a Number with a node, made when it is first used."""
         value, node = func(*args, **kwargs), None
+        self.sizes_read = True
 
         def sized(index, size):
             nonlocal node
@@ -141,6 +143,7 @@ class Recorder(TorchFunctionMode):
         if isinstance(result, torch.Tensor):
             self.nodes.bind(result, node)
         elif made:
+            self.sizes_read = True
             self.nodes.unpack(result, node)
         return result
 
@@ -266,6 +269,7 @@ class Recorder(TorchFunctionMode):
         if isinstance(result, torch.Tensor):
             self.nodes.bind(result, node)
         elif isinstance(result, (tuple, list)):
+            self.sizes_read = True
             self.nodes.unpack(result, node)
         else:
             raise Untraceable(f"{name} returns {type(result).__name__}")

@@ -36,8 +36,11 @@ class Trace:
         inputs: the example with a `Slot` in the place of every tensor.
         output: what the forward returned, with a `Slot` in the place of every tensor, and of every size that is read off one.
         batch: the size of the batch in the shapes of the nodes.
-        reads_mode: whether the forward may do other steps in the other mode of training.
+        training: the mode of training.
+        reads_mode: whether the forward may do other steps in the other mode.
+        reads_sizes: whether it may do other steps, or use other numbers, on inputs of another size.
         kept: names of the attributes of modules in which the forward leaves something.
+        at_sizes: {shapes of inputs: surgery.other_sizes.AtSize, or None where it does other steps} of those that were met.
     """
 
     graph: fx.Graph
@@ -45,8 +48,11 @@ class Trace:
     inputs: object = None
     output: object = None
     batch: int = 0
+    training: bool = False
     reads_mode: bool = True
+    reads_sizes: bool = True
     kept: list = field(default_factory=list)
+    at_sizes: dict = field(default_factory=dict)
 
 
 def trace(model, args, kwargs, rules, training=False):
@@ -161,6 +167,8 @@ def _record(recorder, model, args, kwargs, training):
         map_tensors((args, kwargs), lambda t: Slot(next(counter))),
         structure,
         recorder.nodes.batch,
+        training,
         recorder.mode_read,
+        recorder.sizes_read,
         changed(before, attributes_of(copied)),
     )

@@ -1,13 +1,19 @@
 """Sizes that a forward reads off tensors: kept between calls, turned into constants, computed by others."""
 
+import math
 from functools import lru_cache
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import randomise
 from test_surgery import check_law
 from torch import nn
+
+from taylor_pruning.errors import InputError
+from taylor_pruning.repair.paired_runs import refresh_batchnorms
+from taylor_pruning.surgery.graph import ChannelGraph
 
 
 class Around(nn.Module):
@@ -64,3 +70,70 @@ def test_sizes_that_are_kept_between_calls_belong_to_one_trace(plan):
         nodes = len(graph.executions[False].trace.graph.nodes)
         model(images())
         assert len(graph.executions[False].trace.graph.nodes) == nodes  # nor does a call add to an old graph
+
+
+# -- images of other sizes than the example's ---------------------------------------------------------------------------
+
+
+def padded_to_even(block, x):
+    rows, columns = ((math.ceil(n / 2) * 2 - n) for n in x.shape[2:])
+    return F.pad(x, (0, columns, 0, rows))
+
+
+def three_quarters(block, x):
+    return F.interpolate(x, size=[int(n * 0.75) for n in x.shape[2:]])
+
+
+def graded(block, x):
+    return x * torch.from_numpy(np.linspace(0, 1, x.shape[3]))
+
+
+def row_by_row(block, x):
+    rows = list(x.split(1, 2))
+    for i in range(1, len(rows)):
+        rows[i] = rows[i] + F.relu(block.row(rows[i - 1]))
+    return torch.cat(rows, 2)
+
+
+def placed(block, x):
+    place = block.place
+    return x + (place if place.shape[2:] == x.shape[2:] else F.interpolate(place, size=x.shape[2:]))
+
+
+SIZES = [(12, 12), (15, 9), (24, 19)]
+
+
+@pytest.mark.parametrize("middle", [padded_to_even, three_quarters, graded])
+def test_numbers_that_a_size_was_turned_into_are_those_of_every_size(middle):
+    model = around(middle)
+    graph = ChannelGraph(model, images(1))
+    gates = torch.ones(len(graph.units), dtype=torch.double)
+    for size in SIZES:
+        with torch.no_grad(), graph.gated(gates):
+            gated = model(images(3, *size))
+        torch.testing.assert_close(gated, model(images(3, *size)))
+        check_law(model, images(3, *size), seeds=(0,), example=images(1))
+    assert len(graph.units) == 14 and "forward" not in vars(model)
+
+
+@pytest.mark.parametrize("middle", [row_by_row, placed])
+def test_a_size_at_which_the_forward_does_other_steps_is_refused(middle):
+    model = around(middle, row=nn.Conv2d(8, 8, 1), place=nn.Parameter(torch.randn(1, 8, 12, 12)))
+    graph = check_law(model, images(), seeds=(0,))
+    assert all(info.reason is None for info in graph.layers.values())
+    gates = torch.ones(len(graph.units), dtype=torch.double)
+    message = r"other steps on inputs of shape \(3, 15, 9\) than .* \(3, 12, 12\)"
+    for _ in range(2):
+        with graph.gated(gates), pytest.raises(InputError, match=message):
+            model(images(3, 15, 9))
+
+
+def test_statistics_behind_images_of_several_sizes():
+    model, taken = around(three_quarters, norm=nn.BatchNorm2d(8)), []
+    model.middle = lambda block, x: block.norm(three_quarters(block, x))
+    inputs = [images(2, *size) for size in SIZES]
+    with model.norm.register_forward_pre_hook(lambda module, args: taken.append(args[0].movedim(1, 0).flatten(1))):
+        for x in inputs:
+            model(x)
+    refresh_batchnorms(model, inputs)
+    torch.testing.assert_close(model.norm.running_mean, torch.cat(taken, 1).mean(1))
