@@ -81,7 +81,7 @@ def gated_norm(open_gates, site):
         given.apply_defaults()
         x, mean, var, weight, bias, training, _, eps = given.args
         if training or site.dim != 1 or site.batch_dim != 0 or len(x) != len(open_gates):
-            return gate(open_gates, site.dim, site.batch_dim, site.units, F.batch_norm(*args, **kwargs))
+            return gate(open_gates, site, F.batch_norm(*args, **kwargs))
         scale = (var + eps).rsqrt() if weight is None else (var + eps).rsqrt() * weight
         shift = -mean * scale if bias is None else bias - mean * scale
         factor = _of_units(open_gates, site.units)
@@ -251,39 +251,48 @@ def _last_uses(graph):
     return dead
 
 
-def gate(factor, dim, batch_dim, units, output):
-    """`output` with the channels along `dim` multiplied by their gates.
+def gate(factor, site, output):
+    """`output` with its channels multiplied by their gates.
 
     Args:
-        factor: [units + 1] or [batch, units + 1] gates, the last is 1. units: [channels] index or -1.
+        factor: [units + 1] or [batch, units + 1] gates, the last is 1. site: surgery.units.GateSite.
     """
-    factor = _of_units(factor, units)
+    factor, dim, batch_dim = _of_units(factor, site.units), site.dim, site.batch_dim
     shape = [1] * output.dim()
     shape[dim] = factor.shape[-1]
     if factor.dim() > 1:
         shape[batch_dim] = output.shape[batch_dim]
-        repeats = output.shape[batch_dim] // len(factor)
-        if repeats > 1 and len(factor) > 1:
-            factor = factor.repeat_interleave(repeats, 0)
-        elif len(factor) == 1:
+        if len(factor) > 1:
+            factor = _of_rows(factor, output.shape[batch_dim], site.blocks)
+        else:
             shape[batch_dim] = 1
         factor = factor if batch_dim < dim else factor.mT
     return output * factor.reshape(shape).to(output.dtype)
 
 
-def blended(estimate, open_gates, any_closed, position):
-    """A function for `Execution.run`'s `read`: closed channels of the reader's input become what others say of them."""
+def _of_rows(factor, rows, blocks):
+    """[rows, ...] of [batch, ...]: what belongs to the sample of every row; see surgery.units.GateSite for `blocks`."""
+    several = rows // len(factor)
+    if several == 1:
+        return factor
+    return factor.repeat_interleave(several // blocks, 0).repeat(blocks, *(1,) * (factor.dim() - 1))
+
+
+def blended(estimate, open_gates, any_closed, blocks):
+    """A function for `Execution.run`'s `read`: closed channels of the reader's input become what others say of them.
+
+    `blocks`: those of the input's rows, see surgery.units.GateSite.
+    """
     reader = estimate.reader
 
     def function(args):
-        x = args[position]
+        x = args[0]
         closed = 1 - _of_units(open_gates, reader.units)
         space = x.dim() - 2
         shape = (*(1,) * space, len(reader.units)) if reader.is_linear else (len(reader.units), *(1,) * space)
         closed = closed.reshape(-1, *shape).to(x.dtype)
-        if len(closed) > 1:  # several rows an image where a forward puts parts of it into the batch
-            closed = closed.repeat_interleave(len(x) // len(closed), 0) if len(x) != len(closed) else closed
-        x = _Blend.apply(x, closed, estimate, any_closed)
-        return (*args[:position], x, *args[position + 1 :])
+        if len(closed) > 1:
+            closed = _of_rows(closed, len(x), blocks)
+        return (_Blend.apply(x, closed, estimate, any_closed), *args[1:])
 
     return function

@@ -104,7 +104,7 @@ class ChannelGraph:
         self._widths, self._settings = numbering.widths, numbering.settings
         places = analysis.places.items()
         self.gate_sites = {mode: gate_sites(of_mode, numbering.unit_of_id) for mode, of_mode in places}
-        self.readers = tuple(readers_of(analysis.layers, self.tensors))
+        self.readers = tuple(readers_of(analysis.layers, self.tensors, analysis.blocks[False]))
 
     @property
     def sites(self):
@@ -182,7 +182,7 @@ class ChannelGraph:
             def change(output):
                 output = output if first is None else first(output)
                 for site in sites:
-                    output = gate(open_gates, site.dim, site.batch_dim, site.units, output)
+                    output = gate(open_gates, site, output)
                     if on_gate is not None:
                         on_gate(site, output)
                 return output
@@ -193,7 +193,8 @@ class ChannelGraph:
         for reader in self.readers:
             if reader.layer in (estimates or {}):
                 reads.update(
-                    (node, blended(estimates[reader.layer], open_gates, any_closed, 0)) for node in reader.nodes
+                    (node, blended(estimates[reader.layer], open_gates, any_closed, reader.blocks.get(node, 1)))
+                    for node in reader.nodes
                 )
         norms = {}
         if once and on_gate is None:
