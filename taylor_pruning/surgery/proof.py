@@ -88,8 +88,8 @@ class CutProof:
             return found
         if math.isnan(found):
             raise InputError(
-                f"{type(self.model).__name__} gives no finite number on random inputs, so that its cuts cannot be "
-                "verified; pass verify=False to leave the verification out"
+                f"{type(self.model).__name__} gives no finite number on random inputs, so that its cuts cannot be verified "
+                "(classes are no such numbers: let it return what they are chosen by); pass verify=False to leave this out"
             )
         if found <= TOLERANCES[dtype]:
             return None
@@ -164,13 +164,10 @@ class CutProof:
                 try:
                     with fixed_draws(), MeanDraws():
                         expected = list(tensors_of(self.run_gated(dense, units, map_tensors(x, torch.Tensor.clone))))
+                except InputError:
+                    raise
                 except FORWARD_ERRORS as error:
-                    mode = " in training mode" if training else ""
-                    shapes = ", ".join(str(tuple(t.shape[1:])) for t in tensors_of(x))
-                    raise InputError(
-                        f"{type(self.model).__name__} cannot be run{mode} on random inputs of shape {shapes} "
-                        f"({_cause(error)}); pass verify=False if it needs others"
-                    ) from error
+                    raise self._not_run(dense, x, error) from error
                 try:
                     with fixed_draws(), MeanDraws():
                         got = list(tensors_of(call(smaller, x)))
@@ -178,6 +175,22 @@ class CutProof:
                     return f"removing them makes the network fail ({_cause(error)})"
                 differences.append(difference(expected, got))
         return math.nan if any(map(math.isnan, differences)) else max(differences)
+
+    def _not_run(self, dense, x, error):
+        """The InputError on gated outputs that cannot be computed, of a network that may compute its own."""
+        mode = " in training mode" if dense.training else ""
+        shapes = ", ".join(str(tuple(t.shape[1:])) for t in tensors_of(x))
+        try:
+            call(copy_of(dense), x)
+        except FORWARD_ERRORS:
+            return InputError(
+                f"{type(self.model).__name__} cannot be run{mode} on random inputs of shape {shapes} ({_cause(error)}); pass "
+                "verify=False if it needs others"
+            )
+        return InputError(
+            f"the graph of {type(self.model).__name__} cannot be run{mode} on inputs of shape {shapes} on which the network "
+            f"itself runs ({_cause(error)}): make its forward take all sizes, that of the batch too, from the shapes of tensors"
+        )
 
     def _copy(self, dtype):
         """A copy with drawn parameters. Its large weights are the model's own where they have the right type already."""
