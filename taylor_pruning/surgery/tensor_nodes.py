@@ -11,7 +11,15 @@ from taylor_pruning.surgery.recorded_calls import pick
 
 
 class Untraceable(RuntimeError):
-    """The forward does something that a graph cannot repeat on other data."""
+    """The forward does something that a graph cannot repeat on other data. `remedy`: what to do about it."""
+
+    def __init__(
+        self,
+        what,
+        remedy="Move decisions that depend on the values of activations into a module of their own, which then stays as it is",
+    ):
+        super().__init__(what)
+        self.remedy = remedy
 
 
 class TensorNodes:
@@ -95,10 +103,6 @@ class TensorNodes:
             return False
         made, _ = self.stand_ins.get(id(tensor), (None, None))
         return tensor._version == self.settings[id(tensor)] and (made is None or made._version == 0)
-
-    def is_batch(self, tensor, dim):
-        """Whether the dimension is that of the samples."""
-        return tensor.ndim > 0 and dim in (0, -tensor.ndim) and tensor.shape[0] == self.batch
 
     def unpack(self, result, node):
         """Gives every tensor of a result of several, nested or not, a node of its own."""

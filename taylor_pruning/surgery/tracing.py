@@ -6,6 +6,7 @@ operations that it runs. Control flow on shapes simply runs; sizes are `Number`s
 """
 
 import traceback
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -93,10 +94,7 @@ def refusal(model, error, example):
     where = f'{frames[-1].filename}, line {frames[-1].lineno}: "{frames[-1].line}"' if frames else "its forward"
     cause = str(error).strip().split("\n")[0] or type(error).__name__
     if isinstance(error, Untraceable):
-        return (
-            f"{type(model).__name__} cannot be traced at {where} ({cause}). Move decisions that depend on the values of "
-            "activations into a module of their own, which then stays as it is"
-        )
+        return f"{type(model).__name__} cannot be traced at {where} ({cause}). {error.remedy}"
     shapes = ", ".join(str(tuple(t.shape[1:])) for t in tensors_in(example))
     return (
         f"{type(model).__name__} cannot be run on an example of shape {shapes}, at {where} ({cause}); pass an "
@@ -124,6 +122,17 @@ def _recorder(model, rules, args, kwargs, on_values):
     return recorder
 
 
+@contextmanager
+def unchecked_distributions():
+    """While open, torch.distributions do not look at the values of their arguments."""
+    before = torch.distributions.Distribution._validate_args
+    torch.distributions.Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        torch.distributions.Distribution.set_default_validate_args(before)
+
+
 def _record(recorder, model, args, kwargs, training):
     copied = copy_of(model) if recorder.on_values else structure_of(model)
     set_mode(copied, training)
@@ -146,7 +155,10 @@ def _record(recorder, model, args, kwargs, training):
     inputs, before = map_tensors((args, kwargs), place), attributes_of(copied)
     recorder.nodes.read_batch_from(slots[0])
     watching = untouched(model), recorder.modules(copied, model)
-    with watching[0], watching[1], fixed_draws(), torch.random.fork_rng(devices=[]), torch.enable_grad(), recorder:
+    settings = fixed_draws(), unchecked_distributions(), torch.random.fork_rng(devices=[]), torch.enable_grad()
+    with ExitStack() as stack:
+        for context in (*watching, *settings, recorder):
+            stack.enter_context(context)
         output = copied(*inputs[0], **inputs[1])
     found = []
 
@@ -157,7 +169,13 @@ def _record(recorder, model, args, kwargs, training):
         found.append(node)
         return Slot(len(found) - 1)
 
-    structure = map_tensors(output, slot, (torch.Tensor, torch.Size, int, float))
+    try:
+        structure = map_tensors(output, slot, (torch.Tensor, torch.Size, int, float))
+    except (TypeError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"what {type(model).__name__} returns cannot be made again with other tensors in it ({error}); return tensors in "
+            "tuples, lists, dicts or dataclasses"
+        ) from None
     recorder.graph.output(tuple(found))
     recorder.graph.eliminate_dead_code(_has_effect)
     counter = iter(range(len(slots)))
