@@ -12,18 +12,15 @@ from taylor_pruning.errors import InputError
 from taylor_pruning.surgery.autocasts import under
 from taylor_pruning.surgery.nested import Slot, map_tensors
 from taylor_pruning.surgery.other_sizes import at_size
-from taylor_pruning.surgery.recorded_calls import operation_name, set_grad
+from taylor_pruning.surgery.recorded_calls import set_grad, sources_of
 from taylor_pruning.surgery.tracing import Trace
-
-AS_ANOTHER = ("to", "type_as")  # of a second tensor they take the type and the device alone
 
 
 def input_dependent(nodes):
     """The nodes of a graph whose values depend on what the network reads."""
     found = set()
     for node in nodes:
-        sources = node.all_input_nodes[:1] if operation_name(node) in AS_ANOTHER else node.all_input_nodes
-        if node.op == "placeholder" or not found.isdisjoint(sources):
+        if node.op == "placeholder" or not found.isdisjoint(sources_of(node)):
             found.add(node)
     return found
 

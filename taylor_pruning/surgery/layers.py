@@ -6,7 +6,7 @@ from collections import defaultdict
 import torch
 
 from taylor_pruning.surgery.ids import varying
-from taylor_pruning.surgery.recorded_calls import operation_name
+from taylor_pruning.surgery.recorded_calls import operation_name, sources_of
 
 
 def layer_name(parameter):
@@ -39,6 +39,8 @@ class Layers:
             if parameter is None:
                 continue
             name = layer_name(parameter.target)
+            if len(along) % batch == 0:  # the same filters for every sample, as modulated kernels have them
+                along = along[: len(along) // batch]
             if name in self.filters and len(self.filters[name]) != len(along):
                 name = parameter.target
             if name not in self.filters:
@@ -135,12 +137,19 @@ def _is_weight(node):
 
 
 def _parameter_of(node, parameters):
-    """The parameter nearest to a weight among those from which it is computed."""
+    """The parameter nearest to a weight among those from which it is computed; None where another layer computes it."""
     seen, front = set(), [node]
     while front:
         for found in front:
             if found.op == "get_attr" and found.target in parameters and len(found.meta["shape"]) > 1:
                 return found
         seen.update(front)
-        front = [source for n in front for source in n.all_input_nodes if source not in seen]
+        front = [source for n in front for source in _sources(n) if source not in seen]
     return None
+
+
+def _sources(node):
+    """The nodes from which a node that is no layer is computed."""
+    if operation_name(node).startswith(("conv", "linear")):
+        return []
+    return sources_of(node)
