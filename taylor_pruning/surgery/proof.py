@@ -93,7 +93,9 @@ class CutProof:
             )
         if found <= TOLERANCES[dtype]:
             return None
-        return f"removing them gives other outputs than closing their gates (relative difference {found:.1g})"
+        why = " of shapes, whole numbers or infinite values, as a division by zero behind them gives; an epsilon helps there"
+        why = why if math.isinf(found) else ""
+        return f"removing them gives other outputs than closing their gates (relative difference {found:.1g}{why})"
 
     def faults(self, units: Sequence, share: float = 1.0) -> dict:
         """{unit: reason} of units whose removal is wrong; all others can be removed at once.
