@@ -8,6 +8,8 @@ import torch
 from taylor_pruning.surgery.ids import varying
 from taylor_pruning.surgery.recorded_calls import operation_name, sources_of
 
+APPLIED = ("linear", "conv", "deform_conv")  # how operations begin that apply the weight that they are given second
+
 
 def layer_name(parameter):
     """The layer to which a weight belongs: its module, or itself where a forward uses a parameter of another name."""
@@ -82,7 +84,7 @@ class Layers:
         shape = node.all_input_nodes[0].meta["shape"] if transposed else node.meta["shape"]
         filters = shape[1] if transposed else len(self.filters[name])
         self.positions[parameter.target] += math.prod(shape) // self.batch // filters
-        plain = linear and "linear" in str(node.target) or not linear and not transposed
+        plain = linear and "linear" in str(node.target) or operation_name(node).startswith("conv") and not transposed
         if _weight_of(node) is parameter and plain and parameter.target == (f"{name}.weight" if name else "weight"):
             columns = parameter.meta["shape"][1]
             inputs = node.all_input_nodes[0].meta["shape"]
@@ -114,9 +116,10 @@ def kept_linear(ids, layers, roots, prune_linear, prune_heads):
 def _weight_of(node):
     """The node of the weight that a conv or linear operation applies, of a matrix product its constant operand."""
     name = operation_name(node)
-    if name == "linear" or name.startswith("conv"):
+    if name.startswith(APPLIED):
         return node.args[1] if len(node.args) > 1 else node.kwargs["weight"]
-    return next((n for n in node.all_input_nodes if _is_weight(n)), node.all_input_nodes[-1])
+    factors = node.all_input_nodes[1:] if name in ("addmm", "baddbmm") else node.all_input_nodes
+    return next((n for n in factors if _is_weight(n)), factors[-1])
 
 
 def _dimension_of(along, weight):
@@ -150,6 +153,6 @@ def _parameter_of(node, parameters):
 
 def _sources(node):
     """The nodes from which a node that is no layer is computed."""
-    if operation_name(node).startswith(("conv", "linear")):
+    if operation_name(node).startswith(APPLIED):
         return []
     return sources_of(node)

@@ -32,16 +32,22 @@ def flips(call):
     )
 
 
-@rule("roll", linear=True)
+@rule("roll rot90", linear=True)
 def roll(call):
-    x, dims = call.values()[0], call.get("dims", 2)
-    dims = (dims,) if isinstance(dims, int) else dims
-    kept = []
+    dims = call.get("dims", 2, (0, 1) if call.name == "rot90" else None)
+    return moved(call, (dims,) if isinstance(dims, int) else dims, "is moved by positions in")
+
+
+def moved(call, dims, reason):
+    """The result of an operation that keeps zeros and mixes elements along some dimensions, all where none are given."""
+    x, kept = call.values()[0], []
     for layer in x.layers:
         if not dims or set(varying(layer)) & {int(d) % len(x.shape) for d in dims}:
-            call.protect(layer, "is moved by positions in")
-        else:
-            kept.append(layer)
+            call.protect(layer, reason)
+            continue
+        for d in dims:
+            layer = layer.narrow(d, 0, 1)
+        kept.append(layer.expand(call.shape))
     return call.result(kept)
 
 
