@@ -5,10 +5,12 @@ A width knows the attribute that holds it (`conv.groups`, `self.c`), so that the
 They mean something in the graph in which they arose; where a forward has kept them from another one, they are plain numbers.
 """
 
+import math
 import operator
 from contextlib import contextmanager
 from fractions import Fraction
 
+import numpy as np
 import torch
 
 
@@ -49,6 +51,13 @@ class _Tracked:
 class Number(_Tracked, int):
     """An `int` that remembers."""
 
+    def __int__(self):
+        """A plain number. Where it was a product of sizes, a size of a tensor that is this number is taken for it."""
+        value = super().__int__()
+        if is_tracked(self) and self.node is not None and self.node.target is operator.mul:
+            _PRODUCTS[-1][value] = self.node
+        return value
+
     def __reduce__(self):
         return int, (int(self),)
 
@@ -61,16 +70,32 @@ class Real(_Tracked, float):
 
 
 _GRAPHS = [None]  # the last is the one that is recorded or propagated now
+_PRODUCTS = [{}]  # {plain number: node of the product of sizes that it was} in each of them
 
 
 @contextmanager
 def numbers_of(graph):
-    """While open, sizes and widths of this graph are tracked, and those that arise are its own."""
+    """While open, sizes and widths of this graph are tracked, and those that arise are its own; np.prod multiplies them."""
+    prod = np.prod
+
+    def product(values, *args, **kwargs):
+        sizes = isinstance(values, (tuple, list)) and any(map(is_tracked, values)) and not args and not kwargs
+        return math.prod(values) if sizes else prod(values, *args, **kwargs)
+
     _GRAPHS.append(graph)
+    _PRODUCTS.append({})
+    np.prod = product
     try:
         yield
     finally:
+        np.prod = prod
         _GRAPHS.pop()
+        _PRODUCTS.pop()
+
+
+def product_of(value):
+    """The node of the product of sizes that int() has made this number of; None if there is none."""
+    return _PRODUCTS[-1].get(value)
 
 
 def number(value, node=None, ids=None, widths=(), factor=Fraction(1)):

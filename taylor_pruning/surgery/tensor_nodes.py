@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from taylor_pruning.surgery.nested import map_tensors, tensors_in
-from taylor_pruning.surgery.numbers import is_tracked, plain
+from taylor_pruning.surgery.numbers import is_tracked, plain, product_of
 from taylor_pruning.surgery.recorded_calls import pick
 
 
@@ -130,6 +130,8 @@ class TensorNodes:
             if is_tracked(item):
                 return item if item.node is None else item.node
             item = plain(item)
+            if sized and type(item) is int and (product := product_of(item)) is not None:
+                return product
             if sized and type(item) is int and self.batch and item and item % self.batch == 0:
                 if item == self.batch:
                     return self.batch_node

@@ -137,3 +137,29 @@ def test_statistics_behind_images_of_several_sizes():
             model(x)
     refresh_batchnorms(model, inputs)
     torch.testing.assert_close(model.norm.running_mean, torch.cat(taken, 1).mean(1))
+
+
+# -- sizes computed by others -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "size", [lambda s: int(np.prod(s[1:])), lambda s: np.prod(s[1:]), lambda s: int(s[1] * s[2] * s[3])]
+)
+def test_a_product_of_sizes_by_numpy_follows(size):
+    def middle(block, x):
+        x = F.max_pool2d(block.c(x), 6)
+        x = F.relu(block.hidden(x.view(-1, size(x.shape))))
+        return x[:, :, None, None]
+
+    model = around(middle, c=nn.Conv2d(8, 5, 3, padding=1), hidden=nn.Linear(20, 8))
+    graph = check_law(model, images(), seeds=(0,))
+    assert [graph.layers[name].reason for name in "acb"] == [None] * 3
+
+
+def test_a_literal_that_is_a_product_of_sizes_is_protected():
+    def middle(block, x):
+        assert int(np.prod(x.shape[1:])) > 0 and np.prod([2, 3]) == 6
+        return F.relu(block.hidden(x.reshape(-1, 8 * 144)))[:, :, None, None]
+
+    graph = check_law(around(middle, hidden=nn.Linear(8 * 144, 8)), images(), seeds=(0,))
+    assert graph.layers["a"].reason.startswith("removing them makes the network fail") and len(graph.units) == 6
