@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import fx
 
-from taylor_pruning.surgery.ids import Value
+from taylor_pruning.surgery.ids import Value, spread
 from taylor_pruning.surgery.numbers import is_tracked, number, numbers_of
 from taylor_pruning.surgery.operations import RULES, Call, Info
 from taylor_pruning.surgery.operations.views import sizes_of
@@ -171,7 +171,11 @@ def _factory(call):
     for d, size in enumerate(sizes[: len(shape)]):
         if is_tracked(size) and (size.ids is not None or size.widths):
             if size.ids is not None and size.whole and len(size.ids) == shape[d]:
-                layers.append(size.ids.view([-1 if i == d else 1 for i in range(len(shape))]).expand(shape))
+                layers.append(spread(size.ids, d, shape))
+            elif size.ids is None and not call.info.source and shape[d] > 1:  # zeros, as a recurrent state begins
+                along = call.ids.new(shape[d])
+                call.ids.bind(size, along, f"their number is the size of a new tensor in {call.where}")
+                layers.append(spread(along, d, shape))
             else:
                 call.ids.keep_number(size, f"their number is the size of a new tensor in {call.where}")
     return call.ids.value(shape, layers, f"meets the new tensor {call.where}")
