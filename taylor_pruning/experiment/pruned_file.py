@@ -16,6 +16,7 @@ from taylor_pruning.errors import InputError
 from taylor_pruning.experiment.models import check_name, network, parameters_on_meta
 from taylor_pruning.experiment.weights import PRUNED_FORMAT, first_names, read_tensors
 from taylor_pruning.files import atomic_file
+from taylor_pruning.held import held_tensors
 from taylor_pruning.surgery.trial_inputs import FORWARD_ERRORS
 
 FORMAT_VERSION = 1
@@ -78,7 +79,8 @@ def load_pruned(
     """Rebuild a network from `save_pruned`: same logits, dtypes and shared parameters, in eval mode, on `device`.
 
     `factory` builds the network before pruning; it is needed where the file names no network of torchvision or timm.
-    The weights before pruning take no memory, unless the factory reads the values of its parameters.
+    The weights before pruning take no memory, unless the factory reads the values of its parameters, or the network holds
+    tensors that are neither parameters nor buffers of its modules.
 
     Raises InputError for a file that is damaged (the message ends in `remedy`), of another kind or of a newer version, a
     missing factory, or another network's factory.
@@ -103,10 +105,23 @@ def load_pruned_and_extra(
         )
     if absent := {"name", "num_classes", "image_size", "attributes", "state_dict", "buffers"} - content.keys():
         raise InputError(f"{path} is damaged: it lacks {', '.join(sorted(absent))}; save the network again")
-    model = _skeleton(content, factory, path)
+    model = _restored(_skeleton(content, factory, path), content, path)
+    if factory is not None and _lacks_values(model):  # tensors that no state_dict has, as of a network in a list
+        model = _restored(factory(), content, path)
+    if _lacks_values(model):
+        raise InputError(f"{path} cannot be loaded: the network that was built for it holds tensors on the meta device")
+    return model.eval(), content.get("extra", {})
+
+
+def _restored(model: nn.Module, content: dict, path: str | Path) -> nn.Module:
     _check_same_network(model, content, f"{path} is not a pruned form of the network that was built for it")
     _restore(model, content)
-    return model.eval(), content.get("extra", {})
+    return model
+
+
+def _lacks_values(model: nn.Module) -> bool:
+    """Whether the network holds a tensor on the meta device, anywhere."""
+    return any(tensor.is_meta for tensor, _ in held_tensors(model))
 
 
 def _skeleton(content: dict, factory: Callable[[], nn.Module] | None, path: str | Path) -> nn.Module:

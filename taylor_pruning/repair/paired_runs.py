@@ -109,7 +109,8 @@ class PairedRuns:
                 if node.target not in tensors:
                     state[node.name] = plan.networks[k].constant(node.target, tensors, self.at[k][batch])
             elif node.op != "output":
-                state[node.name] = evaluate(model, node, value_of, at=self.at[k][batch])
+                instead = plan.networks[k].with_copies(node, tensors)
+                state[node.name] = evaluate(model, node, value_of, instead=instead, at=self.at[k][batch])
             for name in plan.last_use[position]:
                 state.pop(name, None)
         return state

@@ -30,7 +30,7 @@ class RepairPlan:
             raise InputError(
                 "compensation: the two networks do not run the same layers; give the network that was pruned"
             )
-        self.tensors = [network.tensors() for network in self.networks]
+        self.tensors = [self.networks[0].tensors_of_a_run(), self.networks[1].tensors()]
         self.left_alone = {}
         found = self._candidates(*nodes, kept)
         order = _execution_order(nodes[1], {node: stream for node, _, _, stream, _ in found if stream is not None})

@@ -4,13 +4,17 @@ from contextlib import suppress
 from functools import partial
 
 import torch
+from torch import fx
 
+from taylor_pruning.surgery.copying import copy_of
+from taylor_pruning.surgery.draws import equal_draws
 from taylor_pruning.surgery.execution import Execution
 from taylor_pruning.surgery.ids import ChannelIds, varying
 from taylor_pruning.surgery.layers import Layers
-from taylor_pruning.surgery.nested import map_tensors
+from taylor_pruning.surgery.nested import map_tensors, tensors_in
 from taylor_pruning.surgery.propagation import propagate
-from taylor_pruning.surgery.recording import inputs_of
+from taylor_pruning.surgery.recorded_calls import writes
+from taylor_pruning.surgery.recording import inputs_of, typical_tensor
 from taylor_pruning.surgery.trial_inputs import FORWARD_ERRORS
 
 
@@ -81,8 +85,9 @@ class Analysis:
 
     @torch.no_grad()
     def _ordered(self, mode, nodes, example):
-        """Four samples run, of which the first and the third are alike."""
-        like = next(self.model.parameters(), None)
+        """Four samples run, of which the first and the third are alike, through a copy with buffers of its own."""
+        model = copy_of(self.model, {id(p): p for p in self.model.parameters()})
+        like = typical_tensor(model, tensors_in(example)[0])
         generator, found = torch.Generator().manual_seed(0), {}
 
         def drawn(tensor):
@@ -91,7 +96,7 @@ class Analysis:
                 return tensor[:1].expand(shape)
             values = torch.randn(shape, generator=generator)
             values[2:3] = values[:1]
-            return values.to(tensor if like is None else like)
+            return values.to(like)
 
         def watch(node, out):
             rows = len(out) // 4
@@ -104,7 +109,9 @@ class Analysis:
             return out
 
         change = {node: partial(watch, node) for node in nodes if node.meta["real"]}
-        Execution(self.model, self.traces[mode]).run(*map_tensors(inputs_of(example), drawn), change=change)
+        args, kwargs = map_tensors(inputs_of(example), drawn)
+        with equal_draws(like.device):
+            Execution(model, self.traces[mode]).run(args, kwargs, change=change)
         return found
 
 
@@ -115,10 +122,18 @@ def steps(graph):
 
 
 def live_nodes(graph):
-    """The nodes that the output depends on, in order."""
+    """The nodes that the output depends on, in order; one that writes to a parameter or buffer counts with what reads that."""
     live = set()
     for node in reversed(graph.nodes):
-        if node.op == "output" or node in live:
+        if node.op == "output" or node in live or _written_by(node) in live:
             live.update(node.all_input_nodes)
             live.add(node)
     return [node for node in graph.nodes if node in live]
+
+
+def _written_by(node):
+    """The node of the parameter or buffer to which a node writes, perhaps through views; None if there is none."""
+    source = node if writes(node) else None
+    while isinstance(source, fx.Node) and source.op != "get_attr":
+        source = source.args[0] if source.args else None
+    return source

@@ -2,10 +2,12 @@
 
 import inspect
 from collections import defaultdict
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import fx
+from torch.func import functional_call
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from taylor_pruning.errors import InputError
@@ -123,6 +125,11 @@ class Execution:
         named.update(self.model.named_parameters(remove_duplicate=False))
         return named
 
+    def tensors_of_a_run(self):
+        """The same, with copies of those to which the forward writes: the model's own stay as they are."""
+        named = self.tensors()
+        return named | {name: named[name].clone() for name in self.trace.written}
+
     def flat(self, args, kwargs):
         """The tensors of a call of the network, in the order of the graph's inputs.
 
@@ -153,7 +160,7 @@ class Execution:
         """
         inputs = self.flat(tuple(args), dict(kwargs or {}))
         at, inputs = self.at_size(inputs, own), iter(inputs)
-        change, read, calls, env, named = change or {}, read or {}, calls or {}, {}, self.tensors()
+        change, read, calls, env, named = change or {}, read or {}, calls or {}, {}, self.tensors_of_a_run()
         outer = torch.is_grad_enabled()
         try:
             for node in self.trace.graph.nodes:
@@ -164,7 +171,8 @@ class Execution:
                 elif node.op == "output":
                     return _filled(at.output, [env[source] for source in node.args[0]])
                 else:
-                    value = evaluate(self.model, node, env.__getitem__, read.get(node), outer, calls.get(node), at)
+                    instead = calls.get(node) or self.with_copies(node, named)
+                    value = evaluate(self.model, node, env.__getitem__, read.get(node), outer, instead, at)
                 if node in change:
                     value = change[node](value)
                 env[node] = value
@@ -182,12 +190,23 @@ class Execution:
         for node in reversed(self.trace.graph.nodes):
             if node in needed:
                 needed.update(node.all_input_nodes)
-        env, named = {}, self.tensors()
+        env, named = {}, self.tensors_of_a_run()
         for node in self.trace.graph.nodes:
             if node in needed:
-                stored = node.op == "get_attr"
-                env[node] = self._stored(node.target, named) if stored else evaluate(self.model, node, env.__getitem__)
+                if node.op == "get_attr":
+                    env[node] = self._stored(node.target, named)
+                else:
+                    instead = self.with_copies(node, named)
+                    env[node] = evaluate(self.model, node, env.__getitem__, instead=instead)
         return {node: env[node] for node in found}
+
+    def with_copies(self, node, named):
+        """A function that calls the node's module on the `named` tensors that it writes to; None if it is no such node."""
+        if node.op != "call_module":
+            return None
+        prefix = f"{node.target}."
+        own = {name.removeprefix(prefix): named[name] for name in self.trace.written if name.startswith(prefix)}
+        return partial(functional_call, self.model.get_submodule(node.target), own) if own else None
 
     def _stored(self, name, named, at=None):
         value = named.get(name)

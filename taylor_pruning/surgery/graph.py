@@ -16,6 +16,7 @@ from taylor_pruning.surgery.execution import Execution, blended, gate, gated_nor
 from taylor_pruning.surgery.nested import tensors_in
 from taylor_pruning.surgery.numbering import Numbering
 from taylor_pruning.surgery.other_sizes import REPLACED
+from taylor_pruning.surgery.outliving import unchanged
 from taylor_pruning.surgery.plans import exclude_filters, plan_of, units_of
 from taylor_pruning.surgery.proof import CutProof
 from taylor_pruning.surgery.recording import call, record
@@ -73,10 +74,12 @@ class ChannelGraph:
         self._example = example_input
         self._trials = trial_examples(example_input, traces[False].graph)
         self._asked = prune_linear, prune_heads
-        check_calls(model, self._trials[-1], {mode: trace.kept for mode, trace in traces.items()})
+        self._caches = [cache for trace in traces.values() for cache in trace.caches]
+        with unchanged(self._caches):
+            check_calls(model, self._trials[-1], {mode: trace.kept for mode, trace in traces.items()})
         analysis = self._analysed(traces, exclude, Ways(heads=prune_heads))
-        if verify and self._protect_faults(analysis):
-            self._build(analysis)
+        if verify:
+            self._protect_faults(analysis)
 
     def _analysed(self, traces, exclude, ways):
         """The analysis by which the most filters may go, of every way to cut that keeps the network exact."""
@@ -121,12 +124,18 @@ class ChannelGraph:
         return self.on(copy.deepcopy(self.model, memo))
 
     def _protect_faults(self, analysis):
-        """Protects the units of which a trial shows that they cannot be removed; whether there are any."""
-        faults = self._proof().faults(self.units, share=0.5)
-        for unit, reason in faults.items():
-            for name, index in unit.filters:
-                analysis.ids.protect(analysis.layers.filters[name][index : index + 1], reason)
-        return bool(faults)
+        """Protects the units of which a trial shows that they cannot be removed, also among those that come in their place."""
+        tried = set()
+        while units := [unit for unit in self.units if not tried.issuperset(unit.filters)]:
+            tried.update(*(unit.filters for unit in units))
+            filters = {name: info.filters for name, info in self.layers.items()}
+            with unchanged(self._caches):
+                faults = self._proof().faults(units, share=0.5, filters=filters)
+            for unit, reason in faults.items():
+                for name, index in unit.filters:
+                    analysis.ids.protect(analysis.layers.filters[name][index : index + 1], reason)
+            if faults:
+                self._build(analysis)
 
     def _proof(self):
         def run_gated(model, units, x):
@@ -160,7 +169,8 @@ class ChannelGraph:
     def gated(self, gates, on_gate=None, estimates=None, outputs=None, once=False):
         """While open, forwards of the model run its graph, in which every unit's channels are multiplied by its gate.
 
-        Where the forward differs in training mode, the graph is that of the mode in which the model is.
+        Where the forward differs in training mode, the graph is that of the mode in which the model is. What it writes to
+        parameters and buffers, it writes to copies of them.
 
         Args:
             gates: [units] or [batch, units] tensor, one value a unit (and sample).
@@ -251,8 +261,11 @@ class ChannelGraph:
         smaller = self._cut(units)
         if verify and units:
             proof = self._proof()
-            if reason := proof.failure(units):
-                self._refuse(units, proof.faults(units), reason)
+            with unchanged(self._caches):
+                reason = proof.failure(units)
+                faults = proof.faults(units) if reason else {}
+            if reason:
+                self._refuse(units, faults, reason)
         return smaller
 
     @staticmethod

@@ -14,13 +14,12 @@ from contextlib import suppress
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from taylor_pruning.errors import InputError
 from taylor_pruning.memory import raise_out_of_memory
 from taylor_pruning.modes import set_mode
 from taylor_pruning.surgery.copying import copy_of
-from taylor_pruning.surgery.draws import fixed_draws
+from taylor_pruning.surgery.draws import equal_draws
 from taylor_pruning.surgery.nested import map_tensors
 from taylor_pruning.surgery.recording import call, typical_tensor
 from taylor_pruning.surgery.trial_inputs import FORWARD_ERRORS, random_inputs
@@ -29,11 +28,9 @@ TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-6}  # largest relative diff
 DOUBTFUL = (
     1e-5  # above this in float32, float64 decides where the network runs in it: deep random ones amplify rounding
 )
-NOISE = {"rand": 0.5, "rand_like": 0.5, "randn": 0.0, "randn_like": 0.0}  # operation: mean of what it draws
-DRAWS = {
-    *NOISE,
-    *"native_dropout rrelu_with_noise rrelu_with_noise_ bernoulli bernoulli_ uniform_ normal_ exponential_".split(),
-}
+SCALES = (1, 10, 0.1, 100, 0.01, 1e4, 1e6)  # of random inputs, until the outputs vary
+IN_SLICES = 0.1  # what a difference in a slice of an output counts: rounding shows more in a few numbers than in all
+SMALL_SLICES = 0.1  # share of an output's slices that are compared by the size of the next larger one
 
 
 class CutProof:
@@ -60,7 +57,7 @@ class CutProof:
         modes: Sequence[bool] = (False,),
     ):
         self.model, self.run_gated, self.cut, self.modes = model, run_gated, cut, modes
-        self.examples = examples
+        self.examples, self.scales = examples, {}
         tensor = typical_tensor(model, next(tensors_of(self.examples[-1])))
         self.dtype, self.device = tensor.dtype, tensor.device
 
@@ -88,8 +85,9 @@ class CutProof:
             return found
         if math.isnan(found):
             raise InputError(
-                f"{type(self.model).__name__} gives no finite number on random inputs, so that its cuts cannot be verified "
-                "(classes are no such numbers: let it return what they are chosen by); pass verify=False to leave this out"
+                f"{type(self.model).__name__} gives no finite number that depends on its random inputs or filters, so that its "
+                "cuts cannot be verified (classes are no such numbers: let it return what they are chosen by); pass "
+                "verify=False to leave this out"
             )
         if found <= TOLERANCES[dtype]:
             return None
@@ -97,15 +95,16 @@ class CutProof:
         why = why if math.isinf(found) else ""
         return f"removing them gives other outputs than closing their gates (relative difference {found:.1g}{why})"
 
-    def faults(self, units: Sequence, share: float = 1.0) -> dict:
+    def faults(self, units: Sequence, share: float = 1.0, filters: Mapping[str, int] | None = None) -> dict:
         """{unit: reason} of units whose removal is wrong; all others can be removed at once.
 
         Units with filters in the same layers are judged as one class.
 
         Args:
             share: share of every class that is cut on trial, drawn from a fixed seed.
+            filters: {layer name: how many filters it has}; by default those of the units.
         """
-        trials, faults = self._classes(units, share), {}
+        trials, faults = self._classes(units, share, filters or {}), {}
 
         def admit(classes, accepted):
             """The accepted classes with those of `classes` that can be removed with them."""
@@ -123,7 +122,7 @@ class CutProof:
         return faults
 
     @staticmethod
-    def _classes(units, share):
+    def _classes(units, share, filters):
         """{layers: (units of the class, those cut on trial)}; with a share below 1 no layer loses all its filters."""
         classes, counts, left = defaultdict(list), {}, Counter()
         for unit in units:
@@ -133,6 +132,7 @@ class CutProof:
             classes[frozenset(counts[names])].append((unit, counts[names]))
             for name, count in counts[names].items():
                 left[name] += count
+        left |= filters
         draw, trials = random.Random(0), {}
         for layers, members in classes.items():
             chosen = []
@@ -149,8 +149,7 @@ class CutProof:
     def _compare(self, units, dtype, example):
         """Largest relative difference of the outputs, nan if there is none; or why the cut network fails."""
         differences = []
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with torch.no_grad():
             dense = self._copy(dtype)
             try:
                 smaller = self.cut(dense, units)
@@ -163,19 +162,14 @@ class CutProof:
                     self.modes
                 )  # in training mode three: batch statistics would leave nothing but signs of two
                 x = random_inputs(example, samples, dtype, self.device)
+                x, expected, says = self._expected(dense, units, x, training)
                 try:
-                    with fixed_draws(), MeanDraws():
-                        expected = list(tensors_of(self.run_gated(dense, units, map_tensors(x, torch.Tensor.clone))))
-                except InputError:
-                    raise
-                except FORWARD_ERRORS as error:
-                    raise self._not_run(dense, x, error) from error
-                try:
-                    with fixed_draws(), MeanDraws():
+                    with equal_draws(self.device):
                         got = list(tensors_of(call(smaller, x)))
                 except FORWARD_ERRORS as error:
                     return f"removing them makes the network fail ({_cause(error)})"
-                differences.append(difference(expected, got))
+                found = difference(expected, got)
+                differences.append(found if says or found > TOLERANCES[dtype] else math.nan)
         return math.nan if any(map(math.isnan, differences)) else max(differences)
 
     def _not_run(self, dense, x, error):
@@ -194,6 +188,33 @@ class CutProof:
             f"itself runs ({_cause(error)}): make its forward take all sizes, that of the batch too, from the shapes of tensors"
         )
 
+    def _expected(self, dense, units, x, training):
+        """(inputs, outputs with closed gates, whether they say anything), the inputs scaled until all outputs vary, if they can
+        be: what is always the same, behind a ReLU that is dead there or a clamp, would be the same of a wrong cut."""
+        kind, best = (training, next(tensors_of(x)).dtype), (-1,)
+        for scale in self.scales.get(kind, SCALES):
+            scaled = map_tensors(x, lambda t, scale=scale: t * scale if t.is_floating_point() else t)
+            outputs = self._gated(dense, units, scaled, training)
+            vary = sum(varies(t, len(next(tensors_of(x)))) for t in outputs)
+            if vary > best[0]:
+                best = vary, scale, scaled, outputs
+            if vary == len(outputs):
+                break
+        says, (scale, x, outputs) = best[0] > 0 or training, best[1:]  # a BatchNorm in training undoes every scale
+        if not says:  # what no input changes may still depend on the filters
+            says = difference(self._gated(dense, [], x, training), outputs) > 0
+        self.scales[kind] = (scale,)
+        return x, outputs, says
+
+    def _gated(self, dense, units, x, training):
+        try:
+            with equal_draws(self.device):
+                return list(tensors_of(self.run_gated(dense, units, map_tensors(x, torch.Tensor.clone))))
+        except InputError:
+            raise
+        except FORWARD_ERRORS as error:
+            raise self._not_run(dense, x, error) from error
+
     def _copy(self, dtype):
         """A copy with drawn parameters. Its large weights are the model's own where they have the right type already."""
         own = {}
@@ -207,36 +228,6 @@ class CutProof:
 def in_doubt(difference: float) -> bool:
     """Whether rounding or overflow in float32 may be all there is to a difference."""
     return not difference <= DOUBTFUL
-
-
-class MeanDraws(TorchDispatchMode):
-    """Random draws become their means, so that networks of two widths draw alike: dropout becomes the identity."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name, kwargs = function.overloadpacket.__name__, kwargs or {}
-        if name not in DRAWS:
-            return function(*args, **kwargs)
-        given = _arguments(function, args, kwargs)
-        if name == "native_dropout":
-            return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
-        if name in ("rrelu_with_noise", "rrelu_with_noise_"):
-            x = torch.where(args[0] < 0, args[0] * (given["lower"] + given["upper"]) / 2, args[0])
-            return args[0].copy_(x) if name.endswith("_") else x
-        result = function(*args, **kwargs)
-        if name in NOISE:
-            return result.fill_(NOISE[name])
-        if name in ("bernoulli", "bernoulli_"):
-            return result.copy_(torch.as_tensor(given.get("p", args[0])))
-        if name == "uniform_":
-            return result.fill_((given["from"] + given["to"]) / 2)
-        return result.fill_(given["mean"] if name == "normal_" else 1 / given["lambd"])
-
-
-def _arguments(function, args, kwargs):
-    """{name: value} of a call of an operation, with its defaults."""
-    declared = function._schema.arguments
-    defaults = {a.name: a.default_value for a in declared if a.has_default_value()}
-    return {**defaults, **dict(zip((a.name for a in declared), args, strict=False)), **kwargs}
 
 
 def is_trivial(tensor: torch.Tensor) -> bool:
@@ -284,9 +275,11 @@ def tensors_of(outputs) -> Iterator[torch.Tensor]:
 
 
 def difference(expected: Sequence[torch.Tensor], got: Sequence[torch.Tensor]) -> float:
-    """Largest relative difference |a - b| / |a| of corresponding tensors (Euclidean norms).
+    """Largest relative difference |a - b| / |a| of corresponding tensors and of their slices along one dimension (Euclidean
+    norms), where it counts a tenth: in one norm, boxes in pixels would hide scores.
 
-    inf where shapes, places of infinite values, or integers differ; nan where there is no finite number to compare.
+    Values that are alike in both and occur again, as the -1e9 of a mask, are in no norm. inf where shapes, places of infinite
+    values, or integers differ; nan where there is no finite number to compare.
     """
     if [t.shape for t in expected] != [t.shape for t in got]:
         return math.inf
@@ -300,9 +293,32 @@ def difference(expected: Sequence[torch.Tensor], got: Sequence[torch.Tensor]) ->
             worst = math.inf
         elif finite.any():
             compared = True
-            a, b = a[finite], b[finite].to(a.dtype)
-            worst = max(worst, ((a - b).norm() / a.norm()).nan_to_num(0.0).item())
+            worst = max(worst, _relative(a.where(finite, 0), b.to(a.dtype).where(finite, 0)))
     return worst if compared or worst else math.nan
+
+
+def varies(output: torch.Tensor, samples: int) -> bool:
+    """Whether an output is another one for other samples."""
+    return output.dim() > 0 and len(output) == samples and not torch.equal(output, output[:1].expand_as(output))
+
+
+def _relative(a, b):
+    wide = torch.complex128 if a.is_complex() else torch.float64
+    errors, sizes = ((t.to(wide).abs() ** 2) for t in (a - b, a.where(~_repeated(a, b), 0)))
+    found = [errors.sum() / sizes.sum()]
+    for dim in [d for d in range(1, a.dim()) if a.shape[d] > 1]:
+        error, size = (t.sum([d for d in range(a.dim()) if d != dim]) for t in (errors, sizes))
+        if (own := size[size > 0]).numel():  # of the smallest slices some are little more than rounding
+            least = own.kthvalue(math.ceil(SMALL_SLICES * len(own)))[0]
+            found.append((error / size.clamp(min=least)).max() * IN_SLICES**2)
+    return math.sqrt(torch.stack(found).nan_to_num(0.0, math.inf).max().item())
+
+
+def _repeated(a, b):
+    """Where the values of two tensors are alike and occur again in other places of the first."""
+    alike = (a == b) & (a != 0)
+    _, place, count = a[alike].abs().unique(return_inverse=True, return_counts=True)
+    return alike.masked_scatter(alike, count[place] > 1)
 
 
 def _cause(error):

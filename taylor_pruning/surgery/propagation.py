@@ -15,7 +15,7 @@ from taylor_pruning.surgery.recorded_calls import operation_name
 
 FACTORIES = set(
     "zeros ones full empty rand randn arange linspace eye new_zeros new_ones new_full new_empty new_tensor tensor randint "
-    "normal scalar_tensor as_tensor new randperm tril_indices".split()
+    "scalar_tensor as_tensor new randperm tril_indices".split()
 )
 
 RULE_ERRORS = (TypeError, ValueError, RuntimeError, LookupError, AttributeError)
@@ -165,9 +165,9 @@ def _factory(call):
     call.info.constant = call.info.source
     shape, layers = call.shape, []
     start = 1 if call.operands and call.node.op == "call_method" else 0
-    sizes = call.rest(start) or list(call.kwargs.get("size", ()))
-    if sizes and isinstance(sizes[0], (tuple, list)):  # a value to fill it with follows
-        sizes = list(sizes[0])
+    given = call.args[start:] or (call.kwargs.get("size", ()),)
+    listed = [sizes for sizes in given if isinstance(sizes, (tuple, list))]  # beside what is to be filled in or drawn
+    sizes = listed[0] if listed else given
     for d, size in enumerate(sizes[: len(shape)]):
         if is_tracked(size) and (size.ids is not None or size.widths):
             if size.ids is not None and size.whole and len(size.ids) == shape[d]:

@@ -9,8 +9,11 @@ def operation_name(node):
     """The name of an operation, the same for a function, a method, an operator and what works in place."""
     if node.op == "call_module":
         return "call_module"
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-    return bare(name)
+    return bare(_name(node))
+
+
+def _name(node):
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 
 
 def sources_of(node):
@@ -22,6 +25,17 @@ def bare(name):
     """A name without the underscores and the prefix of what works in place."""
     name = name.strip("_") if name.startswith("__") else name if name.startswith("_") else name.rstrip("_")
     return name[1:] if name in ("iadd", "isub", "imul", "itruediv", "ipow") else name
+
+
+def is_in_place(name, kwargs):
+    """Whether a call of that name changes a tensor that it is given."""
+    ends = name.endswith("_") and not name.startswith("_")
+    return ends or name.startswith("__i") or name in ("__setitem__", "setitem") or bool(kwargs.get("inplace"))
+
+
+def writes(node):
+    """Whether the node changes a tensor that it is given."""
+    return node.op in ("call_function", "call_method") and is_in_place(_name(node), node.kwargs)
 
 
 def pick(value, index):

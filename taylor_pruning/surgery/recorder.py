@@ -13,7 +13,7 @@ from taylor_pruning.surgery.autocasts import Autocasts
 from taylor_pruning.surgery.captured import captured_call
 from taylor_pruning.surgery.nested import map_tensors, tensors_in
 from taylor_pruning.surgery.numbers import is_tracked, number
-from taylor_pruning.surgery.recorded_calls import bare, called_function, pick, set_grad
+from taylor_pruning.surgery.recorded_calls import bare, called_function, is_in_place, pick, set_grad
 from taylor_pruning.surgery.sample_loops import takes_samples_apart
 from taylor_pruning.surgery.tensor_nodes import TensorNodes, Untraceable
 
@@ -29,13 +29,14 @@ VALUES = set(  # a number or a decision taken from the values of a tensor
     "__bool__ item tolist __int__ __float__ __index__ numpy is_nonzero equal allclose __contains__ __complex__".split()
 )
 SIZED = set(
-    "view reshape expand repeat tile unflatten broadcast_to zeros ones full empty rand randn new_zeros new_ones new_full "
-    "new_empty".split()
+    "view reshape expand repeat tile unflatten broadcast_to zeros ones full empty rand randn randperm new_zeros new_ones "
+    "new_full new_empty".split()
 )
 SHAPE_KEPT = set(  # the result is like the first argument; running them on meta tensors takes long
     """batch_norm instance_norm group_norm layer_norm rms_norm relu relu6 silu gelu hardswish hardsigmoid mish elu selu
     leaky_relu sigmoid tanh softplus dropout softmax log_softmax clamp prelu exp neg abs sqrt square""".split()
 )
+STATISTICAL = (F.batch_norm, F.instance_norm)  # in training they write to the statistics that they are given
 WRAPPERS = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
 FLAG_ONLY = {  # these hand `training` to one operation, which is recorded in either mode
     str(Path(nn.__file__).parent / "modules" / name) for name in ("batchnorm.py", "dropout.py")
@@ -141,6 +142,10 @@ class Recorder(TorchFunctionMode):
             node = self.graph.call_function(target, arguments, options)
         if not on_constants and takes_samples_apart(name, args, kwargs, result, self.nodes.batch):
             raise Untraceable("the forward runs over the samples of a batch one by one", ALL_AT_ONCE)
+        if is_in_place(name, kwargs):
+            self.nodes.note_written(tensors_in((args[:1], kwargs.get("out"))))
+        elif func in STATISTICAL and True in (*args[5:6], kwargs.get("training"), kwargs.get("use_input_stats")):
+            self.nodes.note_written(tensors_in((args[1:3], kwargs.get("running_mean"), kwargs.get("running_var"))))
         constant = on_constants or not tensors
         node.meta.update(module=self.path[-1], constant=constant, autocast=self.autocasts.now())
         if isinstance(result, torch.Tensor):

@@ -6,8 +6,9 @@ from torch import nn
 from taylor_pruning.errors import InputError
 from taylor_pruning.modes import set_mode
 from taylor_pruning.surgery.copying import copy_of
+from taylor_pruning.surgery.draws import equal_draws
 from taylor_pruning.surgery.nested import map_tensors, tensors_in
-from taylor_pruning.surgery.proof import TOLERANCES, MeanDraws, difference, tensors_of
+from taylor_pruning.surgery.proof import TOLERANCES, difference, tensors_of
 from taylor_pruning.surgery.recording import call, typical_tensor
 from taylor_pruning.surgery.trial_inputs import FORWARD_ERRORS, random_inputs
 
@@ -39,7 +40,7 @@ def _repeats(model, example, training):
     used, fresh = (set_mode(copy_of(model), training) for _ in range(2))
     x = random_inputs(example, 3, tensor.dtype, tensor.device)
     buffers = list(used.buffers())
-    with torch.random.fork_rng(devices=[]), MeanDraws():
+    with equal_draws(tensor.device):
         try:
             call(used, map_tensors(x, lambda t: t.flip(0) / 2 if t.is_floating_point() else t.clone()))
             for own, written in zip(fresh.buffers(), buffers, strict=True):

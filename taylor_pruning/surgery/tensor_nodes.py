@@ -1,6 +1,7 @@
 """The graph that a recording builds, and the node of every tensor in it."""
 
 import operator
+import weakref
 
 import torch
 from torch import fx
@@ -37,12 +38,14 @@ class TensorNodes:
         settings: {id of a buffer of one number: its version before the forward}.
         constants: {name: tensor} that are neither inputs nor parameters nor buffers.
         path: names of the modules that run now, the innermost last.
+        written: ids of the storages to which calls have written.
     """
 
     def __init__(self, names, on_values):
         self.graph, self.names, self.on_values, self.batch = fx.Graph(), names, on_values, None
         self.nodes, self.stand_ins, self.constants, self.path = {}, {}, {}, [""]
         self.settings = {}
+        self.written = set()
 
     def stand_in(self, tensor):
         """A tensor of the same shape and strides without values; the tensor itself where the forward runs on values."""
@@ -55,6 +58,13 @@ class TensorNodes:
             if id(tensor) in self.names:
                 self.names[id(made)] = self.names[id(tensor)]
         return self.stand_ins[id(tensor)][0]
+
+    def released(self):
+        """Weak references to the tensors that were made for the recording, which this no longer keeps alive."""
+        made = [tensor for node, tensor in self.nodes.values() if node.op != "get_attr"]
+        made += [tensor for tensor, _ in self.stand_ins.values()]
+        self.nodes, self.stand_ins = {}, {}
+        return [weakref.ref(tensor) for tensor in made]
 
     def add_input(self, tensor):
         node = self.graph.placeholder(f"input_{len(self.nodes)}")
@@ -90,6 +100,11 @@ class TensorNodes:
         self.bind(tensor, node)
         return node
 
+    def is_computed(self, tensor):
+        """Whether it is the result of a recorded call."""
+        known = self.nodes.get(id(tensor))
+        return known is not None and known[0].op != "get_attr"
+
     def is_constant(self, tensor):
         """Whether its values are known and do not depend on the input, parameters or buffers."""
         if self.on_values:
@@ -103,6 +118,14 @@ class TensorNodes:
             return False
         made, _ = self.stand_ins.get(id(tensor), (None, None))
         return tensor._version == self.settings[id(tensor)] and (made is None or made._version == 0)
+
+    def note_written(self, tensors):
+        """A call writes to these tensors, which may be views of others."""
+        self.written.update(self.stand_in(tensor).untyped_storage()._cdata for tensor in tensors)
+
+    def is_written(self, tensor):
+        """Whether a call has written to the tensor or to a part of it."""
+        return self.stand_in(tensor).untyped_storage()._cdata in self.written
 
     def unpack(self, result, node):
         """Gives every tensor of a result of several, nested or not, a node of its own."""

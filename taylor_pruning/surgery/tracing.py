@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from taylor_pruning.errors import InputError
+from taylor_pruning.held import held_tensors
 from taylor_pruning.memory import raise_out_of_memory
 from taylor_pruning.modes import set_mode
 from taylor_pruning.surgery.batch_size import LEAST_OF_VALUES, batch_size, first_samples
@@ -23,6 +24,8 @@ from taylor_pruning.surgery.draws import fixed_draws
 from taylor_pruning.surgery.kept_state import attributes_of, changed
 from taylor_pruning.surgery.nested import Slot, map_tensors, tensors_in
 from taylor_pruning.surgery.numbers import numbers_of, wrap_widths
+from taylor_pruning.surgery.outliving import forget
+from taylor_pruning.surgery.recorded_calls import set_grad, writes
 from taylor_pruning.surgery.recorder import TRACE_ERRORS, Recorder, watched
 from taylor_pruning.surgery.tensor_nodes import Untraceable
 
@@ -41,6 +44,8 @@ class Trace:
         reads_mode: whether the forward may do other steps in the other mode.
         reads_sizes: whether it may do other steps, or use other numbers, on inputs of another size.
         kept: names of the attributes of modules in which the forward leaves something.
+        written: names of the parameters and buffers to which it writes.
+        caches: containers outside of modules in which it keeps tensors.
         at_sizes: {shapes of inputs: surgery.other_sizes.AtSize, or None where it does other steps} of those that were met.
     """
 
@@ -53,6 +58,8 @@ class Trace:
     reads_mode: bool = True
     reads_sizes: bool = True
     kept: list = field(default_factory=list)
+    written: list = field(default_factory=list)
+    caches: list = field(default_factory=list)
     at_sizes: dict = field(default_factory=dict)
 
 
@@ -71,20 +78,26 @@ def trace(model, args, kwargs, rules, training=False):
         if on_values:
             args, kwargs = first_samples((args, kwargs), batch_size(model, (args, kwargs), LEAST_OF_VALUES))
         recorder = _recorder(model, rules, args, kwargs, on_values)
-        recorder.opaque = opaque
+        recorder.opaque, found = opaque, None
         try:
             with numbers_of(recorder.graph):
-                return _record(recorder, model, args, kwargs, training)
+                found = _record(recorder, model, args, kwargs, training)
         except InputError:
             raise
         except TRACE_ERRORS as error:
             raise_out_of_memory(error)
+            traceback.clear_frames(error.__traceback__)
             failure = failure or error
             if on_values:
                 failure = error
                 if not recorder.failed or recorder.failed in opaque or not isinstance(error, Untraceable):
                     break
                 opaque.add(recorder.failed)
+        finally:
+            caches = forget(recorder.nodes.released())
+        if found is not None:
+            found.caches = caches
+            return found
     raise InputError(refusal(model, failure, (args, kwargs))) from failure
 
 
@@ -104,15 +117,7 @@ def refusal(model, error, example):
 
 def _has_effect(node):
     """Whether the node does more than give its result."""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    in_place = (
-        name.endswith("_") and not name.startswith("_") or name.startswith("__i") or bool(node.kwargs.get("inplace"))
-    )
-    return (
-        in_place
-        or node.op in ("placeholder", "output", "call_module")
-        or name in ("set_grad", "__setitem__", "setitem")
-    )
+    return node.op in ("placeholder", "output", "call_module") or node.target is set_grad or writes(node)
 
 
 def _recorder(model, rules, args, kwargs, on_values):
@@ -176,6 +181,12 @@ def _record(recorder, model, args, kwargs, training):
             f"what {type(model).__name__} returns cannot be made again with other tensors in it ({error}); return tensors in "
             "tuples, lists, dicts or dataclasses"
         ) from None
+    for tensor, holder in held_tensors(structure, without=(nn.Module,)):
+        if recorder.nodes.is_computed(tensor):
+            raise InputError(
+                f"{type(model).__name__} returns tensors in an object of type {type(holder).__name__}, in which they are not "
+                "seen; return them alone or in tuples, lists, dicts or dataclasses"
+            )
     recorder.graph.output(tuple(found))
     recorder.graph.eliminate_dead_code(_has_effect)
     counter = iter(range(len(slots)))
@@ -189,4 +200,15 @@ def _record(recorder, model, args, kwargs, training):
         recorder.mode_read,
         recorder.sizes_read,
         changed(before, attributes_of(copied)),
+        _written(recorder, model, copied),
     )
+
+
+def _written(recorder, model, copied):
+    """Names of the parameters and buffers to which a recorded call has written, or the forward of an opaque module."""
+    named = [*copied.named_buffers(), *copied.named_parameters()]
+    found = [name for name, tensor in named if recorder.nodes.is_written(tensor)]
+    if recorder.opaque:
+        own = {**dict(model.named_buffers()), **dict(model.named_parameters())}
+        found += [name for name, tensor in named if name in own and not torch.equal(tensor, own[name])]
+    return found

@@ -87,6 +87,38 @@ def test_factories_that_need_the_values_of_their_weights(change, tmp_path):
     assert torch.equal(load_pruned(tmp_path / "pruned.pt", factory)(vectors), model(vectors))
 
 
+class Beside(nn.Module):
+    """Holds a frozen network and a tensor outside of what a state_dict has."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(6, 4)
+        frozen = nn.Linear(6, 4)
+        with torch.no_grad():
+            frozen.weight.copy_(torch.arange(24.0).view(4, 6))
+        self.frozen, self.scale = [frozen.requires_grad_(False)], {"of the frozen one": frozen.weight.detach().square()}
+
+    def forward(self, x):
+        return self.a(x) + x @ (self.frozen[0].weight + self.scale["of the frozen one"]).T
+
+
+def test_what_no_state_dict_has_comes_from_the_factory(tmp_path):
+    model, vectors = Beside().eval(), torch.randn(2, 6)
+    save_pruned(tmp_path / "pruned.pt", model)
+    assert torch.equal(load_pruned(tmp_path / "pruned.pt", Beside)(vectors), model(vectors))
+
+
+def test_a_network_without_values_is_refused(tmp_path):
+    def factory():
+        model = Beside()
+        model.scale = torch.ones(4, device="meta")
+        return model
+
+    save_pruned(tmp_path / "pruned.pt", Beside())
+    with pytest.raises(InputError, match="holds tensors on the meta device"):
+        load_pruned(tmp_path / "pruned.pt", factory)
+
+
 def test_the_error_of_a_factory_is_its_own(tmp_path):
     save_pruned(tmp_path / "pruned.pt", pruned_every_kind())
     with pytest.raises(KeyError, match="width"):

@@ -1,6 +1,7 @@
 """What a network returns beside its logits: sizes, shapes, containers of its own."""
 
 import types
+from collections import deque
 
 import pytest
 import torch
@@ -53,7 +54,36 @@ def test_channels_that_the_output_counts_stay():
     assert graph.layers["tail.0"].reason is None
 
 
-@pytest.mark.parametrize("returned", [lambda *given: types.SimpleNamespace(logits=given[2]), lambda *_: None])
-def test_outputs_without_a_tensor_are_refused(returned):
+def test_outputs_without_a_tensor_are_refused():
     with pytest.raises(InputError, match="without a tensor that is seen in it; return tensors, alone or in tuples"):
-        ChannelGraph(returning(returned), images(1))
+        ChannelGraph(returning(lambda *_: None), images(1))
+
+
+class Own:
+    def __init__(self, features):
+        self.features = [features]
+
+
+HOLDERS = {
+    "SimpleNamespace": lambda features: types.SimpleNamespace(features=features),
+    "Own": Own,
+    "deque": lambda features: deque([features]),
+    "dict_values": lambda features: {"features": features}.values(),
+    "generator": lambda features: (item for item in [features]),
+    "Normal": lambda features: torch.distributions.Normal(features, 1.0, validate_args=False),
+}
+
+
+@pytest.mark.parametrize("kind", HOLDERS)
+def test_tensors_in_objects_that_are_not_looked_into_are_refused(kind):
+    model = returning(lambda _, features, logits: (logits, {"more": HOLDERS[kind](features)}))
+    with pytest.raises(
+        InputError, match=f"tensors in an object of type {kind}, in which they are not seen; return them"
+    ):
+        ChannelGraph(model, images(1))
+
+
+def test_objects_without_tensors_are_returned():
+    labels = types.SimpleNamespace(names=["a", "b"])
+    graph = ChannelGraph(returning(lambda _, features, logits: (logits, labels)), images(1))
+    assert all(info.reason is None for info in graph.layers.values())

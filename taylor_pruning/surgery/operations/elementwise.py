@@ -135,13 +135,22 @@ def find_zero_operands(call, axes, numerator_only=False):
     call.info.mains = tuple(mains)
 
 
+@rule("normal")
+def drawn(call):
+    """Noise around means, or in the place of a tensor, is nowhere zero."""
+    call.keep_numbers()
+    axes, reason = align(call.ids, call.values(), call.shape, call.where)
+    call.info.source = True
+    return finish(call, axes, reason)
+
+
 KEEP_ZERO_LINEAR = """relu relu6 leaky_relu rrelu dropout dropout1d dropout2d dropout3d feature_dropout alpha_dropout clone
     contiguous detach to type float double half bfloat16 abs neg positive type_as floor ceil round trunc sign cpu cuda
     stochastic_depth data view_as_real conj resolve_conj resolve_neg hardshrink softshrink _data requires_grad"""
 KEEP_ZERO = """elu selu celu gelu silu mish hardswish tanh tanhshrink softsign square sqrt sin tan asin atan
-    sinh expm1 log1p erf nan_to_num feature_alpha_dropout rad2deg deg2rad"""
+    sinh expm1 log1p erf nan_to_num feature_alpha_dropout poisson rad2deg deg2rad"""
 BREAK_ZERO = """sigmoid hardsigmoid softplus log_sigmoid exp cos rsqrt reciprocal log log2 log10 exp2 erfc cosh bernoulli
-    normal uniform fill zero dropout_"""
+    uniform exponential cauchy log_normal geometric fill zero dropout_"""
 
 
 @rule(KEEP_ZERO_LINEAR, linear=True)
