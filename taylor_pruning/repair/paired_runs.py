@@ -40,6 +40,8 @@ class PairedRuns:
             [network.flat(*inputs_of(batch)) for batch in given]
             for network, given in zip(plan.networks, inputs, strict=True)
         ]
+        pairs = zip(plan.networks, self.inputs, strict=True)
+        self.at = [[network.at_size(tensors) for tensors in given] for network, given in pairs]
         self.images = [len(tensors[0]) for tensors in self.inputs[0]]  # of every batch
         places = [node.name for node in plan.networks[0].trace.graph.nodes if node.op == "placeholder"]
         self.places = {name: index for index, name in enumerate(places)}
@@ -105,9 +107,10 @@ class PairedRuns:
                 state[node.name] = self.inputs[k][batch][self.places[node.name]].clone()
             elif node.op == "get_attr":
                 if node.target not in tensors:
-                    state[node.name] = plan.networks[k].constant(node.target, tensors)
+                    state[node.name] = plan.networks[k].constant(node.target, tensors, self.at[k][batch])
             elif node.op != "output":
-                state[node.name] = evaluate(model, node, value_of, instead=plan.networks[k].with_copies(node, tensors))
+                instead = plan.networks[k].with_copies(node, tensors)
+                state[node.name] = evaluate(model, node, value_of, instead=instead, at=self.at[k][batch])
             for name in plan.last_use[position]:
                 state.pop(name, None)
         return state

@@ -25,6 +25,7 @@ from taylor_pruning.modes import frozen
 from taylor_pruning.positions import drawn_positions
 from taylor_pruning.scoring.folds import FOLDS, folds_of
 from taylor_pruning.surgery.execution import moved
+from taylor_pruning.surgery.units import by_sample
 from taylor_pruning.tasks import batches as samples
 from taylor_pruning.tasks.classification import Classification
 from taylor_pruning.tasks.portions import in_portions
@@ -170,9 +171,9 @@ def input_moments(model, graph, batches, portions=None, task=None):
     numbers, counts, forwards = None, [], 0  # of the samples of one forward, sorted by fold
     folds, images_in_all = folds_of(batches, task), sum(map(samples.size, batches))
 
-    def record(reader):
+    def record(reader, node):
         def read(args):
-            rows = in_single(reader.to_rows(args[0]))
+            rows = in_single(reader.to_rows(by_sample(args[0], len(numbers), reader.blocks.get(node, 1))))
             wanted = ROWS_PER_CHANNEL * rows.shape[2]
             several = len(rows) // len(numbers)  # rows an image, where a forward puts parts of it into the batch
             rows = drawn_positions(rows, numbers.repeat_interleave(several), images_in_all, wanted)
@@ -186,7 +187,7 @@ def input_moments(model, graph, batches, portions=None, task=None):
 
         return read
 
-    reads = {node: record(reader) for reader in graph.readers for node in reader.nodes}
+    reads = {node: record(reader, node) for reader in graph.readers for node in reader.nodes}
     device = next(model.parameters()).device
     portions = portions or Portions(device, backward=False)
     firsts = itertools.accumulate(map(samples.size, batches), initial=0)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from taylor_pruning.surgery.graph import ChannelGraph
-from taylor_pruning.surgery.units import by_layers
+from taylor_pruning.surgery.units import by_layers, by_sample
 
 WEIGHT_FLOOR = 0.1  # no weight is smaller, so that a weight alone divides no score by more than 10
 
@@ -22,7 +22,7 @@ def unit_gradient_norms(
 ) -> Tensor:
     """The flow F of one batch of `images` images (module docstring).
 
-    Where a forward folds space or time into the batch, an image has several rows there, one after the other; their squares
+    Where a forward folds space or time into the batch, an image has several rows there; their squares
     add up.
 
     Args:
@@ -49,7 +49,7 @@ def unit_gradient_norms(
     # float64: squares of a vanishing gradient underflow in float32
     squares = torch.zeros(images, units, dtype=torch.float64, device=first.device)
     for site, grad in used:
-        rows = grad.movedim((site.batch_dim, site.dim), (0, 1))
+        rows = by_sample(grad.movedim((site.batch_dim, site.dim), (0, 1)), images, site.blocks)
         channels = rows.reshape(images, -1, rows.shape[1], rows[0, 0].numel())
         norms = torch.linalg.vector_norm(channels, dim=(1, 3), dtype=torch.float64)
         has_gate = site.units >= 0

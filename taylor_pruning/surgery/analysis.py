@@ -28,13 +28,15 @@ class Analysis:
 
     Attributes:
         ids: ChannelIds. layers: Layers. ways: as given.
-        places: {training mode: [(node, ids along the channels, their dimension, batch dimension)]} where gates are needed.
+        places: {training mode: [(node, ids along the channels, their dimension, batch dimension, blocks)]} where gates are
+            needed; see surgery.units.GateSite for blocks.
+        blocks: {training mode: {node: blocks}} of the nodes of places and readers that have several rows a sample.
         nonlinear: names of operations that are not piecewise linear.
     """
 
     def __init__(self, model, traces, examples, ways):
         self.model, self.traces, self.examples, self.ways = model, traces, examples, ways
-        self.ids, self.places = ChannelIds(), {}
+        self.ids, self.places, self.blocks = ChannelIds(), {}, {}
         parameters = {**dict(model.named_buffers()), **dict(model.named_parameters())}
         for mode, trace in traces.items():
             self.ids.issued, self.ids.depthwise = [], []
@@ -45,7 +47,7 @@ class Analysis:
             else:
                 self.layers = layers
                 self.nonlinear = {info.nonlinear for info in found.infos.values() if info.nonlinear}
-            self.places[mode] = list(self._places(mode, found))
+            self.places[mode] = list(self._places(mode, found, layers))
         self.layers.protect_fixed_widths()
 
     @property
@@ -53,12 +55,13 @@ class Analysis:
         """Whether some view could follow its channels along more than one dimension."""
         return self.ids.choices > 0
 
-    def _places(self, mode, found):
+    def _places(self, mode, found, layers):
         exposed, batch = found.exposed(), self.traces[mode].batch
         needed = [n for n, i in found.infos.items() if i.value is not None and n in exposed and not i.constant]
-        merged = [node for node in needed if batch not in node.meta["shape"] and node.meta["shape"][:1]]
-        merged = [node for node in merged if node.meta["shape"][0] % batch == 0]
-        in_order = self._by_sample(mode, merged) if merged else ()
+        read = [node.all_input_nodes[0] for nodes, _, _ in layers.readers.values() for node in nodes]
+        merged = {n for n in needed + read if batch not in n.meta["shape"] and n.meta["shape"][:1]}
+        merged = {node for node in merged if node.meta["shape"][0] % batch == 0}
+        in_order = self.blocks[mode] = self._by_sample(mode, merged) if merged else {}
         for node in needed:
             value = found.infos[node].value
             batches = [d for d, size in enumerate(value.shape) if size == batch] or ([0] if node in in_order else [])
@@ -71,10 +74,10 @@ class Analysis:
                     self.ids.protect(layer, f"the channels of {node.name} ({node.meta.get('module')}) {what}")
                     continue
                 along = layer[tuple(slice(None) if d == dims[0] else 0 for d in range(layer.dim()))]
-                yield node, along, dims[0], batches[0]
+                yield node, along, dims[0], batches[0], in_order.get(node, 1)
 
     def _by_sample(self, mode, nodes):
-        """Those of the nodes whose first dimension holds all rows of the first sample, then all of the second, and so on."""
+        """{node: blocks} of the nodes along whose first dimension the samples follow each other, in one block or several."""
         for example in self.examples[:-1]:
             with suppress(*FORWARD_ERRORS):  # the graph does not run on that size
                 return self._ordered(mode, nodes, example)
@@ -85,7 +88,7 @@ class Analysis:
         """Four samples run, of which the first and the third are alike, through a copy with buffers of its own."""
         model = copy_of(self.model, {id(p): p for p in self.model.parameters()})
         like = typical_tensor(model, tensors_in(example)[0])
-        generator, found = torch.Generator().manual_seed(0), set()
+        generator, found = torch.Generator().manual_seed(0), {}
 
         def drawn(tensor):
             shape = (4, *tensor.shape[1:]) if tensor.dim() else tensor.shape
@@ -96,10 +99,13 @@ class Analysis:
             return values.to(like)
 
         def watch(node, out):
-            first, second, third, fourth = out.chunk(4)
-            alike, other = torch.isclose(first, third, rtol=1e-3), torch.isclose(second, fourth, rtol=1e-6)
-            if alike.all() and not other.flatten(1).all(1).any():
-                found.add(node)
+            rows = len(out) // 4
+            for blocks in (n for n in range(1, rows + 1) if rows % n == 0):
+                first, second, third, fourth = out.unflatten(0, (blocks, 4, -1)).transpose(0, 1).flatten(1, 2)
+                alike, other = torch.isclose(first, third, rtol=1e-3), torch.isclose(second, fourth, rtol=1e-6)
+                if alike.all() and not other.flatten(1).all(1).any():
+                    found[node] = blocks
+                    break
             return out
 
         change = {node: partial(watch, node) for node in nodes if node.meta["real"]}

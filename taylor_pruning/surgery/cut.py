@@ -79,6 +79,8 @@ def _refresh(module):
         return
     if weight.dim() == 2 and hasattr(module, "in_features") and hasattr(module, "out_features"):
         module.out_features, module.in_features = weight.shape
+    elif weight.dim() == 2 and hasattr(module, "embedding_dim"):
+        module.embedding_dim = weight.shape[1]
     elif weight.dim() > 2 and hasattr(module, "in_channels") and hasattr(module, "groups"):
         rows, columns = weight.shape[:2]
         if getattr(module, "transposed", False):

@@ -13,18 +13,16 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from taylor_pruning.errors import InputError
 from taylor_pruning.surgery.autocasts import under
 from taylor_pruning.surgery.nested import Slot, map_tensors
-from taylor_pruning.surgery.recorded_calls import operation_name, set_grad
+from taylor_pruning.surgery.other_sizes import at_size
+from taylor_pruning.surgery.recorded_calls import set_grad, sources_of
 from taylor_pruning.surgery.tracing import Trace
-
-AS_ANOTHER = ("to", "type_as")  # of a second tensor they take the type and the device alone
 
 
 def input_dependent(nodes):
     """The nodes of a graph whose values depend on what the network reads."""
     found = set()
     for node in nodes:
-        sources = node.all_input_nodes[:1] if operation_name(node) in AS_ANOTHER else node.all_input_nodes
-        if node.op == "placeholder" or not found.isdisjoint(sources):
+        if node.op == "placeholder" or not found.isdisjoint(sources_of(node)):
             found.add(node)
     return found
 
@@ -84,7 +82,7 @@ def gated_norm(open_gates, site):
         given.apply_defaults()
         x, mean, var, weight, bias, training, _, eps = given.args
         if training or site.dim != 1 or site.batch_dim != 0 or len(x) != len(open_gates):
-            return gate(open_gates, site.dim, site.batch_dim, site.units, F.batch_norm(*args, **kwargs))
+            return gate(open_gates, site, F.batch_norm(*args, **kwargs))
         scale = (var + eps).rsqrt() if weight is None else (var + eps).rsqrt() * weight
         shift = -mean * scale if bias is None else bias - mean * scale
         factor = _of_units(open_gates, site.units)
@@ -149,15 +147,21 @@ class Execution:
             )
         return given
 
-    def run(self, args, kwargs=None, change=None, read=None, calls=None):
-        """The output of the network.
+    def at_size(self, inputs, own=None):
+        """`surgery.other_sizes.at_size` for the inputs that `flat` gives."""
+        return at_size(self.trace, self.model, inputs, vars(self.model) if own is None else own)
+
+    def run(self, args, kwargs=None, change=None, read=None, calls=None, own=None):
+        """The output of the network. Raises InputError if its graph does not hold for inputs of that size.
 
         Args:
             change: {node: function}, called with the node's result; its result takes the place.
             read: {node: function} called with the list of the node's positional arguments; the result takes their place.
             calls: {node: function} called with the node's (args, kwargs) in the place of what it calls.
+            own: see surgery.other_sizes.at_size; default: the model is as it is without its graph.
         """
-        inputs = iter(self.flat(tuple(args), dict(kwargs or {})))
+        inputs = self.flat(tuple(args), dict(kwargs or {}))
+        at, inputs = self.at_size(inputs, own), iter(inputs)
         change, read, calls, env, named = change or {}, read or {}, calls or {}, {}, self.tensors_of_a_run()
         outer = torch.is_grad_enabled()
         try:
@@ -165,12 +169,12 @@ class Execution:
                 if node.op == "placeholder":
                     value = next(inputs)
                 elif node.op == "get_attr":
-                    value = self._stored(node.target, named)
+                    value = self._stored(node.target, named, at)
                 elif node.op == "output":
-                    return self._output([env[source] for source in node.args[0]])
+                    return _filled(at.output, [env[source] for source in node.args[0]])
                 else:
                     instead = calls.get(node) or self.with_copies(node, named)
-                    value = evaluate(self.model, node, env.__getitem__, read.get(node), outer, instead)
+                    value = evaluate(self.model, node, env.__getitem__, read.get(node), outer, instead, at)
                 if node in change:
                     value = change[node](value)
                 env[node] = value
@@ -178,9 +182,6 @@ class Execution:
                     del env[dead]
         finally:
             torch._C._set_grad_enabled(outer)
-
-    def _output(self, found):
-        return map_tensors(self.trace.output, lambda slot: found[slot.index], Slot)
 
     @torch.no_grad()
     def without_inputs(self, nodes):
@@ -209,22 +210,31 @@ class Execution:
         own = {name.removeprefix(prefix): named[name] for name in self.trace.written if name.startswith(prefix)}
         return partial(functional_call, self.model.get_submodule(node.target), own) if own else None
 
-    def _stored(self, name, named):
+    def _stored(self, name, named, at=None):
         value = named.get(name)
-        return self.constant(name, named) if value is None else value
+        return self.constant(name, named, at) if value is None else value
 
-    def constant(self, name, named):
+    def constant(self, name, named, at=None):
         """A tensor of the trace that is neither parameter nor buffer, on the device of the `named` ones."""
-        tensor = self.trace.constants[name]
+        constants = at.constants if at is not None and name in at.constants else self.trace.constants
+        tensor = constants[name]
         device = next((t.device for t in named.values()), tensor.device)
         if tensor.device != device and tensor.device.type == "cpu" and tensor.dim():
-            tensor = self.trace.constants[name] = tensor.to(device)
+            tensor = constants[name] = tensor.to(device)
         return tensor
 
 
-def evaluate(model, node, value_of, read=None, grad=True, instead=None):
-    """The result of one call of the graph; `value_of` gives the value of every node that it reads. See `Execution.run`."""
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), value_of)
+def _filled(output, found):
+    return map_tensors(output, lambda slot: found[slot.index], Slot)
+
+
+def evaluate(model, node, value_of, read=None, grad=True, instead=None, at=None):
+    """The result of one call of the graph; `value_of` gives the value of every node that it reads. See `Execution.run`.
+
+    `at`: surgery.other_sizes.AtSize, None for inputs of the example's size.
+    """
+    arguments = None if at is None else at.arguments.get(node)
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs) if arguments is None else arguments, value_of)
     if read is not None:
         args = read(args)
     if regions := node.meta.get("autocast"):
@@ -259,39 +269,48 @@ def _last_uses(graph):
     return dead
 
 
-def gate(factor, dim, batch_dim, units, output):
-    """`output` with the channels along `dim` multiplied by their gates.
+def gate(factor, site, output):
+    """`output` with its channels multiplied by their gates.
 
     Args:
-        factor: [units + 1] or [batch, units + 1] gates, the last is 1. units: [channels] index or -1.
+        factor: [units + 1] or [batch, units + 1] gates, the last is 1. site: surgery.units.GateSite.
     """
-    factor = _of_units(factor, units)
+    factor, dim, batch_dim = _of_units(factor, site.units), site.dim, site.batch_dim
     shape = [1] * output.dim()
     shape[dim] = factor.shape[-1]
     if factor.dim() > 1:
         shape[batch_dim] = output.shape[batch_dim]
-        repeats = output.shape[batch_dim] // len(factor)
-        if repeats > 1 and len(factor) > 1:
-            factor = factor.repeat_interleave(repeats, 0)
-        elif len(factor) == 1:
+        if len(factor) > 1:
+            factor = _of_rows(factor, output.shape[batch_dim], site.blocks)
+        else:
             shape[batch_dim] = 1
         factor = factor if batch_dim < dim else factor.mT
     return output * factor.reshape(shape).to(output.dtype)
 
 
-def blended(estimate, open_gates, any_closed, position):
-    """A function for `Execution.run`'s `read`: closed channels of the reader's input become what others say of them."""
+def _of_rows(factor, rows, blocks):
+    """[rows, ...] of [batch, ...]: what belongs to the sample of every row; see surgery.units.GateSite for `blocks`."""
+    several = rows // len(factor)
+    if several == 1:
+        return factor
+    return factor.repeat_interleave(several // blocks, 0).repeat(blocks, *(1,) * (factor.dim() - 1))
+
+
+def blended(estimate, open_gates, any_closed, blocks):
+    """A function for `Execution.run`'s `read`: closed channels of the reader's input become what others say of them.
+
+    `blocks`: those of the input's rows, see surgery.units.GateSite.
+    """
     reader = estimate.reader
 
     def function(args):
-        x = args[position]
+        x = args[0]
         closed = 1 - _of_units(open_gates, reader.units)
         space = x.dim() - 2
         shape = (*(1,) * space, len(reader.units)) if reader.is_linear else (len(reader.units), *(1,) * space)
         closed = closed.reshape(-1, *shape).to(x.dtype)
-        if len(closed) > 1:  # several rows an image where a forward puts parts of it into the batch
-            closed = closed.repeat_interleave(len(x) // len(closed), 0) if len(x) != len(closed) else closed
-        x = _Blend.apply(x, closed, estimate, any_closed)
-        return (*args[:position], x, *args[position + 1 :])
+        if len(closed) > 1:
+            closed = _of_rows(closed, len(x), blocks)
+        return (_Blend.apply(x, closed, estimate, any_closed), *args[1:])
 
     return function

@@ -15,6 +15,7 @@ from taylor_pruning.surgery.cut import cut
 from taylor_pruning.surgery.execution import Execution, blended, gate, gated_norm
 from taylor_pruning.surgery.nested import tensors_in
 from taylor_pruning.surgery.numbering import Numbering
+from taylor_pruning.surgery.other_sizes import REPLACED
 from taylor_pruning.surgery.outliving import unchanged
 from taylor_pruning.surgery.plans import exclude_filters, plan_of, units_of
 from taylor_pruning.surgery.proof import CutProof
@@ -107,7 +108,7 @@ class ChannelGraph:
         self._widths, self._settings = numbering.widths, numbering.settings
         places = analysis.places.items()
         self.gate_sites = {mode: gate_sites(of_mode, numbering.unit_of_id) for mode, of_mode in places}
-        self.readers = tuple(readers_of(analysis.layers, self.tensors))
+        self.readers = tuple(readers_of(analysis.layers, self.tensors, analysis.blocks[False]))
 
     @property
     def sites(self):
@@ -192,7 +193,7 @@ class ChannelGraph:
             def change(output):
                 output = output if first is None else first(output)
                 for site in sites:
-                    output = gate(open_gates, site.dim, site.batch_dim, site.units, output)
+                    output = gate(open_gates, site, output)
                     if on_gate is not None:
                         on_gate(site, output)
                 return output
@@ -203,7 +204,8 @@ class ChannelGraph:
         for reader in self.readers:
             if reader.layer in (estimates or {}):
                 reads.update(
-                    (node, blended(estimates[reader.layer], open_gates, any_closed, 0)) for node in reader.nodes
+                    (node, blended(estimates[reader.layer], open_gates, any_closed, reader.blocks.get(node, 1)))
+                    for node in reader.nodes
                 )
         norms = {}
         if once and on_gate is None:
@@ -223,14 +225,14 @@ class ChannelGraph:
         """While open, forwards of the model run its graph; see `Execution.run` for `change`, `read` and `calls`."""
 
         def forward(*args, **kwargs):
-            return self.executions[self._mode()].run(args, kwargs, change, read, calls)
+            return self.executions[self._mode()].run(args, kwargs, change, read, calls, before)
 
         before = dict(vars(self.model))
         try:  # hooks of the network itself are a part of its graph
             vars(self.model).update(forward=forward, _forward_hooks=OrderedDict(), _forward_pre_hooks=OrderedDict())
             yield self
         finally:
-            for name in ("forward", "_forward_hooks", "_forward_pre_hooks"):
+            for name in REPLACED:
                 vars(self.model).pop(name)
                 if name in before:
                     vars(self.model)[name] = before[name]

@@ -200,10 +200,14 @@ class ChannelIds:
         return Value(tuple(shape), tuple(layers), reason)
 
     def roots(self):
-        """[count] for every id the smallest id of its class: every edge hooks the larger label on the smaller one."""
+        """`classes` at the end, when it is known which widths must not change."""
         for width, reason in self.fixed.items():
             for ids, _ in self.widths.get(width, ()):
                 self.protect(ids, reason)
+        return self.classes()
+
+    def classes(self):
+        """[count] for every id the smallest id of its class: every edge hooks the larger label on the smaller one."""
         label = torch.arange(self.count)
         if not self.edges:
             return label

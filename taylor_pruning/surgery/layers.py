@@ -6,7 +6,9 @@ from collections import defaultdict
 import torch
 
 from taylor_pruning.surgery.ids import varying
-from taylor_pruning.surgery.recorded_calls import operation_name
+from taylor_pruning.surgery.recorded_calls import operation_name, sources_of
+
+APPLIED = ("linear", "conv", "deform_conv")  # how operations begin that apply the weight that they are given second
 
 
 def layer_name(parameter):
@@ -39,6 +41,8 @@ class Layers:
             if parameter is None:
                 continue
             name = layer_name(parameter.target)
+            if len(along) % batch == 0:  # the same filters for every sample, as modulated kernels have them
+                along = along[: len(along) // batch]
             if name in self.filters and len(self.filters[name]) != len(along):
                 name = parameter.target
             if name not in self.filters:
@@ -80,7 +84,7 @@ class Layers:
         shape = node.all_input_nodes[0].meta["shape"] if transposed else node.meta["shape"]
         filters = shape[1] if transposed else len(self.filters[name])
         self.positions[parameter.target] += math.prod(shape) // self.batch // filters
-        plain = linear and "linear" in str(node.target) or not linear and not transposed
+        plain = linear and "linear" in str(node.target) or operation_name(node).startswith("conv") and not transposed
         if _weight_of(node) is parameter and plain and parameter.target == (f"{name}.weight" if name else "weight"):
             columns = parameter.meta["shape"][1]
             inputs = node.all_input_nodes[0].meta["shape"]
@@ -112,9 +116,10 @@ def kept_linear(ids, layers, roots, prune_linear, prune_heads):
 def _weight_of(node):
     """The node of the weight that a conv or linear operation applies, of a matrix product its constant operand."""
     name = operation_name(node)
-    if name == "linear" or name.startswith("conv"):
+    if name.startswith(APPLIED):
         return node.args[1] if len(node.args) > 1 else node.kwargs["weight"]
-    return next((n for n in node.all_input_nodes if _is_weight(n)), node.all_input_nodes[-1])
+    factors = node.all_input_nodes[1:] if name in ("addmm", "baddbmm") else node.all_input_nodes
+    return next((n for n in factors if _is_weight(n)), factors[-1])
 
 
 def _dimension_of(along, weight):
@@ -135,12 +140,19 @@ def _is_weight(node):
 
 
 def _parameter_of(node, parameters):
-    """The parameter nearest to a weight among those from which it is computed."""
+    """The parameter nearest to a weight among those from which it is computed; None where another layer computes it."""
     seen, front = set(), [node]
     while front:
         for found in front:
             if found.op == "get_attr" and found.target in parameters and len(found.meta["shape"]) > 1:
                 return found
         seen.update(front)
-        front = [source for n in front for source in n.all_input_nodes if source not in seen]
+        front = [source for n in front for source in _sources(n) if source not in seen]
     return None
+
+
+def _sources(node):
+    """The nodes from which a node that is no layer is computed."""
+    if operation_name(node).startswith(APPLIED):
+        return []
+    return sources_of(node)

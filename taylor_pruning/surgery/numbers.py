@@ -2,11 +2,15 @@
 
 A size makes a node of the traced graph, and what is computed from it, too, so that the graph runs at any batch size.
 A width knows the attribute that holds it (`conv.groups`, `self.c`), so that the attribute can be refreshed after a cut.
+They mean something in the graph in which they arose; where a forward has kept them from another one, they are plain numbers.
 """
 
+import math
 import operator
+from contextlib import contextmanager
 from fractions import Fraction
 
+import numpy as np
 import torch
 
 
@@ -14,18 +18,29 @@ class _Tracked:
     """What `Number` and `Real` have in common.
 
     Attributes:
+        graph: fx graph in which it arose.
         node: fx node that computes it, None while ids are propagated and for what is computed from widths alone.
         ids: channel ids that it counts, or None.
         widths: ((module name, attribute, index or None), ...) that it was read from.
         factor: its value over that of its one source (a dimension or an attribute); None: computed in another way.
     """
 
-    node = ids = None
+    graph = node = ids = None
     widths = ()
     factor = Fraction(1)
 
     def __deepcopy__(self, memo):
         return self
+
+    def __eq__(self, other):
+        """Sizes of two graphs differ: what a forward has kept by them (lru_cache, as einops does) it computes anew."""
+        return (not isinstance(other, _Tracked) or other.graph is self.graph) and super().__eq__(other)
+
+    def __ne__(self, other):
+        return not self == other
+
+    def __hash__(self):
+        return super().__hash__()
 
     @property
     def whole(self):
@@ -35,6 +50,13 @@ class _Tracked:
 
 class Number(_Tracked, int):
     """An `int` that remembers."""
+
+    def __int__(self):
+        """A plain number. Where it was a product of sizes, a size of a tensor that is this number is taken for it."""
+        value = super().__int__()
+        if is_tracked(self) and self.node is not None and self.node.target is operator.mul:
+            _PRODUCTS[-1][value] = self.node
+        return value
 
     def __reduce__(self):
         return int, (int(self),)
@@ -47,13 +69,42 @@ class Real(_Tracked, float):
         return float, (float(self),)
 
 
+_GRAPHS = [None]  # the last is the one that is recorded or propagated now
+_PRODUCTS = [{}]  # {plain number: node of the product of sizes that it was} in each of them
+
+
+@contextmanager
+def numbers_of(graph):
+    """While open, sizes and widths of this graph are tracked, and those that arise are its own; np.prod multiplies them."""
+    prod = np.prod
+
+    def product(values, *args, **kwargs):
+        sizes = isinstance(values, (tuple, list)) and any(map(is_tracked, values)) and not args and not kwargs
+        return math.prod(values) if sizes else prod(values, *args, **kwargs)
+
+    _GRAPHS.append(graph)
+    _PRODUCTS.append({})
+    np.prod = product
+    try:
+        yield
+    finally:
+        np.prod = prod
+        _GRAPHS.pop()
+        _PRODUCTS.pop()
+
+
+def product_of(value):
+    """The node of the product of sizes that int() has made this number of; None if there is none."""
+    return _PRODUCTS[-1].get(value)
+
+
 def number(value, node=None, ids=None, widths=(), factor=Fraction(1)):
     """`value` as a Number or Real; booleans and everything else are left alone."""
     kind = {int: Number, float: Real}.get(type(value))
     if kind is None:
         return value
     result = kind(value)
-    result.node, result.ids, result.widths, result.factor = node, ids, widths, factor
+    result.graph, result.node, result.ids, result.widths, result.factor = _GRAPHS[-1], node, ids, widths, factor
     return result
 
 
@@ -63,7 +114,7 @@ def _source(name, a, b=None):
     A size by a width (C // self.groups), and a width divided by a width, are counted from the first: the second is taken for
     a setting that stays.
     """
-    tracked = [o for o in (a, b) if isinstance(o, _Tracked)]
+    tracked = [o for o in (a, b) if is_tracked(o)]
     if len(tracked) == 2:
         counted = [o for o in tracked if o.ids is not None]
         if len(counted) == 1 and all(o.node is None for o in tracked):
@@ -91,8 +142,11 @@ def _arithmetic(name, reflected):
         if name != "neg" and not isinstance(other, (int, float)) or isinstance(other, torch.Tensor):
             return NotImplemented
         operands = (self,) if name == "neg" else (other, self) if reflected else (self, other)
+        operands = tuple(o if is_tracked(o) else plain(o) for o in operands)
         value = function(*(_plain(o) for o in operands))
-        tracked = [o for o in operands if isinstance(o, _Tracked)]
+        tracked = [o for o in operands if is_tracked(o)]
+        if not tracked:
+            return value
         nodes = [o.node for o in tracked if o.node is not None]
         node = None
         if nodes:
@@ -126,7 +180,8 @@ def plain(value):
 
 
 def is_tracked(value):
-    return isinstance(value, _Tracked)
+    """Whether it is a size or a width of the graph that is recorded or propagated now."""
+    return isinstance(value, _Tracked) and value.graph is _GRAPHS[-1]
 
 
 def wrap_widths(model):

@@ -85,12 +85,15 @@ class CutProof:
             return found
         if math.isnan(found):
             raise InputError(
-                f"{type(self.model).__name__} gives no finite number that depends on its random inputs or filters, so that "
-                "its cuts cannot be verified; pass verify=False to leave the verification out"
+                f"{type(self.model).__name__} gives no finite number that depends on its random inputs or filters, so that its "
+                "cuts cannot be verified (classes are no such numbers: let it return what they are chosen by); pass "
+                "verify=False to leave this out"
             )
         if found <= TOLERANCES[dtype]:
             return None
-        return f"removing them gives other outputs than closing their gates (relative difference {found:.1g})"
+        why = " of shapes, whole numbers or infinite values, as a division by zero behind them gives; an epsilon helps there"
+        why = why if math.isinf(found) else ""
+        return f"removing them gives other outputs than closing their gates (relative difference {found:.1g}{why})"
 
     def faults(self, units: Sequence, share: float = 1.0, filters: Mapping[str, int] | None = None) -> dict:
         """{unit: reason} of units whose removal is wrong; all others can be removed at once.
@@ -169,6 +172,22 @@ class CutProof:
                 differences.append(found if says or found > TOLERANCES[dtype] else math.nan)
         return math.nan if any(map(math.isnan, differences)) else max(differences)
 
+    def _not_run(self, dense, x, error):
+        """The InputError on gated outputs that cannot be computed, of a network that may compute its own."""
+        mode = " in training mode" if dense.training else ""
+        shapes = ", ".join(str(tuple(t.shape[1:])) for t in tensors_of(x))
+        try:
+            call(copy_of(dense), x)
+        except FORWARD_ERRORS:
+            return InputError(
+                f"{type(self.model).__name__} cannot be run{mode} on random inputs of shape {shapes} ({_cause(error)}); pass "
+                "verify=False if it needs others"
+            )
+        return InputError(
+            f"the graph of {type(self.model).__name__} cannot be run{mode} on inputs of shape {shapes} on which the network "
+            f"itself runs ({_cause(error)}): make its forward take all sizes, that of the batch too, from the shapes of tensors"
+        )
+
     def _expected(self, dense, units, x, training):
         """(inputs, outputs with closed gates, whether they say anything), the inputs scaled until all outputs vary, if they can
         be: what is always the same, behind a ReLU that is dead there or a clamp, would be the same of a wrong cut."""
@@ -198,13 +217,10 @@ class CutProof:
         try:
             with equal_draws(self.device):
                 return list(tensors_of(self.run_gated(dense, units, map_tensors(x, torch.Tensor.clone))))
+        except InputError:
+            raise
         except FORWARD_ERRORS as error:
-            mode = " in training mode" if training else ""
-            shapes = ", ".join(str(tuple(t.shape[1:])) for t in tensors_of(x))
-            raise InputError(
-                f"{type(self.model).__name__} cannot be run{mode} on random inputs of shape {shapes} "
-                f"({_cause(error)}); pass verify=False if it needs others"
-            ) from error
+            raise self._not_run(dense, x, error) from error
 
     def _copy(self, dtype):
         """A copy with drawn parameters. Its large weights are the model's own where they have the right type already."""

@@ -7,8 +7,8 @@ from functools import partial
 import torch
 from torch import fx
 
-from taylor_pruning.surgery.ids import Value
-from taylor_pruning.surgery.numbers import is_tracked, number
+from taylor_pruning.surgery.ids import Value, spread
+from taylor_pruning.surgery.numbers import is_tracked, number, numbers_of
 from taylor_pruning.surgery.operations import RULES, Call, Info
 from taylor_pruning.surgery.operations.views import sizes_of
 from taylor_pruning.surgery.recorded_calls import operation_name
@@ -56,23 +56,24 @@ def propagate(trace, ids, parameters, ways):
         ways: how it is cut where several ways keep the network exact.
     """
     result = Propagation()
-    for node in trace.graph.nodes:
-        info = result.infos[node] = Info()
-        if node.op == "placeholder":
-            result.env[node] = Value(node.meta["shape"], (), "input of the network")
-        elif node.op == "get_attr":
-            info.constant = True
-            result.env[node] = _constant(trace, ids, parameters, node)
-        elif node.op == "output":
-            info.reads = True
-            fx.node.map_aggregate(tuple(result.env[n] for n in node.all_input_nodes), partial(_keep_output, ids))
-        else:
-            result.env[node] = _call(node, info, result, ids, ways)
-            value = result.env[node]
-            if info.source and isinstance(value, Value):
-                info.value = value
-            elif not isinstance(value, Value):
-                info.source = info.source or not _has_values(value)
+    with numbers_of(trace.graph):
+        for node in trace.graph.nodes:
+            info = result.infos[node] = Info()
+            if node.op == "placeholder":
+                result.env[node] = Value(node.meta["shape"], (), "input of the network")
+            elif node.op == "get_attr":
+                info.constant = True
+                result.env[node] = _constant(trace, ids, parameters, node)
+            elif node.op == "output":
+                info.reads = True
+                fx.node.map_aggregate(tuple(result.env[n] for n in node.all_input_nodes), partial(_keep_output, ids))
+            else:
+                result.env[node] = _call(node, info, result, ids, ways)
+                value = result.env[node]
+                if info.source and isinstance(value, Value):
+                    info.value = value
+                elif not isinstance(value, Value):
+                    info.source = info.source or not _has_values(value)
     return result
 
 
@@ -170,7 +171,11 @@ def _factory(call):
     for d, size in enumerate(sizes[: len(shape)]):
         if is_tracked(size) and (size.ids is not None or size.widths):
             if size.ids is not None and size.whole and len(size.ids) == shape[d]:
-                layers.append(size.ids.view([-1 if i == d else 1 for i in range(len(shape))]).expand(shape))
+                layers.append(spread(size.ids, d, shape))
+            elif size.ids is None and not call.info.source and shape[d] > 1:  # zeros, as a recurrent state begins
+                along = call.ids.new(shape[d])
+                call.ids.bind(size, along, f"their number is the size of a new tensor in {call.where}")
+                layers.append(spread(along, d, shape))
             else:
                 call.ids.keep_number(size, f"their number is the size of a new tensor in {call.where}")
     return call.ids.value(shape, layers, f"meets the new tensor {call.where}")

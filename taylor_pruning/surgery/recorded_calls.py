@@ -2,6 +2,8 @@
 
 import torch
 
+AS_ANOTHER = ("to", "type_as")
+
 
 def operation_name(node):
     """The name of an operation, the same for a function, a method, an operator and what works in place."""
@@ -12,6 +14,11 @@ def operation_name(node):
 
 def _name(node):
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+
+
+def sources_of(node):
+    """The nodes whose values enter a node's; of the second tensor of some operations only the type and the device does."""
+    return node.all_input_nodes[:1] if operation_name(node) in AS_ANOTHER else node.all_input_nodes
 
 
 def bare(name):

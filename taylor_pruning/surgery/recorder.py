@@ -14,6 +14,7 @@ from taylor_pruning.surgery.captured import captured_call
 from taylor_pruning.surgery.nested import map_tensors, tensors_in
 from taylor_pruning.surgery.numbers import is_tracked, number
 from taylor_pruning.surgery.recorded_calls import bare, called_function, is_in_place, pick, set_grad
+from taylor_pruning.surgery.sample_loops import takes_samples_apart
 from taylor_pruning.surgery.tensor_nodes import TensorNodes, Untraceable
 
 FREE = set(  # questions about a tensor whose answer is no part of the graph
@@ -40,6 +41,8 @@ WRAPPERS = ("has_torch_function", "has_torch_function_unary", "has_torch_functio
 FLAG_ONLY = {  # these hand `training` to one operation, which is recorded in either mode
     str(Path(nn.__file__).parent / "modules" / name) for name in ("batchnorm.py", "dropout.py")
 }
+NO_DATA = "Compute with a new tensor, as F.conv2d(x, conv.weight * mask) does, in the place of writing to `.data`"
+ALL_AT_ONCE = "Compute with all samples at once, or move the loop into a module of its own, which then stays as it is"
 TRACE_ERRORS = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError, NotImplementedError)
 
 
@@ -58,6 +61,7 @@ class Recorder(TorchFunctionMode):
         self.opaque = ()  # names of modules that run as one operation each
         self.failed = None  # name of the innermost module in which an error arose
         self.mode_read = False  # whether the forward asks for the mode in which its modules are
+        self.sizes_read = False  # whether it asks for a size, or for the parts of a tensor, of which there may be more
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -67,7 +71,7 @@ class Recorder(TorchFunctionMode):
             name = getattr(owner, "__name__", name)
         elif name in ("__set__", "__delete__"):
             if getattr(owner, "__name__", "") == "data":
-                raise Untraceable("the data of a tensor are replaced")
+                raise Untraceable("the data of a tensor are replaced", NO_DATA)
             return func(*args, **kwargs)
         if name == "device":
             return self.device
@@ -77,8 +81,6 @@ class Recorder(TorchFunctionMode):
             self.graph.call_function(set_grad, tuple(args))
             return func(*args, **kwargs)
         tensors = tensors_in((args, kwargs))
-        if name == "unbind" and self.nodes.is_batch(tensors[0], (args[1:] or tuple(kwargs.values()) or (0,))[0]):
-            raise Untraceable("the forward runs over the samples of a batch one by one")
         if name in VALUES and tensors and all(map(self.nodes.is_setting, tensors)):
             return func(*args, **kwargs)
         if name in VALUES and not all(self.nodes.is_constant(t) for t in tensors):
@@ -104,6 +106,7 @@ class Recorder(TorchFunctionMode):
     def size(self, func, name, args, kwargs):
         """A shape is a node, and each of its sizes a Number with a node, made when it is first used."""
         value, node = func(*args, **kwargs), None
+        self.sizes_read = True
 
         def sized(index, size):
             nonlocal node
@@ -137,6 +140,8 @@ class Recorder(TorchFunctionMode):
             node = self.graph.call_method(target, arguments, options)
         else:
             node = self.graph.call_function(target, arguments, options)
+        if not on_constants and takes_samples_apart(name, args, kwargs, result, self.nodes.batch):
+            raise Untraceable("the forward runs over the samples of a batch one by one", ALL_AT_ONCE)
         if is_in_place(name, kwargs):
             self.nodes.note_written(tensors_in((args[:1], kwargs.get("out"))))
         elif func in STATISTICAL and True in (*args[5:6], kwargs.get("training"), kwargs.get("use_input_stats")):
@@ -146,6 +151,7 @@ class Recorder(TorchFunctionMode):
         if isinstance(result, torch.Tensor):
             self.nodes.bind(result, node)
         elif made:
+            self.sizes_read = True
             self.nodes.unpack(result, node)
         return result
 
@@ -271,6 +277,7 @@ class Recorder(TorchFunctionMode):
         if isinstance(result, torch.Tensor):
             self.nodes.bind(result, node)
         elif isinstance(result, (tuple, list)):
+            self.sizes_read = True
             self.nodes.unpack(result, node)
         else:
             raise Untraceable(f"{name} returns {type(result).__name__}")

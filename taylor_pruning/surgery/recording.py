@@ -61,7 +61,7 @@ def record(model, example, training=False):
         mode, cause = " in training mode" if training else "", str(cause).strip().partition("\n")[0]
         raise InputError(
             f"{type(model).__name__} runs{mode} on {len(first)} samples, but not on {batch} ({cause}); "
-            "make it take any number of samples, each by itself: no pairs of samples, no BatchNorm that splits the batch"
+            f"{_remedy(example, first)}"
         ) from error
     if not any("shape" in node.meta for node in found.graph.output_node().args[0]):
         raise InputError(
@@ -69,6 +69,21 @@ def record(model, example, training=False):
             "alone or in tuples, lists, dicts or dataclasses"
         )
     return found
+
+
+def _remedy(example, first):
+    """What to do where a network runs on the example, but not on another number of samples."""
+    args, kwargs = inputs_of(example)
+    for value in (*args, *kwargs.values()):
+        if not tensors_in(value) and any(
+            isinstance(held, torch.Tensor) for held in getattr(value, "__dict__", {}).values()
+        ):
+            return (
+                f"give the tensors in {type(value).__name__}, which are not seen, in a tuple, list, dict or dataclass"
+            )
+    if len(first) == 1 and sum(t.dim() > 0 and len(t) == 1 for t in tensors_in(example)) > 1:
+        return "give an example of two samples, by which inputs without a batch are told from those with one"
+    return "make it take any number of samples, each by itself: no pairs of samples, no BatchNorm that splits the batch"
 
 
 @torch.no_grad()

@@ -7,12 +7,20 @@ import torch
 from torch import fx
 
 from taylor_pruning.surgery.nested import map_tensors, tensors_in
-from taylor_pruning.surgery.numbers import is_tracked
+from taylor_pruning.surgery.numbers import is_tracked, plain, product_of
 from taylor_pruning.surgery.recorded_calls import pick
 
 
 class Untraceable(RuntimeError):
-    """The forward does something that a graph cannot repeat on other data."""
+    """The forward does something that a graph cannot repeat on other data. `remedy`: what to do about it."""
+
+    def __init__(
+        self,
+        what,
+        remedy="Move decisions that depend on the values of activations into a module of their own, which then stays as it is",
+    ):
+        super().__init__(what)
+        self.remedy = remedy
 
 
 class TensorNodes:
@@ -119,10 +127,6 @@ class TensorNodes:
         """Whether a call has written to the tensor or to a part of it."""
         return self.stand_in(tensor).untyped_storage()._cdata in self.written
 
-    def is_batch(self, tensor, dim):
-        """Whether the dimension is that of the samples."""
-        return tensor.ndim > 0 and dim in (0, -tensor.ndim) and tensor.shape[0] == self.batch
-
     def unpack(self, result, node):
         """Gives every tensor of a result of several, nested or not, a node of its own."""
         node.meta["shapes"] = map_tensors(result, lambda t: tuple(map(int, t.shape)))
@@ -146,8 +150,11 @@ class TensorNodes:
         def convert(item):
             if isinstance(item, torch.Tensor):
                 return self.node_of(item)
-            if is_tracked(item) and item.node is not None:
-                return item.node
+            if is_tracked(item):
+                return item if item.node is None else item.node
+            item = plain(item)
+            if sized and type(item) is int and (product := product_of(item)) is not None:
+                return product
             if sized and type(item) is int and self.batch and item and item % self.batch == 0:
                 if item == self.batch:
                     return self.batch_node

@@ -6,6 +6,7 @@ operations that it runs. Control flow on shapes simply runs; sizes are `Number`s
 """
 
 import traceback
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from taylor_pruning.surgery.copying import copy_of, structure_of
 from taylor_pruning.surgery.draws import fixed_draws
 from taylor_pruning.surgery.kept_state import attributes_of, changed
 from taylor_pruning.surgery.nested import Slot, map_tensors, tensors_in
-from taylor_pruning.surgery.numbers import wrap_widths
+from taylor_pruning.surgery.numbers import numbers_of, wrap_widths
 from taylor_pruning.surgery.outliving import forget
 from taylor_pruning.surgery.recorded_calls import set_grad, writes
 from taylor_pruning.surgery.recorder import TRACE_ERRORS, Recorder, watched
@@ -39,10 +40,13 @@ class Trace:
         inputs: the example with a `Slot` in the place of every tensor.
         output: what the forward returned, with a `Slot` in the place of every tensor, and of every size that is read off one.
         batch: the size of the batch in the shapes of the nodes.
-        reads_mode: whether the forward may do other steps in the other mode of training.
+        training: the mode of training.
+        reads_mode: whether the forward may do other steps in the other mode.
+        reads_sizes: whether it may do other steps, or use other numbers, on inputs of another size.
         kept: names of the attributes of modules in which the forward leaves something.
         written: names of the parameters and buffers to which it writes.
         caches: containers outside of modules in which it keeps tensors.
+        at_sizes: {shapes of inputs: surgery.other_sizes.AtSize, or None where it does other steps} of those that were met.
     """
 
     graph: fx.Graph
@@ -50,10 +54,13 @@ class Trace:
     inputs: object = None
     output: object = None
     batch: int = 0
+    training: bool = False
     reads_mode: bool = True
+    reads_sizes: bool = True
     kept: list = field(default_factory=list)
     written: list = field(default_factory=list)
     caches: list = field(default_factory=list)
+    at_sizes: dict = field(default_factory=dict)
 
 
 def trace(model, args, kwargs, rules, training=False):
@@ -73,7 +80,8 @@ def trace(model, args, kwargs, rules, training=False):
         recorder = _recorder(model, rules, args, kwargs, on_values)
         recorder.opaque, found = opaque, None
         try:
-            found = _record(recorder, model, args, kwargs, training)
+            with numbers_of(recorder.graph):
+                found = _record(recorder, model, args, kwargs, training)
         except InputError:
             raise
         except TRACE_ERRORS as error:
@@ -99,10 +107,7 @@ def refusal(model, error, example):
     where = f'{frames[-1].filename}, line {frames[-1].lineno}: "{frames[-1].line}"' if frames else "its forward"
     cause = str(error).strip().split("\n")[0] or type(error).__name__
     if isinstance(error, Untraceable):
-        return (
-            f"{type(model).__name__} cannot be traced at {where} ({cause}). Move decisions that depend on the values of "
-            "activations into a module of their own, which then stays as it is"
-        )
+        return f"{type(model).__name__} cannot be traced at {where} ({cause}). {error.remedy}"
     shapes = ", ".join(str(tuple(t.shape[1:])) for t in tensors_in(example))
     return (
         f"{type(model).__name__} cannot be run on an example of shape {shapes}, at {where} ({cause}); pass an "
@@ -120,6 +125,17 @@ def _recorder(model, rules, args, kwargs, on_values):
     recorder = Recorder({}, rules, example.device, on_values)
     recorder.nodes.batch = len(example) if example.dim() else None
     return recorder
+
+
+@contextmanager
+def unchecked_distributions():
+    """While open, torch.distributions do not look at the values of their arguments."""
+    before = torch.distributions.Distribution._validate_args
+    torch.distributions.Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        torch.distributions.Distribution.set_default_validate_args(before)
 
 
 def _record(recorder, model, args, kwargs, training):
@@ -144,7 +160,10 @@ def _record(recorder, model, args, kwargs, training):
     inputs, before = map_tensors((args, kwargs), place), attributes_of(copied)
     recorder.nodes.read_batch_from(slots[0])
     watching = untouched(model), recorder.modules(copied, model)
-    with watching[0], watching[1], fixed_draws(), torch.random.fork_rng(devices=[]), torch.enable_grad(), recorder:
+    settings = fixed_draws(), unchecked_distributions(), torch.random.fork_rng(devices=[]), torch.enable_grad()
+    with ExitStack() as stack:
+        for context in (*watching, *settings, recorder):
+            stack.enter_context(context)
         output = copied(*inputs[0], **inputs[1])
     found = []
 
@@ -155,7 +174,13 @@ def _record(recorder, model, args, kwargs, training):
         found.append(node)
         return Slot(len(found) - 1)
 
-    structure = map_tensors(output, slot, (torch.Tensor, torch.Size, int, float))
+    try:
+        structure = map_tensors(output, slot, (torch.Tensor, torch.Size, int, float))
+    except (TypeError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"what {type(model).__name__} returns cannot be made again with other tensors in it ({error}); return tensors in "
+            "tuples, lists, dicts or dataclasses"
+        ) from None
     for tensor, holder in held_tensors(structure, without=(nn.Module,)):
         if recorder.nodes.is_computed(tensor):
             raise InputError(
@@ -171,7 +196,9 @@ def _record(recorder, model, args, kwargs, training):
         map_tensors((args, kwargs), lambda t: Slot(next(counter))),
         structure,
         recorder.nodes.batch,
+        training,
         recorder.mode_read,
+        recorder.sizes_read,
         changed(before, attributes_of(copied)),
         _written(recorder, model, copied),
     )

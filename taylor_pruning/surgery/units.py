@@ -40,6 +40,7 @@ class GateSite:
     units: torch.Tensor  # [channels] unit index, -1 for channels without a gate
     node: fx.Node = field(default=None, repr=False, compare=False)
     batch_dim: int = 0
+    blocks: int = 1  # the rows of every sample, where there are several, lie in so many places: 2 behind cat([x, y])
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Reader:
     positions: int  # consecutive features of a linear layer's input that are one flattened channel
     is_linear: bool
     nodes: tuple = field(default=(), repr=False, compare=False)  # where the graph applies it
+    blocks: dict = field(default_factory=dict, repr=False, compare=False)  # {node: see GateSite} where it is not 1
 
     @cached_property
     def places(self):
@@ -125,31 +127,39 @@ def by_layers(units):
     return dict(found)
 
 
+def by_sample(x, images, blocks):
+    """x [rows, ...] with all rows of the first image first, then all of the second, and so on; see GateSite for `blocks`."""
+    return x if blocks == 1 else x.unflatten(0, (blocks, images, -1)).transpose(0, 1).flatten(0, 2)
+
+
 def gate_sites(places, unit_of_id):
     """The places of one mode at which some channel belongs to a unit, as a tuple of `GateSite`.
 
     Args:
-        places: [(node, ids along the channels, their dimension, batch dimension)], see surgery.analysis.Analysis.
+        places: see surgery.analysis.Analysis.
         unit_of_id: [ids] unit index or -1.
     """
     calls, sites = defaultdict(int), []
-    for node, along, dim, batch_dim in places:
+    for node, along, dim, batch_dim, blocks in places:
         units = unit_of_id[along]
         if (units >= 0).any():
             module = node.meta.get("module", "")
-            sites.append(GateSite(module, calls[module], dim, units, node, batch_dim))
+            sites.append(GateSite(module, calls[module], dim, units, node, batch_dim, blocks))
             calls[module] += 1
     return tuple(sites)
 
 
-def readers_of(layers, tensors):
-    """Yields the `Reader`s of surgery.layers.Layers; `tensors` as in ChannelGraph."""
+def readers_of(layers, tensors, blocks):
+    """Yields the `Reader`s of surgery.layers.Layers; `tensors` as in ChannelGraph, `blocks` {node that is read: blocks}."""
     for layer, (nodes, groups, linear) in layers.readers.items():
         units = tensors.get((f"{layer}.weight" if layer else "weight", 1))
         if units is None or (units < 0).all():
             continue
         runs = units.unique_consecutive(return_counts=True)[1].tolist()
-        yield Reader(layer, groups, units.repeat(groups), math.gcd(*runs) if linear else 1, linear, tuple(nodes))
+        several = {n: b for n in nodes if (b := blocks.get(n.all_input_nodes[0], 1)) > 1}
+        yield Reader(
+            layer, groups, units.repeat(groups), math.gcd(*runs) if linear else 1, linear, tuple(nodes), several
+        )
 
 
 def cost_terms(model, tensors, positions):

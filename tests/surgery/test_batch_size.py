@@ -42,6 +42,41 @@ def test_a_literal_size_is_no_batch(width, decides):
     assert len(graph.units) == (0 if decides else 8)
 
 
+class Positions(nn.Module):
+    """10 x 10 positions, by a number in the code; values choose the way of a part."""
+
+    def __init__(self):
+        super().__init__()
+        self.part, self.a, self.fc = Decides(), nn.Conv2d(3, 6, 3), nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.fc(F.relu(self.a(self.part(x))).reshape(x.size(0), -1, 100).amax(2))
+
+
+def test_a_number_in_the_code_is_no_batch_on_values():
+    torch.manual_seed(0)
+    x = torch.randn(3, 3, 12, 12, dtype=torch.double)
+    assert len(check_law(randomise(Positions()), x, seeds=(0,)).units) == 6
+
+
+class FixedBatch(nn.Module):
+    """The number of samples of the trace, as a number."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = F.relu(self.a(x)).mean((2, 3))
+        return self.fc(x) + x.new_tensor([[i] for i in range(len(x))])
+
+
+def test_a_graph_that_holds_a_number_of_samples_is_no_matter_of_verification():
+    with pytest.raises(InputError, match="on which the network itself runs .* from the shapes of tensors") as refused:
+        ChannelGraph(FixedBatch(), torch.randn(3, 3, 9, 9))
+    assert "verify=False" not in str(refused.value)
+
+
 def test_the_batch_divides_no_size_of_network_and_inputs():
     model = nn.Sequential(nn.Conv2d(3, 82, 3), nn.BatchNorm2d(86))
     model.groups = [47, 3]

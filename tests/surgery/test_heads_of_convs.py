@@ -1,5 +1,6 @@
 """Attention by convs: shared keys and values, heads in the batch."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 from test_operations import Block, C, around, images
@@ -43,6 +44,29 @@ def test_channels_of_heads_that_lie_in_the_batch():
     convs = {name: nn.Conv2d(C, C, 1) for name in "qkvo"}
     graph = check_law(around(Block(folded, heads=HEADS, size=SIZE, **convs)), images(), seeds=(0,))
     assert [graph.layers[f"block.{name}"].reason for name in "qkvo"] == [None] * 4
+
+
+def size_of_heads(block, x, inner, end):
+    """The size of a head is computed once, and given to every view."""
+    x = block.q(x)
+    b, c, h, w = x.shape
+    d = c // 6
+    if inner:
+        y = x.reshape(b, d, 3, 2, h, w).permute(2, 0, 3, 4, 5, 1)
+    else:
+        y = x.reshape(b, 3, 2, d, h, w).permute(1, 0, 2, 4, 5, 3)
+    q, k, v = y.reshape(3, b, 2, h * w, d)
+    y = ((q @ k.transpose(2, 3)).softmax(3) @ v).permute(0, 1, 3, 2)
+    return block.o(y.reshape(b, end(d), h, w))
+
+
+@pytest.mark.parametrize("inner", [False, True])
+@pytest.mark.parametrize("end", [lambda d: 2 * d, lambda d: d * 2, lambda d: -1])
+def test_a_size_of_heads_that_is_used_twice(inner, end):
+    block = Block(lambda s, x: size_of_heads(s, x, inner, end), q=nn.Conv2d(C, 24, 1), o=nn.Conv2d(C, C, 1))
+    graph = check_law(around(block), images(), seeds=(0,))
+    assert [graph.layers[f"block.{name}"].reason for name in "qo"] == [None] * 2
+    assert {len([f for f in unit.filters if f[0] == "block.q"]) for unit in graph.units} == {0, 6}
 
 
 def test_an_outer_product_loses_channels_of_one_factor():

@@ -286,6 +286,39 @@ BLOCKS = {  # name: (block, its output channels, removable filters of the stem, 
     "fused attention": (Heads(fused=True), C, 8, None, None),
     "values decide in a module": (Block(lambda s, x: s.b(s.c(s.a(x))), c=Brightness()), C, 8, 0, 8),
     "values decide between convs": (Block(lambda s, x: s.b(s.c(x)), c=Brightness()), C, 0, None, 8),
+    "divided by its sum": (Block(lambda s, x: s.b((y := s.a(x).exp()) / y.sum((2, 3), keepdim=True))), C, 8, 8, 8),
+    "standardised over space": (
+        Block(
+            lambda s, x: s.b(
+                ((y := s.a(x)) - y.mean((2, 3), keepdim=True)) / y.var((2, 3), keepdim=True).sqrt().expand_as(y)
+            )
+        ),
+        C,
+        8,
+        8,
+        8,
+    ),
+    "times the inverse of its norm": (
+        Block(lambda s, x: s.b((y := s.a(x)) * y.square().mean((2, 3), keepdim=True).rsqrt())),
+        C,
+        8,
+        8,
+        8,
+    ),
+    "times one over its maximum": (
+        Block(lambda s, x: s.b((1 / (y := s.a(x).exp()).amax((2, 3), keepdim=True)) * y)),
+        C,
+        8,
+        8,
+        8,
+    ),
+    "to the power of -1/2": (
+        Block(lambda s, x: s.b((y := s.a(x)) * y.square().sum((2, 3), keepdim=True) ** -0.5)),
+        C,
+        8,
+        8,
+        8,
+    ),
     "width computed with": (Block(lambda s, x: s.b(s.a(x) * math.sqrt(2) / s.b.in_channels**0.5)), C, 8, 0, 8),
     "if on a size": (Block(lambda s, x: s.b(s.a(x) if x.shape[-1] % 2 else F.max_pool2d(s.a(x), 2))), C, 8, 8, 8),
     "sum over channels of a weight": (
@@ -389,6 +422,15 @@ def test_what_is_not_piecewise_linear_is_named(name):
     except RuntimeError as error:  # of grid_sample until torch 2.12
         pytest.skip(str(error))
     assert bool(second.abs() > 1e-9) == bool(expected)
+
+
+def test_a_division_by_zero_is_named_where_a_gate_before_it_is_needed():
+    without = Block(lambda s, x: s.b((y := s.a(x)) / y.sum((2, 3), keepdim=True)) + s.c(y), c=conv(C, C, 1))
+    graph = check_law(around(without), images(), seeds=(0,))
+    assert "a division by zero behind them gives; an epsilon helps" in graph.layers["block.a"].reason
+    with_epsilon = Block(lambda s, x: s.b((y := s.a(x).relu()) / (y.sum((2, 3), keepdim=True) + 1e-3)) + y)
+    graph = check_law(around(with_epsilon), images(), seeds=(0,))
+    assert graph.layers["block.a"].reason is None
 
 
 def test_heads_are_units_where_the_scale_depends_on_their_size():

@@ -842,7 +842,7 @@ def test_the_forward_comes_back_when_it_raises():
     graph = ChannelGraph(model, images(1))
     gates = torch.rand(len(graph.units), dtype=torch.double)
     before = dict(vars(model))
-    with pytest.raises(RuntimeError), graph.gated(gates):
+    with pytest.raises(InputError, match="to have 3 channels"), graph.gated(gates):
         model(torch.zeros(1, 7, SIZE, SIZE, dtype=torch.double))
     assert vars(model) == before and not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 

@@ -1,10 +1,14 @@
 """Forwards that look at buffers of one number, and functions whose operations are not seen."""
 
+import re
+from types import SimpleNamespace
+
 import pytest
 import torch
 from test_surgery import Net, Plain, check_law, images, randomise
 from torch import nn
 
+from EnhancedFilterPruner import EnhancedFilterPruner
 from taylor_pruning.errors import InputError
 from taylor_pruning.surgery.graph import ChannelGraph
 
@@ -90,3 +94,114 @@ def test_a_scripted_function_in_a_module_that_runs_as_a_whole():
     graph = ChannelGraph(model, images(1))
     assert "whose forward no graph can repeat" in graph.layers["blocks.0.b.0"].reason
     assert graph.layers["stem.0"].reason is None
+
+
+# -- loops over samples, and what refusals advise ----------------------------------------------------------------------
+
+
+def by_split(x):
+    return torch.cat([sample * sample.mean() for sample in x.split(1, 0)])
+
+
+def by_chunks(x):
+    return torch.cat([sample * sample.mean() for sample in x.chunk(x.shape[0])])
+
+
+def by_number(x):
+    return torch.stack([x[i] * x[i].mean() for i in range(x.shape[0])])
+
+
+def by_slice(x):
+    return torch.cat([x[i : i + 1] * x[i : i + 1].mean() for i in range(len(x))])
+
+
+def in_fours(x):
+    return torch.cat([some - some.amax((0, 2, 3), keepdim=True) for some in x.split(4)])
+
+
+class Loop(nn.Module):
+    def __init__(self, loop):
+        super().__init__()
+        self.loop = loop
+
+    def forward(self, x):
+        return self.loop(x)
+
+
+@pytest.mark.parametrize("loop", [by_split, by_chunks, by_number, by_slice, in_fours])
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_loop_over_samples_is_refused_or_one_operation(loop, verify):
+    with pytest.raises(InputError, match="one by one.*loop into a module of its own"):
+        ChannelGraph(deciding(lambda network, x: loop(x)), images(1), verify=verify)
+    model = randomise(Net([Plain]).double().eval())
+    model.blocks.append(Loop(loop))
+    graph = ChannelGraph(model, images(1), verify=verify)
+    assert "whose forward no graph can repeat" in graph.layers["blocks.0.b.0"].reason
+    with torch.no_grad(), graph.gated(torch.ones(len(graph.units), dtype=torch.double)):
+        together = model(images(50))
+    torch.testing.assert_close(together, model(images(50)))
+
+
+class Frozen(dict):
+    def __setitem__(self, key, value):
+        raise TypeError("immutable")
+
+
+class Given(nn.Module):
+    """A conv and a head, whose inputs and outputs `run` uses."""
+
+    def __init__(self, run):
+        super().__init__()
+        self.a, self.fc, self.run = nn.Conv2d(3, 8, 3), nn.Linear(8, 4), run
+
+    def forward(self, *inputs):
+        return self.run(self, *inputs)
+
+    def logits(self, x):
+        return self.fc(self.a(x).relu().mean((2, 3)))
+
+
+def masked(network, x):
+    network.a.weight.data *= 0.5
+    return network.logits(x)
+
+
+ADVICE = {  # name: (forward, example, what is said)
+    "tensors in an object": (
+        lambda s, x, y: s.logits(x.data) + y,
+        (SimpleNamespace(data=images()), images().mean((2, 3))[:, :1]),
+        "give the tensors in SimpleNamespace, which are not seen, in a tuple",
+    ),
+    "a number beside one image": (
+        lambda s, x, t: s.logits(x) * t,
+        (images(1), torch.ones(1)),
+        "an example of two samples",
+    ),
+    "classes alone": (lambda s, x: s.logits(x).argmax(1), images(1), "let it return what they are chosen by"),
+    "a dictionary that cannot be filled": (lambda s, x: Frozen(y=s.logits(x)), images(1), "return tensors in tuples"),
+    "data": (masked, images(1), "Compute with a new tensor"),
+}
+
+
+@pytest.mark.parametrize("name", ADVICE)
+def test_a_refusal_says_what_to_do(name):
+    run, example, advice = ADVICE[name]
+    with pytest.raises(InputError, match=re.escape(advice)):
+        ChannelGraph(Given(run).double().eval(), example)
+
+
+def test_distributions_do_not_look_at_values_in_a_trace():
+    def run(network, x):
+        return torch.distributions.Normal(network.logits(x), 1.0).mean
+
+    assert len(check_law(Given(run).double().eval(), images(), seeds=(0,)).units) == 8
+    with pytest.raises(ValueError, match="Expected parameter loc"):
+        torch.distributions.Normal(torch.tensor(torch.nan), 1.0)
+
+
+def test_reentrant_checkpoints_are_named_where_no_gradient_comes_through():
+    def run(network, x):
+        return network.fc(torch.utils.checkpoint.checkpoint(network.a, x, use_reentrant=True).mean((2, 3)))
+
+    with pytest.raises(InputError, match="checkpoints with use_reentrant=True"), pytest.warns(UserWarning):
+        EnhancedFilterPruner(Given(run).double().eval(), images()).rank([(images(), torch.arange(3))])

@@ -2,6 +2,7 @@
 
 from taylor_pruning.surgery.ids import varying
 from taylor_pruning.surgery.operations.registry import rule
+from taylor_pruning.surgery.recorded_calls import operation_name
 
 
 class Axis:
@@ -79,9 +80,41 @@ def product(call):
         return call.result(values[0].layers)
     axes, reason = align(call.ids, values, call.shape, call.where)
     find_zero_operands(call, axes, numerator_only=divides)
+    if any(len(axis.carriers) > 1 for axis in axes) and _is_zero_by_zero(call, divides):
+        call.info.source = True  # the gate is set behind the division
     if divides and not call.is_constant(1):
         call.info.nonlinear = call.name
     return finish(call, axes, reason)
+
+
+def _is_zero_by_zero(call, divides):
+    """Whether an operand divides by what is zero where the other one is: x / x.sum() and x * x.square().mean().rsqrt()."""
+    nodes = [node for node, _ in call.operands[:2]]
+    for numerator, other in ((0, 1),) if divides else ((0, 1), (1, 0)):
+        behind = _vanishing(call, nodes[other])
+        if (divides or any(map(_has_pole, behind))) and behind & _vanishing(call, nodes[numerator]):
+            return True
+    return False
+
+
+def _vanishing(call, node):
+    """The nodes whose zeros make those of the node, or its poles."""
+    found, front = set(), [node]
+    while front:
+        node = front.pop()
+        info = call.infos[node]
+        if node not in found and "shape" in node.meta and not info.constant:
+            found.add(node)
+            if not info.source or _has_pole(node):
+                front.extend(node.all_input_nodes if info.mains is None else info.mains)
+    return found
+
+
+def _has_pole(node):
+    """Whether its result is infinite where what it reads is zero."""
+    name, exponent = operation_name(node), node.args[1] if len(node.args) > 1 else None
+    negative = isinstance(exponent, (int, float)) and exponent < 0
+    return name in ("rsqrt", "reciprocal", "rdiv", "rtruediv") or name in ("pow", "float_power") and negative
 
 
 def find_zero_operands(call, axes, numerator_only=False):

@@ -109,6 +109,24 @@ def _advanced(call, x, index):
     return call.result(layers)
 
 
+@rule("embedding", linear="each")
+def embedding(call):
+    """Rows of a table, whose columns are channels. They are never closed."""
+    indices, table = call.get("input", 0), call.get("weight", 1)
+    if call.get("max_norm", 3) is not None:  # it writes to the table
+        return call.unknown()
+    for layer in indices.layers:
+        call.protect(layer, "is an index in")
+    kept = []
+    for layer in table.layers:
+        if varying(layer) == [1]:
+            kept.append(layer[0].expand(call.shape))
+        else:
+            call.protect(layer, "is indexed by position in")
+    call.info.source, call.info.mains = True, ()
+    return call.result(kept, None if kept else table.reason)
+
+
 @rule("index_select gather", linear=True)
 def index_select(call):
     x, dim = call.values()[0], int(call.get("dim", 1)) % len(call.values()[0].shape)

@@ -26,6 +26,27 @@ def stack(call):
     return joined(call, parts, dim)
 
 
+@rule("hstack vstack row_stack dstack", linear=True)
+def stacks(call):
+    """A concatenation along the second, first or third dimension."""
+    dim = {"hstack": 1, "dstack": 2}.get(call.name, 0)
+    if any(len(value.shape) <= max(1, dim) for value in call.values()):  # they get more dimensions first
+        return call.unknown()
+    return joined(call, call.values(), dim)
+
+
+@rule("broadcast_tensors", linear=True)
+def broadcast_tensors(call):
+    """Every tensor as it is: along dimensions in which it is repeated it has one element, as in a sum."""
+    shape, results = call.node.meta["shapes"][0], []
+    align(call.ids, call.values(), shape, call.where)
+    for value in call.values():
+        more = len(shape) - len(value.shape)
+        layers = tuple(layer[(None,) * more] for layer in value.layers)
+        results.append(Value((1,) * more + value.shape, layers, value.reason))
+    return tuple(results)
+
+
 def joined(call, parts, dim):
     """Ids along `dim` follow each other; along all other dimensions they are united."""
     parts = [p for p in parts if math.prod(p.shape) or len(p.shape) == len(call.shape)]

@@ -103,7 +103,25 @@ def _whole_groups(call, inputs, outputs, own, groups):
     return outputs
 
 
-@rule("linear addmm bilinear", linear="each")
+@rule("deform_conv2d")
+def deform_conv(call):
+    """A convolution that reads at places computed from the input (torchvision), and may weigh them."""
+    x, weight, *places, bias = call.args[:5]
+    ids, groups = call.ids, call.args[11]
+    inputs = ids.vector(x, 1)
+    for value in (x, *places):
+        for layer in value.layers:
+            if value is not x or varying(layer) != [1]:
+                call.protect(layer, "enters")
+    if inputs is not None and 1 < len(inputs) == int(groups):
+        return call.unknown()
+    outputs = _mixing(call, x, inputs, (ids.vector(weight, 0), ids.vector(weight, 1)), weight, groups, False)
+    ids.attach(bias, outputs, f"meets a tensor of fixed size in {call.where}")
+    call.info.source = True
+    return call.result([] if outputs is None else [spread(outputs, 1, call.shape)])
+
+
+@rule("linear bilinear", linear="each")
 def linear(call):
     if call.name != "linear":
         return call.unknown()

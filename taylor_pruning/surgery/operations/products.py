@@ -1,5 +1,7 @@
 """Contractions: matrix products, einsum, attention."""
 
+import torch
+
 from taylor_pruning.surgery.ids import Value, varying
 from taylor_pruning.surgery.operations.elementwise import align, find_zero_operands
 from taylor_pruning.surgery.operations.registry import rule
@@ -63,10 +65,49 @@ def _spread(value, own, labels):
     return Value(tuple(shape), tuple(moved(layer) for layer in value.layers), value.reason)
 
 
-@rule("matmul rmatmul bmm mm mv dot baddbmm", linear="each")
+@rule("addmm baddbmm", linear="each")
+def addmm(call):
+    """A tensor, and a matrix product that is added to it."""
+    added, batch = call.values()[0], ["b"] if call.name == "baddbmm" else []
+    call.operands = [*call.operands[1:], call.operands[0]]
+    factors = zip(call.values()[:2], ([*batch, "n", "k"], [*batch, "k", "m"]), strict=True)
+    product = contract(call, list(factors), [*batch, "n", "m"], linear=any(map(call.is_constant, range(2))))
+    call.info.source = True
+    axes, reason = align(call.ids, [product, added], call.shape, call.where)
+    return call.result([axis.layer for axis in axes], reason)
+
+
+@rule("tensordot", linear="each")
+def tensordot(call):
+    (a, b), dims = call.values(), call.get("dims", 2, 2)
+    if isinstance(dims, int):
+        dims = range(len(a.shape) - dims, len(a.shape)), range(dims)
+    first, second = ([f"{side}{d}" for d in range(len(value.shape))] for side, value in (("a", a), ("b", b)))
+    for d, other in zip(*dims, strict=True):
+        second[int(other)] = first[int(d)]
+    out = [label for label in first + second if (label in first) != (label in second)]
+    return contract(call, [(a, first), (b, second)], out, linear=any(map(call.is_constant, range(2))))
+
+
+@rule("cosine_similarity")
+def cosine_similarity(call):
+    """sum x y / (|x| |y|) along one dimension: of channels that are zero in both it is exact."""
+    values = call.values()
+    shape = torch.broadcast_shapes(*(value.shape for value in values))
+    dim = int(call.get("dim", 2, 1)) % len(shape)
+    axes, reason = align(call.ids, values, shape, call.where)
+    kept = [axis for axis in axes if dim not in varying(axis.layer)]
+    for axis in axes:
+        if varying(axis.layer) == [dim] and not any(map(call.is_constant, axis.carriers)):
+            call.info.reads = True
+        elif axis not in kept:
+            call.protect(axis.layer, "is normalised over channels in")
+    find_zero_operands(call, kept)
+    return call.result([axis.layer.select(dim, 0) for axis in kept], reason)
+
+
+@rule("matmul rmatmul bmm mm mv dot", linear="each")
 def matmul(call):
-    if call.name == "baddbmm":
-        return call.unknown()
     values = call.values()
     if len(values) < 2:
         return call.unknown()

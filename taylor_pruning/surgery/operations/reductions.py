@@ -1,6 +1,6 @@
 """Sums, means, extrema and normalisations over dimensions."""
 
-from taylor_pruning.surgery.ids import varying
+from taylor_pruning.surgery.ids import Value, varying
 from taylor_pruning.surgery.operations.elementwise import total
 from taylor_pruning.surgery.operations.registry import rule
 
@@ -80,6 +80,29 @@ def extrema(call):
         return total(call)
     dims = dims_of(call, call.values()[0])
     return fold(call, dims, sums=False)
+
+
+@rule("quantile nanquantile", linear=True)
+def quantile(call):
+    if len(call.operands) > 1:  # several quantiles, along a new dimension
+        return call.unknown()
+    return fold(call, dims_of(call, call.values()[0], 2), sums=False)
+
+
+@rule("topk sort kthvalue", linear=True)
+def ranked(call):
+    """Values and their places along one dimension; places of closed channels are not known."""
+    x, shapes = call.values()[0], call.node.meta["shapes"]
+    dim = int(call.get("dim", 1 if call.name == "sort" else 2, -1)) % len(x.shape)
+    call.keep_numbers()
+    layers = []
+    for layer in x.layers:
+        if dim in varying(layer):
+            call.protect(layer, "is sorted over channels in")
+        else:
+            layer = layer.narrow(dim, 0, 1) if len(shapes[0]) == len(x.shape) else layer.select(dim, 0)
+            layers.append(layer.expand(shapes[0]))
+    return call.ids.value(shapes[0], layers, x.reason), Value(shapes[1], (), f"meets places in {call.where}")
 
 
 @rule("softmax log_softmax softmin cumsum cumprod logcumsumexp")

@@ -4,6 +4,7 @@ import torch
 
 from taylor_pruning.surgery.ids import varying
 from taylor_pruning.surgery.operations.registry import rule
+from taylor_pruning.surgery.operations.views import moved
 
 _DIMENSIONS = "1d 2d 3d".split()
 _KINDS = "max_pool avg_pool adaptive_max_pool adaptive_avg_pool".split()
@@ -37,6 +38,25 @@ def grid_sample(call):
     if not call.is_constant(1):
         call.info.nonlinear = call.name
     return spatial(call)
+
+
+@rule("affine_grid", linear=True)
+def affine_grid(call):
+    """Places of the pixels of a size, in which the number of channels does not matter."""
+    call.info.reads = call.info.source = True
+    for layer in call.values()[0].layers:
+        call.protect(layer, "passes through")
+    for d, size in enumerate(call.get("size", 1)):
+        if d != 1:
+            call.ids.keep_number(size, f"their number enters {call.where}")
+    return call.result((), f"passes through {call.where}")
+
+
+@rule("fft_fft fft_ifft fft_rfft fft_irfft fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2", linear=True)
+def fourier(call):
+    call.keep_numbers()
+    dims = call.get("dim", 2, (-2, -1) if call.name.endswith("2") else -1)
+    return moved(call, (dims,) if isinstance(dims, int) else dims, "passes through")
 
 
 def _resized(call, layers, shape, first):
@@ -92,4 +112,18 @@ def unfold(call):
             return call.unknown()
         small = layer.flatten(2)[:, :, :1].repeat_interleave(call.shape[1] // x.shape[1], 1)
         layers.append(small.expand(call.shape))
+    return call.result(layers)
+
+
+@rule("col2im", linear=True)
+def fold(call):
+    """F.fold [N, C * k, L] -> [N, C, H, W]: k channels become one."""
+    x, channels = call.values()[0], call.shape[-3]
+    layers = []
+    for layer in x.layers:
+        if varying(layer) != [len(x.shape) - 2]:
+            return call.unknown()
+        grouped = call.ids.together(layer.unflatten(-2, (channels, -1)), layer.dim() - 1)
+        layers.append(grouped[..., :1, :1].expand(call.shape))
+    call.keep_numbers()
     return call.result(layers)

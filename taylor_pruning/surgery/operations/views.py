@@ -32,16 +32,22 @@ def flips(call):
     )
 
 
-@rule("roll", linear=True)
+@rule("roll rot90", linear=True)
 def roll(call):
-    x, dims = call.values()[0], call.get("dims", 2)
-    dims = (dims,) if isinstance(dims, int) else dims
-    kept = []
+    dims = call.get("dims", 2, (0, 1) if call.name == "rot90" else None)
+    return moved(call, (dims,) if isinstance(dims, int) else dims, "is moved by positions in")
+
+
+def moved(call, dims, reason):
+    """The result of an operation that keeps zeros and mixes elements along some dimensions, all where none are given."""
+    x, kept = call.values()[0], []
     for layer in x.layers:
         if not dims or set(varying(layer)) & {int(d) % len(x.shape) for d in dims}:
-            call.protect(layer, "is moved by positions in")
-        else:
-            kept.append(layer)
+            call.protect(layer, reason)
+            continue
+        for d in dims:
+            layer = layer.narrow(d, 0, 1)
+        kept.append(layer.expand(call.shape))
     return call.result(kept)
 
 
@@ -201,9 +207,20 @@ def _follow(call, layer, before, new, dim, size, free):
     if size.factor is not None and vector is not None and len(vector) == len(size.ids):
         ids.unite(vector, size.ids)
         ids.keep_widths(size, reason)
+    elif _counts(ids, size, along):
+        ids.keep_widths(size, reason)
     elif not size.widths and not bool(torch.isin(size.ids, layer).all()):
         ids.protect(layer, reason)
         ids.protect(size.ids, reason)
+
+
+def _counts(ids, size, along):
+    """Whether a part of a number of channels (c // heads) is that of `along`, as every class has its share in both."""
+    if size.factor is None or len(along) != len(size.ids) * size.factor:
+        return False
+    classes = ids.classes()
+    (of_size, many), (own, few) = (classes[some].unique(return_counts=True) for some in (size.ids, along))
+    return torch.equal(of_size, own) and torch.equal(many * size.factor.numerator, few * size.factor.denominator)
 
 
 @rule("expand expand_as broadcast_to", linear=True)

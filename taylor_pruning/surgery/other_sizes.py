@@ -1,0 +1,124 @@
+"""Inputs of other sizes than the example's: the forward is recorded on them too, and the two graphs are compared.
+
+A size that has passed through int(), range() or an if is a plain number in the graph, right for the example alone. Where the
+steps are the same, the graph runs with the numbers of the other size; where they are not, that size is refused.
+"""
+
+import copy
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from taylor_pruning.errors import InputError
+from taylor_pruning.surgery.nested import Slot, map_tensors
+from taylor_pruning.surgery.numbers import plain
+from taylor_pruning.surgery.recording import record
+
+REPLACED = ("forward", "_forward_hooks", "_forward_pre_hooks")  # of a module whose graph runs in its place
+LEAVES = (bool, int, float, str, type(None), torch.dtype, torch.device)
+
+
+@dataclass
+class AtSize:
+    """What a graph has in other places on inputs of some size.
+
+    Attributes:
+        output: see Trace. arguments: {node: (args, kwargs)}. constants: {name: tensor}.
+    """
+
+    output: object
+    arguments: dict = field(default_factory=dict)
+    constants: dict = field(default_factory=dict)
+
+
+def size_of(trace, inputs):
+    """The shapes of the inputs of a call, without the batch where the example's has one."""
+    with_batch = [node.meta["shape"][:1] == (trace.batch,) for node in trace.graph.nodes if node.op == "placeholder"]
+    return tuple(tuple(t.shape)[batched:] for t, batched in zip(inputs, with_batch, strict=True))
+
+
+def at_size(trace, model, inputs, own):
+    """`AtSize` for the inputs of a call.
+
+    Args:
+        inputs: list of tensors. own: {attribute: value} of the model while its graph does not run in its place.
+
+    Raises InputError if the forward takes other steps there, or cannot be recorded.
+    """
+    size = size_of(trace, inputs)
+    if not trace.at_sizes:
+        trace.at_sizes[_example_size(trace)] = AtSize(trace.output)
+    if not trace.reads_sizes:
+        return AtSize(trace.output)
+    if size not in trace.at_sizes:
+        trace.at_sizes[size] = _found(trace, model, inputs, own)
+    if trace.at_sizes[size] is None:
+        raise InputError(
+            f"{type(model).__name__} does other steps on inputs of shape {_named(size)} than on those of its example_input, "
+            f"{_named(_example_size(trace))}, so that its graph does not hold there; give inputs of the example's shape"
+        )
+    return trace.at_sizes[size]
+
+
+def _example_size(trace):
+    return size_of(
+        trace, [torch.empty(n.meta["shape"], device="meta") for n in trace.graph.nodes if n.op == "placeholder"]
+    )
+
+
+def _named(size):
+    return " and ".join(map(str, size))
+
+
+def _found(trace, model, inputs, own):
+    model = copy.copy(model)
+    for name in REPLACED:
+        vars(model).pop(name, None)
+        if name in own:
+            vars(model)[name] = own[name]
+    example = _example_size(trace)
+
+    def given(slot):
+        tensor = inputs[slot.index].detach()
+        batched = tensor.dim() > len(example[slot.index])
+        return tensor[:1].expand(trace.batch, *tensor.shape[1:]) if batched else tensor
+
+    args, kwargs = map_tensors(trace.inputs, given, Slot)
+    return _compared(trace, record(model, kwargs or args, trace.training))
+
+
+def _compared(trace, other):
+    """`AtSize` of another trace of the same forward; None where its steps are others."""
+    old, new = list(trace.graph.nodes), list(other.graph.nodes)
+    if len(old) != len(new) or trace.constants.keys() != other.constants.keys():
+        return None
+    same, found = dict(zip(new, old, strict=True)), AtSize(other.output)
+    for a, b in zip(old, new, strict=True):
+        if (a.op, str(a.target), a.meta.get("autocast")) != (b.op, str(b.target), b.meta.get("autocast")):
+            return None
+        if a.all_input_nodes != [same[node] for node in b.all_input_nodes]:
+            return None
+        now = fx.node.map_aggregate(
+            (b.args, b.kwargs), lambda item: same.get(item) if isinstance(item, fx.Node) else plain(item)
+        )
+        if _leaves((a.args, a.kwargs)) != _leaves(now):
+            found.arguments[a] = now
+    for name, tensor in other.constants.items():
+        before = trace.constants[name]
+        if before.shape != tensor.shape or not torch.equal(before.to(tensor), tensor):
+            found.constants[name] = tensor
+    return found
+
+
+def _leaves(arguments):
+    """What the arguments of a call hold, in a form that can be compared; what is no plain value counts by itself."""
+    found = []
+
+    def visit(item):
+        item = plain(item)
+        found.append((type(item), item if isinstance(item, LEAVES) else id(item)))
+        return item
+
+    fx.node.map_aggregate(arguments, visit)
+    return found

@@ -1,0 +1,137 @@
+"""Zeroed gates are removed channels where an everyday operation lies between the layers."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import randomise
+from test_operations import Block, C, around, conv, images, parameter
+from test_surgery import check_law
+from torch import nn
+from torchvision.ops import DeformConv2d
+
+from taylor_pruning.surgery.graph import ChannelGraph
+
+
+def transformed(s, x):
+    """A spatial transformer."""
+    places = F.affine_grid(s.places(x.mean((2, 3))).view(-1, 2, 3), x.size(), align_corners=False)
+    return s.b(F.grid_sample(s.a(x), places, align_corners=False))
+
+
+def weighed(s, x):
+    y = s.a(x)
+    return s.b(s.d(y, s.places(x), s.weights(x).sigmoid()))
+
+
+def broadcast(s, x):
+    y, mean, scale = torch.broadcast_tensors(s.a(x), x.mean((2, 3), keepdim=True), s.scale)
+    return s.b((y - mean) * scale)
+
+
+def strongest(s, x):
+    y = s.a(x).flatten(2)
+    values, _ = y.topk(5, 2)
+    values = values.mean(2) + y.sort().values[..., -1] + y.kthvalue(3).values + y.quantile(0.3, -1)
+    return s.b(x * values[..., None, None])
+
+
+def likeness(s, x):
+    """Of two activations, over space and over channels."""
+    y, z = s.a(x), s.b(x)
+    over_space = F.cosine_similarity(y.flatten(2), z.flatten(2), dim=-1)
+    return y * F.cosine_similarity(y, z)[:, None] + z * over_space[..., None, None]
+
+
+def added_product(s, x):
+    y = s.a(x).movedim(1, -1)
+    y = torch.addmm(s.shift, y.flatten(0, 2), s.w).view(*y.shape[:3], -1).movedim(-1, 1)
+    return s.b(torch.baddbmm(y.flatten(2), s.c(x).flatten(2), s.mixing.expand(len(x), -1, -1)).view(y.shape))
+
+
+BLOCKS = {  # name: (block, its output channels, removable filters of the stem, of a, of b; None: not looked at)
+    "affine grid": (Block(transformed, places=nn.Linear(C, 6)), C, 8, 8, 8),
+    "deformable": (Block(weighed, d=DeformConv2d(C, C, 3, padding=1), places=conv(C, 18, 3, padding=1),
+                         weights=conv(C, 9, 3, padding=1)), C, 8, 8, 8),
+    "deformable in groups": (Block(lambda s, x: s.b(s.d(s.a(x), s.places(x))), places=conv(C, 18, 3, padding=1),
+                                   d=DeformConv2d(C, C, 3, padding=1, groups=2, bias=False)), C, 8, 8, 8),
+    "hstack": (Block(lambda s, x: torch.hstack([s.a(x), s.b(x)])), 2 * C, 8, 8, 8),
+    "vstack": (Block(lambda s, x: sum(torch.vstack([s.a(x), s.b(x)]).chunk(2))), C, 8, 8, 8),
+    "dstack": (Block(lambda s, x: torch.dstack([s.a(x), s.b(x)])), C, 8, 8, 8),
+    "broadcast tensors": (Block(broadcast, scale=parameter(C, 1, 1)), C, 8, 8, 8),
+    "broadcast number": (
+        Block(lambda s, x: s.b(torch.mul(*torch.broadcast_tensors(s.a(x), torch.tensor(0.5))))), C, 8, 8, 8),
+    "quarter turn": (Block(lambda s, x: s.b(torch.rot90(s.a(x)[..., :-1], 1, (2, 3)))), C, 8, 8, 8),
+    "quarter turn of channels": (Block(lambda s, x: s.b(torch.rot90(s.a(x)[:, :, :8], 2, (1, 2)))), C, 8, 0, 8),
+    "tensordot": (Block(lambda s, x: s.b(torch.tensordot(s.a(x), s.w, ([1], [0])).movedim(3, 1)), w=parameter(C, C)),
+                  C, 8, 8, 8),
+    "tensordot over the last": (Block(lambda s, x: s.b(torch.tensordot(s.a(x).movedim(1, 3), s.w, 1).movedim(3, 1)),
+                                      w=parameter(C, C)), C, 8, 8, 8),
+    "product that is added": (Block(added_product, w=parameter(C, C), shift=parameter(C), c=conv(C, C, 1),
+                                    mixing=parameter(1, 144, 144)), C, 8, 8, 8),
+    "strongest places": (Block(strongest), C, 8, 8, 8),
+    "sorted channels": (Block(lambda s, x: s.b(s.a(x).sort(1).values)), C, 8, 0, 8),
+    "places of the strongest": (Block(lambda s, x: s.b(s.a(x).flatten(2).topk(4, 2).indices.double()[..., None])),
+                                C, 8, 0, 8),
+    "cosine": (Block(likeness), C, 8, 8, 8),
+    "cosine to a parameter": (Block(lambda s, x: s.b(x * F.cosine_similarity(s.a(x), s.w, dim=1)[:, None]),
+                                    w=parameter(C, 1, 1)), C, 8, 0, 8),
+    "Fourier": (Block(lambda s, x: s.b(torch.fft.irfft2(torch.fft.rfft2(s.a(x)) * 0.5, s=x.shape[2:]))), C, 8, 8, 8),
+    "Fourier over channels": (Block(lambda s, x: s.b(torch.fft.fft(s.a(x), dim=1).abs())), C, 8, 0, 8),
+    "unfold and fold": (Block(lambda s, x: s.b(F.fold(F.unfold(s.a(x), 2, stride=2).relu(), x.shape[2:], 2, stride=2))),
+                        C, 8, 8, 8),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_zeroed_gates_are_removed_channels(name):
+    block, out, *expected = BLOCKS[name]
+    graph = check_law(around(block, out), images(), seeds=(0,))
+    found = [graph.layers[layer] for layer in ("stem.0", "block.a", "block.b")]
+    assert [int(info.removable.sum()) for info in found] == expected, [info.reason for info in found]
+    assert graph.layers["mid"].reason is None
+
+
+class ClassConditional(nn.Module):
+    """A scale and a shift for every class, from one table."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.n, self.o = nn.Conv2d(3, C, 3), nn.BatchNorm2d(C, affine=False), nn.Conv2d(C, 3, 1)
+        self.table = nn.Embedding(10, 2 * C)
+
+    def forward(self, x, label):
+        scale, shift = self.table(label)[..., None, None].chunk(2, 1)
+        return self.o(F.relu(self.n(self.a(x)) * scale + shift))
+
+
+def test_columns_of_a_table_go_with_the_channels_that_they_scale():
+    torch.manual_seed(0)
+    model = ClassConditional().double().eval()
+    model.n.running_mean.normal_()
+    inputs = images(), torch.tensor([1, 2, 7])
+    graph = ChannelGraph(model, inputs)
+    assert len(graph.units) == C and list(graph.layers) == ["a", "o"]
+    gates = torch.ones(C, dtype=torch.double)
+    gates[[1, 6]] = 0
+    with torch.no_grad(), graph.gated(gates):
+        expected = model(*inputs)
+    smaller = graph.remove([graph.units[1], graph.units[6]])
+    torch.testing.assert_close(smaller(*inputs), expected)
+    assert smaller.table.embedding_dim == 2 * C - 4 == smaller.table.weight.shape[1]
+
+
+def test_a_product_that_is_added_is_a_layer_of_its_factor():
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.w, self.fc = nn.Conv2d(3, C, 3), parameter(6, C), nn.Linear(6, 4)
+
+        def forward(self, x):
+            return self.fc(
+                torch.addmm(torch.zeros(6, dtype=x.dtype), F.relu(self.a(x)).mean((2, 3)), self.w.t()).relu()
+            )
+
+    torch.manual_seed(0)
+    graph = check_law(randomise(Head()), images(), seeds=(0,), prune_linear=True)
+    assert {name: info.filters for name, info in graph.layers.items()} == {"a": C, "w": 6, "fc": 4}
+    assert graph.layers["a"].reason is None

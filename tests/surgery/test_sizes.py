@@ -1,0 +1,165 @@
+"""Sizes that a forward reads off tensors: kept between calls, turned into constants, computed by others."""
+
+import math
+from functools import lru_cache
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import randomise
+from test_surgery import check_law
+from torch import nn
+
+from taylor_pruning.errors import InputError
+from taylor_pruning.repair.paired_runs import refresh_batchnorms
+from taylor_pruning.surgery.graph import ChannelGraph
+
+
+class Around(nn.Module):
+    """conv - `middle` - conv - head."""
+
+    def __init__(self, middle, width=8, **more):
+        super().__init__()
+        self.a, self.b, self.fc = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(width, 6, 3, padding=1), nn.Linear(6, 4)
+        self.middle = middle
+        for name, value in more.items():
+            setattr(self, name, value)
+
+    def forward(self, x):
+        return self.fc(F.relu(self.b(self.middle(self, F.relu(self.a(x))))).mean((2, 3)))
+
+
+def around(middle, *args, **more):
+    torch.manual_seed(0)
+    return randomise(Around(middle, *args, **more))
+
+
+def images(number=3, *size):
+    size = size or (12, 12)
+    return torch.randn(number, 3, *size, dtype=torch.double, generator=torch.Generator().manual_seed(0))
+
+
+@lru_cache
+def kept_plan(shape):
+    return [shape[0], shape[1] // 2, 2, shape[2] * shape[3]]
+
+
+KEPT = {}
+
+
+def kept_by_name(name, size):
+    return KEPT.setdefault(name, size)
+
+
+@pytest.mark.parametrize(
+    "plan", [kept_plan, lambda shape: [*kept_plan(shape)[:3], kept_by_name("hw", shape[2] * shape[3])]]
+)
+def test_sizes_that_are_kept_between_calls_belong_to_one_trace(plan):
+    kept_plan.cache_clear()
+    KEPT.clear()
+
+    def middle(block, x):
+        y = x.reshape(plan(x.shape)).mean(2)
+        return y.reshape(len(x), -1, *x.shape[2:]) * (0.5 if block.training else 1)  # it is traced twice
+
+    model = around(middle, 4)
+    for _ in range(2):
+        graph = check_law(model, images(), seeds=(0,))
+        assert graph.layers["a"].reason is None and len(graph.units) == 10
+        nodes = len(graph.executions[False].trace.graph.nodes)
+        model(images())
+        assert len(graph.executions[False].trace.graph.nodes) == nodes  # nor does a call add to an old graph
+
+
+# -- images of other sizes than the example's ---------------------------------------------------------------------------
+
+
+def padded_to_even(block, x):
+    rows, columns = ((math.ceil(n / 2) * 2 - n) for n in x.shape[2:])
+    return F.pad(x, (0, columns, 0, rows))
+
+
+def three_quarters(block, x):
+    return F.interpolate(x, size=[int(n * 0.75) for n in x.shape[2:]])
+
+
+def graded(block, x):
+    return x * torch.from_numpy(np.linspace(0, 1, x.shape[3]))
+
+
+def row_by_row(block, x):
+    rows = list(x.split(1, 2))
+    for i in range(1, len(rows)):
+        rows[i] = rows[i] + F.relu(block.row(rows[i - 1]))
+    return torch.cat(rows, 2)
+
+
+def placed(block, x):
+    place = block.place
+    return x + (place if place.shape[2:] == x.shape[2:] else F.interpolate(place, size=x.shape[2:]))
+
+
+SIZES = [(12, 12), (15, 9), (24, 19)]
+
+
+@pytest.mark.parametrize("middle", [padded_to_even, three_quarters, graded])
+def test_numbers_that_a_size_was_turned_into_are_those_of_every_size(middle):
+    model = around(middle)
+    graph = ChannelGraph(model, images(1))
+    gates = torch.ones(len(graph.units), dtype=torch.double)
+    for size in SIZES:
+        with torch.no_grad(), graph.gated(gates):
+            gated = model(images(3, *size))
+        torch.testing.assert_close(gated, model(images(3, *size)))
+        check_law(model, images(3, *size), seeds=(0,), example=images(1))
+    assert len(graph.units) == 14 and "forward" not in vars(model)
+
+
+@pytest.mark.parametrize("middle", [row_by_row, placed])
+def test_a_size_at_which_the_forward_does_other_steps_is_refused(middle):
+    model = around(middle, row=nn.Conv2d(8, 8, 1), place=nn.Parameter(torch.randn(1, 8, 12, 12)))
+    graph = check_law(model, images(), seeds=(0,))
+    assert all(info.reason is None for info in graph.layers.values())
+    gates = torch.ones(len(graph.units), dtype=torch.double)
+    message = r"other steps on inputs of shape \(3, 15, 9\) than .* \(3, 12, 12\)"
+    for _ in range(2):
+        with graph.gated(gates), pytest.raises(InputError, match=message):
+            model(images(3, 15, 9))
+
+
+def test_statistics_behind_images_of_several_sizes():
+    model, taken = around(three_quarters, norm=nn.BatchNorm2d(8)), []
+    model.middle = lambda block, x: block.norm(three_quarters(block, x))
+    inputs = [images(2, *size) for size in SIZES]
+    with model.norm.register_forward_pre_hook(lambda module, args: taken.append(args[0].movedim(1, 0).flatten(1))):
+        for x in inputs:
+            model(x)
+    refresh_batchnorms(model, inputs)
+    torch.testing.assert_close(model.norm.running_mean, torch.cat(taken, 1).mean(1))
+
+
+# -- sizes computed by others -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "size", [lambda s: int(np.prod(s[1:])), lambda s: np.prod(s[1:]), lambda s: int(s[1] * s[2] * s[3])]
+)
+def test_a_product_of_sizes_by_numpy_follows(size):
+    def middle(block, x):
+        x = F.max_pool2d(block.c(x), 6)
+        x = F.relu(block.hidden(x.view(-1, size(x.shape))))
+        return x[:, :, None, None]
+
+    model = around(middle, c=nn.Conv2d(8, 5, 3, padding=1), hidden=nn.Linear(20, 8))
+    graph = check_law(model, images(), seeds=(0,))
+    assert [graph.layers[name].reason for name in "acb"] == [None] * 3
+
+
+def test_a_literal_that_is_a_product_of_sizes_is_protected():
+    def middle(block, x):
+        assert int(np.prod(x.shape[1:])) > 0 and np.prod([2, 3]) == 6
+        return F.relu(block.hidden(x.reshape(-1, 8 * 144)))[:, :, None, None]
+
+    graph = check_law(around(middle, hidden=nn.Linear(8 * 144, 8)), images(), seeds=(0,))
+    assert graph.layers["a"].reason.startswith("removing them makes the network fail") and len(graph.units) == 6
