@@ -302,7 +302,7 @@ class EnhancedPruning:
             stage = self.measuring.stage("dense", self.model)
             if not math.isfinite(stage[main := self.task.main]):
                 raise InputError(
-                    f"{main} of the dense network is {stage[main]}; check the labels of the validation images"
+                    f"{main} of the dense network is {stage[main]}; check the validation images and their labels"
                 )
             self._dense_stage = stage
         return self._dense_stage

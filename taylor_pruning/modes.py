@@ -31,7 +31,7 @@ def requirements_kept(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def own_precision() -> Iterator[None]:
-    """Without the caller's torch.autocast: the sums of scores and fits, too, would be of half precision under it."""
+    """Without the caller's torch.autocast: under it the sums of scores and fits would be in half precision."""
     with ExitStack() as stack:
         for device in ("cpu", "cuda"):
             if torch.is_autocast_enabled(device):

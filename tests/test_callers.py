@@ -129,7 +129,7 @@ def test_a_criterion_may_give_whole_numbers_or_a_list():
 
 def test_images_of_two_sizes_are_refused_before_any_round():
     batches = [*BATCHES, (torch.rand(8, 3, 10, 10), LABELS[:8])]
-    with pytest.raises(InputError, match="images of different sizes fit into no batch"):
+    with pytest.raises(InputError, match="images of different sizes cannot form one batch"):
         pipeline(batches, settings=PruningSettings(repair="network"))
     pipeline(batches).prune(30)  # layers alone
 
@@ -144,7 +144,7 @@ def test_no_images_and_complex_ones_are_refused():
 def test_a_metric_that_is_not_known_is_refused():
     model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 3, 1)).eval()
     unlabelled = [(IMAGES[:8], torch.full((8, 8, 8), 255))]
-    with pytest.raises(InputError, match="miou of the dense network is nan; check the labels"):
+    with pytest.raises(InputError, match="miou of the dense network is nan; check the validation images"):
         pipeline(unlabelled, model, task=Segmentation()).prune(30)
 
 

@@ -121,7 +121,8 @@ def _checked(scores, units: int, name: str) -> Tensor:
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"the criterion {name} gives {describe(scores)}; give a tensor of one score a unit") from error
     if scores.shape != (units,) or scores.is_complex() or scores.isnan().any():
-        kind = "NaN" if scores.isnan().any() else f"scores of the shape {[*scores.shape]}"
+        wrong = "complex scores" if scores.is_complex() else f"scores of the shape {[*scores.shape]}"
+        kind = "NaN" if scores.isnan().any() else wrong
         raise InputError(
             f"the criterion {name} gives {kind}; give one number for each of the {units} units of the graph"
         )

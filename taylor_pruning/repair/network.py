@@ -80,8 +80,8 @@ def check_joinable(batches: list) -> None:
     """Raises InputError if the samples of the batches cannot be joined to others."""
     if len({shapes(batch) for batch in batches}) > 1:
         raise InputError(
-            "repair of the network: images of different sizes fit into no batch; give images of one size, or repair the layers "
-            "alone"
+            "repair of the network: images of different sizes cannot form one batch; give images of one size, or repair "
+            "the layers alone"
         )
 
 

@@ -33,6 +33,7 @@ def _hashes(inputs, count):
     if isinstance(inputs, Tensor):
         if not inputs.dim() or len(inputs) != count:
             return torch.zeros(count, dtype=torch.int64)
+        inputs = torch.view_as_real(inputs) if inputs.is_complex() else inputs
         numbers = inputs.detach().flatten(1) if inputs.dim() > 1 else inputs.detach()[:, None]
         numbers = numbers.contiguous().view(_INTEGERS[inputs.element_size()]).long()
         weights = torch.arange(1, numbers.shape[1] + 1, device=numbers.device) * FACTOR + 40503  # wraps around: a hash

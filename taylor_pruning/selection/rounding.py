@@ -23,7 +23,8 @@ def round_widths(selection, scores):
         if change > 0:
             chosen |= set(sorted((u for u in units if u not in chosen), key=lambda u: scores[u])[:change])
         elif change < 0:
-            chosen -= set([u for u in selection.chosen if u in units][change:])
+            cohort = set(units)
+            chosen -= set([u for u in selection.chosen if u in cohort][change:])
     selection.chosen = sorted(chosen)
 
 

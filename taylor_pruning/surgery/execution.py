@@ -171,7 +171,8 @@ class Execution:
                 elif node.op == "get_attr":
                     value = self._stored(node.target, named, at)
                 elif node.op == "output":
-                    return _filled(at.output, [env[source] for source in node.args[0]])
+                    (sources,), _ = at.arguments.get(node, (node.args, {}))
+                    return _filled(at.output, [env[source] for source in sources])
                 else:
                     instead = calls.get(node) or self.with_copies(node, named)
                     value = evaluate(self.model, node, env.__getitem__, read.get(node), outer, instead, at)

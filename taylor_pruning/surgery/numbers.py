@@ -52,7 +52,7 @@ class Number(_Tracked, int):
     """An `int` that remembers."""
 
     def __int__(self):
-        """A plain number. Where it was a product of sizes, a size of a tensor that is this number is taken for it."""
+        """A plain number. If this was a product of sizes, a later size argument of its value is recorded as that product."""
         value = super().__int__()
         if is_tracked(self) and self.node is not None and self.node.target is operator.mul:
             _PRODUCTS[-1][value] = self.node

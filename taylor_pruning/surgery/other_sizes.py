@@ -13,15 +13,17 @@ from torch import fx
 from taylor_pruning.errors import InputError
 from taylor_pruning.surgery.nested import Slot, map_tensors
 from taylor_pruning.surgery.numbers import plain
+from taylor_pruning.surgery.outliving import unchanged
 from taylor_pruning.surgery.recording import record
 
 REPLACED = ("forward", "_forward_hooks", "_forward_pre_hooks")  # of a module whose graph runs in its place
+MOST_SIZES = 50  # that are kept
 LEAVES = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
 
 @dataclass
 class AtSize:
-    """What a graph has in other places on inputs of some size.
+    """What differs in a graph on inputs of some size.
 
     Attributes:
         output: see Trace. arguments: {node: (args, kwargs)}. constants: {name: tensor}.
@@ -52,6 +54,8 @@ def at_size(trace, model, inputs, own):
     if not trace.reads_sizes:
         return AtSize(trace.output)
     if size not in trace.at_sizes:
+        if len(trace.at_sizes) > MOST_SIZES:
+            del trace.at_sizes[list(trace.at_sizes)[1]]  # the first is the example's
         trace.at_sizes[size] = _found(trace, model, inputs, own)
     if trace.at_sizes[size] is None:
         raise InputError(
@@ -85,7 +89,8 @@ def _found(trace, model, inputs, own):
         return tensor[:1].expand(trace.batch, *tensor.shape[1:]) if batched else tensor
 
     args, kwargs = map_tensors(trace.inputs, given, Slot)
-    return _compared(trace, record(model, kwargs or args, trace.training))
+    with unchanged(trace.caches, emptied=True):  # else what calls have left there is read in the place of steps
+        return _compared(trace, record(model, kwargs or args, trace.training))
 
 
 def _compared(trace, other):

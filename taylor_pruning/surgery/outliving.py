@@ -3,7 +3,7 @@ a list, a closure, a `functools.lru_cache`. They have no values or the wrong bat
 
 import gc
 from collections import deque
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import copy
 from functools import _lru_cache_wrapper
 from types import CellType, FrameType
@@ -12,53 +12,76 @@ from weakref import ref
 from torch import nn
 
 CONTAINERS = (dict, list, set, deque)
-DEPTH = 4  # of containers in containers
+DEPTH = 4
 
 
 def forget(references: list[ref]) -> list:
     """Takes those of the tensors that are still alive out of what holds them; the containers from which it took some.
 
-    A container that is empty then goes out of the one that holds it; a variable or attribute that is such a tensor is None.
+    A variable or attribute that is such a tensor becomes None, as before the first call. Containers stay, also empty ones. But
+    an empty one under a key that is no name, such as a size, was an entry of a cache, and goes too.
     """
     if not any(reference() is not None for reference in references):
         return []
     gc.collect()  # modules and hooks may refer to each other
-    held, found = [tensor for reference in references if (tensor := reference()) is not None], []
-    for depth in range(DEPTH):
-        holders = [h for h in gc.get_referrers(*held) if h is not held and not isinstance(h, FrameType)] if held else []
-        wanted, held = {id(item) for item in held}, []
+    held, holders, found = [tensor for reference in references if (tensor := reference()) is not None], [], []
+    for _ in range(DEPTH):  # of containers in containers
+        if not held:
+            break
+        mine = {id(held), id(holders), id(found)}
+        holders = [h for h in gc.get_referrers(*held) if id(h) not in mine and not isinstance(h, FrameType)]
+        owners = _owners([h for h in holders if isinstance(h, dict)])
+        wanted = {id(item): isinstance(item, CONTAINERS) for item in held}
+        held = [h for h in holders if isinstance(h, tuple) and any(wanted.get(id(item)) is False for item in h)]
         for holder in holders:
-            owner = _owner(holder)
-            if owner is None and isinstance(holder, CONTAINERS):
-                _take_out(holder, wanted)
-                found.append(holder)
-            elif isinstance(holder, _lru_cache_wrapper):
+            if isinstance(holder, _lru_cache_wrapper):
                 holder.cache_clear()
                 found.append(holder)
-            elif depth == 0 and isinstance(holder, CellType):
+            elif isinstance(holder, CONTAINERS) and id(holder) not in owners:
+                if _take_out(holder, wanted):
+                    found.append(holder)
+                    held += [] if holder else [holder]
+            elif any(wanted.values()):  # what is left belongs to its owner
+                continue
+            elif isinstance(holder, CellType):
                 holder.cell_contents = None
-            elif depth == 0 and owner is not None:
-                for name in [name for name, value in vars(owner).items() if id(value) in wanted]:
-                    setattr(owner, name, None)
-            if isinstance(holder, tuple) or isinstance(holder, CONTAINERS) and not holder:
-                held.append(holder)
+            elif not isinstance(holder, (tuple, nn.Module)):
+                _unset(owners.get(id(holder), holder), wanted)
     return found
 
 
-def _owner(holder):
-    """The module, class or object whose attributes the holder has; None if it is a container."""
-    if not isinstance(holder, dict):
-        return holder if hasattr(holder, "__dict__") and not isinstance(holder, (*CONTAINERS, nn.Module)) else None
-    owners = gc.get_referrers(holder)
-    return next((o for o in owners if isinstance(o, type) or getattr(o, "__dict__", None) is holder), None)
+def _owners(dicts):
+    """{id of a dictionary: the module, class or object whose attributes it has}, of those that have an owner."""
+    ids, found = {id(d) for d in dicts}, {}
+    for owner in gc.get_referrers(*dicts) if dicts else ():
+        if isinstance(owner, type):
+            found.update((id(d), owner) for d in gc.get_referents(owner) if id(d) in ids)
+        elif id(attributes := getattr(owner, "__dict__", None)) in ids:
+            found[id(attributes)] = owner
+    return found
+
+
+def _unset(owner, wanted):
+    for name, value in list(getattr(owner, "__dict__", {}).items()):
+        if id(value) in wanted:
+            with suppress(AttributeError, TypeError):  # of what cannot be changed
+                setattr(owner, name, None)
 
 
 def _take_out(container, wanted):
+    """Takes out tensors and tuples, of a dictionary empty containers too, and says whether there were some.
+
+    wanted: {id: whether it is an empty container}.
+    """
     if isinstance(container, dict):
-        for key in [key for key, value in container.items() if id(value) in wanted]:
-            del container[key]
+        left = {
+            k: v for k, v in container.items() if wanted.get(id(v), True) and (id(v) not in wanted or type(k) is str)
+        }
     else:
-        _fill(container, [item for item in container if id(item) not in wanted])
+        left = [item for item in container if wanted.get(id(item), True)]
+    if changed := len(left) < len(container):
+        _fill(container, left)
+    return changed
 
 
 def _fill(container, items):
@@ -67,9 +90,12 @@ def _fill(container, items):
 
 
 @contextmanager
-def unchanged(containers: list):
-    """While open, forwards run; then the containers hold again what they held before, and caches of functions nothing."""
+def unchanged(containers: list, emptied: bool = False):
+    """While open, forwards run, with empty containers if asked; then these hold again what they held before, and caches of
+    functions nothing."""
     contents = [(c, copy(c)) for c in containers if isinstance(c, CONTAINERS)]
+    for container, _ in contents if emptied else ():
+        container.clear()
     try:
         yield
     finally:

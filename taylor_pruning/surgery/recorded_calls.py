@@ -27,10 +27,14 @@ def bare(name):
     return name[1:] if name in ("iadd", "isub", "imul", "itruediv", "ipow") else name
 
 
+IN_PLACE = {f"__i{name}__" for name in "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift".split()}
+IN_PLACE |= {"__setitem__", "setitem"}
+
+
 def is_in_place(name, kwargs):
     """Whether a call of that name changes a tensor that it is given."""
     ends = name.endswith("_") and not name.startswith("_")
-    return ends or name.startswith("__i") or name in ("__setitem__", "setitem") or bool(kwargs.get("inplace"))
+    return ends or name in IN_PLACE or bool(kwargs.get("inplace")) or kwargs.get("out") is not None
 
 
 def writes(node):

@@ -24,6 +24,7 @@ FREE = set(  # questions about a tensor whose answer is no part of the graph
     is_autocast_enabled is_signed __hash__ __repr__ __format__ is_tensor is_storage result_type promote_types can_cast
     _is_view is_pinned __dir__ __reduce_ex__ is_grad_enabled get_autocast_dtype __deepcopy__""".split()
 )
+OF_SIZES = {"stride", "is_same_size", "storage_offset"}  # of those, answers that may be others for other sizes
 SIZES = set("shape size numel nelement __len__".split())
 VALUES = set(  # a number or a decision taken from the values of a tensor
     "__bool__ item tolist __int__ __float__ __index__ numpy is_nonzero equal allclose __contains__ __complex__".split()
@@ -75,6 +76,7 @@ class Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
         if name == "device":
             return self.device
+        self.sizes_read |= name in OF_SIZES
         if name in FREE:
             return func(*args, **kwargs)
         if name == "_set_grad_enabled":

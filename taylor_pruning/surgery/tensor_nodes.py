@@ -39,13 +39,14 @@ class TensorNodes:
         constants: {name: tensor} that are neither inputs nor parameters nor buffers.
         path: names of the modules that run now, the innermost last.
         written: ids of the storages to which calls have written.
+        given: ids of the parameters, buffers and constants, which calls such as `to` may return as they are.
     """
 
     def __init__(self, names, on_values):
         self.graph, self.names, self.on_values, self.batch = fx.Graph(), names, on_values, None
         self.nodes, self.stand_ins, self.constants, self.path = {}, {}, {}, [""]
         self.settings = {}
-        self.written = set()
+        self.written, self.given = set(), set()
 
     def stand_in(self, tensor):
         """A tensor of the same shape and strides without values; the tensor itself where the forward runs on values."""
@@ -61,7 +62,9 @@ class TensorNodes:
 
     def released(self):
         """Weak references to the tensors that were made for the recording, which this no longer keeps alive."""
-        made = [tensor for node, tensor in self.nodes.values() if node.op != "get_attr"]
+        made = [
+            tensor for node, tensor in self.nodes.values() if node.op != "get_attr" and id(tensor) not in self.given
+        ]
         made += [tensor for tensor, _ in self.stand_ins.values()]
         self.nodes, self.stand_ins = {}, {}
         return [weakref.ref(tensor) for tensor in made]
@@ -95,6 +98,7 @@ class TensorNodes:
         if name is None:
             name = f"constant {len(self.constants)}"
             self.constants[name] = tensor.detach()
+        self.given.add(id(tensor))
         node = self.graph.create_node("get_attr", name)
         node.meta["module"] = self.path[-1]
         self.bind(tensor, node)
