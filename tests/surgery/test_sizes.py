@@ -163,3 +163,45 @@ def test_a_literal_that_is_a_product_of_sizes_is_protected():
 
     graph = check_law(around(middle, hidden=nn.Linear(8 * 144, 8)), images(), seeds=(0,))
     assert graph.layers["a"].reason.startswith("removing them makes the network fail") and len(graph.units) == 6
+
+
+def by_stride(network, x):
+    return x * 2 if x.stride(2) > 9 else x
+
+
+def by_sameness(network, x):
+    return x * 2 if x.is_same_size(x.mT) else x
+
+
+@pytest.mark.parametrize("middle", [by_stride, by_sameness])
+def test_a_decision_by_what_follows_from_a_size_is_one_by_the_size(middle):
+    torch.manual_seed(0)
+    model = randomise(Around(middle))
+    graph = ChannelGraph(model, torch.zeros(1, 3, 9, 9))
+    with graph.gated(torch.ones(len(graph.units))), pytest.raises(InputError, match="does other steps"):
+        model(torch.randn(2, 3, 9, 12, dtype=torch.float64))
+
+
+class Wider(nn.Module):
+    """Returns one answer or the other by the shape of the images."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+
+    def forward(self, x):
+        features = self.a(x).relu().mean((2, 3))
+        answers = self.fc(features), self.fc(-features)
+        return *answers, answers[x.shape[3] > x.shape[2]]
+
+
+def test_what_is_returned_may_be_chosen_by_a_size():
+    torch.manual_seed(0)
+    model = randomise(Wider())
+    graph = ChannelGraph(model, torch.zeros(1, 3, 9, 9))
+    for width in (9, 12):
+        x = torch.randn(2, 3, 9, width, dtype=torch.float64)
+        expected = model(x)
+        with graph.gated(torch.ones(len(graph.units))):
+            for ours, theirs in zip(model(x), expected, strict=True):
+                torch.testing.assert_close(ours, theirs)

@@ -108,3 +108,25 @@ def test_copies_of_what_is_written_have_gradients():
     with graph.gated(torch.ones(len(graph.units))):
         gated = torch.autograd.grad(model(x).square().sum(), model[1].weight)
     torch.testing.assert_close(gated, torch.autograd.grad(model(x).square().sum(), model[1].weight))
+
+
+class Counted(nn.Module):
+    """A result is written into a buffer by `out`."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.fc = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 3), nn.Linear(6, 4)
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x):
+        torch.add(self.calls, 1, out=self.calls)
+        x = self.a(x).relu() * self.calls.clamp(max=1)
+        return self.fc(self.b(x).relu().mean((2, 3)))
+
+
+def test_a_result_that_goes_into_a_buffer_is_a_write():
+    torch.manual_seed(0)
+    model = Counted().eval()
+    graph = ChannelGraph(model, torch.zeros(1, 3, 9, 9))
+    graph.remove(graph.units[:2])
+    assert len(graph.units) == 14 and model.calls == 0
