@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import fx
 
-CONTAINERS = (dict, list, tuple)
+PLAIN = (dict, list, tuple)
 WITHOUT = (type, types.ModuleType, types.CodeType, fx.Node, fx.Graph, str, bytes, int, float)  # hold none of interest
 
 
@@ -27,7 +27,7 @@ def held_tensors(value, without: tuple = ()) -> Iterator[tuple[torch.Tensor, obj
         if isinstance(item, torch.Tensor):
             yield item, holder
             continue
-        if holder is None and type(item) not in CONTAINERS and not dataclasses.is_dataclass(item):
+        if holder is None and type(item) not in PLAIN and not dataclasses.is_dataclass(item):
             holder = item
         found.extend((inner, holder) for inner in _referents(item))
 

@@ -1,15 +1,12 @@
 """Refuses networks whose copies reach back into them, because a lambda or a hook has captured the network itself."""
 
-from collections import deque
 from contextlib import contextmanager
 from copy import copy
 
 from torch import nn
 
 from taylor_pruning.errors import InputError
-from taylor_pruning.surgery.kept_state import DEPTH, attributes_of, changed
-
-CONTAINERS = (dict, list, set, deque)
+from taylor_pruning.surgery.kept_state import CONTAINERS, DEPTH, attributes_of, changed, fill
 
 
 def captured_call(name: str) -> InputError:
@@ -34,8 +31,7 @@ def untouched(model: nn.Module):
     finally:
         if written := changed(before, attributes_of(model)):
             for container, content in contents:
-                container.clear()
-                (container.extend if isinstance(container, (list, deque)) else container.update)(content)
+                fill(container, content)
             raise InputError(
                 f"a lambda or hook that has captured the network writes to its attribute {written[0]}, so that a copy of it "
                 "would write into the original; use a bound method instead, and in a hook the module that it is given"

@@ -5,7 +5,14 @@ from collections import deque
 from torch import nn
 
 NO_STATE = {"_parameters", "_buffers", "_modules", "training"}  # of a module: what holds its parts, and the mode
+CONTAINERS = (dict, list, set, deque)  # whose content can change
 DEPTH = 4  # of nested containers
+
+
+def fill(container, items) -> None:
+    """Gives one of CONTAINERS this content in the place of its own."""
+    container.clear()
+    (container.extend if isinstance(container, (list, deque)) else container.update)(items)
 
 
 def attributes_of(model: nn.Module) -> dict[str, object]:

@@ -2,7 +2,6 @@
 a list, a closure, a `functools.lru_cache`. They have no values or the wrong batch, and would be read by the next call."""
 
 import gc
-from collections import deque
 from contextlib import contextmanager, suppress
 from copy import copy
 from functools import _lru_cache_wrapper
@@ -11,8 +10,7 @@ from weakref import ref
 
 from torch import nn
 
-CONTAINERS = (dict, list, set, deque)
-DEPTH = 4
+from taylor_pruning.surgery.kept_state import CONTAINERS, DEPTH, fill
 
 
 def forget(references: list[ref]) -> list:
@@ -80,13 +78,8 @@ def _take_out(container, wanted):
     else:
         left = [item for item in container if wanted.get(id(item), True)]
     if changed := len(left) < len(container):
-        _fill(container, left)
+        fill(container, left)
     return changed
-
-
-def _fill(container, items):
-    container.clear()
-    (container.extend if isinstance(container, (list, deque)) else container.update)(items)
 
 
 @contextmanager
@@ -100,7 +93,7 @@ def unchanged(containers: list, emptied: bool = False):
         yield
     finally:
         for container, items in contents:
-            _fill(container, items)
+            fill(container, items)
         for function in containers:
             if isinstance(function, _lru_cache_wrapper):
                 function.cache_clear()
