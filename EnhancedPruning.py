@@ -264,9 +264,8 @@ class EnhancedPruning:
             reestimate_batchnorm(model, self.calibration, self.task)
             before = None
         with torch.random.fork_rng(devices={p.device for p in model.parameters() if p.is_cuda}):
-            torch.manual_seed(
-                self.settings.seed
-            )  # dropout does not depend on what ran before, as after an interruption
+            # Dropout does not depend on what ran before, as after an interruption.
+            torch.manual_seed(self.settings.seed)
             history = fine_tune(model, self.train_loader, self.measuring.validation, recipe, teacher=self.teacher,
                                 before=before, monitor=self.measuring.monitor, checkpoint=checkpoint, resume=resume,
                                 memory_limit=self.settings.memory_bytes, task=self.task,

@@ -223,9 +223,8 @@ def _has_single_image(loader) -> bool:
         return any(len(indices) == 1 for indices in sampler)
     if not all(hasattr(sampler, name) for name in ("sampler", "batch_size", "drop_last")):
         return getattr(loader, "batch_size", None) == 1
-    images = (
-        sampler.sampler if hasattr(sampler.sampler, "__len__") else loader.dataset
-    )  # one that gives them in its order
+    # The sampler of a data set that gives its images in its own order has no length.
+    images = sampler.sampler if hasattr(sampler.sampler, "__len__") else loader.dataset
     return sampler.batch_size == 1 or (not sampler.drop_last and len(images) % sampler.batch_size == 1)
 
 

@@ -96,7 +96,7 @@ def problem(field: dataclasses.Field, value, text: str) -> str | None:
     text: the value as the message shows it.
     """
     about, (kind, *_) = field.metadata["option"], value_type(field)
-    if not _has_type(value, kind):
+    if not has_type(value, kind):
         return f"must be {NAMES[kind]}, not {text}"
     if value == "":
         return "is empty; give a value or leave the option out (a variable of the shell that is not set is empty)"
@@ -110,7 +110,8 @@ def problem(field: dataclasses.Field, value, text: str) -> str | None:
 NAMES = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
 
 
-def _has_type(value, kind: type) -> bool:
+def has_type(value, kind: type) -> bool:
+    """Whether a value is of the type that an option has: numbers of NumPy are numbers, True and False are none."""
     kind = {float: numbers.Real, int: numbers.Integral}.get(kind, kind)  # those of NumPy too
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 

@@ -120,9 +120,12 @@ def _checked(scores, units: int, name: str) -> Tensor:
         scores = torch.as_tensor(scores).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"the criterion {name} gives {describe(scores)}; give a tensor of one score a unit") from error
-    if scores.shape != (units,) or scores.is_complex() or scores.isnan().any():
-        wrong = "complex scores" if scores.is_complex() else f"scores of the shape {[*scores.shape]}"
-        kind = "NaN" if scores.isnan().any() else wrong
+    wrong = {
+        "NaN": scores.isnan().any(),
+        "complex scores": scores.is_complex(),
+        f"scores of the shape {[*scores.shape]}": scores.shape != (units,),
+    }
+    for kind in (kind for kind, found in wrong.items() if found):
         raise InputError(
             f"the criterion {name} gives {kind}; give one number for each of the {units} units of the graph"
         )

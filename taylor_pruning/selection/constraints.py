@@ -1,13 +1,12 @@
 """What a selection must respect, and the state of one: what is chosen, what may still be chosen, how far the target is."""
 
 import math
-import numbers
 from dataclasses import dataclass, field
 
 import torch
 
 from taylor_pruning.errors import InputError, OutOfReachError
-from taylor_pruning.options import check, option
+from taylor_pruning.options import check, has_type, option
 from taylor_pruning.scoring.flow import weigh
 from taylor_pruning.selection.costs import cost_model
 from taylor_pruning.selection.latency_table import NetworkLatency
@@ -147,7 +146,7 @@ class Selection:
     """The state of one selection on one graph: what is chosen, what may still be chosen, how far the target is."""
 
     def __init__(self, graph, percentage, constraints, ledger=None):
-        if not isinstance(percentage, numbers.Real) or isinstance(percentage, bool) or not 0 < percentage < 100:
+        if not (has_type(percentage, float) and 0 < percentage < 100):
             raise InputError(
                 f"the pruning percentage must be a number between 0 and 100 (both excluded), not {percentage!r}"
             )

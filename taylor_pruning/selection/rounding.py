@@ -13,9 +13,11 @@ def round_widths(selection, scores):
     step, chosen = selection.constraints.round_to, set(selection.chosen)
     cut = [units for units in _cohorts(selection) if not chosen.isdisjoint(units)] if step > 1 else []
     cut.sort(key=lambda units: float(selection.savings(units[0])), reverse=True)
-    changes = [_nearest(selection, units, _to_multiples(selection, units)) for units in cut]
+    widths = [_widths(selection, units, chosen) for units in cut]
+    changes = [_nearest(selection, u, _to_multiples(step, *now)) for u, now in zip(cut, widths, strict=True)]
     while True:  # by further steps while these bring the total closer
-        further = [_nearest(selection, u, _steps(selection, u, change)) for u, change in zip(cut, changes, strict=True)]
+        cohorts = zip(cut, widths, changes, strict=True)
+        further = [_nearest(selection, u, _steps(step, *now, change)) for u, now, change in cohorts]
         if not any(further):
             break
         changes = [change + number for change, number in zip(changes, further, strict=True)]
@@ -28,23 +30,21 @@ def round_widths(selection, scores):
     selection.chosen = sorted(chosen)
 
 
-def _widths(selection, units):
+def _widths(selection, units, chosen):
     """(filters that a layer of the cohort has left, how many it has to keep, how many it had)."""
     filters = selection.graph.layers[next(iter(selection.layer_counts[units[0]]))].filters
-    left = filters - len(set(units).intersection(selection.chosen))
+    left = filters - len(chosen.intersection(units))
     return left, max(selection.constraints.min_filters, 1, filters - len(units)), filters
 
 
-def _to_multiples(selection, units):
+def _to_multiples(step, width, least, filters):
     """How many more units of a cohort may go (less than none: come back) so that its width is a multiple of `round_to`."""
-    step, (width, least, filters) = selection.constraints.round_to, _widths(selection, units)
     possible = [number for number in (-(-width % step), width % step) if least <= width - number <= filters]
     return possible or [width - filters]  # no multiple is left between the least width and the whole one
 
 
-def _steps(selection, units, change):
+def _steps(step, width, least, filters, change):
     """The same from one multiple to the next ones, after `change`."""
-    step, (width, least, filters) = selection.constraints.round_to, _widths(selection, units)
     width -= change
     return [0] + [number for number in (-step, step) if width % step == 0 and least <= width - number <= filters]
 

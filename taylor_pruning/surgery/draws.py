@@ -48,6 +48,17 @@ def fixed_draws():
 
 
 @contextmanager
+def unchecked_distributions():
+    """While open, torch.distributions do not look at the values of their arguments."""
+    before = torch.distributions.Distribution._validate_args
+    torch.distributions.Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        torch.distributions.Distribution.set_default_validate_args(before)
+
+
+@contextmanager
 def equal_draws(device: torch.device):
     """While open, networks of two widths on the device draw alike; afterwards all generators go on where they were."""
     with fixed_draws(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), EqualDraws(device):

@@ -63,9 +63,8 @@ class _OpenGatedNorm(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph
             raise RuntimeError("gates that are differentiated once have no second derivative; leave `once` out")
         x, factor, scale, shift = ctx.saved_tensors
-        rows, inputs = (
-            values.reshape(*values.shape[:2], -1) for values in (gradient, x)
-        )  # one position behind a linear layer
+        # Of vectors, as behind a linear layer, there is one position.
+        rows, inputs = (values.reshape(*values.shape[:2], -1) for values in (gradient, x))
         along, of_channels = (rows * inputs).sum(2) * scale + rows.sum(2) * shift, (-1, *(1,) * (x.dim() - 2))
         return gradient * scale.view(of_channels), along.to(factor.dtype), None, None, None
 

@@ -34,10 +34,14 @@ class AtSize:
     constants: dict = field(default_factory=dict)
 
 
-def size_of(trace, inputs):
+def _traced_shapes(trace):
+    return [tuple(node.meta["shape"]) for node in trace.graph.nodes if node.op == "placeholder"]
+
+
+def _without_batch(trace, shapes):
     """The shapes of the inputs of a call, without the batch where the example's has one."""
-    with_batch = [node.meta["shape"][:1] == (trace.batch,) for node in trace.graph.nodes if node.op == "placeholder"]
-    return tuple(tuple(t.shape)[batched:] for t, batched in zip(inputs, with_batch, strict=True))
+    pairs = zip(shapes, _traced_shapes(trace), strict=True)
+    return tuple(tuple(shape)[traced[:1] == (trace.batch,) :] for shape, traced in pairs)
 
 
 def at_size(trace, model, inputs, own):
@@ -48,11 +52,11 @@ def at_size(trace, model, inputs, own):
 
     Raises InputError if the forward takes other steps there, or cannot be recorded.
     """
-    size = size_of(trace, inputs)
-    if not trace.at_sizes:
-        trace.at_sizes[_example_size(trace)] = AtSize(trace.output)
     if not trace.reads_sizes:
         return AtSize(trace.output)
+    size = _without_batch(trace, [tensor.shape for tensor in inputs])
+    if not trace.at_sizes:
+        trace.at_sizes[_example_size(trace)] = AtSize(trace.output)
     if size not in trace.at_sizes:
         if len(trace.at_sizes) > MOST_SIZES:
             del trace.at_sizes[list(trace.at_sizes)[1]]  # the first is the example's
@@ -66,9 +70,7 @@ def at_size(trace, model, inputs, own):
 
 
 def _example_size(trace):
-    return size_of(
-        trace, [torch.empty(n.meta["shape"], device="meta") for n in trace.graph.nodes if n.op == "placeholder"]
-    )
+    return _without_batch(trace, _traced_shapes(trace))
 
 
 def _named(size):

@@ -25,9 +25,8 @@ from taylor_pruning.surgery.recording import call, typical_tensor
 from taylor_pruning.surgery.trial_inputs import FORWARD_ERRORS, random_inputs
 
 TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-6}  # largest relative difference that counts as none
-DOUBTFUL = (
-    1e-5  # above this in float32, float64 decides where the network runs in it: deep random ones amplify rounding
-)
+# Above this in float32, float64 decides where the network runs in it: deep random ones amplify rounding.
+DOUBTFUL = 1e-5
 SCALES = (1, 10, 0.1, 100, 0.01, 1e4, 1e6)  # of random inputs, until the outputs vary
 IN_SLICES = 0.1  # what a difference in a slice of an output counts: rounding shows more in a few numbers than in all
 SMALL_SLICES = 0.1  # share of an output's slices that are compared by the size of the next larger one
@@ -158,9 +157,8 @@ class CutProof:
             for training in self.modes:
                 for network in (dense, smaller):
                     set_mode(network, training)
-                samples = 1 + len(
-                    self.modes
-                )  # in training mode three: batch statistics would leave nothing but signs of two
+                # In training mode three: batch statistics would leave nothing but signs of two.
+                samples = 1 + len(self.modes)
                 x = random_inputs(example, samples, dtype, self.device)
                 x, expected, says = self._expected(dense, units, x, training)
                 try:

@@ -6,7 +6,7 @@ operations that it runs. Control flow on shapes simply runs; sizes are `Number`s
 """
 
 import traceback
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from taylor_pruning.modes import set_mode
 from taylor_pruning.surgery.batch_size import LEAST_OF_VALUES, batch_size, first_samples
 from taylor_pruning.surgery.captured import untouched
 from taylor_pruning.surgery.copying import copy_of, structure_of
-from taylor_pruning.surgery.draws import fixed_draws
+from taylor_pruning.surgery.draws import fixed_draws, unchecked_distributions
 from taylor_pruning.surgery.kept_state import attributes_of, changed
 from taylor_pruning.surgery.nested import Slot, map_tensors, tensors_in
 from taylor_pruning.surgery.numbers import numbers_of, wrap_widths
@@ -125,17 +125,6 @@ def _recorder(model, rules, args, kwargs, on_values):
     recorder = Recorder({}, rules, example.device, on_values)
     recorder.nodes.batch = len(example) if example.dim() else None
     return recorder
-
-
-@contextmanager
-def unchecked_distributions():
-    """While open, torch.distributions do not look at the values of their arguments."""
-    before = torch.distributions.Distribution._validate_args
-    torch.distributions.Distribution.set_default_validate_args(False)
-    try:
-        yield
-    finally:
-        torch.distributions.Distribution.set_default_validate_args(before)
 
 
 def _record(recorder, model, args, kwargs, training):
