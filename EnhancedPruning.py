@@ -19,7 +19,6 @@
 
 import copy
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -129,10 +128,10 @@ class EnhancedPruning:
         self.settings = with_times(self.settings, self.graph, self.example, print if progress and is_main() else None)
         amp = self.recipe.resolved(device).amp if self.recipe.amp_validation else None
         self.measuring = Measuring(self.model, self.val_loader, self.calibration, held_out=held_out, amp=amp,
-                                   memory_limit=self.settings.memory_bytes, progress=progress, task=self.task)  # fmt: skip
+                                   dense_stage=dense_stage, memory_limit=self.settings.memory_bytes,
+                                   progress=progress, task=self.task)  # fmt: skip
         self.rankings = Rankings(self.graph, self.calibration, self.compensation, self.settings, progress, self.task,
                                  held_out)  # fmt: skip
-        self._dense_stage = dense_stage
         self.teacher = self.model if is_classification(self.task) and self.recipe.distillation_weight != 0 else None
 
     def run_full_pruning(
@@ -297,14 +296,7 @@ class EnhancedPruning:
 
     def dense_stage(self) -> dict:
         """The dense network's stage, measured once."""
-        if self._dense_stage is None:
-            stage = self.measuring.stage("dense", self.model)
-            if not math.isfinite(stage[main := self.task.main]):
-                raise InputError(
-                    f"{main} of the dense network is {stage[main]}; check the validation images and their labels"
-                )
-            self._dense_stage = stage
-        return self._dense_stage
+        return self.measuring.dense_stage()
 
     def _in_rounds(self, state, percentage, choose, settings, store=None):
         """The state after what is left of the settings' rounds, and after the repair; `store` keeps every step."""

@@ -34,7 +34,7 @@ from taylor_pruning.surgery.graph import ChannelGraph
 from taylor_pruning.surgery.parts import PartsGraph
 from taylor_pruning.surgery.recorded_calls import operation_name
 from taylor_pruning.surgery.units import by_layers
-from taylor_pruning.timing import median_milliseconds
+from taylor_pruning.timing import least_milliseconds
 
 NETWORK_SHARES = (1, 3 / 4, 1 / 2, 1 / 4)  # of the filters, at which the whole network is timed
 # The least time of several passes counts, so that other programs, which come and go, count little. Networks are timed
@@ -201,10 +201,10 @@ def networks_milliseconds(models: list[nn.Module], example: Tensor, batch_size: 
 
 
 def network_milliseconds(model: nn.Module, example: Tensor, batch_size: int) -> float:
-    """Median time of a forward in evaluation mode, without gradients, of the example repeated to a batch."""
+    """Least time of a forward in evaluation mode, without gradients, of the example repeated to a batch."""
     images = example[:1].expand(batch_size, *example.shape[1:]).contiguous()
     with frozen(model):
-        return median_milliseconds(lambda: model(images), example.device)
+        return least_milliseconds(lambda: model(images), example.device)
 
 
 def latency_report(

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 from taylor_pruning.selection.costs import units_along
 from taylor_pruning.surgery.graph import ChannelGraph
 from taylor_pruning.surgery.recorded_calls import operation_name
-from taylor_pruning.timing import median_milliseconds
+from taylor_pruning.timing import least_milliseconds
 
 SHARES = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # of a layer's width at which it is timed
 
@@ -77,7 +77,7 @@ class LayerCall:
             kwargs = {**kwargs, "groups": groups}
         elif len(args) > 6:
             args = (*args[:6], groups, *args[7:])
-        return median_milliseconds(lambda: node.target(*args, **kwargs), like.device)
+        return least_milliseconds(lambda: node.target(*args, **kwargs), like.device)
 
 
 def _points(width: int, step: int) -> tuple[int, ...]:

@@ -32,6 +32,7 @@ class Measuring:
         val_loader: validation images, of which MONITOR_IMAGES at equal distances evaluate a round.
         calibration: list of batches (images, labels) on which losses are measured.
         held_out: such batches that neither score nor repair; None: `calibration`.
+        dense_stage: stage of the dense network where it is known already.
         amp: precision of evaluation. memory_limit: bytes. See training.evaluation.evaluate.
         progress: show progress bars.
         task: default classification.
@@ -48,6 +49,7 @@ class Measuring:
         calibration: list,
         *,
         held_out: list | None = None,
+        dense_stage: dict | None = None,
         amp: str | None = None,
         memory_limit: int | None = None,
         progress: bool = True,
@@ -59,7 +61,22 @@ class Measuring:
         whole = are_all_images(self.monitor, val_loader, MONITOR_IMAGES)
         self.validation = self.monitor if whole else val_loader
         self.held_out = held_out or calibration
-        self._dense_predictions = self._dense_held_out = self._last = None
+        self._dense_stage, self._dense_predictions, self._dense_held_out, self._last = dense_stage, None, None, None
+
+    def dense_stage(self) -> dict:
+        """The dense network's stage, measured once.
+
+        Raises:
+            InputError: its main metric is no finite number.
+        """
+        if self._dense_stage is None:
+            stage = self.stage("dense", self.dense)
+            if not math.isfinite(stage[main := self.task.main]):
+                raise InputError(
+                    f"{main} of the dense network is {stage[main]}; check the validation images and their labels"
+                )
+            self._dense_stage = stage
+        return self._dense_stage
 
     def stage(
         self, name: str, model: nn.Module, seconds: float | None = None, accuracy: Accuracy | dict | None = None

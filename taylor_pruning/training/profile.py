@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from taylor_pruning.modes import frozen
 from taylor_pruning.surgery.nested import tensors_in
 from taylor_pruning.surgery.recording import call
-from taylor_pruning.timing import median_milliseconds
+from taylor_pruning.timing import least_milliseconds
 from taylor_pruning.training.throughput import throughput
 
 COSTS = ("parameters", "macs", "file_bytes", "latency_ms", "images_per_second")  # of `profile`
@@ -42,6 +42,6 @@ def profile(model: nn.Module, example: Tensor) -> dict:
 
 
 def latency(model: nn.Module, example: Tensor) -> float:
-    """Median wall-clock milliseconds of a forward, see timing.median_milliseconds."""
+    """Wall-clock milliseconds of a forward, the least of LATENCY_RUNS, see timing.least_milliseconds."""
     device = next((tensor.device for tensor in tensors_in(example) if tensor.is_cuda), torch.device("cpu"))
-    return median_milliseconds(lambda: call(model, example), device, LATENCY_RUNS)
+    return least_milliseconds(lambda: call(model, example), device, LATENCY_RUNS)
