@@ -120,21 +120,22 @@ def select_jointly(selection, directions, order, correction=None, weights=None):
         # Savings shrink as units go, which raises what the others count, whatever their sign: the bound stays below them.
         bound = values[POOL] if len(units) > POOL else math.inf
         pool = units[ranks[:POOL]]
-        coordinates = directions.coordinates[:, pool]
+        coordinates = directions.coordinates[:, pool].transpose(0, 1).contiguous()  # a unit's are read together
         known, expansion = torch.ones(len(pool), dtype=torch.bool), None
         while not selection.done():
             values = selection.per_saving(last[pool], pool).masked_fill(~selection.open[pool], math.inf)
             lowest = values.argsort()[:WINDOW]
-            unit = int(pool[lowest[0]])
-            if not selection.open[unit] or values[lowest[0]] > bound:
+            first = lowest[0]
+            if not selection.open[pool[first]] or values[first] > bound:
                 break
             unknown = lowest[~known[lowest] & selection.open[pool[lowest]]]
             if len(unknown):
                 expansion = expansion or directions.expansion(shift)
-                note(pool[unknown], loss_change(order, *expansion.moments(coordinates[:, unknown], order)).mean(0))
+                moments = expansion.moments(coordinates[unknown].transpose(0, 1), order)
+                note(pool[unknown], loss_change(order, *moments).mean(0))
                 known[unknown] = True
-            elif selection.take(unit):
-                shift += directions.coordinates[:, unit]
+            elif selection.take(int(pool[first])):
+                shift += coordinates[first]
                 known[:], expansion = False, None
     round_widths(selection, last)
     return selection.chosen
