@@ -13,6 +13,7 @@ from taylor_pruning.report.sweep_numbers import cells_by_method
 from taylor_pruning.report.tables import signed, standard_error
 
 LINE = 80  # columns
+UNCHANGED = 1e-6  # nats of divergence below which a network answers as before
 STAGES = {
     "dense": "dense",
     "pruned": "after the cut",
@@ -42,6 +43,7 @@ def experiment_closing(results: dict, folder: Path) -> str:
         [
             *_stopped(results.get("stopped")),
             *_uniform(results.get("rounds", [])),
+            *_unrepaired(results.get("rounds", [])),
             f"Removing {filters - kept:,} of {filters:,} filters gave:",
             *(f"  {line}" for line in [*_gains(dense, final), *_latency(results.get("latency"))]),
             f"Cost, on {final['images']:,} validation images:",
@@ -116,6 +118,17 @@ def _uniform(rounds: list) -> list[str]:
         "WARNING: the dense network answers nearly the same on all calibration images, so that costs do not compare between "
         "layers: every layer lost the same share. Calibrate on images of the kind that the network is for."
     )
+    return textwrap.wrap(text, LINE, subsequent_indent="  ")
+
+
+def _unrepaired(rounds: list) -> list[str]:
+    """Why the network is as the cut left it, although it was to be repaired."""
+    last = rounds[-1] if rounds else {}
+    repair = last.get("compensation")
+    if not repair or repair["layers"] or last["measured_loss_change"] < UNCHANGED:
+        return []
+    reasons = "; ".join(dict.fromkeys(repair["left_alone"].values()))
+    text = f"WARNING: no layer could be repaired ({reasons}): the network is as the cut left it. Fine-tune it."
     return textwrap.wrap(text, LINE, subsequent_indent="  ")
 
 

@@ -75,6 +75,18 @@ def test_warnings_come_first(stages, tmp_path):
     assert all(len(line) <= 80 for line in text.splitlines()[:-1])
 
 
+def test_a_network_that_no_layer_repairs_is_named(stages, tmp_path):
+    repair = {"layers": [], "left_alone": {"up": "a transposed conv", "out": "a transposed conv"}}
+    results = {"stages": stages, "layers": {"a": {"filters": 64, "kept": 40}}}
+    rounds = [{"compensation": repair, "measured_loss_change": 0.1}]
+    text = experiment_closing({**results, "rounds": rounds}, tmp_path)
+    assert text.startswith("WARNING: no layer could be repaired (a transposed conv): the network is as")
+    unchanged = [{"compensation": repair, "measured_loss_change": 0.0}]
+    repaired = [{"compensation": {**repair, "layers": [{}]}, "measured_loss_change": 0.1}]
+    for rounds in (unchanged, repaired):
+        assert "WARNING" not in experiment_closing({**results, "rounds": rounds}, tmp_path)
+
+
 def test_a_sweep_names_the_best_of_every_percentage(stages, tmp_path):
     worse = [*stages[:3], {**stages[3], "top1": 90.0}]
     cells = [
