@@ -59,7 +59,10 @@ class RepairPlan:
             geometry = {**conv_geometry(node, weight), "groups": channels // weight.shape[1]}
         name = layer_name(argument(node, "weight", 1).target)
         gives_logits = returned and geometry is None
-        return FittedLayer(name, position, weight, self._tensor(bias), geometry, indices, norm, stream, gives_logits)
+        is_own = bias is not None and len(bias.users) == 1
+        return FittedLayer(
+            name, position, weight, self._tensor(bias), geometry, indices, norm, stream, gives_logits, is_own
+        )
 
     def _tensor(self, node, k=1):
         """The parameter or buffer that a node reads; None if it is none."""
