@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from taylor_pruning.errors import InputError
+from taylor_pruning.stored import stored
 
 T = TypeVar("T")
 
@@ -109,13 +110,13 @@ def broadcast_state(module: torch.nn.Module) -> None:
     if world_size() == 1:
         return
     check_equal_shapes(module)
-    for tensor in module.state_dict().values():
+    for tensor in stored(module).values():
         dist.broadcast(tensor, src=0)
 
 
 def check_equal_shapes(module: torch.nn.Module) -> None:
     """Raise InputError, in every process, unless the parameters and buffers of `module` have the same shapes in all."""
-    first, *others = gather_objects({name: tuple(tensor.shape) for name, tensor in module.state_dict().items()})
+    first, *others = gather_objects({name: tuple(tensor.shape) for name, tensor in stored(module).items()})
     for number, shapes in enumerate(others, 1):
         for name in sorted(first.keys() | shapes.keys()):
             if first.get(name) != shapes.get(name):

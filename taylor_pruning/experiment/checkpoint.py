@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from taylor_pruning.errors import InputError
 from taylor_pruning.experiment.results import removed
 from taylor_pruning.files import atomic_file
+from taylor_pruning.stored import restore, stored
 from taylor_pruning.surgery.graph import ChannelGraph
 from taylor_pruning.surgery.nested import tensors_in
 from taylor_pruning.training.checkpoint import read_identified
@@ -55,7 +56,7 @@ class RoundsCheckpoint:
     def __init__(self, path: Path | str, graph: ChannelGraph, images: dict, settings: dict):
         self.path, self.graph = Path(path), graph
         self.identity = {
-            "the dense network": fingerprint(graph.model.state_dict().values()),
+            "the dense network": fingerprint(stored(graph.model).values()),
             **{
                 f"the {what} images": fingerprint(x for batch in batches for x in tensors_in(batch))
                 for what, batches in images.items()
@@ -65,7 +66,7 @@ class RoundsCheckpoint:
 
     def save(self, state: RoundsState) -> None:
         content = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
-        content |= {"model": state.model.state_dict(), "identity": self.identity}
+        content |= {"model": stored(state.model), "identity": self.identity}
         with atomic_file(self.path) as file:
             torch.save(content, file)
 
@@ -87,7 +88,7 @@ class RoundsCheckpoint:
                 f"{self.path} is of another pruning: {changes}; give the same settings, or start again without resuming"
             )
         model = self.graph.remove(removed(self.graph, content["kept"]))
-        model.load_state_dict(content["model"])
+        restore(model, content["model"])
         return RoundsState(**content | {"model": model})
 
 

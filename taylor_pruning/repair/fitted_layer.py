@@ -22,6 +22,7 @@ class FittedLayer:
     batchnorm: BatchNorm | None  # of the smaller network
     stream: int | None  # position of the other operand of the sum
     gives_logits: bool = False  # whether its output [B, classes] is the network's, and linear
+    has_own_bias: bool = False  # a bias that nothing else reads
 
     @property
     def groups(self):
@@ -38,7 +39,7 @@ class FittedLayer:
 
     @property
     def has_intercept(self):
-        return self.bias is not None or self.batchnorm is not None
+        return self.has_own_bias or self.batchnorm is not None
 
 
 def argument(node, name, position, default=None):

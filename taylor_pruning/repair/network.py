@@ -8,7 +8,6 @@ suits all networks; rates fall to zero along half a cosine. Other images judge: 
 kept, if the gain over the first weights exceeds two of its standard errors. So few images do no harm.
 """
 
-import copy
 import functools
 import math
 import time
@@ -25,6 +24,7 @@ from taylor_pruning.errors import InputError
 from taylor_pruning.modes import frozen, modes_kept, own_precision, requirements_kept
 from taylor_pruning.repair.paired_runs import refresh_batchnorms
 from taylor_pruning.repair.whitening import WhiteAdam, white_coordinates
+from taylor_pruning.stored import restore, snapshot
 from taylor_pruning.surgery.parts import recorded_inputs
 from taylor_pruning.tasks.batches import join, select, shapes, size
 from taylor_pruning.tasks.batches import split as in_parts
@@ -129,7 +129,7 @@ def repair_network(
     steps = max(1, round(passes * len(mine.places) / mine.at_once))
     with _trainable(smaller) as parameters:
         before = best = mine.judge(smaller, losses)
-        kept, at, between = _copy_of(smaller), 0, math.ceil(steps / JUDGED)
+        kept, at, between = snapshot(smaller), 0, math.ceil(steps / JUDGED)
         optimizer = WhiteAdam(white_coordinates(smaller, mine.forwards(smaller)))
         for step in tqdm(range(1, steps + 1), desc="repair", unit="step", leave=False, disable=not progress):
             batch, wanted = mine.draw()
@@ -139,8 +139,8 @@ def repair_network(
             if step % between == 0 or step == steps:
                 now = mine.judge(smaller, losses)
                 if now.mean() < best.mean() and _is_sure(before - now):
-                    best, kept, at = now, _copy_of(smaller), step
-        smaller.load_state_dict(kept)
+                    best, kept, at = now, snapshot(smaller), step
+        restore(smaller, kept)
     if at:
         _refresh_batchnorms(smaller, parts, task, batches)
     seconds = time.perf_counter() - start
@@ -226,10 +226,6 @@ def _refresh_batchnorms(model: nn.Module, parts: Sequence[str], task: Task, batc
 def _rate_factor(step: int, steps: int) -> float:
     """From 0 up within the first steps, and down along half a cosine to 0 behind the last; `step` counts from 1."""
     return min(1.0, step / (WARM_UP * steps)) * (0.5 + 0.5 * math.cos(math.pi * (step - 1) / steps))
-
-
-def _copy_of(model: nn.Module) -> dict:
-    return copy.deepcopy(model.state_dict())
 
 
 def _average_gradients(parameters: list[nn.Parameter]) -> None:

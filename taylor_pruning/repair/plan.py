@@ -8,10 +8,15 @@ from taylor_pruning.repair.batchnorm import BatchNorm
 from taylor_pruning.repair.fitted_layer import FittedLayer, argument, conv_geometry
 from taylor_pruning.surgery.execution import Execution, input_dependent
 from taylor_pruning.surgery.layers import layer_name
-from taylor_pruning.surgery.recorded_calls import operation_name
+from taylor_pruning.surgery.recorded_calls import operation_name, writes
 from taylor_pruning.surgery.recording import record
 
 CONVS = ("conv1d", "conv2d", "conv3d")
+NEW = set(  # operations whose result shares no memory with what they read
+    """linear batch_norm group_norm layer_norm instance_norm add sub mul div truediv neg cat stack matmul bmm einsum clone relu
+    relu6 silu gelu elu hardswish hardsigmoid leaky_relu sigmoid tanh softmax max_pool2d avg_pool2d adaptive_avg_pool2d
+    upsample_nearest2d upsample_bilinear2d""".split()
+)
 TRANSPARENT = ("dropout", "dropout1d", "dropout2d", "dropout3d", "contiguous")  # in eval mode
 
 
@@ -33,8 +38,8 @@ class RepairPlan:
         self.tensors = [self.networks[0].tensors_of_a_run(), self.networks[1].tensors()]
         self.left_alone = {}
         found = self._candidates(*nodes, kept)
-        order = _execution_order(nodes[1], {node: stream for node, _, _, stream, _ in found if stream is not None})
         index = {node: i for i, node in enumerate(nodes[1])}
+        order = _execution_order(nodes[1], {node: stream for node, _, _, stream, _ in found if stream is not None})
         position = {node: i for i, node in enumerate(order)}
         self.order = [[nodes[k][index[node]] for node in order] for k in (0, 1)]
         self.layers = [
@@ -54,7 +59,10 @@ class RepairPlan:
             geometry = {**conv_geometry(node, weight), "groups": channels // weight.shape[1]}
         name = layer_name(argument(node, "weight", 1).target)
         gives_logits = returned and geometry is None
-        return FittedLayer(name, position, weight, self._tensor(bias), geometry, indices, norm, stream, gives_logits)
+        is_own = bias is not None and len(bias.users) == 1
+        return FittedLayer(
+            name, position, weight, self._tensor(bias), geometry, indices, norm, stream, gives_logits, is_own
+        )
 
     def _tensor(self, node, k=1):
         """The parameter or buffer that a node reads; None if it is none."""
@@ -110,7 +118,7 @@ class RepairPlan:
         norm, last = None, node
         while len(last.users) == 1:
             (user,) = last.users
-            if last is node and self._folds(user):
+            if last is node and self._folds(user) and (operation_name(node) in CONVS or len(node.meta["shape"]) == 2):
                 norm = self._norm(user)
             elif operation_name(user) not in TRANSPARENT or user.args[:1] != (last,):
                 break
@@ -120,7 +128,7 @@ class RepairPlan:
     @staticmethod
     def _stream(node, last, claimed):
         """The other operand of the sum that `last`, which carries the layer's output, goes into; None if there is none,
-        it needs this layer, or another layer matches the sum already."""
+        it needs this layer or cannot be computed before it, or another layer matches the sum already."""
         if len(last.users) != 1:
             return None
         (user,) = last.users
@@ -128,7 +136,7 @@ class RepairPlan:
         is_sum = operation_name(user) == "add" and len(user.args) == 2 and len(others) == 1 and not user.kwargs
         if not is_sum or user in claimed or node in _ancestors(others[0]):
             return None
-        if others[0].meta.get("shape") != last.meta["shape"]:
+        if others[0].meta.get("shape") != last.meta["shape"] or not _may_precede(others[0], node):
             return None
         claimed.add(user)
         return others[0]
@@ -138,7 +146,8 @@ class RepairPlan:
         if operation_name(node) != "batch_norm" or node.op != "call_function":
             return False
         mean = argument(node, "running_mean", 1)
-        return self._tensor(mean) is not None and len(mean.users) == 1
+        fixed = not argument(node, "training", 5, False)
+        return fixed and self._tensor(mean) is not None and len(mean.users) == 1
 
     def _is_updated(self, node):
         """Whether it is one whose scale, too, belongs to that layer alone."""
@@ -182,6 +191,25 @@ def _ancestors(node):
             seen.add(node)
             stack += node.all_input_nodes
     return seen
+
+
+def _may_precede(other, node):
+    """Whether a node can run before another that it does not need: no operation in place then changes what others read."""
+    earlier, nodes = _ancestors(other), list(node.graph.nodes)
+    passed = nodes[nodes.index(node) : nodes.index(other) + 1] if node < other else []
+    return all(_on_its_own(n, earlier) for n in passed if writes(n))
+
+
+def _on_its_own(writing, earlier):
+    """Whether what a node writes to has been read on its side alone: by nodes in `earlier`, or by others."""
+    target, moves = next(iter(writing.args), None), writing in earlier
+    while isinstance(target, fx.Node):
+        if any(user < writing and (user in earlier) != moves for user in target.users):
+            return False
+        if not writes(target):
+            return operation_name(target).startswith("conv") or operation_name(target) in NEW
+        target = next(iter(target.args), None)
+    return False
 
 
 def _execution_order(nodes, before):

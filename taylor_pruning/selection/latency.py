@@ -30,6 +30,7 @@ from taylor_pruning.modes import frozen
 from taylor_pruning.selection.costs import LatencyCosts
 from taylor_pruning.selection.latency_table import LatencyTable, LayerTimes, NetworkLatency
 from taylor_pruning.selection.layer_calls import layer_calls, literals
+from taylor_pruning.stored import stored
 from taylor_pruning.surgery.graph import ChannelGraph
 from taylor_pruning.surgery.parts import PartsGraph
 from taylor_pruning.surgery.recorded_calls import operation_name
@@ -139,7 +140,7 @@ def network_key(graph: ChannelGraph, model: nn.Module, batch_size: int) -> tuple
     operations = [
         (operation_name(n) if n.op == "call_function" else n.op, n.meta.get("shape"), literals(n)) for n in nodes
     ]
-    widths = [tuple(tensor.shape) for tensor in model.state_dict().values()]
+    widths = [tuple(tensor.shape) for tensor in stored(model).values()]
     return f"network {hashlib.sha256(repr((operations, widths)).encode()).hexdigest()[:16]} batch {batch_size}", "whole"
 
 

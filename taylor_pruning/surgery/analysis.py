@@ -1,6 +1,7 @@
 """Derives from channel ids the layers of a network and the places that need gates."""
 
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -48,6 +49,11 @@ class Analysis:
                 self.layers = layers
                 self.nonlinear = {info.nonlinear for info in found.infos.values() if info.nonlinear}
             self.places[mode] = list(self._places(mode, found, layers))
+        for trace in traces.values():
+            if trace.idle is not None:
+                self.ids.issued, self.ids.depthwise = [], []
+                found = propagate(replace(trace, graph=trace.idle), self.ids, parameters, ways)
+                self.layers.add_idle(Layers(self.ids, found.env, parameters, trace.batch))
         self.layers.protect_fixed_widths()
 
     @property

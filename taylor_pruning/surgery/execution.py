@@ -228,8 +228,10 @@ def _filled(output, found):
     return map_tensors(output, lambda slot: found[slot.index], Slot)
 
 
-def evaluate(model, node, value_of, read=None, grad=True, instead=None, at=None):
+def evaluate(model, node, value_of, read=None, grad=False, instead=None, at=None):
     """The result of one call of the graph; `value_of` gives the value of every node that it reads. See `Execution.run`.
+
+    `grad`: whether gradients are wanted where the forward itself does not switch them off.
 
     `at`: surgery.other_sizes.AtSize, None for inputs of the example's size.
     """

@@ -27,6 +27,7 @@ class Layers:
         settings: {module: ids of its channels} of norms and depthwise convs.
         positions: {weight: output positions at which it is applied to one sample}.
         readers: {layer: (nodes, groups, linear)} of those with a parameter for a weight.
+        idle: names of those whose results the outputs do not depend on.
         weights: {layer: (node of its weight, the weight's dimension along which its filters run, or None)}.
     """
 
@@ -34,7 +35,7 @@ class Layers:
         """Args: ids and values {node: ids.Value} of the propagation; parameters and buffers by name; samples of the trace."""
         self.batch = batch
         self.ids, self.filters, self.linear, self.positions, self.readers = ids, {}, set(), defaultdict(int), {}
-        self.weights = {}
+        self.weights, self.idle = {}, set()
         self.settings = dict(ids.settings)
         for node, along, linear in ids.issued:
             parameter = _parameter_of(_weight_of(node), parameters)
@@ -65,6 +66,16 @@ class Layers:
             if name not in self.filters:
                 self.filters[name] = along
                 self.ids.protect(along, "used in training only")
+        self._join(other)
+
+    def add_idle(self, other):
+        """Layers that run although the outputs do not depend on them: their tensors must fit, but nothing is scored there."""
+        idle = {name: along for name, along in other.filters.items() if name not in self.filters}
+        self.idle.update(idle)
+        self.filters |= idle
+        self._join(other)
+
+    def _join(self, other):
         self.linear |= other.linear
         self.settings = other.settings | self.settings
 
@@ -92,15 +103,20 @@ class Layers:
             self.readers.setdefault(name, ([], groups, linear))[0].append(node)
 
 
-def kept_linear(ids, layers, roots, prune_linear, prune_heads):
-    """Yields (class, reason) of the classes of filters of fully connected layers alone that nobody asked to remove.
+def kept_classes(ids, layers, roots, prune_linear, prune_heads):
+    """Yields (class, reason) of the classes of filters that could go, of fully connected or idle layers alone.
 
-    Where filters of a conv are in a class (squeeze-and-excitation), those of fully connected layers go with them.
+    Those of fully connected layers stay where nobody asked to remove them. Where filters of a conv are in a class
+    (squeeze-and-excitation), those of fully connected layers go with them.
 
     Args:
         roots: [ids] class of every id.
     """
     none = roots.new_zeros(0)
+    used = torch.cat([none, *(roots[some] for name, some in layers.filters.items() if name not in layers.idle)])
+    for name in sorted(layers.idle):
+        classes = roots[layers.filters[name]].unique()
+        yield from ((root, "its result is not used") for root in classes[~torch.isin(classes, used)].tolist())
     heads = torch.cat([none, *(roots[some] for some in ids.heads)])
     of_convs = torch.cat([none, *(roots[some] for name, some in layers.filters.items() if name not in layers.linear)])
     for name in layers.linear:

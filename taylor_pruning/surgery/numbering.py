@@ -3,7 +3,7 @@
 import torch
 
 from taylor_pruning.surgery.ids import ChannelIds
-from taylor_pruning.surgery.layers import Layers, kept_linear
+from taylor_pruning.surgery.layers import Layers, kept_classes
 from taylor_pruning.surgery.units import LayerInfo, Unit, group
 
 
@@ -23,7 +23,7 @@ class Numbering:
     def __init__(self, ids: ChannelIds, layers: Layers, prune_linear: bool, prune_heads: bool):
         roots = ids.roots()
         classes = {name: roots[along] for name, along in layers.filters.items()}
-        reason_of = self._reasons(ids, roots, kept_linear(ids, layers, roots, prune_linear, prune_heads))
+        reason_of = self._reasons(ids, roots, kept_classes(ids, layers, roots, prune_linear, prune_heads))
         whole = {name: int(own[0]) for name, own in classes.items() if (own == own[0]).all()}
         self.stuck = {name for name, root in whole.items() if root not in reason_of}
         for name, root in whole.items():

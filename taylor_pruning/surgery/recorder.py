@@ -37,6 +37,7 @@ SHAPE_KEPT = set(  # the result is like the first argument; running them on meta
     """batch_norm instance_norm group_norm layer_norm rms_norm relu relu6 silu gelu hardswish hardsigmoid mish elu selu
     leaky_relu sigmoid tanh softplus dropout softmax log_softmax clamp prelu exp neg abs sqrt square""".split()
 )
+OF_NUMPY = {"axis": "dim", "keepdims": "keepdim"}  # names of arguments that torch takes too
 STATISTICAL = (F.batch_norm, F.instance_norm)  # in training they write to the statistics that they are given
 WRAPPERS = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
 FLAG_ONLY = {  # these hand `training` to one operation, which is recorded in either mode
@@ -127,6 +128,8 @@ class Recorder(TorchFunctionMode):
     def record(self, func, name, args, kwargs, tensors):
         """Runs a call and adds it to the graph; returns its result."""
         on_constants = bool(tensors) and all(self.nodes.is_constant(t) for t in tensors)
+        if "quantize" not in name:  # where an axis has no other name
+            kwargs = {OF_NUMPY.get(key, key): value for key, value in kwargs.items()}
         if "device" in kwargs and kwargs["device"] is None:
             kwargs = {k: v for k, v in kwargs.items() if k != "device"}
         arguments, options = self.nodes.as_nodes((args, kwargs), bare(name) in SIZED)

@@ -46,6 +46,7 @@ class Trace:
         kept: names of the attributes of modules in which the forward leaves something.
         written: names of the parameters and buffers to which it writes.
         caches: containers outside of modules in which it keeps tensors.
+        idle: graph of the layers that run although the output does not depend on them; None if there are none.
         at_sizes: {shapes of inputs: surgery.other_sizes.AtSize, or None where it does other steps} of those that were met.
     """
 
@@ -60,6 +61,7 @@ class Trace:
     kept: list = field(default_factory=list)
     written: list = field(default_factory=list)
     caches: list = field(default_factory=list)
+    idle: fx.Graph | None = None
     at_sizes: dict = field(default_factory=dict)
 
 
@@ -177,6 +179,7 @@ def _record(recorder, model, args, kwargs, training):
                 "seen; return them alone or in tuples, lists, dicts or dataclasses"
             )
     recorder.graph.output(tuple(found))
+    idle = _idle_layers(recorder.graph, set(recorder.nodes.names.values()))
     recorder.graph.eliminate_dead_code(_has_effect)
     counter = iter(range(len(slots)))
     return Trace(
@@ -190,7 +193,35 @@ def _record(recorder, model, args, kwargs, training):
         recorder.sizes_read,
         changed(before, attributes_of(copied)),
         _written(recorder, model, copied),
+        idle=idle,
     )
+
+
+def _idle_layers(graph, names):
+    """What applies parameters or buffers of these names although the output does not depend on it, as a graph; else None.
+
+    Such layers run in a cut network too, so that their tensors must fit, also where results of theirs meet others.
+    """
+    live, stored, idle, behind = set(), set(), set(), set()
+    for node in reversed(graph.nodes):
+        if node in live or _has_effect(node):
+            live.update((node, *node.all_input_nodes))
+    for node in graph.nodes:
+        read = set(node.all_input_nodes)
+        if node.op == "get_attr" and node.target in names or read and read <= stored:
+            stored.add(node)
+        elif node not in live and not read.isdisjoint(stored | behind):
+            behind.add(node)
+            if len(read) > 1:
+                idle.add(node)
+    if not idle:
+        return None
+    copied, places = fx.Graph(), {}
+    copied.graph_copy(graph, places)
+    copied.output(())
+    layers = {places[node] for node in idle}
+    copied.eliminate_dead_code(lambda node: node in layers or node.op in ("placeholder", "output"))
+    return copied
 
 
 def _written(recorder, model, copied):

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from taylor_pruning.checks import nonfinite_weight
 from taylor_pruning.distributed import barrier, broadcast_buffers, gather_objects, is_main, rank, world_size
+from taylor_pruning.stored import restore, snapshot, stored
 from taylor_pruning.tasks.batches import size
 from taylor_pruning.tasks.classification import task_of
 from taylor_pruning.tasks.task import Task
@@ -181,8 +182,7 @@ class Training:
 
     def keep_weights(self) -> None:
         """Keeps the present weights; the model ends with them unless later ones are better."""
-        state = self.steps.evaluated_model.state_dict()
-        self.best = {name: tensor.clone() for name, tensor in state.items()}
+        self.best = snapshot(self.steps.evaluated_model)
 
     def save(self) -> None:
         generators = gather_objects(rng_state(self.device))
@@ -200,7 +200,7 @@ class Training:
 
     def load(self) -> None:
         """Go back to the state in the checkpoint. Raises InputError if it is of another recipe, loader or network."""
-        state = read_checkpoint(self.checkpoint, self.identity, self.model.state_dict())
+        state = read_checkpoint(self.checkpoint, self.identity, stored(self.model))
         self.history = History(state["history"], state["best_epoch"], state["curve"])
         if self.curve:
             self.curve.points = self.history.steps
@@ -212,7 +212,7 @@ class Training:
     def restore_best(self) -> None:
         """Give the model back to its owner, with the best weights so far."""
         self.steps.release()
-        self.model.load_state_dict(self.best)
+        restore(self.model, self.best)
 
 
 @dataclass

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from taylor_pruning.modes import frozen
+from taylor_pruning.stored import stored
 from taylor_pruning.surgery.nested import tensors_in
 from taylor_pruning.surgery.recording import call
 from taylor_pruning.timing import least_milliseconds
@@ -31,7 +32,7 @@ def profile(model: nn.Module, example: Tensor) -> dict:
         with FlopCounterMode(display=False) as counter:
             call(model, example)
         buffer = io.BytesIO()
-        torch.save(model.state_dict(), buffer)
+        torch.save(stored(model), buffer)
         return {
             "parameters": sum(p.numel() for p in model.parameters()),
             "macs": counter.get_total_flops() // 2,

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from taylor_pruning.checks import check_logits
 from taylor_pruning.distributed import world_size
 from taylor_pruning.errors import InputError
+from taylor_pruning.stored import restore, stored
 from taylor_pruning.surgery.nested import map_tensors
 from taylor_pruning.tasks.batches import size
 from taylor_pruning.tasks.classification import is_classification, kl_divergence, task_of
@@ -188,17 +189,17 @@ class OptimiserSteps:
     def state(self) -> dict:
         """All that the next step depends on, the random generators apart."""
         return {
-            "model": self.model.state_dict(),
-            "average": self.average.model.state_dict() if self.average else None,
+            "model": stored(self.model),
+            "average": stored(self.average.model) if self.average else None,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "steps": self.number,
         }
 
     def load_state(self, state: dict) -> None:
-        self.model.load_state_dict(state["model"])
+        restore(self.model, state["model"])
         if self.average:
-            self.average.model.load_state_dict(state["average"])
+            restore(self.average.model, state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.number = state["steps"]

@@ -48,12 +48,23 @@ def added_product(s, x):
     return s.b(torch.baddbmm(y.flatten(2), s.c(x).flatten(2), s.mixing.expand(len(x), -1, -1)).view(y.shape))
 
 
+def named_as_in_numpy(s, x):
+    y, z = s.a(x).mean(axis=2, keepdims=True).mean(axis=-1, keepdims=True) * x, s.b(x)
+    z = torch.stack(z.chunk(2, axis=1), axis=2).sum(axis=2)
+    z = z * z.amax(axis=(2, 3), keepdims=True)
+    return torch.cat([y, z.softmax(axis=3)], axis=1)
+
+
 BLOCKS = {  # name: (block, its output channels, removable filters of the stem, of a, of b; None: not looked at)
     "affine grid": (Block(transformed, places=nn.Linear(C, 6)), C, 8, 8, 8),
     "deformable": (Block(weighed, d=DeformConv2d(C, C, 3, padding=1), places=conv(C, 18, 3, padding=1),
                          weights=conv(C, 9, 3, padding=1)), C, 8, 8, 8),
     "deformable in groups": (Block(lambda s, x: s.b(s.d(s.a(x), s.places(x))), places=conv(C, 18, 3, padding=1),
                                    d=DeformConv2d(C, C, 3, padding=1, groups=2, bias=False)), C, 8, 8, 8),
+    "numpy's names": (Block(named_as_in_numpy), C + 4, 8, 8, 8),
+    "einsum of all other dimensions": (
+        Block(lambda s, x: s.b(torch.einsum("dc,bc...->bd...", s.w, torch.einsum("...hw,...w->...hw", s.a(x), x.mean(2)))),
+              w=parameter(C, C)), C, 8, 8, 8),
     "hstack": (Block(lambda s, x: torch.hstack([s.a(x), s.b(x)])), 2 * C, 8, 8, 8),
     "vstack": (Block(lambda s, x: sum(torch.vstack([s.a(x), s.b(x)]).chunk(2))), C, 8, 8, 8),
     "dstack": (Block(lambda s, x: torch.dstack([s.a(x), s.b(x)])), C, 8, 8, 8),

@@ -131,17 +131,30 @@ def matmul(call):
 def einsum(call):
     equation = call.args[0]
     values = call.values()
-    if not isinstance(equation, str) or "." in equation:
+    if not isinstance(equation, str) or "." in equation and "->" not in equation:
         return call.unknown()
     left, _, right = equation.replace(" ", "").partition("->")
-    own = [list(term) for term in left.split(",")]
+    terms = left.split(",")
     if not right and "->" not in equation:
-        every = "".join(left.split(","))
+        every = "".join(terms)
         right = "".join(sorted(c for c in set(every) if every.count(c) == 1))
+    own, out = _labels(terms, right, [len(value.shape) for value in values])
     if any(len(set(term)) < len(term) for term in own) or len(own) != len(values):
         return call.unknown()
     operands = list(zip(values, own, strict=True))
-    return contract(call, operands, list(right), linear=any(call.is_constant(i) for i in range(len(values))))
+    return contract(call, operands, out, linear=any(call.is_constant(i) for i in range(len(values))))
+
+
+def _labels(terms, right, ranks):
+    """The labels of the dimensions of every term of an einsum, and of its result; those of "..." are counted from the last."""
+    lengths = [rank - len(term.replace("...", "")) for term, rank in zip(terms, ranks, strict=False)]
+    most = max([0, *lengths])
+
+    def labelled(term, length):
+        before, dots, behind = term.partition("...")
+        return [*before, *(f"d{i}" for i in range(most - length, most) if dots), *behind]
+
+    return [labelled(*pair) for pair in zip(terms, lengths, strict=False)], labelled(right, most)
 
 
 @rule("scaled_dot_product_attention")

@@ -16,7 +16,7 @@ def reduced(call, x, dims, keepdim, layers):
 
 
 def dims_of(call, x, position=1):
-    dims = call.get("dim", position, call.kwargs.get("axis"))
+    dims = call.get("dim", position)
     rank = len(x.shape)
     if dims is None or isinstance(dims, bool):
         return tuple(range(rank))
