@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from quick import drawn_plots
 from watching import interrupted_at, without_timings
 
 import EnhancedPruning as EnhancedPruning_module
@@ -30,6 +31,7 @@ QUICK = [
 ]  # fmt: skip
 SWEEP = ["--pruning-percentages", "20", "40", "--taylor-orders", "2", "--compare-baseline", "--baselines", "magnitude",
          "--rounds", "2"]  # fmt: skip
+WITH_ALL = ["--fine-tune-epochs", "2", "--use-gradient-flow", "--oracle-samples", "4"]
 
 
 @pytest.fixture(scope="session")
@@ -55,8 +57,8 @@ def single(image_folder, output, *extra):
 @pytest.fixture(scope="module")
 def finished(image_folder, tmp_path_factory):
     output = tmp_path_factory.mktemp("single") / "run"
-    code = single(image_folder, output, "--fine-tune-epochs", "2", "--use-gradient-flow", "--oracle-samples", "4")
-    assert code == 0
+    with drawn_plots():
+        assert single(image_folder, output, *WITH_ALL) == 0
     return output
 
 
@@ -89,8 +91,7 @@ def test_the_saved_network_is_the_one_that_was_measured(finished, image_folder):
 
 
 def test_the_same_command_gives_the_same_results(finished, image_folder, tmp_path):
-    arguments = ("--fine-tune-epochs", "2", "--use-gradient-flow", "--oracle-samples", "4")
-    assert single(image_folder, tmp_path / "again", *arguments) == 0
+    assert single(image_folder, tmp_path / "again", *WITH_ALL) == 0
     first, second = (json.loads((f / "results.json").read_text()) for f in (finished, tmp_path / "again"))
     assert without_timings(first) == without_timings(second)
 
@@ -178,7 +179,7 @@ def test_a_folder_in_use_or_already_used_is_refused(finished, image_folder, caps
 
     assert single(image_folder, finished) == 2
     assert "holds a run already" in capsys.readouterr().err
-    arguments = ("--fine-tune-epochs", "2", "--use-gradient-flow", "--oracle-samples", "4", "--resume", str(finished))
+    arguments = (*WITH_ALL, "--resume", str(finished))
     with open(finished / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert single(image_folder, finished, *arguments) == 2
@@ -187,9 +188,8 @@ def test_a_folder_in_use_or_already_used_is_refused(finished, image_folder, caps
 
 def test_a_run_interrupted_in_fine_tuning_resumes_to_the_same_result(finished, image_folder, tmp_path, monkeypatch):
     """With its flow and its oracle, which were measured before."""
-    arguments = ("--fine-tune-epochs", "2", "--use-gradient-flow", "--oracle-samples", "4")
     interrupted_at(monkeypatch, FineTuning.Training, "train_epoch", 3)  # one of the dense network, two of fine-tuning
-    assert single(image_folder, tmp_path / "run", *arguments) == 130
+    assert single(image_folder, tmp_path / "run", *WITH_ALL) == 130
     assert (tmp_path / "run" / "fine_tuning_checkpoint.pt").exists()
     assert run_single_experiment.main(["--resume", str(tmp_path / "run")]) == 0
     whole, resumed = (json.loads((f / "results.json").read_text()) for f in (finished, tmp_path / "run"))
@@ -212,7 +212,8 @@ def test_dense_training_goes_on_at_the_last_finished_epoch(image_folder, tmp_pat
 def swept(image_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sweep") / "run"
     arguments = ["--data-path", str(image_folder), *QUICK, *SWEEP, "--fine-tune-epochs", "2"]
-    assert run_enhanced_pruning.main([*arguments, "--output-dir", str(folder)]) == 0
+    with drawn_plots():
+        assert run_enhanced_pruning.main([*arguments, "--output-dir", str(folder)]) == 0
     return folder, arguments
 
 
