@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 
 from taylor_pruning.report import figures
 from taylor_pruning.report.figures import PLOT_SETTINGS
-from taylor_pruning.training import profile, throughput
+from taylor_pruning.training import profile
+from taylor_pruning.training.throughput import throughput
 
 ROUGH = {"savefig.dpi": 30, "figure.constrained_layout.use": False, "pdf.fonttype": 3}
 CAREFUL = {name: PLOT_SETTINGS[name] for name in ROUGH}
@@ -28,8 +29,7 @@ def quick_reports(patch):
     for name, value in ROUGH.items():
         patch.setitem(PLOT_SETTINGS, name, value)
     patch.setattr(profile, "LATENCY_RUNS", 1)
-    patch.setattr(throughput, "RUNS", 1)
-    patch.setattr(profile, "throughput", functools.partial(throughput.throughput, batch_sizes=(1, 2)))
+    patch.setattr(profile, "throughput", functools.partial(throughput, batch_sizes=(1,)))
 
 
 @contextlib.contextmanager
