@@ -64,7 +64,11 @@ class Detection(Task):
             return {"loss": _total(model(images, targets), len(images))}
         devices = [image.device for image in images[:1] if image.is_cuda]
         with _losses_in_eval_mode(model), _heads_watched(model) as seen, torch.random.fork_rng(devices=devices):
-            torch.manual_seed(0)  # the losses of two-stage detectors draw the anchors that count
+            # The losses of two-stage detectors draw the anchors that count. `torch.manual_seed` would seed other devices too,
+            # and takes longer than a small forward where they have not been used.
+            torch.default_generator.manual_seed(0)
+            for device in devices:
+                torch.cuda.default_generators[device.index].manual_seed(0)
             losses = model(images, targets)
         return {"loss": _total(losses, len(images)), "heads": _head_outputs(model, seen)}
 

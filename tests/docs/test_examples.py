@@ -10,9 +10,9 @@ from matplotlib.image import imread
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 TINY = ["--epochs", "1", "--validation-images", "10"]
 CASES = {
-    "segmentation": (["--images", "50", "--scoring-images", "5", "10"], r"mIoU +(\d+\.\d) .* (\d+\.\d) M MACs", 3),
-    "detection": (["--images", "30", "--repair", "layer"], r"mAP +(\d+\.\d), .* (\d+\.\d) M MACs", 4),
-    "regression": (["--images", "60"], r"MAE (\d\.\d+), .* (\d+\.\d+) M MACs", 3),
+    "segmentation": (["--images", "20", "--scoring-images", "4", "8"], r"mIoU +(\d+\.\d) .* (\d+\.\d) M MACs", 3),
+    "detection": (["--images", "10", "--repair", "layer"], r"mAP +(\d+\.\d), .* (\d+\.\d) M MACs", 4),
+    "regression": (["--images", "30"], r"MAE (\d\.\d+), .* (\d+\.\d+) M MACs", 3),
 }
 
 

@@ -43,11 +43,17 @@ def case(name, seed, number):
     return dense, batches, fitted
 
 
-@pytest.fixture(params=NETWORKS)
-def compensated(request):
-    """(dense, compensated network, the images of its fit)"""
+@pytest.fixture(params=NETWORKS, scope="module")
+def fitted_once(request):
     dense, batches, fitted = case(request.param, 2, 400)
     return dense, fitted(batches), batches
+
+
+@pytest.fixture
+def compensated(fitted_once):
+    """(dense, compensated network, the images of its fit)"""
+    dense, smaller, batches = fitted_once
+    return dense, copy.deepcopy(smaller), batches
 
 
 def loss_on(dense, smaller, x):
@@ -154,6 +160,7 @@ def test_no_held_out_sample_judges_in_two_processes(compensated, monkeypatch):
     """Copies of a sample would make chance look sure."""
     dense, smaller, batches = compensated
     fitted, held_out = split(batches, 2)
+    fitted = fitted[:1]  # they do not judge
     whole = network._Samples(dense, Classification(), fitted, held_out, 0).judge(smaller, LOSSES)
     shares = []
     monkeypatch.setattr(network, "gather_objects", lambda share: [share])

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from quick import careful_plots
+from quick import careful_plots, drawn_plots
 
 from run_enhanced_pruning import Sweep, baseline_methods
 from taylor_pruning.experiment.command import SweepTask
@@ -26,6 +26,12 @@ from taylor_pruning.report.tables import rounds_table, signed, summary_table
 from taylor_pruning.selection.baselines import BASELINES
 
 STAGES = ("dense", "pruned", "compensated", "fine-tuned")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def plots_are_drawn():
+    with drawn_plots():
+        yield
 
 
 def vgg_layers():
