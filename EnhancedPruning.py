@@ -23,7 +23,6 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from EnhancedFilterPruner import ChannelGraph, Rankings
@@ -45,6 +44,7 @@ from taylor_pruning.experiment.results import (
 from taylor_pruning.experiment.rounds import Rounds
 from taylor_pruning.experiment.settings import TAYLOR_ORDERS, PruningSettings
 from taylor_pruning.first_batch import Batches, check_inputs, check_training, device_of
+from taylor_pruning.generators import seeded
 from taylor_pruning.modes import own_precision
 from taylor_pruning.repair.network import check_joinable
 from taylor_pruning.scoring.curvature import check_scoring, no_third_order
@@ -262,9 +262,8 @@ class EnhancedPruning:
         if self.settings.reestimate_batchnorm:
             reestimate_batchnorm(model, self.calibration, self.task)
             before = None
-        with torch.random.fork_rng(devices={p.device for p in model.parameters() if p.is_cuda}):
-            # Dropout does not depend on what ran before, as after an interruption.
-            torch.manual_seed(self.settings.seed)
+        # Dropout does not depend on what ran before, as after an interruption.
+        with seeded(self.settings.seed, device_of(model)):
             history = fine_tune(model, self.train_loader, self.measuring.validation, recipe, teacher=self.teacher,
                                 before=before, monitor=self.measuring.monitor, checkpoint=checkpoint, resume=resume,
                                 memory_limit=self.settings.memory_bytes, task=self.task,

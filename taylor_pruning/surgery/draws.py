@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from taylor_pruning.generators import seed_torch, seeded
+
 SHARE = 0.6  # of a range: not its middle, where 2 * rand - 1 would hide what it multiplies
 DEVIATIONS = 0.6  # from a mean, for the same reason
 DRAWN = {  # operation: what it gives here, by its arguments
@@ -61,7 +63,7 @@ def unchecked_distributions():
 @contextmanager
 def equal_draws(device: torch.device):
     """While open, networks of two widths on the device draw alike; afterwards all generators go on where they were."""
-    with fixed_draws(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), EqualDraws(device):
+    with fixed_draws(), seeded(0, device), EqualDraws(device):
         yield
 
 
@@ -85,9 +87,7 @@ class EqualDraws(TorchDispatchMode):
             x = torch.where(args[0] < 0, args[0] * (given["lower"] + given["upper"]) / 2, args[0])
             return args[0].copy_(x) if name.endswith("_") else x
         if torch.Tag.nondeterministic_seeded in function.tags:
-            torch.default_generator.manual_seed(0)
-            if self.device.type == "cuda":
-                torch.cuda.default_generators[self.device.index].manual_seed(0)
+            seed_torch(0, self.device)
         result = function(*args, **kwargs)
         if name in DRAWN:
             result.copy_(torch.as_tensor(DRAWN[name](_arguments(function, args, kwargs))))

@@ -17,6 +17,7 @@ from torchvision.models.detection.ssd import SSD
 from taylor_pruning.checks import describe
 from taylor_pruning.distributed import gather_objects
 from taylor_pruning.errors import InputError
+from taylor_pruning.generators import seeded
 from taylor_pruning.modes import modes_kept
 from taylor_pruning.tasks.average_precision import average_precision
 from taylor_pruning.tasks.classification import bernoulli_divergence, kl_divergence
@@ -62,13 +63,8 @@ class Detection(Task):
         images, targets = batch
         if model.training:
             return {"loss": _total(model(images, targets), len(images))}
-        devices = [image.device for image in images[:1] if image.is_cuda]
-        with _losses_in_eval_mode(model), _heads_watched(model) as seen, torch.random.fork_rng(devices=devices):
-            # The losses of two-stage detectors draw the anchors that count. `torch.manual_seed` would seed other devices too,
-            # and takes longer than a small forward where they have not been used.
-            torch.default_generator.manual_seed(0)
-            for device in devices:
-                torch.cuda.default_generators[device.index].manual_seed(0)
+        # The losses of two-stage detectors draw the anchors that count.
+        with _losses_in_eval_mode(model), _heads_watched(model) as seen, seeded(0, images[0].device):
             losses = model(images, targets)
         return {"loss": _total(losses, len(images)), "heads": _head_outputs(model, seen)}
 

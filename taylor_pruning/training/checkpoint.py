@@ -1,35 +1,14 @@
 """The checkpoint of a training: written whole, refused by another training."""
 
 import pickle
-import random
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from taylor_pruning.errors import InputError
 from taylor_pruning.files import atomic_file, is_whole_archive
 from taylor_pruning.memory import raise_out_of_memory
-
-
-def rng_state(device: torch.device) -> dict:
-    """State of all random generators of this process, in types that torch.load(weights_only=True) takes."""
-    name, keys, *rest = np.random.get_state()
-    return {
-        "python": random.getstate(),
-        "numpy": (name, keys.tolist(), *rest),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-    }
-
-
-def set_rng_state(state: dict, device: torch.device) -> None:
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None:
-        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 def write_checkpoint(path: Path, state: dict) -> None:

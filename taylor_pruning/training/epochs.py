@@ -10,11 +10,12 @@ from tqdm import tqdm
 
 from taylor_pruning.checks import nonfinite_weight
 from taylor_pruning.distributed import barrier, broadcast_buffers, gather_objects, is_main, rank, world_size
+from taylor_pruning.generators import rng_state, set_rng_state
 from taylor_pruning.stored import restore, snapshot, stored
 from taylor_pruning.tasks.batches import size
 from taylor_pruning.tasks.classification import task_of
 from taylor_pruning.tasks.task import Task
-from taylor_pruning.training.checkpoint import read_checkpoint, rng_state, set_rng_state, write_checkpoint
+from taylor_pruning.training.checkpoint import read_checkpoint, write_checkpoint
 from taylor_pruning.training.checks import BatchLog
 from taylor_pruning.training.curve import StepCurve
 from taylor_pruning.training.evaluation import Accuracy, measure

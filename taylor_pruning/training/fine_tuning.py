@@ -17,10 +17,10 @@ from tqdm import tqdm
 
 from taylor_pruning.distributed import is_main, world_size
 from taylor_pruning.errors import InputError
+from taylor_pruning.generators import rng_state, seed_torch, set_rng_state
 from taylor_pruning.modes import modes_kept
 from taylor_pruning.tasks.classification import is_classification, task_of
 from taylor_pruning.tasks.task import Task
-from taylor_pruning.training.checkpoint import rng_state, set_rng_state
 from taylor_pruning.training.epochs import History, Interrupted, Training, TrainingDiverged
 from taylor_pruning.training.evaluation import Accuracy, evaluate, figures, reestimate_batchnorm
 from taylor_pruning.training.recipe import Recipe
@@ -145,7 +145,7 @@ def train_steps(
         run = Training(model, recipe, teacher, len(train_loader), constant_lr=True, task=task)
         run.history.epochs.append({"epoch": 0, "loss": loss_before})
         epochs, rng = math.ceil(steps / run.steps_per_epoch), rng_state(run.device)
-        torch.manual_seed(seed + round_index)
+        seed_torch(seed + round_index, run.device)
         quiet = not (progress and is_main())
         try:
             with tqdm(total=steps, desc=description, unit="step", leave=False, disable=quiet) as bar:
