@@ -41,6 +41,7 @@ from EnhancedPruning import EnhancedPruning, PruningSettings
 from taylor_pruning.options import options, value_type
 from taylor_pruning.report.json_files import write_json
 from taylor_pruning.selection.baselines import BASELINES
+from taylor_pruning.selection.latency import networks_milliseconds
 from taylor_pruning.training import sampling
 from taylor_pruning.training.fine_tuning import Recipe, evaluate, fine_tune
 from taylor_pruning.training.profile import profile
@@ -198,8 +199,9 @@ def run_cell(cell, arguments):
         )
     model = result.model
     before, after = profile(pruning.model, pruning.example), profile(model, pruning.example)
+    dense_ms, pruned_ms = networks_milliseconds([pruning.model, model], pruning.example, batch_size=1)
     row = {**asdict(cell), "macs": after["macs"] / before["macs"], "params": after["parameters"] / before["parameters"],
-           "latency": after["latency_ms"] / before["latency_ms"],
+           "latency": pruned_ms / dense_ms,
            "widths": {name: layer["kept"] for name, layer in result.layers.items()},
            "rounds": [{key: r[f"{key}_loss_change"] for key in ("predicted", "measured")} for r in result.rounds],
            "seconds": dict(result.seconds),
