@@ -114,6 +114,11 @@ class ChannelGraph:
     def sites(self):
         return self.gate_sites[False]
 
+    @property
+    def written(self):
+        """Names of the parameters and buffers to which a forward in evaluation mode writes."""
+        return set(self.executions[False].trace.written)
+
     def on(self, model):
         """The same graph for another module of the same shapes."""
         graph = copy.copy(self)
