@@ -69,7 +69,7 @@ class ChannelGraph:
         traces = {False: record(model, example_input)}
         if traces[False].reads_mode:
             training = record(model, example_input, training=True)
-            if steps(training.graph) != steps(traces[False].graph):
+            if steps(training) != steps(traces[False]):
                 traces[True] = training
         self.executions = {mode: Execution(model, trace) for mode, trace in traces.items()}
         self._example = example_input
