@@ -16,6 +16,13 @@ def snapshot(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def restore(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Gives the model the values of a `snapshot`. Raises KeyError for a tensor that it lacks, RuntimeError for other shapes."""
+    """Gives the model the values of a `snapshot`; a buffer that the forward has made since stays.
+
+    Raises KeyError for a parameter that the snapshot lacks, RuntimeError for other shapes.
+    """
+    parameters = dict(model.named_parameters())
     for name, tensor in stored(model).items():
-        tensor.copy_(tensors[name])
+        if name in tensors or name in parameters:
+            value = tensors[name].to(tensor.device)
+            if not torch.equal(tensor, value):  # an expanded tensor has no room for other values
+                tensor.copy_(value)

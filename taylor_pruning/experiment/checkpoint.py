@@ -55,8 +55,9 @@ class RoundsCheckpoint:
 
     def __init__(self, path: Path | str, graph: ChannelGraph, images: dict, settings: dict):
         self.path, self.graph = Path(path), graph
+        fixed = [tensor for name, tensor in stored(graph.model).items() if name not in graph.written]
         self.identity = {
-            "the dense network": fingerprint(stored(graph.model).values()),
+            "the dense network": fingerprint(fixed),
             **{
                 f"the {what} images": fingerprint(x for batch in batches for x in tensors_in(batch))
                 for what, batches in images.items()

@@ -202,14 +202,26 @@ def _may_precede(other, node):
 
 def _on_its_own(writing, earlier):
     """Whether what a node writes to has been read on its side alone: by nodes in `earlier`, or by others."""
-    target, moves = next(iter(writing.args), None), writing in earlier
-    while isinstance(target, fx.Node):
-        if any(user < writing and (user in earlier) != moves for user in target.users):
-            return False
-        if not writes(target):
-            return operation_name(target).startswith("conv") or operation_name(target) in NEW
+    target = writing
+    while isinstance(target, fx.Node) and writes(target):
         target = next(iter(target.args), None)
-    return False
+    if not isinstance(target, fx.Node) or not _is_new(target):
+        return False
+    return all((reader in earlier) == (writing in earlier) for reader in _readers(target, writing))
+
+
+def _readers(node, end):
+    """The nodes before `end` that read what a node gives, or a view of it."""
+    for user in node.users:
+        if user < end:
+            yield user
+            if not _is_new(user):
+                yield from _readers(user, end)
+
+
+def _is_new(node):
+    """Whether the result of a node shares no memory with what it reads."""
+    return not writes(node) and (operation_name(node).startswith("conv") or operation_name(node) in NEW)
 
 
 def _execution_order(nodes, before):

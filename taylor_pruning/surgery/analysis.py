@@ -121,9 +121,10 @@ class Analysis:
         return found
 
 
-def steps(graph):
-    """What a graph does to reach its output, without its nodes' names."""
-    number = {node: i for i, node in enumerate(live_nodes(graph))}
+def steps(trace):
+    """What a forward does to reach its output, and in its idle layers, without its nodes' names."""
+    idle = [] if trace.idle is None else trace.idle.nodes
+    number = {node: i for i, node in enumerate([*live_nodes(trace.graph), *idle])}
     return [(n.op, str(n.target), [number[i] for i in n.all_input_nodes], n.meta.get("autocast")) for n in number]
 
 

@@ -69,7 +69,7 @@ class ChannelGraph:
         traces = {False: record(model, example_input)}
         if traces[False].reads_mode:
             training = record(model, example_input, training=True)
-            if steps(training.graph) != steps(traces[False].graph):
+            if steps(training) != steps(traces[False]):
                 traces[True] = training
         self.executions = {mode: Execution(model, trace) for mode, trace in traces.items()}
         self._example = example_input
@@ -113,6 +113,11 @@ class ChannelGraph:
     @property
     def sites(self):
         return self.gate_sites[False]
+
+    @property
+    def written(self):
+        """Names of the parameters and buffers to which a forward in evaluation mode writes."""
+        return set(self.executions[False].trace.written)
 
     def on(self, model):
         """The same graph for another module of the same shapes."""

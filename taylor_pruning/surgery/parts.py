@@ -98,6 +98,11 @@ class PartsGraph:
             smooth.update(part.smooth_operations)
         self.smooth_operations = tuple(sorted(smooth))
 
+    @property
+    def written(self):
+        """As of ChannelGraph, of the parts."""
+        return {_joined(name, tensor) for name, part in self.parts.items() for tensor in part.written}
+
     def cost_terms(self):
         """As of ChannelGraph, of the parts alone."""
         return cost_terms(self.model, self.tensors, self.positions)

@@ -128,7 +128,7 @@ class Recorder(TorchFunctionMode):
     def record(self, func, name, args, kwargs, tensors):
         """Runs a call and adds it to the graph; returns its result."""
         on_constants = bool(tensors) and all(self.nodes.is_constant(t) for t in tensors)
-        if "quantize" not in name:  # where an axis has no other name
+        if bare(name) in self.rules:  # an operation that nothing is known of may call its own arguments so
             kwargs = {OF_NUMPY.get(key, key): value for key, value in kwargs.items()}
         if "device" in kwargs and kwargs["device"] is None:
             kwargs = {k: v for k, v in kwargs.items() if k != "device"}

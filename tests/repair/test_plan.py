@@ -45,11 +45,18 @@ def clipped_meanwhile(layers, x):
     return y + layers["b"](x)
 
 
+def viewed_before(layers, x):
+    view = x.view_as(x)
+    y = layers["a"](view)
+    return y + layers["b"](x.mul_(2) + view)
+
+
 SUMS = {  # what follows, and what "a" matches
     "doubled meanwhile": (lambda layers, x: layers["a"](x) + layers["b"](x.mul_(2)), "layer"),
     "doubled before": (lambda layers, x: layers["a"](y := x.mul_(2)) + layers["b"](y), "sum"),
     "a branch of its own in place": (lambda layers, x: layers["a"](x) + layers["b"](x).mul_(2).add_(1), "sum"),
     "a view is written to": (clipped_meanwhile, "layer"),
+    "a view is read": (viewed_before, "layer"),
 }
 
 

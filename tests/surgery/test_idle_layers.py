@@ -50,3 +50,17 @@ def test_channels_that_idle_layers_read_can_go(name):
     assert all(info.removable.all() for layer, info in graph.layers.items() if layer not in (*stays, "head"))
     smaller = graph.remove(graph.units[:3])
     assert torch.isfinite(smaller(images())).all()
+
+
+def test_channels_that_idle_layers_read_in_training_alone_can_go():
+    def auxiliary(s, x):
+        y = s.a(x)
+        if s.training:
+            s.loss = s.aux(s.norm(s.c(y))).mean()
+        return s.b(y)
+
+    block = Block(auxiliary, c=conv(C, C, 1), norm=nn.BatchNorm2d(C), aux=conv(C, 2, 1))
+    graph = check_law(around(block), images(), seeds=(0,), train=False)
+    assert graph.layers["block.a"].reason is None
+    smaller = graph.remove(graph.units[::2])
+    assert torch.isfinite(smaller.train()(images())).all()

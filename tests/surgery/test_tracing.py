@@ -80,6 +80,26 @@ def test_a_scripted_function_protects_what_passes_through_it_in_every_call():
         assert graph.layers["stem.0"].reason is None and graph.layers["blocks.0.b.0"].reason is None
 
 
+@torch.library.custom_op("taylor_pruning_tests::turned", mutates_args=())
+def turned(x: torch.Tensor, axis: int, keepdims: bool) -> torch.Tensor:
+    return x.flip(axis)
+
+
+@turned.register_fake
+def _(x, axis, keepdims):
+    return torch.empty_like(x)
+
+
+class Turned(Plain):
+    def forward(self, x):
+        return self.b(turned(self.a(x), axis=2, keepdims=True))
+
+
+def test_an_operation_of_others_gets_its_arguments_by_their_names():
+    graph = ChannelGraph(Net([Turned]).double().eval(), images())
+    assert graph.layers["blocks.0.a.0"].reason.startswith("passes through turned")
+
+
 class Undecided(nn.Module):
     """Decides by the values of activations, and calls a scripted function while it does."""
 
