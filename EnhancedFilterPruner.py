@@ -131,9 +131,8 @@ class EnhancedFilterPruner:
         """
         check_gradient_mode("scoring")
         read = functools.partial(read_batches, self.task, device_of(self.model))
-        batches, compensation, settings = read(batches), read(compensation or ()), self.settings
-        if not batches:
-            raise InputError("there are no calibration images; pass at least one batch")
+        batches, settings = read(batches, "calibration"), self.settings
+        compensation = [] if compensation is None else read(compensation, "compensation")
         check_scoring(self.task, settings, bool(compensation), self.use_gradient_flow)
         with frozen(self.model):
             check_gradients(self.graph, batches[0], self.task)
@@ -147,7 +146,8 @@ class EnhancedFilterPruner:
                 joint=joint, flow=self.use_gradient_flow, memory_limit=limit, task=self.task,
                 third_probes=settings.hessian_probes, **shared)  # fmt: skip
             directions, orders, probed = found.directions, found.orders, found.probed
-            if settings.correct_levels and (held_out := read(held_out or ())):
+            if settings.correct_levels and held_out:
+                held_out = read(held_out, "held-out")
                 self.measure = functools.partial(trial_divergences, self.model, self.graph, found.moments, held_out,
                                                  self.task, memory_limit=limit, progress=self.progress)  # fmt: skip
         elif self.has_logits:

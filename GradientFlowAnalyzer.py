@@ -65,6 +65,8 @@ def collect_flow(model: nn.Module, graph: ChannelGraph, batches: Iterable) -> Te
     check_gradient_mode("gradient flow")
     require_units(graph)
     flows = []
+    if not isinstance(batches, Iterable):
+        raise InputError(f"the images are of type {type(batches).__name__}; give a list of batches (images, labels)")
     for number, batch in enumerate(batches):
         images, labels = read_batch(batch, f"batch {number}", device_of(model))
         gates, gated = open_gates(graph, images), []
