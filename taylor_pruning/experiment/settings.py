@@ -1,6 +1,7 @@
 """How filters are chosen and the network is repaired: one dataclass, whose fields have the command line's names."""
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from taylor_pruning.errors import InputError
 from taylor_pruning.memory import parse_bytes
 from taylor_pruning.options import check, option, options
 from taylor_pruning.repair.network import PASSES
-from taylor_pruning.selection.constraints import Constraints
+from taylor_pruning.selection.constraints import Constraints, check_percentage
 from taylor_pruning.selection.costs import cost_model
 from taylor_pruning.selection.targets import Target, parse_target
 from taylor_pruning.surgery.graph import ChannelGraph
@@ -204,7 +205,7 @@ class PruningSettings(Constraints):
 
     def __post_init__(self):
         for name in ("exclude", "prune_modules"):
-            if not isinstance(getattr(self, name), str):
+            if isinstance(getattr(self, name), Iterable) and not isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         check(self)
         if self.repair in ("layer", "network") and not self.compensate:
@@ -242,7 +243,10 @@ class PruningSettings(Constraints):
 
     def percentage(self, given: float, graph: ChannelGraph) -> float:
         """Per cent of the budget to remove: what reaches the target, or the `given` where there is no target."""
-        return self.target.percentage(cost_model(graph, self.constraints).total()) if self.target else given
+        if self.target:
+            given = self.target.percentage(cost_model(graph, self.constraints).total())
+        check_percentage(given)
+        return given
 
     @property
     def memory_bytes(self) -> int | None:
