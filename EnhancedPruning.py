@@ -42,7 +42,7 @@ from taylor_pruning.experiment.results import (
     removed,
 )
 from taylor_pruning.experiment.rounds import Rounds
-from taylor_pruning.experiment.settings import TAYLOR_ORDERS, PruningSettings
+from taylor_pruning.experiment.settings import TAYLOR_ORDERS, PruningSettings, settings_of
 from taylor_pruning.files import checkpoint_file
 from taylor_pruning.first_batch import Batches, check_inputs, check_training, device_of
 from taylor_pruning.generators import seeded
@@ -105,8 +105,7 @@ class EnhancedPruning:
         self.task, device = task_of(task), device_of(self.model)
         self.train_loader = Batches(train_loader, "the training loader", device, self.task)
         self.val_loader = Batches(val_loader, "the validation loader", device, self.task)
-        self.settings, self.recipe, self.progress = settings or PruningSettings(), recipe or Recipe(), progress
-        instance_of("settings", self.settings, PruningSettings)
+        self.settings, self.recipe, self.progress = settings_of(settings), recipe or Recipe(), progress
         instance_of("recipe", self.recipe, Recipe)
         for name in ("evaluate", "main"):
             self.task.require(name, "every stage needs")

@@ -39,7 +39,7 @@ from taylor_pruning.modes import frozen
 from taylor_pruning.scoring.flow import unit_gradient_norms
 from taylor_pruning.scoring.gates import gated_outputs, open_gates
 from taylor_pruning.selection.constraints import require_units
-from taylor_pruning.surgery.graph import ChannelGraph
+from taylor_pruning.surgery.graph import ChannelGraph, checked_graph
 from taylor_pruning.tasks.classification import Classification
 
 NEAR_ZERO = 1e-2  # of the layer's mean: a unit below it hardly trains
@@ -329,7 +329,7 @@ class GradientFlowAnalyzer:
     """
 
     def __init__(self, model: nn.Module, example_input: Tensor, graph: ChannelGraph | None = None):
-        self.graph = ChannelGraph(model, example_input) if graph is None else graph
+        self.graph = checked_graph(graph, model) or ChannelGraph(model, example_input)
         self.model = self.graph.model
 
     def analyze(self, batches: Iterable) -> GradientFlowReport:

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from EnhancedFilterPruner import ChannelGraph
+from EnhancedFilterPruner import ChannelGraph, EnhancedFilterPruner
 from EnhancedPruning import EnhancedPruning, InputError, PruningSettings
+from GradientFlowAnalyzer import GradientFlowAnalyzer
 from taylor_pruning.tasks.dense import Segmentation
 from taylor_pruning.tasks.task import Task
 from taylor_pruning.training.fine_tuning import Recipe
@@ -192,6 +193,24 @@ def test_another_default_device_is_named():
 def test_what_a_pipeline_cannot_be_made_of_is_named(wrong, message):
     with pytest.raises(InputError, match=message):
         pipeline(**wrong)
+
+
+def test_a_graph_of_another_network_is_refused():
+    wrapped = nn.Sequential(nn.DataParallel(network()))
+    graph = ChannelGraph(wrapped, IMAGES[:1])
+    assert EnhancedFilterPruner(wrapped, IMAGES[:1], graph=graph).model is graph.model
+    for face in (EnhancedFilterPruner, GradientFlowAnalyzer):
+        assert face(graph.model, IMAGES[:1], graph=graph).model is graph.model
+        with pytest.raises(InputError, match="graph is not the ChannelGraph of this model"):
+            face(network(), IMAGES[:1], graph=graph)
+
+
+def test_a_loss_that_is_no_number_an_image_is_refused():
+    pruner = EnhancedFilterPruner(network(), IMAGES[:1], loss=nn.CrossEntropyLoss(), progress=False)
+    with pytest.raises(InputError, match=r"the loss gives a tensor \[\]; give one number an image"):
+        pruner.rank(BATCHES)
+    with pytest.raises(InputError, match="settings is of type Recipe"):
+        EnhancedFilterPruner(network(), IMAGES[:1], settings=Recipe())
 
 
 @pytest.mark.parametrize("exclude", [3, None, "0"])

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from taylor_pruning.errors import InputError
+from taylor_pruning.errors import InputError, instance_of
 from taylor_pruning.memory import parse_bytes
 from taylor_pruning.options import check, option, options
 from taylor_pruning.repair.network import PASSES
@@ -262,3 +262,11 @@ class PruningSettings(Constraints):
         """Plain values, by field."""
         lists = {name: list(getattr(self, name)) for name in ("exclude", "prune_modules")}
         return {f.name: getattr(self, f.name) for f in options(self)} | lists
+
+
+def settings_of(settings: PruningSettings | None) -> PruningSettings:
+    """The settings, the defaults where none are given. Raises InputError if they are something else."""
+    if settings is None:
+        return PruningSettings()
+    instance_of("settings", settings, PruningSettings)
+    return settings

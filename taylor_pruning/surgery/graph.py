@@ -287,3 +287,13 @@ class ChannelGraph:
         stays = torch.ones(len(self.units) + 1, dtype=torch.bool)  # the last entry stands for index -1
         stays[[unit.index for unit in units]] = False
         return cut(self.model, self.tensors, self._widths, self._settings, stays)
+
+
+def checked_graph(graph, model):
+    """A graph that was given beside a model, or None. Raises InputError if it is not the model's."""
+    if graph is None:
+        return None
+    own = set(map(id, unwrapped(model)[0].parameters()))  # a network with wrapped parts is rebuilt around them
+    if not hasattr(graph, "model") or own != set(map(id, graph.model.parameters())):
+        raise InputError("graph is not the ChannelGraph of this model; make it anew, or leave it out")
+    return graph
