@@ -30,7 +30,7 @@ from GradientFlowAnalyzer import GradientFlowReport
 from taylor_pruning.checks import check_gradient_mode
 from taylor_pruning.errors import InputError, one_of
 from taylor_pruning.experiment.pruned_graph import graph_for
-from taylor_pruning.experiment.settings import TAYLOR_ORDERS, PruningSettings
+from taylor_pruning.experiment.settings import TAYLOR_ORDERS, PruningSettings, settings_of
 from taylor_pruning.first_batch import device_of
 from taylor_pruning.memory import Portions
 from taylor_pruning.modes import frozen, own_precision
@@ -47,7 +47,7 @@ from taylor_pruning.scoring.trials import trial_divergences
 from taylor_pruning.selection.chosen import chosen_behind_repair, chosen_by_score, chosen_jointly, chosen_uniformly
 from taylor_pruning.selection.constraints import Ledger, Selection, require_units
 from taylor_pruning.selection.latency import with_times
-from taylor_pruning.surgery.graph import ChannelGraph
+from taylor_pruning.surgery.graph import ChannelGraph, checked_graph
 from taylor_pruning.surgery.parts import PartsGraph
 from taylor_pruning.tasks.classification import OtherLoss, is_classification, task_of
 from taylor_pruning.tasks.task import Task
@@ -96,11 +96,11 @@ class EnhancedFilterPruner:
         **fields,
     ):
         one_of("taylor_order", taylor_order, TAYLOR_ORDERS)
-        settings = dataclasses.replace(settings or PruningSettings(), **fields)
+        settings = dataclasses.replace(settings_of(settings), **fields)
         self.taylor_order, self.use_gradient_flow = taylor_order, use_gradient_flow
         self.task = task_of(OtherLoss(loss) if task is None and loss is not cross_entropy else task)
         self.progress, self.has_logits = progress, is_classification(self.task)
-        self.graph = graph or settings.graph_of(model, example_input)
+        self.graph = checked_graph(graph, model) or settings.graph_of(model, example_input)
         self.model = self.graph.model
         require_units(self.graph)
         self.settings = settings = with_times(settings, self.graph, example_input)
@@ -131,9 +131,8 @@ class EnhancedFilterPruner:
         """
         check_gradient_mode("scoring")
         read = functools.partial(read_batches, self.task, device_of(self.model))
-        batches, compensation, settings = read(batches), read(compensation or ()), self.settings
-        if not batches:
-            raise InputError("there are no calibration images; pass at least one batch")
+        batches, settings = read(batches, "calibration"), self.settings
+        compensation = [] if compensation is None else read(compensation, "compensation")
         check_scoring(self.task, settings, bool(compensation), self.use_gradient_flow)
         with frozen(self.model):
             check_gradients(self.graph, batches[0], self.task)
@@ -147,7 +146,8 @@ class EnhancedFilterPruner:
                 joint=joint, flow=self.use_gradient_flow, memory_limit=limit, task=self.task,
                 third_probes=settings.hessian_probes, **shared)  # fmt: skip
             directions, orders, probed = found.directions, found.orders, found.probed
-            if settings.correct_levels and (held_out := read(held_out or ())):
+            if settings.correct_levels and held_out:
+                held_out = read(held_out, "held-out")
                 self.measure = functools.partial(trial_divergences, self.model, self.graph, found.moments, held_out,
                                                  self.task, memory_limit=limit, progress=self.progress)  # fmt: skip
         elif self.has_logits:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from EnhancedFilterPruner import ChannelGraph, Rankings
 from GradientFlowAnalyzer import GradientFlowAnalyzer
 from taylor_pruning.distributed import is_main
-from taylor_pruning.errors import InputError, one_of
+from taylor_pruning.errors import InputError, instance_of, one_of
 from taylor_pruning.experiment.checkpoint import RoundsCheckpoint, RoundsState
 from taylor_pruning.experiment.choices import BaselineChoice, TaylorChoice, TimedChoice
 from taylor_pruning.experiment.pruned_file import load_pruned, save_pruned
@@ -42,10 +42,12 @@ from taylor_pruning.experiment.results import (
     removed,
 )
 from taylor_pruning.experiment.rounds import Rounds
-from taylor_pruning.experiment.settings import TAYLOR_ORDERS, PruningSettings
+from taylor_pruning.experiment.settings import TAYLOR_ORDERS, PruningSettings, settings_of
+from taylor_pruning.files import checkpoint_file
 from taylor_pruning.first_batch import Batches, check_inputs, check_training, device_of
 from taylor_pruning.generators import seeded
 from taylor_pruning.modes import own_precision
+from taylor_pruning.options import check_argument
 from taylor_pruning.repair.network import check_joinable
 from taylor_pruning.scoring.curvature import check_scoring, no_third_order
 from taylor_pruning.scoring.oracle import judge_estimates
@@ -103,7 +105,8 @@ class EnhancedPruning:
         self.task, device = task_of(task), device_of(self.model)
         self.train_loader = Batches(train_loader, "the training loader", device, self.task)
         self.val_loader = Batches(val_loader, "the validation loader", device, self.task)
-        self.settings, self.recipe, self.progress = settings or PruningSettings(), recipe or Recipe(), progress
+        self.settings, self.recipe, self.progress = settings_of(settings), recipe or Recipe(), progress
+        instance_of("recipe", self.recipe, Recipe)
         for name in ("evaluate", "main"):
             self.task.require(name, "every stage needs")
         check_scoring(self.task, self.settings, self.settings.compensate, use_gradient_flow=False)
@@ -111,8 +114,7 @@ class EnhancedPruning:
         if calibration:
             self.calibration = list(Batches(calibration, "the calibration images", device, self.task))
         else:
-            if calibration_samples < 1:
-                raise InputError(f"calibration_samples must be at least 1, not {calibration_samples}")
+            check_argument("calibration_samples", calibration_samples, int, low=1)
             first = first_images(self.train_loader, calibration_samples + HELD_OUT)
             self.calibration, rest = split_images(first, calibration_samples)
             held_out = held_out or rest
@@ -152,7 +154,8 @@ class EnhancedPruning:
         if epochs := self.recipe.epochs if fine_tune_epochs is None else fine_tune_epochs:
             check_recipe(dataclasses.replace(self.recipe, epochs=epochs, warmup_epochs=0.0), self.task)
             check_training(self.model, self.train_loader)
-        rounds = Path(checkpoint).with_suffix(".rounds") if checkpoint else None
+        checkpoint = checkpoint_file(checkpoint, resume)
+        rounds = checkpoint and checkpoint.with_suffix(".rounds")
         result = self.prune(pruning_percentage, taylor_order, use_gradient_flow, oracle_samples=oracle_samples,
                             checkpoint=rounds, resume=resume)  # fmt: skip
         return self.fine_tune(result, fine_tune_epochs, checkpoint=checkpoint, resume=resume)
@@ -187,12 +190,14 @@ class EnhancedPruning:
         pruning_percentage = self.settings.percentage(pruning_percentage, self.graph)
         check_reachable(self.graph, pruning_percentage, self.settings.constraints)
         one_of("taylor_order", taylor_order, TAYLOR_ORDERS)
+        check_argument("use_gradient_flow", use_gradient_flow, bool)
+        check_argument("oracle_samples", oracle_samples, int, low=0)
         check_scoring(self.task, self.settings, self.settings.compensate, use_gradient_flow)
         if oracle_samples:  # whose estimates are of removing without a repair
             check_scoring(self.task, self.settings, repairs=False, use_gradient_flow=False)
         method = {"taylor_order": taylor_order, "use_gradient_flow": use_gradient_flow}
         state, store = RoundsState(self.model, all_filters(self.graph)), None
-        if checkpoint:
+        if checkpoint := checkpoint_file(checkpoint, resume):
             images = {"calibration": self.calibration, "compensation": self.compensation}
             images |= {"held-out": self.rankings.held_out} if self.rankings.held_out else {}
             decides = {**self.settings.as_dict(), "pruning_percentage": pruning_percentage, **method}
@@ -252,6 +257,7 @@ class EnhancedPruning:
         Returns:
             PruningResult with the stage "fine-tuned".
         """
+        instance_of("result", result, PruningResult)
         epochs = self.recipe.epochs if epochs is None else epochs
         if not epochs:
             return result
@@ -285,6 +291,7 @@ class EnhancedPruning:
 
         Beside these, "left_out": {"3": reason} where the network has no scores of order 3, else {}.
         """
+        check_argument("samples", samples, int, low=1)
         reason = no_third_order(self.graph, self.settings.curvature, self.task)
         orders = [order for order in TAYLOR_ORDERS if order < 3 or not reason]
         ranked = self.rankings.of(self.model, max(orders))

@@ -39,7 +39,7 @@ from taylor_pruning.modes import frozen
 from taylor_pruning.scoring.flow import unit_gradient_norms
 from taylor_pruning.scoring.gates import gated_outputs, open_gates
 from taylor_pruning.selection.constraints import require_units
-from taylor_pruning.surgery.graph import ChannelGraph
+from taylor_pruning.surgery.graph import ChannelGraph, checked_graph
 from taylor_pruning.tasks.classification import Classification
 
 NEAR_ZERO = 1e-2  # of the layer's mean: a unit below it hardly trains
@@ -65,6 +65,8 @@ def collect_flow(model: nn.Module, graph: ChannelGraph, batches: Iterable) -> Te
     check_gradient_mode("gradient flow")
     require_units(graph)
     flows = []
+    if not isinstance(batches, Iterable):
+        raise InputError(f"the images are of type {type(batches).__name__}; give a list of batches (images, labels)")
     for number, batch in enumerate(batches):
         images, labels = read_batch(batch, f"batch {number}", device_of(model))
         gates, gated = open_gates(graph, images), []
@@ -327,7 +329,7 @@ class GradientFlowAnalyzer:
     """
 
     def __init__(self, model: nn.Module, example_input: Tensor, graph: ChannelGraph | None = None):
-        self.graph = ChannelGraph(model, example_input) if graph is None else graph
+        self.graph = checked_graph(graph, model) or ChannelGraph(model, example_input)
         self.model = self.graph.model
 
     def analyze(self, batches: Iterable) -> GradientFlowReport:

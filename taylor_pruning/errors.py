@@ -11,5 +11,11 @@ class OutOfReachError(InputError):
 
 def one_of(name, value, allowed):
     """Raises InputError if the argument `name` has another value than the allowed ones."""
-    if value not in allowed:
+    if isinstance(value, bool) or value not in allowed:
         raise InputError(f"{name} must be one of {', '.join(map(str, allowed))}, not {value}")
+
+
+def instance_of(name, value, kind):
+    """Raises InputError if the argument `name` is no instance of a class."""
+    if not isinstance(value, kind):
+        raise InputError(f"{name} is of type {type(value).__name__}; give an instance of {kind.__name__}")

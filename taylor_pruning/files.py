@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from taylor_pruning.errors import InputError
+from taylor_pruning.options import check_argument
 
 
 @contextmanager
@@ -61,6 +62,26 @@ def user_path(text: str | Path) -> Path:
         return Path(text).expanduser()
     except RuntimeError as error:
         raise InputError(f"{text}: there is no home folder for ~; write ./{text} for a file of that name") from error
+
+
+def output_file(path: str | Path, name: str) -> Path:
+    """The path of a file that will be written, called `name`. Raises InputError where no file can be."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise InputError(f"{name} is of type {type(path).__name__}; give the path of a file")
+    file = user_path(path)
+    if file.is_dir():
+        raise InputError(f"{name} {file} is a folder; give the path of a file")
+    if not file.parent.is_dir():
+        raise InputError(f"{name} {file} cannot be written, as there is no folder {file.parent}; make it first")
+    return file
+
+
+def checkpoint_file(path: str | Path | None, resume: bool) -> Path | None:
+    """The path of a checkpoint that will be written, None where there is none. Raises InputError where no file can be."""
+    check_argument("resume", resume, bool)
+    if path is None and resume:
+        raise InputError("resume=True needs checkpoint=, the file to continue from")
+    return None if path is None else output_file(path, "the checkpoint")
 
 
 def is_whole_archive(path) -> bool:

@@ -107,6 +107,14 @@ def problem(field: dataclasses.Field, value, text: str) -> str | None:
     return None
 
 
+def check_argument(name: str, value, kind: type, low: float | None = None) -> None:
+    """Raises InputError if an argument of a call is of the wrong type or below `low`, as `check` does for settings."""
+    if not has_type(value, kind):
+        raise InputError(f"{name} must be {NAMES[kind]}, not {value!r}")
+    if low is not None and value < low:
+        raise InputError(f"{name} must be at least {low}, not {value!r}")
+
+
 NAMES = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
 
 

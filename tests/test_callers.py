@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from EnhancedFilterPruner import ChannelGraph
+from EnhancedFilterPruner import ChannelGraph, EnhancedFilterPruner
 from EnhancedPruning import EnhancedPruning, InputError, PruningSettings
+from GradientFlowAnalyzer import GradientFlowAnalyzer
 from taylor_pruning.tasks.dense import Segmentation
 from taylor_pruning.tasks.task import Task
 from taylor_pruning.training.fine_tuning import Recipe
@@ -178,3 +179,76 @@ def test_another_default_device_is_named():
     model = network()
     with torch.device("meta"), pytest.raises(InputError, match="set_default_device.'meta'. .*set it back to 'cpu'"):
         ChannelGraph(model, IMAGES[:1])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"settings": {"rounds": 2}}, "settings is of type dict; give an instance of PruningSettings"),
+        ({"recipe": 0.01}, "recipe is of type float; give an instance of Recipe"),
+        ({"calibration_samples": "300"}, "calibration_samples must be a whole number, not '300'"),
+        ({"calibration_samples": 0}, "calibration_samples must be at least 1, not 0"),
+    ],
+)
+def test_what_a_pipeline_cannot_be_made_of_is_named(wrong, message):
+    with pytest.raises(InputError, match=message):
+        pipeline(**wrong)
+
+
+def test_a_graph_of_another_network_is_refused():
+    wrapped = nn.Sequential(nn.DataParallel(network()))
+    graph = ChannelGraph(wrapped, IMAGES[:1])
+    assert EnhancedFilterPruner(wrapped, IMAGES[:1], graph=graph).model is graph.model
+    for face in (EnhancedFilterPruner, GradientFlowAnalyzer):
+        assert face(graph.model, IMAGES[:1], graph=graph).model is graph.model
+        with pytest.raises(InputError, match="graph is not the ChannelGraph of this model"):
+            face(network(), IMAGES[:1], graph=graph)
+
+
+def test_a_loss_that_is_no_number_an_image_is_refused():
+    pruner = EnhancedFilterPruner(network(), IMAGES[:1], loss=nn.CrossEntropyLoss(), progress=False)
+    with pytest.raises(InputError, match=r"the loss gives a tensor \[\]; give one number an image"):
+        pruner.rank(BATCHES)
+    with pytest.raises(InputError, match="settings is of type Recipe"):
+        EnhancedFilterPruner(network(), IMAGES[:1], settings=Recipe())
+
+
+@pytest.mark.parametrize("exclude", [3, None, "0"])
+def test_layers_to_exclude_are_a_list(exclude):
+    with pytest.raises(InputError, match=f"exclude must be a list, not {exclude!r}"):
+        PruningSettings(exclude=exclude)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"taylor_order": True}, "taylor_order must be one of 1, 2, 3, not True"),
+        ({"use_gradient_flow": "no"}, "use_gradient_flow must be True or False, not 'no'"),
+        ({"oracle_samples": -1}, "oracle_samples must be at least 0, not -1"),
+        ({"oracle_samples": 1.5}, "oracle_samples must be a whole number, not 1.5"),
+        ({"resume": True}, "resume=True needs checkpoint=, the file to continue from"),
+        ({"resume": "run.pt"}, "resume must be True or False, not 'run.pt'"),
+        ({"checkpoint": ""}, "the checkpoint . is a folder; give the path of a file"),
+        ({"checkpoint": 3}, "the checkpoint is of type int; give the path of a file"),
+        ({"checkpoint": "/no/such/run.pt"}, "there is no folder /no/such; make it first"),
+    ],
+)
+def test_a_wrong_argument_is_named_before_work_begins(wrong, message, monkeypatch):
+    pruning = pipeline()
+    monkeypatch.setattr(pruning.rankings, "_ranked", lambda *arguments: pytest.fail("scored"))
+    with pytest.raises(InputError, match=message):
+        pruning.run_full_pruning(30, **wrong)
+
+
+@pytest.mark.parametrize("percentage", [0, -5, float("nan"), "30", True, None])
+def test_a_baseline_of_no_percentage_is_no_unpruned_network(percentage):
+    with pytest.raises(InputError, match="the pruning percentage must be a number between 0 and 100"):
+        pipeline().prune_by_baseline("magnitude", percentage)
+
+
+def test_what_is_no_result_is_not_fine_tuned():
+    pruning = pipeline()
+    with pytest.raises(InputError, match="result is of type Sequential; give an instance of PruningResult"):
+        pruning.fine_tune(pruning.model, 1)
+    with pytest.raises(InputError, match="samples must be at least 1, not -1"):  # not all filters but one
+        pruning.oracle(-1)

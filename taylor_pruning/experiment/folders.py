@@ -30,6 +30,8 @@ from taylor_pruning.errors import InputError
 from taylor_pruning.experiment.data import IMAGENET_MEAN, IMAGENET_STD, SMALL_IMAGE, ImageData, TensorImages
 from taylor_pruning.files import user_path
 
+# Also those that this Pillow may be unable to read: they are refused by name, and not left out in silence.
+SUFFIXES = (*IMG_EXTENSIONS, ".avif", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jxl")
 MEMORY_LIMIT = 2**30  # bytes of uint8 pixels that may be held decoded
 # What Pillow's decoders raise on broken files; struct and zlib errors come from damaged PNG and TIFF chunks.
 DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
@@ -53,7 +55,7 @@ def read_image(path) -> Image.Image:
         with Image.open(io.BytesIO(data)) as image:
             return _to_rgb(image)
     except DECODING_ERRORS as error:
-        reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+        reason = "not an image that Pillow reads" if isinstance(error, Image.UnidentifiedImageError) else str(error)
         raise CorruptImageError(
             f"cannot decode {path}: {reason}; repair or remove the file, or pass --skip-corrupt to leave such files out"
         ) from error
@@ -121,7 +123,7 @@ def _image_files(folder: str) -> Iterator[str]:
         seen.add(real)
     for place, names in sorted(listed):
         for name in sorted(names):
-            if has_file_allowed_extension(name, IMG_EXTENSIONS) and not name.startswith("."):
+            if has_file_allowed_extension(name, SUFFIXES) and not name.startswith("."):
                 yield _regular_file(os.path.join(place, name))
 
 
@@ -283,7 +285,10 @@ def _check_not_empty(dataset: FolderImages) -> None:
     present = set(dataset.targets)
     empty = [name for name in _class_names(Path(dataset.root)) if dataset.class_to_idx[name] not in present]
     if empty:
-        raise InputError(f"{dataset.root} has class folders without any image: {_listed(empty)}; fill or remove them")
+        raise InputError(
+            f"{dataset.root} has class folders without any image: {_listed(empty)}; fill or remove them "
+            f"(read are {', '.join(SUFFIXES)})"
+        )
 
 
 def _listed(names: list[str]) -> str:

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from taylor_pruning.errors import InputError
+from taylor_pruning.errors import InputError, instance_of
 from taylor_pruning.experiment.models import check_name, network, parameters_on_meta
 from taylor_pruning.experiment.weights import PRUNED_FORMAT, first_names, read_tensors
-from taylor_pruning.files import atomic_file
+from taylor_pruning.files import atomic_file, output_file
 from taylor_pruning.held import held_tensors
 from taylor_pruning.surgery.trial_inputs import FORWARD_ERRORS
 
@@ -39,6 +39,8 @@ def save_pruned(
 
     Raises InputError if `name` comes without the two sizes or is not the network's, or if `extra` is not JSON.
     """
+    instance_of("model", model, nn.Module)
+    path = output_file(path, "the file")
     if name is not None and (num_classes is None or image_size is None):
         raise InputError("a model name needs num_classes and image_size beside it; pass all three or none")
     try:
@@ -107,7 +109,7 @@ def load_pruned_and_extra(
         raise InputError(f"{path} is damaged: it lacks {', '.join(sorted(absent))}; save the network again")
     model = _restored(_skeleton(content, factory, path), content, path)
     if factory is not None and _lacks_values(model):  # tensors that no state_dict has, as of a network in a list
-        model = _restored(factory(), content, path)
+        model = _restored(_built(factory), content, path)
     if _lacks_values(model):
         raise InputError(f"{path} cannot be loaded: the network that was built for it holds tensors on the meta device")
     return model.eval(), content.get("extra", {})
@@ -134,9 +136,16 @@ def _skeleton(content: dict, factory: Callable[[], nn.Module] | None, path: str 
         check_name(content["name"])
         with parameters_on_meta():
             return network(content["name"], content["num_classes"], content["image_size"])
+    if isinstance(factory, nn.Module) or not callable(factory):
+        raise InputError("factory must be a function without arguments that builds the network, as lambda: Net(10)")
     with suppress(*FORWARD_ERRORS), parameters_on_meta():
-        return factory()
-    return factory()  # it reads its parameters, moves them or gives them their shapes: only real ones will do
+        return _built(factory)
+    return _built(factory)  # it reads its parameters, moves them or gives them their shapes: only real ones will do
+
+
+def _built(factory: Callable[[], nn.Module]) -> nn.Module:
+    instance_of("what factory() builds", model := factory(), nn.Module)
+    return model
 
 
 def _slots(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:

@@ -1,15 +1,16 @@
 """How filters are chosen and the network is repaired: one dataclass, whose fields have the command line's names."""
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from taylor_pruning.errors import InputError
+from taylor_pruning.errors import InputError, instance_of
 from taylor_pruning.memory import parse_bytes
 from taylor_pruning.options import check, option, options
 from taylor_pruning.repair.network import PASSES
-from taylor_pruning.selection.constraints import Constraints
+from taylor_pruning.selection.constraints import Constraints, check_percentage
 from taylor_pruning.selection.costs import cost_model
 from taylor_pruning.selection.targets import Target, parse_target
 from taylor_pruning.surgery.graph import ChannelGraph
@@ -204,7 +205,7 @@ class PruningSettings(Constraints):
 
     def __post_init__(self):
         for name in ("exclude", "prune_modules"):
-            if not isinstance(getattr(self, name), str):
+            if isinstance(getattr(self, name), Iterable) and not isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         check(self)
         if self.repair in ("layer", "network") and not self.compensate:
@@ -242,7 +243,10 @@ class PruningSettings(Constraints):
 
     def percentage(self, given: float, graph: ChannelGraph) -> float:
         """Per cent of the budget to remove: what reaches the target, or the `given` where there is no target."""
-        return self.target.percentage(cost_model(graph, self.constraints).total()) if self.target else given
+        if self.target:
+            given = self.target.percentage(cost_model(graph, self.constraints).total())
+        check_percentage(given)
+        return given
 
     @property
     def memory_bytes(self) -> int | None:
@@ -258,3 +262,11 @@ class PruningSettings(Constraints):
         """Plain values, by field."""
         lists = {name: list(getattr(self, name)) for name in ("exclude", "prune_modules")}
         return {f.name: getattr(self, f.name) for f in options(self)} | lists
+
+
+def settings_of(settings: PruningSettings | None) -> PruningSettings:
+    """The settings, the defaults where none are given. Raises InputError if they are something else."""
+    if settings is None:
+        return PruningSettings()
+    instance_of("settings", settings, PruningSettings)
+    return settings

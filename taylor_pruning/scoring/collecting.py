@@ -44,12 +44,16 @@ class Wanted:
     seed: int = 0
 
 
-def read_batches(task: Task, device: torch.device, batches: Iterable) -> list:
+def read_batches(task: Task, device: torch.device, batches: Iterable, purpose: str) -> list:
     """The batches as scoring takes them: on the device, one sample each where the task's samples are not apart.
 
-    Raises InputError if the task cannot read one.
+    Raises InputError if there is none, as of a generator that was read before, or if the task cannot read one.
     """
-    batches = [task.read(batch, f"calibration batch {number}", device) for number, batch in enumerate(batches)]
+    if not isinstance(batches, Iterable):
+        raise InputError(f"the {purpose} images are of type {type(batches).__name__}; give a list of batches")
+    batches = [task.read(batch, f"{purpose} batch {number}", device) for number, batch in enumerate(batches)]
+    if not batches:
+        raise InputError(f"there are no {purpose} images; pass at least one batch, in a list that can be read again")
     if not task.samples_apart:
         return [one for batch in batches for one in split(batch, 1)]
     return merged(batches, device) if is_classification(task) else batches

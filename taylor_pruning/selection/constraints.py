@@ -142,14 +142,19 @@ class Ledger:
             self.removed[name] = self.removed.get(name, 0) + len(filters)
 
 
+def check_percentage(percentage):
+    """Raises InputError if this is no share of a budget that can be removed."""
+    if not (has_type(percentage, float) and 0 < percentage < 100):
+        raise InputError(
+            f"the pruning percentage must be a number between 0 and 100 (both excluded), not {percentage!r}"
+        )
+
+
 class Selection:
     """The state of one selection on one graph: what is chosen, what may still be chosen, how far the target is."""
 
     def __init__(self, graph, percentage, constraints, ledger=None):
-        if not (has_type(percentage, float) and 0 < percentage < 100):
-            raise InputError(
-                f"the pruning percentage must be a number between 0 and 100 (both excluded), not {percentage!r}"
-            )
+        check_percentage(percentage)
         self.graph, self.constraints = graph, constraints
         self.ledger = ledger or Ledger.open(graph, constraints)
         self.chosen = []

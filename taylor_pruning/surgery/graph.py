@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from taylor_pruning.checks import check_default_device, check_weights
 from taylor_pruning.errors import InputError
+from taylor_pruning.options import check_argument
 from taylor_pruning.surgery.analysis import Analysis, steps
 from taylor_pruning.surgery.cut import cut
 from taylor_pruning.surgery.execution import Execution, blended, gate, gated_norm
@@ -62,6 +63,8 @@ class ChannelGraph:
 
     def __init__(self, model, example_input, exclude=(), prune_linear=False, verify=True, prune_heads=False):
         check_example(example_input)
+        for name, value in {"prune_linear": prune_linear, "verify": verify, "prune_heads": prune_heads}.items():
+            check_argument(name, value, bool)
         check_default_device()
         model, self.notes = unwrapped(model)
         check_weights(model)
@@ -289,3 +292,13 @@ class ChannelGraph:
         stays = torch.ones(len(self.units) + 1, dtype=torch.bool)  # the last entry stands for index -1
         stays[[unit.index for unit in units]] = False
         return cut(self.model, self.tensors, self._widths, self._settings, stays)
+
+
+def checked_graph(graph, model):
+    """A graph that was given beside a model, or None. Raises InputError if it is not the model's."""
+    if graph is None:
+        return None
+    own = set(map(id, unwrapped(model)[0].parameters()))  # a network with wrapped parts is rebuilt around them
+    if not hasattr(graph, "model") or own != set(map(id, graph.model.parameters())):
+        raise InputError("graph is not the ChannelGraph of this model; make it anew, or leave it out")
+    return graph

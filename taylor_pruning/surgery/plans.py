@@ -1,8 +1,10 @@
 """Plans of filters to remove: their check against the units of a network, and filters that no plan may name."""
 
 import fnmatch
+from collections.abc import Iterable
 
 from taylor_pruning.errors import InputError
+from taylor_pruning.options import has_type
 
 
 def units_of(plan, units, layers):
@@ -12,14 +14,16 @@ def units_of(plan, units, layers):
         plan: {layer name: filter indices}, or an iterable of units.
         units, layers: of the ChannelGraph.
 
-    Raises InputError if the plan names an unknown layer, a protected filter, or a part of a unit.
+    Raises InputError if the plan names an unknown layer, a protected filter, a part of a unit, or what is no index.
     """
+    if not isinstance(plan, Iterable):
+        raise InputError(f"the plan is {plan!r}; give {{layer name: filter indices}}, or units of graph.units")
     if not isinstance(plan, dict):
         chosen = set(plan)
         if foreign := chosen.difference(units):
             raise InputError(f"{foreign.pop()} is no unit of this graph; take units from graph.units")
         return sorted(unit.index for unit in chosen)
-    plan = {name: {int(index) for index in indices} for name, indices in plan.items()}
+    plan = {name: _whole_numbers(name, indices) for name, indices in plan.items()}
     chosen = set()
     for name, indices in plan.items():
         if name not in layers:
@@ -39,6 +43,20 @@ def units_of(plan, units, layers):
     return sorted(chosen)
 
 
+def _whole_numbers(name, indices):
+    """The set of indices, also of NumPy and torch; a mask would read as the filters 0 and 1."""
+    try:
+        indices = {index.item() if hasattr(index, "item") else index for index in indices}
+        whole = all(has_type(index, int) for index in indices)
+    except (TypeError, ValueError, RuntimeError):  # nothing to iterate, or lists and tensors in it
+        whole = False
+    if not whole:
+        raise InputError(
+            f"the plan of {name} must be a list of filter indices, as [0, 3]; of a mask give where it is True"
+        )
+    return indices
+
+
 def plan_of(indices, units, layers):
     """The plan {layer name: sorted filter indices} that removes the units of the given indices."""
     plan = {name: [] for name in layers}
@@ -54,6 +72,8 @@ def exclude_filters(ids, layers, patterns):
     Args:
         ids: surgery.ids.ChannelIds. layers: surgery.layers.Layers.
     """
+    if isinstance(patterns, str) or not isinstance(patterns, Iterable):
+        raise InputError(f"exclude must be a list of names or patterns, not {patterns!r}")
     outputs = layers.settings | layers.filters
     for pattern in patterns:
         names = fnmatch.filter(outputs, pattern)

@@ -56,7 +56,10 @@ class OtherLoss(Classification):
         self.of_labels = loss
 
     def loss(self, outputs, batch):
-        return self.of_labels(outputs, batch[1])
+        losses = self.of_labels(outputs, batch[1])
+        if not isinstance(losses, Tensor) or losses.shape != outputs.shape[:1]:
+            raise InputError(f"the loss gives {describe(losses)}; give one number an image, as by reduction='none'")
+        return losses
 
     def defines(self, name: str) -> bool:
         return name != "divergence" and super().defines(name)

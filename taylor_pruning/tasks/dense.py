@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from taylor_pruning.checks import CLASS_NUMBERS, describe
 from taylor_pruning.errors import InputError
+from taylor_pruning.options import check_argument
 from taylor_pruning.tasks.classification import kl_divergence
 from taylor_pruning.tasks.directions import random_directions
 from taylor_pruning.tasks.task import Task
@@ -27,6 +28,8 @@ class Segmentation(Task):
     name, main = "segmentation", "miou"
 
     def __init__(self, ignore_index: int = 255, aux_weight: float = 0.5):
+        check_argument("ignore_index", ignore_index, int)
+        check_argument("aux_weight", aux_weight, float, low=0)
         self.ignore_index, self.aux_weight = ignore_index, aux_weight
 
     def read(self, batch, where, device=None):
@@ -112,9 +115,14 @@ class Regression(Task):
     name, main, larger_is_better = "regression", "mae", False
 
     def __init__(self, scale: float | Tensor = 1.0, ignore_nan: bool = False):
-        self.scale, self.ignore_nan = torch.as_tensor(scale), ignore_nan
-        if not (self.scale > 0).all():
-            raise InputError("scale must be above 0: what an error is measured in")
+        check_argument("ignore_nan", ignore_nan, bool)
+        try:
+            self.scale, self.ignore_nan = torch.as_tensor(scale), ignore_nan
+            usable = bool(((self.scale > 0) & self.scale.isfinite()).all())
+        except (TypeError, ValueError, RuntimeError):  # text, None, lists of unequal lengths
+            usable = False
+        if not usable:
+            raise InputError(f"scale must be numbers above 0: what an error is measured in, not {scale!r}")
 
     def read(self, batch, where, device=None):
         batch = super().read(batch, where, device)
@@ -125,9 +133,8 @@ class Regression(Task):
             )
         usable = ~targets.isinf() if self.ignore_nan else targets.isfinite()
         if not usable.all():
-            raise InputError(
-                f"the targets of {where} hold NaN or Inf; give finite numbers, or ignore_nan=True where NaN is for unknown"
-            )
+            remedy = "NaN where one is" if self.ignore_nan else "ignore_nan=True where NaN is for"
+            raise InputError(f"the targets of {where} hold NaN or Inf; give finite numbers, or {remedy} unknown")
         return inputs, targets
 
     def check(self, outputs, batch, where):
@@ -138,6 +145,18 @@ class Regression(Task):
             raise InputError(
                 f"the network gives {shape} for {where}, but the targets are {[*targets.shape]}; give as many"
             )
+        sizes = [[size for size in tensor.shape[1:] if size > 1] for tensor in (outputs, targets)]
+        if sizes[0] != sizes[1] and all(len(of_one) > 1 for of_one in sizes):
+            raise InputError(
+                f"the network gives {[*outputs.shape]} for {where}, but the targets are {[*targets.shape]}; give them in the "
+                "same order of dimensions, or flat as [B, N]"
+            )
+        try:
+            torch.broadcast_to(self.scale, outputs.shape)
+        except RuntimeError as error:
+            raise InputError(
+                f"scale is {[*self.scale.shape]}, but an output {[*outputs.shape[1:]]}; give one number each"
+            ) from error
 
     def _squares(self, outputs, wanted):
         errors = (outputs - wanted.reshape(outputs.shape).to(outputs)) / self.scale.to(outputs)

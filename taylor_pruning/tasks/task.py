@@ -14,6 +14,8 @@
 Ready-made tasks: Classification, MultiLabel, Segmentation, Regression, Detection (taylor_pruning.tasks.*).
 """
 
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -105,8 +107,10 @@ class Task:
         sums = None
         with modes_kept(model), torch.no_grad():
             model.eval()
-            for batch in loader:
-                found = self.statistics(self.forward(model, batch), batch).double()
+            for number, batch in enumerate(loader):
+                outputs = self.forward(model, batch)
+                with self.explained(outputs, batch, f"batch {number} of the evaluation"):
+                    found = self.statistics(outputs, batch).double()
                 sums = found if sums is None else sums + found
         if sums is None:
             raise InputError(f"{self.name}: the loader gives no samples to evaluate; check the data")
@@ -140,6 +144,15 @@ class Task:
             raise InputError(f"{self.name}: the network gives no numbers for {where}; define forward(model, batch)")
         if any(not t.isfinite().all() for t in tensors):
             raise InputError(f"the network gives NaN or infinite outputs for {where}; check its weights and the inputs")
+
+    @contextmanager
+    def explained(self, outputs, batch, where: str):
+        """An error in the block becomes that of `check` where the batch is at fault: later batches are not checked before."""
+        try:
+            yield
+        except (RuntimeError, ValueError, TypeError, LookupError):
+            self.check(outputs, batch, where)
+            raise
 
     def _undefined(self, name, purpose):
         return InputError(

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from taylor_pruning.distributed import is_main, world_size
 from taylor_pruning.errors import InputError
+from taylor_pruning.files import checkpoint_file
 from taylor_pruning.generators import rng_state, seed_torch, set_rng_state
 from taylor_pruning.modes import modes_kept
 from taylor_pruning.tasks.classification import is_classification, task_of
@@ -64,7 +65,7 @@ def fine_tune(
     """
     task = task_of(task)
     _check_arguments(model, train_loader, recipe, teacher, task)
-    checkpoint = Path(checkpoint) if checkpoint else None
+    checkpoint = checkpoint_file(checkpoint, resume)
     with modes_kept(model, *([] if teacher is None else [teacher])):
         if teacher is not None:
             teacher.eval()

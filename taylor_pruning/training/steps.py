@@ -136,18 +136,19 @@ class OptimiserSteps:
 
     def _forward_backward(self, batch, where: str, share: float = 1.0) -> Tensor:
         """Adds `share` times the gradient of the mean loss of a batch to the gradients; returns its `batch_facts`."""
-        loss = self._cross_entropy(*batch, where) if self.classifies else self._task_loss(batch)
+        loss = self._cross_entropy(*batch, where) if self.classifies else self._task_loss(batch, where)
         self.scaler.scale(loss * share).backward()
         return batch_facts(loss, *batch) if self.classifies else input_facts(loss, self.task.inputs(batch))
 
-    def _task_loss(self, batch) -> Tensor:
+    def _task_loss(self, batch, where: str) -> Tensor:
         """Training loss of one batch of any task, mean over its samples."""
         with torch.autocast(self.device.type, AMP_DTYPES[self.recipe.amp], enabled=self.recipe.amp is not None):
             outputs = self.task.forward(self.network, batch)
         if self.recipe.amp:
             outputs = map_tensors(outputs, lambda t: t.float() if t.is_floating_point() else t)
         self.classes = 1
-        return self.task.loss(outputs, batch).mean()
+        with self.task.explained(outputs, batch, where):
+            return self.task.loss(outputs, batch).mean()
 
     def _cross_entropy(self, images: Tensor, labels: Tensor, where: str) -> Tensor:
         """Training loss of one batch of a classifier, mean over its images."""

@@ -233,6 +233,21 @@ def test_class_that_loses_all_its_images_is_named(tmp_path):
         load_image_folder(root, skip_corrupt=True)
 
 
+@pytest.mark.parametrize("suffix", ["gif", "jfif", "jp2"])
+def test_images_of_every_suffix_are_read(tmp_path, suffix):
+    root = write_folder(tmp_path)
+    write_image(root / "train" / "cat" / f"x.{suffix}", colour="red")
+    assert len(load_image_folder(root).train) == 7
+
+
+def test_an_image_that_cannot_be_read_is_not_left_out_in_silence(tmp_path):
+    root = write_folder(tmp_path)
+    file = break_image(root / "train" / "cat" / "x.heic", "text")
+    with pytest.raises(InputError, match="cannot decode .*x.heic: not an image that Pillow reads; repair or remove"):
+        load_image_folder(root)
+    assert load_image_folder(root, skip_corrupt=True).skipped == [file]
+
+
 def test_nothing_but_corrupt_files(tmp_path):
     for split in ("train", "val"):
         for name in ("a", "b"):

@@ -145,6 +145,13 @@ def test_wrong_files_and_factories_are_named(tmp_path):
         load_pruned(path, lambda: build_model("vgg11", 3, image_size=32).model)
     with pytest.raises(InputError, match="pruned network, not weights"):
         build_model("vgg11", 3, image_size=32, weights=path)
+    for factory, message in (
+        (model, "factory must be a function"),
+        (3, "factory must be a function"),
+        (lambda: EveryKind, "what factory.. builds is of type type"),
+    ):
+        with pytest.raises(InputError, match=message):
+            load_pruned(path, factory)
     content = torch.load(path, weights_only=True)
     torch.save(content | {"format_version": 2}, path)
     with pytest.raises(InputError, match="newer"):
@@ -166,4 +173,10 @@ def test_what_could_not_be_loaded_is_not_saved(tmp_path):
         save_pruned(path, pruned_every_kind(), name="resnet18", num_classes=3)
     with pytest.raises(InputError, match="JSON"):
         save_pruned(path, pruned_every_kind(), extra={"scores": torch.zeros(3)})
+    with pytest.raises(InputError, match="model is of type dict; give an instance of Module"):
+        save_pruned(path, {})
+    with pytest.raises(InputError, match="is a folder; give the path of a file"):
+        save_pruned(tmp_path, pruned_every_kind())
+    with pytest.raises(InputError, match="there is no folder .*none; make it first"):
+        save_pruned(tmp_path / "none" / "pruned.pt", pruned_every_kind())
     assert list(tmp_path.iterdir()) == []

@@ -215,6 +215,14 @@ def test_bad_batches_are_refused(plain_network, images, labels, change, message)
         pruner.rank([(x, y)] if len(y) else [])
 
 
+def test_images_that_are_used_up_are_not_taken_for_no_repair(plain_network, batches):
+    pruner, once = EnhancedFilterPruner(plain_network, batches[0][0], progress=False), iter(batches)
+    with pytest.raises(InputError, match="there are no compensation images; .* in a list that can be read again"):
+        pruner.rank(once, once)
+    with pytest.raises(InputError, match="the calibration images are of type NoneType"):
+        pruner.rank(None)
+
+
 def test_the_model_comes_back_as_it_was(relu_network, images, labels):
     relu_network.train()
     next(relu_network.parameters()).requires_grad_(False)

@@ -758,6 +758,12 @@ def test_plan_and_units_are_one():
         ({"blocks.0.a.0": [-1]}, "no such filter"),
         ({"blocks.9": [0]}, "not a prunable layer"),
         ({"classifier": [0]}, "not a prunable layer"),
+        ({"blocks.0.a.0": torch.arange(8) > 4}, "list of filter indices"),  # not the filters 0 and 1
+        ({"blocks.0.a.0": [0.5]}, "list of filter indices"),
+        ({"blocks.0.a.0": 3}, "list of filter indices"),
+        ({"blocks.0.a.0": "3"}, "list of filter indices"),
+        ({"blocks.0.a.0": [[3]]}, "list of filter indices"),
+        (None, "the plan is None"),
         ({"blocks.2.b.0": [0], "blocks.2.a.0": [1]}, "meets padding"),
     ],
 )
@@ -805,6 +811,22 @@ def test_exclude():
     assert graph.layers["blocks.2.a.0"].reason == "excluded by blocks.2.b.0"  # by its depthwise conv
     with pytest.raises(InputError, match="no_such matches no layer"):
         ChannelGraph(model, images(1), exclude=["no_such"])
+    for word in ("stem.0", 3):
+        with pytest.raises(InputError, match=f"exclude must be a list of names or patterns, not {word!r}"):
+            ChannelGraph(model, images(1), exclude=word)
+
+
+@pytest.mark.parametrize("name", ["verify", "prune_linear", "prune_heads"])
+def test_a_switch_is_on_or_off(name):
+    """None would leave the proofs out."""
+    with pytest.raises(InputError, match=f"{name} must be True or False, not None"):
+        ChannelGraph(net(Plain), images(1), **{name: None})
+
+
+def test_indices_of_torch_and_numpy_are_indices():
+    graph = ChannelGraph(net(Residual), images(1))
+    for indices in (torch.tensor([1, 5]), torch.tensor([1, 5]).numpy(), [torch.tensor(1), 5], {1, 5}):
+        assert graph.units_of({"blocks.0.a.0": indices}) == graph.units_of({"blocks.0.a.0": [1, 5]})
 
 
 # -- gates -----------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from EnhancedPruning import EnhancedPruning, InputError, PruningSettings, load_pruned, save_pruned
-from taylor_pruning.tasks.dense import Regression
+from taylor_pruning.tasks.dense import Regression, Segmentation
 from taylor_pruning.tasks.task import Task
 from taylor_pruning.training.evaluation import measure
 from taylor_pruning.training.fine_tuning import Recipe
@@ -237,6 +237,41 @@ def test_targets_that_are_no_numbers_are_refused(target):
     batch = IMAGES, DEPTH.nan_to_num(target)
     with pytest.raises(InputError, match="hold NaN or Inf"):
         Regression(ignore_nan=target == torch.inf).read(batch, "the first batch")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Segmentation(ignore_index=None), "ignore_index must be a whole number, not None"),
+        (lambda: Segmentation(aux_weight=-1), "aux_weight must be at least 0, not -1"),
+        (lambda: Regression(ignore_nan="no"), "ignore_nan must be True or False, not 'no'"),
+        (lambda: Regression(scale="mm"), "scale must be numbers above 0: .*, not 'mm'"),
+        (lambda: Regression(scale=torch.inf), "scale must be numbers above 0: .*, not inf"),
+    ],
+)
+def test_wrong_arguments_of_a_task_are_named(make, message):
+    with pytest.raises(InputError, match=message):
+        make()
+
+
+def test_targets_in_another_order_than_the_outputs_are_refused():
+    outputs = torch.zeros(2, 3, 4, 4)
+    for shape in ((2, 48), (2, 3, 4, 4), (2, 1, 3, 4, 4)):
+        Regression().check(outputs, (None, torch.zeros(shape)), "a batch")
+    with pytest.raises(InputError, match="give them in the same order of dimensions, or flat"):
+        Regression().check(outputs, (None, torch.zeros(2, 4, 4, 3)), "a batch")
+    with pytest.raises(InputError, match=r"scale is \[5\], but an output \[3, 4, 4\]; give one number each"):
+        Regression(torch.ones(5)).check(outputs, (None, outputs), "a batch")
+
+
+@pytest.mark.parametrize("place", ["train", "val"])
+def test_a_later_batch_with_a_wrong_class_is_named(place):
+    good = [(IMAGES[:4], torch.zeros(4, *IMAGES.shape[2:], dtype=torch.long))]
+    loaders = {"train": good, "val": good, place: [*good, (good[0][0], good[0][1] + 7)]}
+    pruning = EnhancedPruning(maps(2), loaders["train"], loaders["val"], task=Segmentation(), calibration=good,
+                              held_out=good, settings=PruningSettings(rounds=1), progress=False)  # fmt: skip
+    with pytest.raises(InputError, match="batch 1.* holds class 7, but the network has 2 classes"):
+        pruning.run_full_pruning(30, fine_tune_epochs=1)
 
 
 class Constant(Denoising):
