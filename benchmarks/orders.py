@@ -22,6 +22,7 @@ import argparse
 import copy
 import json
 import multiprocessing
+import statistics
 import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -41,11 +42,12 @@ from EnhancedPruning import EnhancedPruning, PruningSettings
 from taylor_pruning.options import options, value_type
 from taylor_pruning.report.json_files import write_json
 from taylor_pruning.selection.baselines import BASELINES
-from taylor_pruning.selection.latency import networks_milliseconds
+from taylor_pruning.selection.latency import network_milliseconds
 from taylor_pruning.training import sampling
 from taylor_pruning.training.fine_tuning import Recipe, evaluate, fine_tune
 from taylor_pruning.training.profile import profile
 
+TIMED_PAIRS = 11  # the speed of a shared machine changes: the median of ratios to the dense network, timed just behind
 ORDERS = [f"order {order}" for order in (1, 2, 3)]
 CRITERIA = [name + widths for name in (*sorted(BASELINES), *PEERS) for widths in ("", " uniform")]
 
@@ -199,9 +201,9 @@ def run_cell(cell, arguments):
         )
     model = result.model
     before, after = profile(pruning.model, pruning.example), profile(model, pruning.example)
-    dense_ms, pruned_ms = networks_milliseconds([pruning.model, model], pruning.example, batch_size=1)
+    pairs = [[network_milliseconds(m, pruning.example, 1) for m in (model, pruning.model)] for _ in range(TIMED_PAIRS)]
     row = {**asdict(cell), "macs": after["macs"] / before["macs"], "params": after["parameters"] / before["parameters"],
-           "latency": pruned_ms / dense_ms,
+           "latency": statistics.median(pruned / dense for pruned, dense in pairs),
            "widths": {name: layer["kept"] for name, layer in result.layers.items()},
            "rounds": [{key: r[f"{key}_loss_change"] for key in ("predicted", "measured")} for r in result.rounds],
            "seconds": dict(result.seconds),
