@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 from taylor_pruning.errors import InputError
 from taylor_pruning.experiment.data import ImageData, TensorImages
+from taylor_pruning.generators import seeded
 
 FLOATS_AT_ONCE = 2**23  # normalised pixels that are made at once: 32 MiB
 
@@ -199,8 +200,7 @@ class _SeededItems(Dataset):
 
     def __getitem__(self, key: tuple[int, int]):
         seed = np.random.SeedSequence([self.seed, *key]).generate_state(1, np.uint64)
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(int(seed[0]))
+        with seeded(int(seed[0]), torch.device("cpu")):
             try:
                 return self.dataset[key[1]]
             except InputError as error:

@@ -38,8 +38,8 @@ class RepairPlan:
         self.tensors = [self.networks[0].tensors_of_a_run(), self.networks[1].tensors()]
         self.left_alone = {}
         found = self._candidates(*nodes, kept)
-        index = {node: i for i, node in enumerate(nodes[1])}
         order = _execution_order(nodes[1], {node: stream for node, _, _, stream, _ in found if stream is not None})
+        index = {node: i for i, node in enumerate(nodes[1])}
         position = {node: i for i, node in enumerate(order)}
         self.order = [[nodes[k][index[node]] for node in order] for k in (0, 1)]
         self.layers = [

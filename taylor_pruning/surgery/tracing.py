@@ -156,6 +156,31 @@ def _record(recorder, model, args, kwargs, training):
         for context in (*watching, *settings, recorder):
             stack.enter_context(context)
         output = copied(*inputs[0], **inputs[1])
+    structure, found = _returned(recorder, model, output)
+    recorder.graph.output(found)
+    idle = _idle_layers(recorder.graph, set(recorder.nodes.names.values()))
+    recorder.graph.eliminate_dead_code(_has_effect)
+    counter = iter(range(len(slots)))
+    return Trace(
+        recorder.graph,
+        recorder.nodes.constants,
+        map_tensors((args, kwargs), lambda t: Slot(next(counter))),
+        structure,
+        recorder.nodes.batch,
+        training,
+        recorder.mode_read,
+        recorder.sizes_read,
+        changed(before, attributes_of(copied)),
+        _written(recorder, model, copied),
+        idle=idle,
+    )
+
+
+def _returned(recorder, model, output):
+    """What the forward returns with slots in the place of tensors and sizes, and the nodes that fill them.
+
+    Raises InputError where tensors are in objects that cannot be made again, or are not looked into.
+    """
     found = []
 
     def slot(item):
@@ -178,23 +203,7 @@ def _record(recorder, model, args, kwargs, training):
                 f"{type(model).__name__} returns tensors in an object of type {type(holder).__name__}, in which they are not "
                 "seen; return them alone or in tuples, lists, dicts or dataclasses"
             )
-    recorder.graph.output(tuple(found))
-    idle = _idle_layers(recorder.graph, set(recorder.nodes.names.values()))
-    recorder.graph.eliminate_dead_code(_has_effect)
-    counter = iter(range(len(slots)))
-    return Trace(
-        recorder.graph,
-        recorder.nodes.constants,
-        map_tensors((args, kwargs), lambda t: Slot(next(counter))),
-        structure,
-        recorder.nodes.batch,
-        training,
-        recorder.mode_read,
-        recorder.sizes_read,
-        changed(before, attributes_of(copied)),
-        _written(recorder, model, copied),
-        idle=idle,
-    )
+    return structure, tuple(found)
 
 
 def _idle_layers(graph, names):
