@@ -39,6 +39,7 @@ class TensorNodes:
         constants: {name: tensor} that are neither inputs nor parameters nor buffers.
         path: names of the modules that run now, the innermost last.
         written: ids of the storages to which calls have written.
+        varied: ids of those to which they have written what depends on the input, parameters or buffers.
         given: ids of the parameters, buffers and constants, which calls such as `to` may return as they are.
     """
 
@@ -46,7 +47,7 @@ class TensorNodes:
         self.graph, self.names, self.on_values, self.batch = fx.Graph(), names, on_values, None
         self.nodes, self.stand_ins, self.constants, self.path = {}, {}, {}, [""]
         self.settings = {}
-        self.written, self.given = set(), set()
+        self.written, self.varied, self.given = set(), set(), set()
 
     def stand_in(self, tensor):
         """A tensor of the same shape and strides without values; the tensor itself where the forward runs on values."""
@@ -111,6 +112,8 @@ class TensorNodes:
 
     def is_constant(self, tensor):
         """Whether its values are known and do not depend on the input, parameters or buffers."""
+        if self.varied and tensor.untyped_storage()._cdata in self.varied:
+            return False
         if self.on_values:
             known = self.nodes.get(id(tensor))
             return known is not None and bool(known[0].meta.get("constant"))
@@ -123,8 +126,10 @@ class TensorNodes:
         made, _ = self.stand_ins.get(id(tensor), (None, None))
         return tensor._version == self.settings[id(tensor)] and (made is None or made._version == 0)
 
-    def note_written(self, tensors):
-        """A call writes to these tensors, which may be views of others."""
+    def note_written(self, tensors, varied=True):
+        """A call writes to these tensors, which may be views of others; `varied`: what is no constant."""
+        if varied:
+            self.varied.update(tensor.untyped_storage()._cdata for tensor in tensors)
         self.written.update(self.stand_in(tensor).untyped_storage()._cdata for tensor in tensors)
 
     def is_written(self, tensor):
