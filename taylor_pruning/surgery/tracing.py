@@ -15,13 +15,13 @@ from torch import fx, nn
 
 from taylor_pruning.errors import InputError
 from taylor_pruning.held import held_tensors
+from taylor_pruning.kept_state import attributes_of, changed
 from taylor_pruning.memory import raise_out_of_memory
 from taylor_pruning.modes import set_mode
 from taylor_pruning.surgery.batch_size import LEAST_OF_VALUES, batch_size, first_samples
 from taylor_pruning.surgery.captured import untouched
 from taylor_pruning.surgery.copying import copy_of, structure_of
 from taylor_pruning.surgery.draws import fixed_draws, unchecked_distributions
-from taylor_pruning.surgery.kept_state import attributes_of, changed
 from taylor_pruning.surgery.nested import Slot, map_tensors, tensors_in
 from taylor_pruning.surgery.numbers import numbers_of, wrap_widths
 from taylor_pruning.surgery.outliving import forget
