@@ -44,7 +44,7 @@ class Trace:
         reads_mode: whether the forward may do other steps in the other mode.
         reads_sizes: whether it may do other steps, or use other numbers, on inputs of another size.
         kept: names of the attributes of modules in which the forward leaves something.
-        written: names of the parameters and buffers to which it writes.
+        written: names of the parameters and buffers to which it writes. rewritten: of the constants.
         caches: containers outside of modules in which it keeps tensors.
         idle: graph of the layers that run although the output does not depend on them; None if there are none.
         at_sizes: {shapes of inputs: surgery.other_sizes.AtSize, or None where it does other steps} of those that were met.
@@ -60,6 +60,7 @@ class Trace:
     reads_sizes: bool = True
     kept: list = field(default_factory=list)
     written: list = field(default_factory=list)
+    rewritten: list = field(default_factory=list)
     caches: list = field(default_factory=list)
     idle: fx.Graph | None = None
     at_sizes: dict = field(default_factory=dict)
@@ -172,6 +173,7 @@ def _record(recorder, model, args, kwargs, training):
         recorder.sizes_read,
         changed(before, attributes_of(copied)),
         _written(recorder, model, copied),
+        recorder.nodes.written_constants(),
         idle=idle,
     )
 
