@@ -6,6 +6,8 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn
 
+from taylor_pruning.kept_state import state_kept
+
 
 @contextmanager
 def modes_kept(*models: nn.Module) -> Iterator[None]:
@@ -40,10 +42,19 @@ def own_precision() -> Iterator[None]:
 
 
 @contextmanager
+def in_evaluation(*models: nn.Module) -> Iterator[None]:
+    """While open, the models are in eval mode; at the end they hold what they held, whatever their forwards have written."""
+    with modes_kept(*models), ExitStack() as stack:
+        for model in models:
+            stack.enter_context(state_kept(model.eval()))
+        yield
+
+
+@contextmanager
 def frozen(model: nn.Module) -> Iterator[nn.Module]:
-    """While open, the model is in eval mode, its parameters require no gradient, and the caller's torch.autocast is off."""
-    with modes_kept(model), requirements_kept(model), own_precision():
-        yield model.eval().requires_grad_(False)
+    """The same, and its parameters require no gradient, and the caller's torch.autocast is off."""
+    with in_evaluation(model), requirements_kept(model), own_precision():
+        yield model.requires_grad_(False)
 
 
 def set_mode(model: nn.Module, training: bool) -> nn.Module:

@@ -18,6 +18,7 @@ from taylor_pruning.experiment.weights import PRUNED_FORMAT, first_names, read_t
 from taylor_pruning.files import atomic_file, output_file
 from taylor_pruning.held import held_tensors
 from taylor_pruning.surgery.trial_inputs import FORWARD_ERRORS
+from taylor_pruning.surgery.wrappers import without_wrappers
 
 FORMAT_VERSION = 1
 
@@ -80,9 +81,10 @@ def load_pruned(
 ) -> nn.Module:
     """Rebuild a network from `save_pruned`: same logits, dtypes and shared parameters, in eval mode, on `device`.
 
-    `factory` builds the network before pruning; it is needed where the file names no network of torchvision or timm.
-    The weights before pruning take no memory, unless the factory reads the values of its parameters, or the network holds
-    tensors that are neither parameters nor buffers of its modules.
+    `factory` builds the network before pruning; it is needed where the file names no network of torchvision or timm. Wrappers
+    such as DataParallel are taken off it, as they were before pruning. The weights before pruning take no memory, unless the
+    factory reads the values of its parameters, or the network holds tensors that are neither parameters nor buffers of its
+    modules.
 
     Raises InputError for a file that is damaged (the message ends in `remedy`), of another kind or of a newer version, a
     missing factory, or another network's factory.
@@ -109,7 +111,7 @@ def load_pruned_and_extra(
         raise InputError(f"{path} is damaged: it lacks {', '.join(sorted(absent))}; save the network again")
     model = _restored(_skeleton(content, factory, path), content, path)
     if factory is not None and _lacks_values(model):  # tensors that no state_dict has, as of a network in a list
-        model = _restored(_built(factory), content, path)
+        model = _restored(_built(factory, content), content, path)
     if _lacks_values(model):
         raise InputError(f"{path} cannot be loaded: the network that was built for it holds tensors on the meta device")
     return model.eval(), content.get("extra", {})
@@ -139,13 +141,16 @@ def _skeleton(content: dict, factory: Callable[[], nn.Module] | None, path: str 
     if isinstance(factory, nn.Module) or not callable(factory):
         raise InputError("factory must be a function without arguments that builds the network, as lambda: Net(10)")
     with suppress(*FORWARD_ERRORS), parameters_on_meta():
-        return _built(factory)
-    return _built(factory)  # it reads its parameters, moves them or gives them their shapes: only real ones will do
+        return _built(factory, content)
+    # it reads its parameters, moves them or gives them their shapes: only real ones will do
+    return _built(factory, content)
 
 
-def _built(factory: Callable[[], nn.Module]) -> nn.Module:
+def _built(factory: Callable[[], nn.Module], content: dict) -> nn.Module:
+    """What the factory builds, without the wrappers that were taken off before pruning."""
     instance_of("what factory() builds", model := factory(), nn.Module)
-    return model
+    names = dict(model.named_modules(remove_duplicate=False)).keys()
+    return model if names == content["attributes"].keys() else without_wrappers(model)
 
 
 def _slots(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:

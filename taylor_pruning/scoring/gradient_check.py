@@ -62,7 +62,9 @@ def check_gradients(graph: ChannelGraph, batch, task: Task) -> None:
         raise InputError(f"the network gives no gradient along its filters ({reason}); change its forward") from error
     gradient = torch.stack(rows)
     gradient, outputs = gradient.sum(1), outputs.detach()  # [weightings, units]
-    layers = {name: info.unit_of[info.removable] for name, info in graph.layers.items() if info.removable.any()}
+    layers = {
+        name: info.unit_of[info.removable].unique() for name, info in graph.layers.items() if info.removable.any()
+    }
 
     def outputs_at(value, units):
         moved = torch.ones_like(gates)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from taylor_pruning.errors import InputError
-from taylor_pruning.memory import Portions
+from taylor_pruning.memory import Portions, raise_out_of_memory
 from taylor_pruning.modes import frozen
 from taylor_pruning.scoring.gates import gated_outputs, open_gates
 from taylor_pruning.scoring.passes import over_batches
@@ -127,16 +127,15 @@ def check_third_derivative(graph: ChannelGraph) -> None:
 
 @contextmanager
 def _known_derivatives():
-    """Says what to do where this version of PyTorch has no second derivative of an operation."""
+    """Says what to do where an operation, of PyTorch or of others, has no second derivative."""
     try:
         yield
     except RuntimeError as error:
-        if "derivative for" in str(error) and "not implemented" in str(error):
-            raise InputError(
-                f"orders 2 and 3 cannot be probed here: PyTorch {torch.__version__} says {str(error).splitlines()[0]}. "
-                "Use order 1, compensate, or a newer PyTorch"
-            ) from error
-        raise
+        raise_out_of_memory(error)
+        raise InputError(
+            f"orders 2 and 3 cannot be probed here: PyTorch {torch.__version__} says {str(error).splitlines()[0]}. "
+            "Use order 1, compensate, or a newer PyTorch"
+        ) from error
 
 
 @_known_derivatives()

@@ -6,7 +6,7 @@ from copy import copy
 from torch import nn
 
 from taylor_pruning.errors import InputError
-from taylor_pruning.surgery.kept_state import CONTAINERS, DEPTH, attributes_of, changed, fill
+from taylor_pruning.kept_state import attributes_of, changed, containers, fill
 
 
 def captured_call(name: str) -> InputError:
@@ -25,7 +25,7 @@ def untouched(model: nn.Module):
     Raises InputError if there was anything to undo.
     """
     before = attributes_of(model)
-    contents = [(container, copy(container)) for module in model.modules() for container in _containers(vars(module))]
+    contents = [(container, copy(container)) for module in model.modules() for container in containers(vars(module))]
     try:
         yield
     finally:
@@ -36,12 +36,3 @@ def untouched(model: nn.Module):
                 f"a lambda or hook that has captured the network writes to its attribute {written[0]}, so that a copy of it "
                 "would write into the original; use a bound method instead, and in a hook the module that it is given"
             )
-
-
-def _containers(value, depth=0):
-    """The value, if its content can change, and all such values in it."""
-    if isinstance(value, CONTAINERS):
-        yield value
-    if depth <= DEPTH and isinstance(value, (*CONTAINERS, tuple)):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _containers(item, depth + 1)

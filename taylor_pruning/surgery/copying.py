@@ -62,8 +62,8 @@ def _is_shared(value):
 
 
 def structure_of(model):
-    """A copy of the modules that shares every tensor with the model."""
-    return copy_of(model, {id(tensor): tensor for tensor in _tensors_of(model)})
+    """A copy of the modules that shares parameters and buffers with the model; other tensors are its own."""
+    return copy_of(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
 def _tensors_of(model):

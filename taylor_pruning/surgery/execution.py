@@ -221,7 +221,7 @@ class Execution:
         device = next((t.device for t in named.values()), tensor.device)
         if tensor.device != device and tensor.device.type == "cpu" and tensor.dim():
             tensor = constants[name] = tensor.to(device)
-        return tensor
+        return tensor.clone() if name in self.trace.rewritten else tensor
 
 
 def _filled(output, found):

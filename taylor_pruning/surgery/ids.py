@@ -151,6 +151,8 @@ class ChannelIds:
             if number.whole and len(number.ids) == len(ids) and not number.widths:
                 self.unite(number.ids, ids)
                 return True
+            if not number.widths and self.counts(number, ids):
+                return True
             self.protect(number.ids, reason)
         elif len(number.widths) == 1 and number.factor is not None and number.factor > 0:
             self._bind_width(number.widths[0], ids, number.factor, reason)
@@ -159,6 +161,15 @@ class ChannelIds:
             return True
         self.protect(ids, reason)
         return False
+
+    def counts(self, number, ids):
+        """Whether a part or a multiple of a number of channels is that of `ids`, as every class has its share in both."""
+        if number.factor is None or len(ids) != len(number.ids) * number.factor:
+            return False
+        classes = self.classes()
+        (of_number, many), (own, few) = (classes[some].unique(return_counts=True) for some in (number.ids, ids))
+        alike = torch.equal(of_number, own)
+        return alike and torch.equal(many * number.factor.numerator, few * number.factor.denominator)
 
     def _bind_width(self, width, ids, factor, reason):
         known = self.widths.setdefault(width, [])

@@ -111,10 +111,12 @@ def number(value, node=None, ids=None, widths=(), factor=Fraction(1)):
 def _source(name, a, b=None):
     """(the operand from which a result is counted, factor of the result); (None, None) if it depends on both.
 
-    A size by a width (C // self.groups), and a width divided by a width, are counted from the first: the second is taken for
-    a setting that stays.
+    Shares of one number add up. A size by a width (C // self.groups), and a width divided by a width, are counted from the
+    first: the second is taken for a setting that stays.
     """
     tracked = [o for o in (a, b) if is_tracked(o)]
+    if len(tracked) == 2 and name in ("add", "sub") and _of_one_source(a, b):
+        return a, a.factor + (b.factor if name == "add" else -b.factor)
     if len(tracked) == 2:
         counted = [o for o in tracked if o.ids is not None]
         if len(counted) == 1 and all(o.node is None for o in tracked):
@@ -132,7 +134,15 @@ def _source(name, a, b=None):
         return source, source.factor * other
     if name in ("floordiv", "truediv") and source is a and other and not int(a) % other:
         return source, source.factor / other
-    return source, source.factor if name in ("add", "sub") and other == 0 and source is a else None
+    same = other == 0 and (name == "add" or name == "sub" and source is a)
+    return source, source.factor if same else None
+
+
+def _of_one_source(a, b):
+    """Whether both are known shares or multiples of the same number of channels."""
+    if None in (a.factor, b.factor) or a.widths != b.widths or (a.ids is None) != (b.ids is None):
+        return False
+    return bool(a.widths) if a.ids is None else torch.equal(a.ids, b.ids)
 
 
 def _arithmetic(name, reflected):

@@ -10,7 +10,7 @@ from weakref import ref
 
 from torch import nn
 
-from taylor_pruning.surgery.kept_state import CONTAINERS, DEPTH, fill
+from taylor_pruning.kept_state import CONTAINERS, DEPTH, fill
 
 
 def forget(references: list[ref]) -> list:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from taylor_pruning.errors import InputError
-from taylor_pruning.modes import modes_kept
+from taylor_pruning.modes import in_evaluation
 from taylor_pruning.surgery.copying import copy_of
 from taylor_pruning.surgery.graph import ChannelGraph
 from taylor_pruning.surgery.nested import map_tensors, tensors_in
@@ -163,8 +163,7 @@ def parts_of(graph: ChannelGraph | PartsGraph) -> list[str]:
 def recorded_calls(model: nn.Module, names: Iterable[str], run: Callable) -> dict[str, list]:
     """{name: [(args, kwargs) of every call]} of submodules while run(model) runs, in the order of their first call."""
     calls, hooks = {}, []
-    with modes_kept(model):
-        model.eval()
+    with in_evaluation(model):
         try:
             for name in names:
 

@@ -47,6 +47,12 @@ def pick(value, index):
     return value[index]
 
 
+def setitem(tensor, index, value):
+    """An assignment as a function: what was read from `tensor` before is read from its result."""
+    tensor[index] = value
+    return tensor
+
+
 def set_grad(enabled):
     """A `torch.no_grad` of the forward, repeated when the graph runs."""
     torch._C._set_grad_enabled(enabled)
@@ -54,8 +60,8 @@ def set_grad(enabled):
 
 def called_function(func, name):
     """What fx calls: a function, or the name of a method."""
-    if name == "__getitem__":
-        return pick
+    if name in ("__getitem__", "__setitem__"):
+        return pick if name == "__getitem__" else setitem
     kind = type(func).__name__
     if kind == "method-wrapper":
         return Property(name)

@@ -137,6 +137,7 @@ class Recorder(TorchFunctionMode):
             result = func(*args, **kwargs)
         else:
             result = self.run(func, bare(name), *map_tensors((args, kwargs), self.nodes.stand_in), tensors)
+        result = args[0] if name == "__setitem__" else result
         made = tensors_in(result)
         if not made and not isinstance(result, (type(None), torch.Tensor)):
             return result
@@ -148,7 +149,7 @@ class Recorder(TorchFunctionMode):
         if not on_constants and takes_samples_apart(name, args, kwargs, result, self.nodes.batch):
             raise Untraceable("the forward runs over the samples of a batch one by one", ALL_AT_ONCE)
         if is_in_place(name, kwargs):
-            self.nodes.note_written(tensors_in((args[:1], kwargs.get("out"))))
+            self.nodes.note_written(tensors_in((args[:1], kwargs.get("out"))), varied=not on_constants)
         elif func in STATISTICAL and True in (*args[5:6], kwargs.get("training"), kwargs.get("use_input_stats")):
             self.nodes.note_written(tensors_in((args[1:3], kwargs.get("running_mean"), kwargs.get("running_var"))))
         constant = on_constants or not tensors

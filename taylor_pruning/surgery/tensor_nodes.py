@@ -36,17 +36,18 @@ class TensorNodes:
         nodes: {id of a tensor: (node, tensor)}, which keeps the tensor alive.
         stand_ins: {id of a real tensor: (its stand-in, tensor)}.
         settings: {id of a buffer of one number: its version before the forward}.
-        constants: {name: tensor} that are neither inputs nor parameters nor buffers.
+        constants: {name: tensor} that are neither inputs nor parameters nor buffers. storages: {name: id of its storage}.
         path: names of the modules that run now, the innermost last.
         written: ids of the storages to which calls have written.
+        varied: ids of those to which they have written what depends on the input, parameters or buffers.
         given: ids of the parameters, buffers and constants, which calls such as `to` may return as they are.
     """
 
     def __init__(self, names, on_values):
         self.graph, self.names, self.on_values, self.batch = fx.Graph(), names, on_values, None
-        self.nodes, self.stand_ins, self.constants, self.path = {}, {}, {}, [""]
+        self.nodes, self.stand_ins, self.constants, self.storages, self.path = {}, {}, {}, {}, [""]
         self.settings = {}
-        self.written, self.given = set(), set()
+        self.written, self.varied, self.given = set(), set(), set()
 
     def stand_in(self, tensor):
         """A tensor of the same shape and strides without values; the tensor itself where the forward runs on values."""
@@ -97,7 +98,8 @@ class TensorNodes:
             raise Untraceable("a tensor comes from code that torch functions do not see")
         if name is None:
             name = f"constant {len(self.constants)}"
-            self.constants[name] = tensor.detach()
+            self.constants[name] = tensor.detach().clone()  # as it is before the forward writes to it
+            self.storages[name] = tensor.untyped_storage()._cdata
         self.given.add(id(tensor))
         node = self.graph.create_node("get_attr", name)
         node.meta["module"] = self.path[-1]
@@ -111,6 +113,8 @@ class TensorNodes:
 
     def is_constant(self, tensor):
         """Whether its values are known and do not depend on the input, parameters or buffers."""
+        if self.varied and tensor.untyped_storage()._cdata in self.varied:
+            return False
         if self.on_values:
             known = self.nodes.get(id(tensor))
             return known is not None and bool(known[0].meta.get("constant"))
@@ -123,13 +127,20 @@ class TensorNodes:
         made, _ = self.stand_ins.get(id(tensor), (None, None))
         return tensor._version == self.settings[id(tensor)] and (made is None or made._version == 0)
 
-    def note_written(self, tensors):
-        """A call writes to these tensors, which may be views of others."""
-        self.written.update(self.stand_in(tensor).untyped_storage()._cdata for tensor in tensors)
+    def note_written(self, tensors, varied=True):
+        """A call writes to these tensors, which may be views of others; `varied`: what is no constant."""
+        if varied:
+            self.varied.update(tensor.untyped_storage()._cdata for tensor in tensors)
+        both = (*tensors, *map(self.stand_in, tensors))
+        self.written.update(tensor.untyped_storage()._cdata for tensor in both)
 
     def is_written(self, tensor):
         """Whether a call has written to the tensor or to a part of it."""
         return self.stand_in(tensor).untyped_storage()._cdata in self.written
+
+    def written_constants(self):
+        """Names of the constants to which a call has written, or to a part of them."""
+        return [name for name, storage in self.storages.items() if storage in self.written]
 
     def unpack(self, result, node):
         """Gives every tensor of a result of several, nested or not, a node of its own."""

@@ -15,13 +15,13 @@ from torch import fx, nn
 
 from taylor_pruning.errors import InputError
 from taylor_pruning.held import held_tensors
+from taylor_pruning.kept_state import attributes_of, changed
 from taylor_pruning.memory import raise_out_of_memory
 from taylor_pruning.modes import set_mode
 from taylor_pruning.surgery.batch_size import LEAST_OF_VALUES, batch_size, first_samples
 from taylor_pruning.surgery.captured import untouched
 from taylor_pruning.surgery.copying import copy_of, structure_of
 from taylor_pruning.surgery.draws import fixed_draws, unchecked_distributions
-from taylor_pruning.surgery.kept_state import attributes_of, changed
 from taylor_pruning.surgery.nested import Slot, map_tensors, tensors_in
 from taylor_pruning.surgery.numbers import numbers_of, wrap_widths
 from taylor_pruning.surgery.outliving import forget
@@ -44,7 +44,7 @@ class Trace:
         reads_mode: whether the forward may do other steps in the other mode.
         reads_sizes: whether it may do other steps, or use other numbers, on inputs of another size.
         kept: names of the attributes of modules in which the forward leaves something.
-        written: names of the parameters and buffers to which it writes.
+        written: names of the parameters and buffers to which it writes. rewritten: of the constants.
         caches: containers outside of modules in which it keeps tensors.
         idle: graph of the layers that run although the output does not depend on them; None if there are none.
         at_sizes: {shapes of inputs: surgery.other_sizes.AtSize, or None where it does other steps} of those that were met.
@@ -60,6 +60,7 @@ class Trace:
     reads_sizes: bool = True
     kept: list = field(default_factory=list)
     written: list = field(default_factory=list)
+    rewritten: list = field(default_factory=list)
     caches: list = field(default_factory=list)
     idle: fx.Graph | None = None
     at_sizes: dict = field(default_factory=dict)
@@ -172,6 +173,7 @@ def _record(recorder, model, args, kwargs, training):
         recorder.sizes_read,
         changed(before, attributes_of(copied)),
         _written(recorder, model, copied),
+        recorder.nodes.written_constants(),
         idle=idle,
     )
 

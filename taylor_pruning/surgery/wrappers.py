@@ -39,6 +39,11 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
     return network, notes
 
 
+def without_wrappers(model: nn.Module) -> nn.Module:
+    """The same of any network, also of one without values."""
+    return _rebuilt(model, {}, {})
+
+
 def check_example(example) -> None:
     """Raises InputError if an example input holds no tensors, or is one without a batch."""
     if not tensors_in(example):

@@ -18,7 +18,7 @@ from taylor_pruning.checks import describe
 from taylor_pruning.distributed import gather_objects
 from taylor_pruning.errors import InputError
 from taylor_pruning.generators import seeded
-from taylor_pruning.modes import modes_kept
+from taylor_pruning.modes import in_evaluation, modes_kept
 from taylor_pruning.tasks.average_precision import average_precision
 from taylor_pruning.tasks.classification import bernoulli_divergence, kl_divergence
 from taylor_pruning.tasks.directions import bernoulli_directions, random_directions
@@ -99,8 +99,7 @@ class Detection(Task):
     def evaluate(self, model: nn.Module, loader) -> dict[str, float]:
         """{"map", "map50": per cent, "images"}; see tasks.average_precision."""
         found = []
-        with modes_kept(model):
-            model.eval()
+        with in_evaluation(model):
             for images, targets in loader:
                 for said, target in zip(model(list(images)), targets, strict=True):
                     found.append([{key: value.cpu() for key, value in one.items() if isinstance(value, Tensor)}

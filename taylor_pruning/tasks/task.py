@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from taylor_pruning.distributed import all_reduce_sum
 from taylor_pruning.errors import InputError
-from taylor_pruning.modes import modes_kept
+from taylor_pruning.modes import in_evaluation
 from taylor_pruning.surgery.nested import map_tensors, tensors_in
 from taylor_pruning.tasks import batches
 from taylor_pruning.tasks.directions import root_times
@@ -105,8 +105,7 @@ class Task:
         Default: from the sums over all batches, and all processes, of `statistics`.
         """
         sums = None
-        with modes_kept(model), torch.no_grad():
-            model.eval()
+        with in_evaluation(model), torch.no_grad():
             for number, batch in enumerate(loader):
                 outputs = self.forward(model, batch)
                 with self.explained(outputs, batch, f"batch {number} of the evaluation"):

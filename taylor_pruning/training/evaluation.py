@@ -13,7 +13,7 @@ from taylor_pruning.checks import check_logits, check_weights, nonfinite_weight
 from taylor_pruning.distributed import all_reduce_sum, is_main
 from taylor_pruning.errors import InputError
 from taylor_pruning.memory import Portions
-from taylor_pruning.modes import modes_kept
+from taylor_pruning.modes import in_evaluation, modes_kept
 from taylor_pruning.tasks.batches import size
 from taylor_pruning.tasks.classification import is_classification, task_of
 from taylor_pruning.tasks.portions import in_portions
@@ -47,8 +47,8 @@ def measure(
     if is_classification(task):
         return evaluate(model, loader, memory_limit=memory_limit, **options)
     check_weights(model)
-    with modes_kept(model), torch.no_grad():
-        found = task.evaluate(model.eval(), loader)
+    with in_evaluation(model), torch.no_grad():
+        found = task.evaluate(model, loader)
         metrics = {name: value.item() if isinstance(value, Tensor) else value for name, value in found.items()}
     if task.main not in metrics:
         raise InputError(f"the task {task.name} compares networks by {task.main!r}, which its evaluate does not give")
@@ -70,8 +70,7 @@ def figures(metrics: Accuracy | Mapping) -> dict:
 def mean_loss(task: Task, model: nn.Module, loader: Iterable) -> float:
     """Mean over the samples of the task's loss with labels, in evaluation mode, over all processes."""
     sums = torch.zeros(2, dtype=torch.float64, device=next(model.parameters()).device)
-    with modes_kept(model):
-        model.eval()
+    with in_evaluation(model):
         for batch in loader:
             losses = task.loss(task.forward(model, batch), batch)
             sums += torch.stack([losses.double().sum(), sums.new_tensor(len(losses))])
@@ -105,8 +104,7 @@ def evaluate(
         with torch.autocast(device.type, AMP_DTYPES[amp], enabled=amp is not None):
             return model(part[0]), *part
 
-    with modes_kept(model):
-        model.eval()
+    with in_evaluation(model):
         bar = tqdm(loader, desc=description, leave=False, disable=not (progress and is_main()))
         for index, batch in enumerate(bar):
             where = f"{description}: batch {index}"

@@ -19,7 +19,7 @@ from taylor_pruning.distributed import is_main, world_size
 from taylor_pruning.errors import InputError
 from taylor_pruning.files import checkpoint_file
 from taylor_pruning.generators import rng_state, seed_torch, set_rng_state
-from taylor_pruning.modes import modes_kept
+from taylor_pruning.modes import in_evaluation, modes_kept
 from taylor_pruning.tasks.classification import is_classification, task_of
 from taylor_pruning.tasks.task import Task
 from taylor_pruning.training.epochs import History, Interrupted, Training, TrainingDiverged
@@ -66,9 +66,7 @@ def fine_tune(
     task = task_of(task)
     _check_arguments(model, train_loader, recipe, teacher, task)
     checkpoint = checkpoint_file(checkpoint, resume)
-    with modes_kept(model, *([] if teacher is None else [teacher])):
-        if teacher is not None:
-            teacher.eval()
+    with modes_kept(model), in_evaluation(*([] if teacher is None else [teacher])):
         run = Training(model, recipe, teacher, len(train_loader), checkpoint, monitor=monitor, task=task,
                        memory_limit=memory_limit)  # fmt: skip
         try:
@@ -140,9 +138,7 @@ def train_steps(
     recipe = replace(recipe, epochs=1, warmup_epochs=0.0, ema_decay=0.0)
     task = task_of(task)
     _check_arguments(model, train_loader, recipe, teacher, task)
-    with modes_kept(model, *([] if teacher is None else [teacher])):
-        if teacher is not None:
-            teacher.eval()
+    with modes_kept(model), in_evaluation(*([] if teacher is None else [teacher])):
         run = Training(model, recipe, teacher, len(train_loader), constant_lr=True, task=task)
         run.history.epochs.append({"epoch": 0, "loss": loss_before})
         epochs, rng = math.ceil(steps / run.steps_per_epoch), rng_state(run.device)

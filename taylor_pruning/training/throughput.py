@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from taylor_pruning.memory import free_bytes
-from taylor_pruning.modes import modes_kept
+from taylor_pruning.modes import in_evaluation
 from taylor_pruning.timing import seconds_of
 
 BATCH_SIZES = (16, 64, 256)
@@ -24,8 +24,7 @@ def throughput(
     take more than `seconds`, or more than half of a GPU's free memory, judged by the size before, ends the list.
     """
     found: dict[str, float] = {}
-    with modes_kept(model):
-        model.eval()
+    with in_evaluation(model):
         one_image, bytes_an_image = 0.0, 0.0
         for size in sorted(batch_sizes):
             if one_image * size > seconds or bytes_an_image * size > free_bytes(example.device) / 2:

@@ -118,6 +118,33 @@ def test_a_network_without_values_is_refused(tmp_path):
         load_pruned(tmp_path / "pruned.pt", factory)
 
 
+class Twice(nn.Module):
+    """A network with a part that is compiled."""
+
+    def __init__(self):
+        super().__init__()
+        self.part = torch.compile(EveryKind(), backend="eager")
+
+    def forward(self, x):
+        return 2 * self.part(x)
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile, lambda network: network])
+def test_a_factory_may_build_the_wrappers_that_were_taken_off(wrap, tmp_path):
+    model, images = Twice(), torch.randn(2, 3, 8, 8)
+    model.part = pruned_every_kind()
+    save_pruned(tmp_path / "pruned.pt", model)
+    loaded = load_pruned(tmp_path / "pruned.pt", factory=lambda: wrap(Twice()))
+    assert type(loaded) is Twice and torch.equal(loaded(images), model(images))
+
+
+def test_wrappers_that_were_saved_are_loaded(tmp_path):
+    model, images = nn.DataParallel(pruned_every_kind()), torch.randn(2, 3, 8, 8)
+    save_pruned(tmp_path / "pruned.pt", model)
+    loaded = load_pruned(tmp_path / "pruned.pt", factory=lambda: nn.DataParallel(EveryKind()))
+    assert torch.equal(loaded(images), model(images))
+
+
 def test_the_error_of_a_factory_is_its_own(tmp_path):
     save_pruned(tmp_path / "pruned.pt", pruned_every_kind())
     with pytest.raises(KeyError, match="width"):

@@ -59,7 +59,15 @@ WRONG = {  # what the forward does: layers along whose gates the gradient is not
     "a detached operand": (detached_operand, "first.0"),
     "a detached scale": (lambda network, first, x: (y := first(x)) / (y.detach().mean() + 0.1), "first.0"),
 }
+
+
+def halves(network, first, x):
+    one, other = first(x).chunk(2, 1)  # filters in pairs
+    return torch.cat([one + other, one * other.sign().detach()], 1)
+
+
 RIGHT = {
+    "filters in pairs": halves,
     "nothing": lambda network, first, x: first(x),
     "kept": kept,
     "constants": lambda network, first, x: torch.maximum(y := first(x), torch.zeros_like(y)) * y.new_ones(1),

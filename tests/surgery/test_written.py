@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -130,3 +131,27 @@ def test_a_result_that_goes_into_a_buffer_is_a_write():
     graph = ChannelGraph(model, torch.zeros(1, 3, 9, 9))
     graph.remove(graph.units[:2])
     assert len(graph.units) == 14 and model.calls == 0
+
+
+class Literal(nn.Module):
+    """A constant that no call of torch makes, and that the forward writes to."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.fc = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 4)
+
+    def forward(self, x):
+        scale = torch.from_numpy(np.array([2.0]))
+        scale.mul_(1.5)
+        scale[:1].add_(1)
+        return self.fc(F.relu(self.b(F.relu(self.a(x)) * scale)).mean((2, 3)))
+
+
+def test_constants_are_written_to_once_in_every_run(images):
+    torch.manual_seed(0)
+    model = Literal().double().eval()
+    graph = ChannelGraph(model, images)
+    assert [info.reason for info in graph.layers.values()] == [None, None]
+    for _ in range(2):
+        with torch.no_grad(), graph.gated(torch.ones(16, dtype=torch.double)):
+            torch.testing.assert_close(model(images), Literal.forward(model, images))

@@ -52,6 +52,7 @@ def finish(call, axes, reason, shape=None):
 
 
 @rule("add sub rsub radd maximum minimum where fmax fmin masked_fill", linear=True)
+@rule("complex", linear=True)
 @rule("addcmul addcdiv lerp")
 def total(call):
     """x + y: zero where both operands are."""
@@ -66,6 +67,15 @@ def total(call):
     call.keep_numbers()
     if call.name in ("where", "masked_fill"):  # zeros of the condition make no zeros
         call.info.mains = tuple(node for node, _ in call.operands if node.meta.get("real"))
+    return finish(call, axes, reason)
+
+
+@rule("copy", linear=True)
+def copies(call):
+    """What is written over another tensor."""
+    axes, reason = align(call.ids, call.values(), call.shape, call.where)
+    call.info.source = call.is_constant(1) or any(1 not in axis.carriers for axis in axes)
+    call.info.mains = (call.operands[1][0],)
     return finish(call, axes, reason)
 
 
@@ -146,9 +156,9 @@ def drawn(call):
 
 KEEP_ZERO_LINEAR = """relu relu6 leaky_relu rrelu dropout dropout1d dropout2d dropout3d feature_dropout alpha_dropout clone
     contiguous detach to type float double half bfloat16 abs neg positive type_as floor ceil round trunc sign cpu cuda
-    stochastic_depth data view_as_real conj resolve_conj resolve_neg hardshrink softshrink _data requires_grad"""
+    stochastic_depth data real imag conj resolve_conj resolve_neg hardshrink softshrink _data requires_grad"""
 KEEP_ZERO = """elu selu celu gelu silu mish hardswish tanh tanhshrink softsign square sqrt sin tan asin atan
-    sinh expm1 log1p erf nan_to_num feature_alpha_dropout poisson rad2deg deg2rad"""
+    sinh expm1 log1p erf nan_to_num feature_alpha_dropout poisson rad2deg deg2rad angle"""
 BREAK_ZERO = """sigmoid hardsigmoid softplus log_sigmoid exp cos rsqrt reciprocal log log2 log10 exp2 erfc cosh bernoulli
     uniform exponential cauchy log_normal geometric fill zero dropout_"""
 

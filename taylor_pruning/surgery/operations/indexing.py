@@ -4,6 +4,7 @@ import torch
 
 from taylor_pruning.surgery.ids import Value, varying
 from taylor_pruning.surgery.numbers import is_tracked
+from taylor_pruning.surgery.operations.elementwise import align
 from taylor_pruning.surgery.operations.registry import rule
 
 
@@ -32,8 +33,18 @@ def item(call):
 
 def indexed(call, x, index):
     """Basic indexing. A bound by position keeps what comes before it; by a width, the width follows."""
-    if len(call.operands) > 1 or any(isinstance(i, (Value, list, torch.Tensor)) for i in index):
+    if _by_tensors(index):
         return _advanced(call, x, index)
+    plain_index = _basic(call, x, index)
+    return call.result([layer[plain_index] for layer in x.layers])
+
+
+def _by_tensors(index):
+    return any(isinstance(i, (Value, list, torch.Tensor)) for i in index)
+
+
+def _basic(call, x, index):
+    """The index in plain numbers; channels are kept, or bound to the numbers by which they are indexed."""
     used = sum(i is not None and i is not Ellipsis for i in index)
     dim, plain_index = 0, []
     for part in index:
@@ -49,7 +60,30 @@ def indexed(call, x, index):
                 call.protect(along, "is indexed by position in")
         plain_index.append(_plain_slice(part))
         dim += 1
-    return call.result([layer[tuple(plain_index)] for layer in x.layers])
+    return tuple(plain_index)
+
+
+@rule("setitem", linear=True)
+def assignment(call):
+    """x[index] = value: zero where both are. Channels of the value are those of the part of x."""
+    x, index, value = call.args
+    index = index if isinstance(index, tuple) else (index,)
+    if _by_tensors(index) or any(isinstance(part, bool) for part in index):
+        return call.unknown()
+    call.ids.keep_number(value, f"their number enters {call.where}")
+    plain_index = _basic(call, x, index)
+    layers = tuple(layer[plain_index] for layer in x.layers)
+    shape = tuple(torch.empty(x.shape, device="meta")[plain_index].shape)
+    part = Value(shape, layers, x.reason)
+    values = [part, value] if isinstance(value, Value) else [part]
+    axes, reason = align(call.ids, values, shape, call.where)
+    call.info.source = any(len(axis.carriers) < len(values) for axis in axes) or _breaks_zero(call, value)
+    return call.result(x.layers, reason)
+
+
+def _breaks_zero(call, value):
+    constant = any(map(call.is_constant, range(len(call.operands))))
+    return constant or not isinstance(value, Value) and value != 0
 
 
 def _plain_slice(part):

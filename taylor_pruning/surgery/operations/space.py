@@ -52,10 +52,11 @@ def affine_grid(call):
     return call.result((), f"passes through {call.where}")
 
 
-@rule("fft_fft fft_ifft fft_rfft fft_irfft fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2", linear=True)
+@rule("fft_fft fft_ifft fft_rfft fft_irfft fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2 fft_fftn fft_ifftn fft_rfftn fft_irfftn",
+      linear=True)  # fmt: skip
 def fourier(call):
     call.keep_numbers()
-    dims = call.get("dim", 2, (-2, -1) if call.name.endswith("2") else -1)
+    dims = call.get("dim", 2, {"2": (-2, -1), "n": None}.get(call.name[-1], -1))
     return moved(call, (dims,) if isinstance(dims, int) else dims, "passes through")
 
 

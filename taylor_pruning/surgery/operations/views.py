@@ -207,20 +207,20 @@ def _follow(call, layer, before, new, dim, size, free):
     if size.factor is not None and vector is not None and len(vector) == len(size.ids):
         ids.unite(vector, size.ids)
         ids.keep_widths(size, reason)
-    elif _counts(ids, size, along):
+    elif ids.counts(size, along):
         ids.keep_widths(size, reason)
     elif not size.widths and not bool(torch.isin(size.ids, layer).all()):
         ids.protect(layer, reason)
         ids.protect(size.ids, reason)
 
 
-def _counts(ids, size, along):
-    """Whether a part of a number of channels (c // heads) is that of `along`, as every class has its share in both."""
-    if size.factor is None or len(along) != len(size.ids) * size.factor:
-        return False
-    classes = ids.classes()
-    (of_size, many), (own, few) = (classes[some].unique(return_counts=True) for some in (size.ids, along))
-    return torch.equal(of_size, own) and torch.equal(many * size.factor.numerator, few * size.factor.denominator)
+@rule("view_as_real view_as_complex", linear=True)
+def parts_of_complex(call):
+    """Real and imaginary part along a last dimension, and back."""
+    x = call.values()[0]
+    if call.name == "view_as_real":
+        return call.result([layer[..., None].expand(call.shape) for layer in x.layers])
+    return call.result([call.ids.together(layer, layer.dim() - 1)[..., 0] for layer in x.layers])
 
 
 @rule("expand expand_as broadcast_to", linear=True)

@@ -1,7 +1,11 @@
 """What a forward leaves in the attributes of modules."""
 
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import copy
 
+import torch
 from torch import nn
 
 NO_STATE = {"_parameters", "_buffers", "_modules", "training"}  # of a module: what holds its parts, and the mode
@@ -13,6 +17,44 @@ def fill(container, items) -> None:
     """Gives one of CONTAINERS this content in the place of its own."""
     container.clear()
     (container.extend if isinstance(container, (list, deque)) else container.update)(items)
+
+
+def containers(value, depth: int = 0) -> Iterator:
+    """The value, if its content can change, and all such values in it."""
+    if isinstance(value, CONTAINERS):
+        yield value
+    if depth <= DEPTH and isinstance(value, (*CONTAINERS, tuple)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from containers(item, depth + 1)
+
+
+@contextmanager
+def state_kept(model: nn.Module) -> Iterator[None]:
+    """Gives modules their buffers and attributes back at the end: a forward may count its calls, average, or keep results."""
+    found = {id(held): held for module in model.modules() for held in containers(vars(module))}
+    contents = [(container, copy(container)) for container in found.values()]
+    items = [item for _, held in contents for item in (held.values() if isinstance(held, dict) else held)]
+    tensors = {id(t): t for t in items if type(t) is not nn.Parameter and isinstance(t, torch.Tensor)}
+    values = [(t, t._version, t.detach().clone()) for t in tensors.values() if not t.is_inference()]
+    try:
+        yield
+    finally:
+        for container, content in contents:
+            if not _holds(container, content):
+                fill(container, content)
+        with torch.no_grad():
+            for tensor, version, value in values:
+                if tensor._version != version and not torch.equal(tensor, value):
+                    tensor.copy_(value)
+
+
+def _holds(container, content):
+    """Whether a container holds the very items of its copy."""
+    if isinstance(container, dict):
+        return list(container) == list(content) and all(container[key] is item for key, item in content.items())
+    if isinstance(container, (list, deque)):
+        return len(container) == len(content) and all(a is b for a, b in zip(container, content, strict=True))
+    return container == content
 
 
 def attributes_of(model: nn.Module) -> dict[str, object]:

@@ -1,0 +1,137 @@
+"""Zeroed gates are removed channels where a forward assigns to parts of tensors, or copies over them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_operations import Block, C, around, conv, images, parameter
+from test_surgery import check_law
+
+from taylor_pruning.surgery.graph import ChannelGraph
+
+
+def shifted(s, x):
+    """Quarters of the channels move by a pixel, as in temporal shift modules."""
+    y = s.a(x)
+    part, out = y.shape[1] // 4, torch.zeros_like(y)
+    out[:, :part, 1:] = y[:, :part, :-1]
+    out[:, part : 2 * part, :-1] = y[:, part : 2 * part, 1:]
+    out[:, 2 * part :] = y[:, 2 * part :]
+    return s.b(out)
+
+
+def partly_convolved(s, x):
+    y = s.a(x).clone()
+    y[:, : s.width] = s.c(y[:, : s.width].relu())
+    return s.b(y)
+
+
+def unpooled(s, x):
+    y = F.max_pool2d(s.a(x), 2)
+    n, c, h, w = y.shape
+    out = y.new_zeros(n, c, 2 * h, 2 * w)
+    out[:, :, ::2, ::2] = y
+    out[:, :, 1::2, 1::2] = s.shift
+    return s.b(out)
+
+
+def stacked(s, x):
+    """A volume of the channels of two maps, one beside the other."""
+    y, z = s.a(x), s.a(x.flip(3))
+    volume = torch.zeros(y.size(0), 2 * y.size(1), 2, *y.shape[2:], dtype=y.dtype)
+    volume[:, : y.size(1), 0], volume[:, y.size(1) :, 0] = y, z
+    volume[:, : y.size(1), 1, :, 1:] = y[..., 1:]
+    volume[:, y.size(1) :, 1, :, 1:] = z[..., :-1]
+    return s.b(s.c(volume.flatten(2, 3)).mean(2, keepdim=True).expand_as(x) + x)
+
+
+def framed(s, x):
+    y = s.a(x).clone()
+    y[:, :, 0], y[..., -1] = 0, 1.5
+    return s.b(y)
+
+
+def copied(s, x):
+    y, z = torch.empty_like(x), s.a(x)
+    y.copy_(z)
+    y[0].copy_(z[1] * 0.5)
+    return s.b(y.clone().copy_(s.shift) + y)
+
+
+def counted(s, x):
+    y = s.a(x).clone()
+    y[:, :, 0] = y.shape[1]
+    return s.b(y)
+
+
+def at_places(s, x):
+    y = s.a(x).clone()
+    y[y < 0] = 0.1
+    return s.b(y)
+
+
+def spectrum(s, x):
+    """Real and imaginary parts as channels, and back."""
+    f = torch.fft.rfftn(s.a(x), dim=(-2, -1), norm="ortho") * torch.view_as_complex(s.scale)
+    f = torch.stack((f.real, f.imag), 2).flatten(1, 2)
+    f = F.relu(s.c(f)).unflatten(1, (-1, 2))
+    f = torch.complex(f[:, :, 0], f[:, :, 1])
+    return s.b(torch.fft.irfftn(torch.view_as_complex(torch.view_as_real(f)), s=x.shape[2:], dim=(-2, -1)))
+
+
+def halves(s, x):
+    y = s.a(x)
+    half = y.size(1) // 2
+    one, other = y.narrow(1, 0, half), y.narrow(1, half, y.size(1) - half)
+    return s.b(torch.cat([other, one * 2], 1))
+
+
+def correlated(s, x):
+    """Every channel of one map is convolved with that of another."""
+    y, kernel = s.a(x), F.adaptive_avg_pool2d(s.b(x), 3)
+    n, c = kernel.shape[:2]
+    found = F.conv2d(y.reshape(1, n * c, *y.shape[2:]), kernel.reshape(n * c, 1, 3, 3), padding=1, groups=n * c)
+    return found.view(n, c, *found.shape[2:])
+
+
+BLOCKS = {  # name: (block, removable filters of the stem, of a, of b)
+    "shifted quarters": (Block(shifted), 8, 8, 8),
+    "a part in place": (Block(partly_convolved, c=conv(2, 2, 1), width=2), 8, 8, 8),
+    "unpooled": (Block(unpooled, shift=parameter(C, 1, 1)), 8, 8, 8),
+    "volume": (Block(stacked, c=conv(2 * C, C, 1)), 8, 8, 8),
+    "framed": (Block(framed), 8, 8, 8),
+    "copied": (Block(copied, shift=parameter(C, 1, 1)), 8, 8, 8),
+    "number of channels": (Block(counted), 8, 0, 8),
+    "at places": (Block(at_places), 8, 0, 8),
+    "spectrum": (Block(spectrum, c=conv(2 * C, 2 * C, 1), scale=parameter(C, 12, 7, 2)), 8, 8, 8),
+    "halves by narrow": (Block(halves), 8, 8, 8),
+    "correlated channels": (Block(correlated), 8, 8, 8),
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_zeroed_gates_are_removed_channels(name):
+    block, *expected = BLOCKS[name]
+    graph = check_law(around(block), images(), seeds=(0,))
+    found = [graph.layers[layer] for layer in ("stem.0", "block.a", "block.b")]
+    assert [int(info.removable.sum()) for info in found] == expected, [info.reason for info in found]
+    assert graph.layers["mid"].reason is None
+
+
+def by_assignment(s, x):
+    seen, y = torch.zeros(2, dtype=x.dtype), s.a(x)
+    seen[0] = y.mean() + 100
+    return s.b(y * 2 if seen.sum() > 1 else y)
+
+
+def through_a_view(s, x):
+    seen, y = torch.zeros(2, 2, dtype=x.dtype), s.a(x)
+    seen[0].add_(y.mean())
+    return s.b(y * float(seen.detach().sum()))
+
+
+@pytest.mark.parametrize("function", [by_assignment, through_a_view])
+def test_a_constant_that_was_written_to_is_none(function):
+    """A decision by its values would be taken from what it held before."""
+    graph = ChannelGraph(around(Block(function)), images())
+    assert graph.layers["stem.0"].reason == "passes through block, whose forward no graph can repeat"
+    assert "block.a" not in graph.layers and graph.layers["mid"].reason is None
