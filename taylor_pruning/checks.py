@@ -70,6 +70,8 @@ def read_batch(batch, where: str, device: torch.device | None = None) -> tuple[T
     images, labels = map(usable, batch)
     if not images.dim() or not len(images):
         raise InputError(f"{where} holds no images; give [batch, channels, height, width]")
+    if images.layout != torch.strided or images.is_meta:
+        raise InputError(f"{where} holds images that are sparse or without values; give dense tensors")
     if images.is_complex():
         raise InputError(f"{where} holds complex images; give their real and imaginary parts as channels")
     labels = _class_numbers(labels, len(images), where)

@@ -1,4 +1,4 @@
-"""Checks on the first batch of every loader whether the network can run on it, before anything is computed.
+"""Checks whether the network can run on the first batch of every loader, before anything is computed, and on later ones.
 
 loader = Batches(train_loader, "the training loader", device)
 check_inputs(model, [loader])
@@ -35,6 +35,9 @@ class Batches:
         loader: iterable of batches that can be read more than once.
         name: what error messages call it, for instance "the training loader".
 
+    Attributes:
+        model: set by `check_inputs`: the network that runs once on every kind of sample that has not been seen.
+
     Raises:
         InputError: it is an iterator, which is empty after one pass; while iterating, a batch that cannot be used.
     """
@@ -44,13 +47,25 @@ class Batches:
             kind = "can be read only once" if isinstance(loader, Iterator) else "is not iterable"
             raise InputError(f"{name} {kind}; give a DataLoader or a list of batches (images, labels)")
         self.loader, self.name, self.device, self.task = loader, name, device, task_of(task)
+        self.model, self._kinds = None, set()
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def __iter__(self) -> Iterator:
         for number, batch in enumerate(self.loader):
-            yield self.task.read(batch, f"batch {number} of {self.name}", self.device)
+            yield self._read(batch, f"batch {number} of {self.name}")
+
+    def _read(self, batch, where):
+        """The batch as the task reads it. Raises InputError if the network cannot run on its first sample."""
+        batch = self.task.read(batch, where, self.device)
+        if self.model is not None:
+            sample = select(batch, torch.zeros(1, dtype=torch.long))
+            kind = tuple((t.dtype, t.shape) for t in tensors_in(self.task.inputs(sample)))
+            if kind not in self._kinds:
+                outputs_of(self.model, self.task, sample, where)
+            self._kinds.add(kind)
+        return batch
 
     @property
     def dataset(self):
@@ -70,7 +85,7 @@ class Batches:
         plain = plain and self.loader.batch_size and isinstance(self.loader.sampler, SequentialSampler)
         spread = self._of_data_set if plain else self.loader.spread
         where = f"a batch of {self.name}"
-        return lambda samples: [self.task.read(batch, where, self.device) for batch in spread(samples)]
+        return lambda samples: [self._read(batch, where) for batch in spread(samples)]
 
     def _of_data_set(self, samples):
         loader, images = self.loader, self.loader.dataset
@@ -118,14 +133,27 @@ def check_inputs(model: nn.Module, loaders: Iterable[Batches]) -> None:
         first, task = loader.first(), loader.task
         batch = select(first, torch.arange(min(IMAGES, size(first))))
         where = f"the first batch of {loader.name}"
-        with _named(model, task.inputs(batch), where), frozen(model), torch.no_grad():
-            outputs = task.forward(model, batch)
+        outputs = outputs_of(model, task, batch, where)
         task.check(outputs, batch, where)
         if is_classification(task):
             _refuse_probabilities(outputs)
         else:
             _check_losses(task, outputs, batch, where)
             _check_metrics(task, model, batch, where)
+        loader.model = model
+
+
+def checked_batches(model: nn.Module, loader: Batches) -> list:
+    """All batches of the loader. Raises InputError where `check_inputs` does, or if the network cannot run on a later one."""
+    check_inputs(model, [loader])
+    return list(loader)
+
+
+def outputs_of(model: nn.Module, task: Task, batch, where: str):
+    """The network's outputs in eval mode; random generators stay as they were. Raises InputError if it cannot run."""
+    devices = {tensor.device for tensor in tensors_in(batch) if tensor.is_cuda}
+    with _named(model, task.inputs(batch), where), frozen(model), torch.no_grad(), torch.random.fork_rng(devices):
+        return task.forward(model, batch)
 
 
 @contextmanager

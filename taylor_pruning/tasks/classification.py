@@ -1,5 +1,7 @@
 """One class an image, or several: logits against class numbers, or against yes-or-no labels."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -53,6 +55,8 @@ class OtherLoss(Classification):
     name, loss_name = "classification by another loss than the cross-entropy", "loss"
 
     def __init__(self, loss):
+        if not callable(loss):
+            raise InputError(f"the loss is {loss!r}; give a function of (logits, labels)")
         self.of_labels = loss
 
     def loss(self, outputs, batch):
@@ -134,10 +138,12 @@ def is_classification(task: Task) -> bool:
     return type(task) is Classification
 
 
-def task_of(task: Task | None) -> Task:
-    """The task, classification where none is given. Raises InputError if it is none."""
+def task_of(task: Task | None, loss: Callable | None = None) -> Task:
+    """The task, classification where none is given, by the cross-entropy or another loss. Raises InputError if it is none."""
     if task is None:
-        return Classification()
+        return Classification() if loss is None else OtherLoss(loss)
+    if loss is not None:
+        raise InputError("a task has a loss of its own; give a task or a loss, not both")
     if not isinstance(task, Task):
         kind = task.__name__ if isinstance(task, type) else type(task).__name__
         raise InputError(f"task is {kind}; give an instance of taylor_pruning.tasks.task.Task, as Segmentation()")
