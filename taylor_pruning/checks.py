@@ -146,6 +146,19 @@ def check_logits(logits, images: int, where: str) -> None:
         raise InputError(f"the network gives {shape} for {where}; it must give logits [{images}, classes]")
 
 
+def refuse_probabilities(outputs: Tensor) -> None:
+    """Raises InputError if the outputs [B, K, ...] are those of a Softmax or a LogSoftmax over K."""
+    values = outputs.double()
+    tolerance = 1e-2 if outputs.element_size() < 4 else 1e-4
+    probabilities = bool((values >= 0).all() and ((values.sum(1) - 1).abs() < tolerance).all())
+    logarithms = bool((values <= 0).all() and (values.logsumexp(1).abs() < tolerance).all())
+    if probabilities or logarithms:
+        name = "Softmax" if probabilities else "LogSoftmax"
+        raise InputError(
+            f"the network ends in {name}; give it without that last step: the loss takes logits, whose softmax it computes"
+        )
+
+
 def describe(value) -> str:
     """What kind of value it is, for an error message: "a dict with the keys image, label", "a tuple of 3"."""
     if isinstance(value, dict):

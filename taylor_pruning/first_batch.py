@@ -17,8 +17,8 @@ from taylor_pruning.checks import check_gradient_mode, check_weights, describe
 from taylor_pruning.errors import InputError
 from taylor_pruning.memory import raise_out_of_memory
 from taylor_pruning.modes import frozen
-from taylor_pruning.surgery.nested import tensors_in
-from taylor_pruning.tasks.batches import select, size
+from taylor_pruning.surgery.nested import map_tensors, tensors_in
+from taylor_pruning.tasks.batches import lengths, select, size
 from taylor_pruning.tasks.classification import is_classification, task_of
 from taylor_pruning.tasks.task import Task
 
@@ -59,6 +59,10 @@ class Batches:
     def _read(self, batch, where):
         """The batch as the task reads it. Raises InputError if the network cannot run on its first sample."""
         batch = self.task.read(batch, where, self.device)
+        if len(found := lengths(batch)) > 1:
+            raise InputError(
+                f"{where} has fields of {' and '.join(map(str, sorted(found)))} samples; give as many in each"
+            )
         if self.model is not None:
             sample = select(batch, torch.zeros(1, dtype=torch.long))
             kind = tuple((t.dtype, t.shape) for t in tensors_in(self.task.inputs(sample)))
@@ -135,9 +139,8 @@ def check_inputs(model: nn.Module, loaders: Iterable[Batches]) -> None:
         where = f"the first batch of {loader.name}"
         outputs = outputs_of(model, task, batch, where)
         task.check(outputs, batch, where)
-        if is_classification(task):
-            _refuse_probabilities(outputs)
-        else:
+        task.check_kind(model, outputs, batch)
+        if not is_classification(task):
             _check_losses(task, outputs, batch, where)
             _check_metrics(task, model, batch, where)
         loader.model = model
@@ -176,44 +179,32 @@ def _named(model, inputs, where):
 
 def _check_losses(task, outputs, batch, where):
     """Raises InputError if the task's loss and divergence, where it defines them, are not one finite number a sample."""
-    with torch.no_grad():
+    outputs = map_tensors(outputs, lambda t: t.detach().requires_grad_() if t.is_floating_point() else t.detach())
+    fixed = map_tensors(outputs, Tensor.detach)
+    with torch.enable_grad():
         found = {name: getattr(task, name) for name in ("loss", "divergence") if task.defines(name)}
-        values = {name: f(outputs, batch if name == "loss" else outputs) for name, f in found.items()}
+        values = {name: f(outputs, batch if name == "loss" else fixed) for name, f in found.items()}
     for name, losses in values.items():
-        if not isinstance(losses, Tensor) or losses.shape != (size(batch),):
-            given = f"{[*losses.shape]}" if isinstance(losses, Tensor) else describe(losses)
+        if not isinstance(losses, Tensor) or losses.shape != (size(batch),) or not losses.is_floating_point():
+            given = f"{losses.dtype} {[*losses.shape]}" if isinstance(losses, Tensor) else describe(losses)
             raise InputError(
                 f"{name} of the task {task.name} gives {given} for {where}; give one number a sample, [{size(batch)}]"
             )
         if not losses.isfinite().all():
             raise InputError(f"{name} of the task {task.name} is NaN or infinite for {where}")
+        if not losses.requires_grad:
+            raise InputError(
+                f"{name} of the task {task.name} has no gradient in the outputs; compute it from them by torch, without detach"
+            )
     if "divergence" in values and (values["divergence"].abs() > TINY).any():
         raise InputError(f"divergence of the task {task.name} is not 0 where both outputs are the same; let it be")
 
 
 def _check_metrics(task, model, batch, where):
     """Raises InputError if the task's evaluation, where it defines one, does not give its main metric."""
-    if not task.defines("evaluate"):
-        return
-    with frozen(model), torch.no_grad():
-        metrics = task.evaluate(model, [batch])
-    if task.main not in metrics:
-        raise InputError(
-            f"the task {task.name} gives {', '.join(map(str, metrics))} for {where}, but its main metric is {task.main}"
-        )
-
-
-def _refuse_probabilities(outputs):
-    """Raises InputError if the outputs [B, K] are those of a Softmax or a LogSoftmax."""
-    values = outputs.double()
-    tolerance = 1e-2 if outputs.element_size() < 4 else 1e-4
-    probabilities = bool((values >= 0).all() and ((values.sum(1) - 1).abs() < tolerance).all())
-    logarithms = bool((values <= 0).all() and (values.logsumexp(1).abs() < tolerance).all())
-    if probabilities or logarithms:
-        name = "Softmax" if probabilities else "LogSoftmax"
-        raise InputError(
-            f"the network ends in {name}; give it without that last step: the loss takes logits, whose softmax it computes"
-        )
+    if task.defines("evaluate"):
+        with frozen(model), torch.no_grad():
+            task.evaluated(model, [batch], where)
 
 
 def check_training(model: nn.Module, loader: Batches) -> None:
