@@ -572,8 +572,14 @@ def test_names_that_are_not_even_utf8_work(images, tmp_path, capsys):
 
 
 def test_a_bare_environment_in_ascii_works(images, whole, tmp_path):
-    """As under cron: no UTF-8, no home, nothing but PATH."""
-    environment = {"LC_ALL": "C", "PYTHONUTF8": "0", "PATH": os.defpath, "OMP_NUM_THREADS": "1"}
+    """As under cron: no UTF-8, no home, nothing but PATH, and a backend of plots that does not exist."""
+    environment = {
+        "LC_ALL": "C",
+        "PYTHONUTF8": "0",
+        "PATH": os.defpath,
+        "OMP_NUM_THREADS": "1",
+        "MPLBACKEND": "nonsense",
+    }
     folder = tmp_path / "Läufe 猫"
     command = [sys.executable, ROOT / "run_single_experiment.py", "--data-path", images, *QUICK, "--skip-corrupt",
                "--weights", whole / "dense_model.pt", "--fine-tune-epochs", "0", "--output-dir", folder]  # fmt: skip
