@@ -415,6 +415,11 @@ def test_damaged_results_are_named_and_computed_again(swept, whole, tmp_path, ca
         (folder / name).unlink()
         if name != "results.json":
             shutil.copy(swept / name, folder / name)
+    cell = folder / "cells/order-2_30_seed-0.json"
+    for damage in ({"layers": {"conv": 3}}, {"accuracy_at_steps": [1]}, {"fine_tuning": "none"}):
+        cell.write_text(json.dumps(json.loads((swept / "cells" / cell.name).read_text()) | damage))
+        refused(run_enhanced_pruning.main(["--resume", str(folder)]), capsys, cell, "damaged", "remove it")
+    cell.unlink()
     single_run = tmp_path / "single"
     shutil.copytree(whole, single_run)
     cut_off(single_run / "results.json")
