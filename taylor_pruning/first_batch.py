@@ -17,6 +17,7 @@ from taylor_pruning.checks import check_gradient_mode, check_weights, describe
 from taylor_pruning.errors import InputError
 from taylor_pruning.memory import raise_out_of_memory
 from taylor_pruning.modes import frozen
+from taylor_pruning.stored import restore, snapshot
 from taylor_pruning.surgery.nested import map_tensors, tensors_in
 from taylor_pruning.tasks.batches import lengths, select, size
 from taylor_pruning.tasks.classification import is_classification, task_of
@@ -153,10 +154,13 @@ def checked_batches(model: nn.Module, loader: Batches) -> list:
 
 
 def outputs_of(model: nn.Module, task: Task, batch, where: str):
-    """The network's outputs in eval mode; random generators stay as they were. Raises InputError if it cannot run."""
+    """The network's outputs in eval mode; its tensors and random generators stay. Raises InputError if it cannot run."""
     devices = {tensor.device for tensor in tensors_in(batch) if tensor.is_cuda}
     with _named(model, task.inputs(batch), where), frozen(model), torch.no_grad(), torch.random.fork_rng(devices):
-        return task.forward(model, batch)
+        before = snapshot(model)  # a forward may write into them
+        outputs = task.forward(model, batch)
+        restore(model, before)
+    return outputs
 
 
 @contextmanager
