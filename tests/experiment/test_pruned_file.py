@@ -5,6 +5,7 @@ import torch
 from killed_runs import PROCESSES
 from pruned_networks import EveryKind, pruned_every_kind, pruned_network
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from taylor_pruning.errors import InputError
 from taylor_pruning.experiment.models import build_model
@@ -184,7 +185,7 @@ def test_wrong_paths_devices_and_fields_are_named(tmp_path):
     load_pruned(path, EveryKind)
 
 
-@pytest.mark.parametrize("wrapper", [nn.DataParallel, torch.compile])
+@pytest.mark.parametrize("wrapper", [nn.DataParallel, AveragedModel])
 def test_wrappers_are_left_out_of_the_file(tmp_path, wrapper):
     model = nn.Sequential(nn.Linear(4, 2)).eval()
     save_pruned(tmp_path / "pruned.pt", wrapper(model))
