@@ -49,7 +49,7 @@ from taylor_pruning.selection.constraints import Ledger, Selection, require_unit
 from taylor_pruning.selection.latency import with_times
 from taylor_pruning.surgery.graph import ChannelGraph, checked_graph
 from taylor_pruning.surgery.parts import PartsGraph
-from taylor_pruning.tasks.classification import OtherLoss, is_classification, task_of
+from taylor_pruning.tasks.classification import is_classification, task_of
 from taylor_pruning.tasks.task import Task
 
 __all__ = ["ChannelGraph", "EnhancedFilterPruner"]
@@ -98,7 +98,7 @@ class EnhancedFilterPruner:
         one_of("taylor_order", taylor_order, TAYLOR_ORDERS)
         settings = dataclasses.replace(settings_of(settings), **fields)
         self.taylor_order, self.use_gradient_flow = taylor_order, use_gradient_flow
-        self.task = task_of(OtherLoss(loss) if task is None and loss is not cross_entropy else task)
+        self.task = task_of(task, None if loss is cross_entropy else loss)
         self.progress, self.has_logits = progress, is_classification(self.task)
         self.graph = checked_graph(graph, model) or settings.graph_of(model, example_input)
         self.model = self.graph.model
@@ -130,7 +130,7 @@ class EnhancedFilterPruner:
                 define, or that needs class logits; gradients are switched off.
         """
         check_gradient_mode("scoring")
-        read = functools.partial(read_batches, self.task, device_of(self.model))
+        read = functools.partial(read_batches, self.task, self.model)
         batches, settings = read(batches, "calibration"), self.settings
         compensation = [] if compensation is None else read(compensation, "compensation")
         check_scoring(self.task, settings, bool(compensation), self.use_gradient_flow)
@@ -230,11 +230,11 @@ class EnhancedFilterPruner:
 
     def flow_weights(self) -> Tensor | None:
         """[units] weights by which scores are multiplied, or None without gradient flow."""
-        return relative_flow(self.graph, self.directions.flow.cpu()) if self.use_gradient_flow else None
+        return relative_flow(self.graph, self._collected(self.taylor_order).flow()) if self.use_gradient_flow else None
 
     def flow_report(self) -> GradientFlowReport:
         """The gradient flow of the images that `rank` saw."""
-        return GradientFlowReport.from_flow(self.graph, self.directions.flow.cpu())
+        return GradientFlowReport.from_flow(self.graph, self._collected(self.taylor_order).flow())
 
     def curvature_report(self) -> dict:
         """How the second and third derivatives of the scores were computed, see scoring.curvature.curvature_report."""

@@ -44,7 +44,7 @@ from taylor_pruning.experiment.results import (
 from taylor_pruning.experiment.rounds import Rounds
 from taylor_pruning.experiment.settings import TAYLOR_ORDERS, PruningSettings, settings_of
 from taylor_pruning.files import checkpoint_file
-from taylor_pruning.first_batch import Batches, check_inputs, check_training, device_of
+from taylor_pruning.first_batch import Batches, check_inputs, check_training, checked_batches, device_of
 from taylor_pruning.generators import seeded
 from taylor_pruning.modes import own_precision
 from taylor_pruning.options import check_argument
@@ -111,19 +111,19 @@ class EnhancedPruning:
             self.task.require(name, "every stage needs")
         check_scoring(self.task, self.settings, self.settings.compensate, use_gradient_flow=False)
         check_inputs(self.model, [self.train_loader, self.val_loader])
-        if calibration:
-            self.calibration = list(Batches(calibration, "the calibration images", device, self.task))
+        if calibration is not None:
+            self.calibration = self._given(calibration, "the calibration images")
         else:
             check_argument("calibration_samples", calibration_samples, int, low=1)
             first = first_images(self.train_loader, calibration_samples + HELD_OUT)
             self.calibration, rest = split_images(first, calibration_samples)
-            held_out = held_out or rest
+            held_out = rest if held_out is None else held_out
         self.compensation = self.calibration
-        if compensation:
-            self.compensation = list(Batches(compensation, "the compensation images", device, self.task))
+        if compensation is not None:
+            self.compensation = self._given(compensation, "the compensation images")
         if self.settings.repair == "network":
             check_joinable(self.compensation)
-        held_out = held_out and list(Batches(held_out, "the held-out images", device, self.task))
+        held_out = None if held_out is None or held_out == [] else self._given(held_out, "the held-out images")
         self.example = example_of(self.task, self.calibration[0])
         self.graph = graph_for(self.task, self.model, self.calibration[0], self.settings)
         self.notes += tuple(f"{name} is left whole: {reason}" for name, reason in self.graph.left_whole.items())
@@ -303,6 +303,10 @@ class EnhancedPruning:
     def dense_stage(self) -> dict:
         """The dense network's stage, measured once."""
         return self.measuring.dense_stage()
+
+    def _given(self, batches, name):
+        """The list of the batches of one set of images, of which the first is checked like that of a loader."""
+        return checked_batches(self.model, Batches(batches, name, device_of(self.model), self.task))
 
     def _in_rounds(self, state, percentage, choose, settings, store=None):
         """The state after what is left of the settings' rounds, and after the repair; `store` keeps every step."""

@@ -32,9 +32,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
 
-from taylor_pruning.checks import check_gradient_mode, read_batch
+from taylor_pruning.checks import check_gradient_mode
 from taylor_pruning.errors import InputError
-from taylor_pruning.first_batch import device_of
+from taylor_pruning.first_batch import Batches, check_inputs, device_of
 from taylor_pruning.modes import frozen
 from taylor_pruning.scoring.flow import unit_gradient_norms
 from taylor_pruning.scoring.gates import gated_outputs, open_gates
@@ -67,8 +67,12 @@ def collect_flow(model: nn.Module, graph: ChannelGraph, batches: Iterable) -> Te
     flows = []
     if not isinstance(batches, Iterable):
         raise InputError(f"the images are of type {type(batches).__name__}; give a list of batches (images, labels)")
-    for number, batch in enumerate(batches):
-        images, labels = read_batch(batch, f"batch {number}", device_of(model))
+    name, task = "the images of gradient flow", Classification()
+    if not (batches := list(batches)):
+        raise InputError("there are no images to measure gradient flow on; pass at least one batch")
+    loader = Batches(batches, name, device_of(model), task)
+    check_inputs(model, [loader])
+    for number, (images, labels) in enumerate(loader):
         gates, gated = open_gates(graph, images), []
 
         def record(site, output, gated=gated):
@@ -76,12 +80,10 @@ def collect_flow(model: nn.Module, graph: ChannelGraph, batches: Iterable) -> Te
                 gated.append((site, get_gradient_edge(output)))
 
         with frozen(model):
-            where, batch = f"batch {number}", (images, labels)
-            logits = gated_outputs(graph, Classification(), batch, gates, where, on_gate=record)
+            batch, where = (images, labels), f"batch {number} of {name}"
+            logits = gated_outputs(graph, task, batch, gates, where, on_gate=record)
         loss = F.cross_entropy(logits, labels, reduction="sum")
         flows.append(unit_gradient_norms(loss, gated, *gates.shape, retain_graph=False).cpu())
-    if not flows:
-        raise InputError("there are no images to measure gradient flow on; pass at least one batch")
     return torch.cat(flows)
 
 

@@ -70,6 +70,8 @@ def read_batch(batch, where: str, device: torch.device | None = None) -> tuple[T
     images, labels = map(usable, batch)
     if not images.dim() or not len(images):
         raise InputError(f"{where} holds no images; give [batch, channels, height, width]")
+    if images.layout != torch.strided or images.is_meta:
+        raise InputError(f"{where} holds images that are sparse or without values; give dense tensors")
     if images.is_complex():
         raise InputError(f"{where} holds complex images; give their real and imaginary parts as channels")
     labels = _class_numbers(labels, len(images), where)
@@ -142,6 +144,19 @@ def check_logits(logits, images: int, where: str) -> None:
         )
     if logits.dim() != 2 or shape[0] != images:
         raise InputError(f"the network gives {shape} for {where}; it must give logits [{images}, classes]")
+
+
+def refuse_probabilities(outputs: Tensor) -> None:
+    """Raises InputError if the outputs [B, K, ...] are those of a Softmax or a LogSoftmax over K."""
+    values = outputs.double()
+    tolerance = 1e-2 if outputs.element_size() < 4 else 1e-4
+    probabilities = bool((values >= 0).all() and ((values.sum(1) - 1).abs() < tolerance).all())
+    logarithms = bool((values <= 0).all() and (values.logsumexp(1).abs() < tolerance).all())
+    if probabilities or logarithms:
+        name = "Softmax" if probabilities else "LogSoftmax"
+        raise InputError(
+            f"the network ends in {name}; give it without that last step: the loss takes logits, whose softmax it computes"
+        )
 
 
 def describe(value) -> str:

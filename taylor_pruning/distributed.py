@@ -22,9 +22,12 @@ def init_distributed(device: torch.device) -> torch.device:
     """Join the process group that torchrun's environment describes; return the device of this process.
 
     nccl on CUDA (the returned device is `cuda:LOCAL_RANK`, also made current), gloo elsewhere. Does nothing outside
-    torchrun and with one process. Raises InputError if the environment is incomplete or has more processes than GPUs.
+    torchrun and with one process. Raises InputError if the environment is incomplete or wrong, or has more processes than GPUs.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or dist.is_initialized():
+    numbers = {name: os.environ[name] for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK") if name in os.environ}
+    if wrong := [f"{name} is {text!r}" for name, text in numbers.items() if not text.isdecimal()]:
+        raise InputError(f"{wrong[0]}, which is no number; unset it, or start several processes with torchrun")
+    if int(numbers.get("WORLD_SIZE", 1)) < 2 or dist.is_initialized():
         return device
     missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:

@@ -64,11 +64,16 @@ def user_path(text: str | Path) -> Path:
         raise InputError(f"{text}: there is no home folder for ~; write ./{text} for a file of that name") from error
 
 
-def output_file(path: str | Path, name: str) -> Path:
-    """The path of a file that will be written, called `name`. Raises InputError where no file can be."""
+def input_file(path: str | Path, name: str) -> Path:
+    """The path of a file that will be read, called `name`. Raises InputError if it is no path."""
     if not isinstance(path, (str, os.PathLike)):
         raise InputError(f"{name} is of type {type(path).__name__}; give the path of a file")
-    file = user_path(path)
+    return user_path(path)
+
+
+def output_file(path: str | Path, name: str) -> Path:
+    """The path of a file that will be written, called `name`. Raises InputError where no file can be."""
+    file = input_file(path, name)
     if file.is_dir():
         raise InputError(f"{name} {file} is a folder; give the path of a file")
     if not file.parent.is_dir():

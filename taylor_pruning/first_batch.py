@@ -1,4 +1,4 @@
-"""Checks on the first batch of every loader whether the network can run on it, before anything is computed.
+"""Checks whether the network can run on the first batch of every loader, before anything is computed, and on later ones.
 
 loader = Batches(train_loader, "the training loader", device)
 check_inputs(model, [loader])
@@ -17,8 +17,9 @@ from taylor_pruning.checks import check_gradient_mode, check_weights, describe
 from taylor_pruning.errors import InputError
 from taylor_pruning.memory import raise_out_of_memory
 from taylor_pruning.modes import frozen
-from taylor_pruning.surgery.nested import tensors_in
-from taylor_pruning.tasks.batches import select, size
+from taylor_pruning.stored import restore, snapshot
+from taylor_pruning.surgery.nested import map_tensors, tensors_in
+from taylor_pruning.tasks.batches import lengths, select, size
 from taylor_pruning.tasks.classification import is_classification, task_of
 from taylor_pruning.tasks.task import Task
 
@@ -35,6 +36,9 @@ class Batches:
         loader: iterable of batches that can be read more than once.
         name: what error messages call it, for instance "the training loader".
 
+    Attributes:
+        model: set by `check_inputs`: the network that runs once on every kind of sample that has not been seen.
+
     Raises:
         InputError: it is an iterator, which is empty after one pass; while iterating, a batch that cannot be used.
     """
@@ -44,13 +48,29 @@ class Batches:
             kind = "can be read only once" if isinstance(loader, Iterator) else "is not iterable"
             raise InputError(f"{name} {kind}; give a DataLoader or a list of batches (images, labels)")
         self.loader, self.name, self.device, self.task = loader, name, device, task_of(task)
+        self.model, self._kinds = None, set()
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def __iter__(self) -> Iterator:
         for number, batch in enumerate(self.loader):
-            yield self.task.read(batch, f"batch {number} of {self.name}", self.device)
+            yield self._read(batch, f"batch {number} of {self.name}")
+
+    def _read(self, batch, where):
+        """The batch as the task reads it. Raises InputError if the network cannot run on its first sample."""
+        batch = self.task.read(batch, where, self.device)
+        if len(found := lengths(batch)) > 1:
+            raise InputError(
+                f"{where} has fields of {' and '.join(map(str, sorted(found)))} samples; give as many in each"
+            )
+        if self.model is not None:
+            sample = select(batch, torch.zeros(1, dtype=torch.long))
+            kind = tuple((t.dtype, t.shape) for t in tensors_in(self.task.inputs(sample)))
+            if kind not in self._kinds:
+                outputs_of(self.model, self.task, sample, where)
+            self._kinds.add(kind)
+        return batch
 
     @property
     def dataset(self):
@@ -70,7 +90,7 @@ class Batches:
         plain = plain and self.loader.batch_size and isinstance(self.loader.sampler, SequentialSampler)
         spread = self._of_data_set if plain else self.loader.spread
         where = f"a batch of {self.name}"
-        return lambda samples: [self.task.read(batch, where, self.device) for batch in spread(samples)]
+        return lambda samples: [self._read(batch, where) for batch in spread(samples)]
 
     def _of_data_set(self, samples):
         loader, images = self.loader, self.loader.dataset
@@ -118,14 +138,29 @@ def check_inputs(model: nn.Module, loaders: Iterable[Batches]) -> None:
         first, task = loader.first(), loader.task
         batch = select(first, torch.arange(min(IMAGES, size(first))))
         where = f"the first batch of {loader.name}"
-        with _named(model, task.inputs(batch), where), frozen(model), torch.no_grad():
-            outputs = task.forward(model, batch)
+        outputs = outputs_of(model, task, batch, where)
         task.check(outputs, batch, where)
-        if is_classification(task):
-            _refuse_probabilities(outputs)
-        else:
+        task.check_kind(model, outputs, batch)
+        if not is_classification(task):
             _check_losses(task, outputs, batch, where)
             _check_metrics(task, model, batch, where)
+        loader.model = model
+
+
+def checked_batches(model: nn.Module, loader: Batches) -> list:
+    """All batches of the loader. Raises InputError where `check_inputs` does, or if the network cannot run on a later one."""
+    check_inputs(model, [loader])
+    return list(loader)
+
+
+def outputs_of(model: nn.Module, task: Task, batch, where: str):
+    """The network's outputs in eval mode; its tensors and random generators stay. Raises InputError if it cannot run."""
+    devices = {tensor.device for tensor in tensors_in(batch) if tensor.is_cuda}
+    with _named(model, task.inputs(batch), where), frozen(model), torch.no_grad(), torch.random.fork_rng(devices):
+        before = snapshot(model)  # a forward may write into them
+        outputs = task.forward(model, batch)
+        restore(model, before)
+    return outputs
 
 
 @contextmanager
@@ -148,44 +183,32 @@ def _named(model, inputs, where):
 
 def _check_losses(task, outputs, batch, where):
     """Raises InputError if the task's loss and divergence, where it defines them, are not one finite number a sample."""
-    with torch.no_grad():
+    outputs = map_tensors(outputs, lambda t: t.detach().requires_grad_() if t.is_floating_point() else t.detach())
+    fixed = map_tensors(outputs, Tensor.detach)
+    with torch.enable_grad():
         found = {name: getattr(task, name) for name in ("loss", "divergence") if task.defines(name)}
-        values = {name: f(outputs, batch if name == "loss" else outputs) for name, f in found.items()}
+        values = {name: f(outputs, batch if name == "loss" else fixed) for name, f in found.items()}
     for name, losses in values.items():
-        if not isinstance(losses, Tensor) or losses.shape != (size(batch),):
-            given = f"{[*losses.shape]}" if isinstance(losses, Tensor) else describe(losses)
+        if not isinstance(losses, Tensor) or losses.shape != (size(batch),) or not losses.is_floating_point():
+            given = f"{losses.dtype} {[*losses.shape]}" if isinstance(losses, Tensor) else describe(losses)
             raise InputError(
                 f"{name} of the task {task.name} gives {given} for {where}; give one number a sample, [{size(batch)}]"
             )
         if not losses.isfinite().all():
             raise InputError(f"{name} of the task {task.name} is NaN or infinite for {where}")
+        if not losses.requires_grad:
+            raise InputError(
+                f"{name} of the task {task.name} has no gradient in the outputs; compute it from them by torch, without detach"
+            )
     if "divergence" in values and (values["divergence"].abs() > TINY).any():
         raise InputError(f"divergence of the task {task.name} is not 0 where both outputs are the same; let it be")
 
 
 def _check_metrics(task, model, batch, where):
     """Raises InputError if the task's evaluation, where it defines one, does not give its main metric."""
-    if not task.defines("evaluate"):
-        return
-    with frozen(model), torch.no_grad():
-        metrics = task.evaluate(model, [batch])
-    if task.main not in metrics:
-        raise InputError(
-            f"the task {task.name} gives {', '.join(map(str, metrics))} for {where}, but its main metric is {task.main}"
-        )
-
-
-def _refuse_probabilities(outputs):
-    """Raises InputError if the outputs [B, K] are those of a Softmax or a LogSoftmax."""
-    values = outputs.double()
-    tolerance = 1e-2 if outputs.element_size() < 4 else 1e-4
-    probabilities = bool((values >= 0).all() and ((values.sum(1) - 1).abs() < tolerance).all())
-    logarithms = bool((values <= 0).all() and (values.logsumexp(1).abs() < tolerance).all())
-    if probabilities or logarithms:
-        name = "Softmax" if probabilities else "LogSoftmax"
-        raise InputError(
-            f"the network ends in {name}; give it without that last step: the loss takes logits, whose softmax it computes"
-        )
+    if task.defines("evaluate"):
+        with frozen(model), torch.no_grad():
+            task.evaluated(model, [batch], where)
 
 
 def check_training(model: nn.Module, loader: Batches) -> None:

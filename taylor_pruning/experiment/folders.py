@@ -123,8 +123,14 @@ def _image_files(folder: str) -> Iterator[str]:
         seen.add(real)
     for place, names in sorted(listed):
         for name in sorted(names):
-            if has_file_allowed_extension(name, SUFFIXES) and not name.startswith("."):
-                yield _regular_file(os.path.join(place, name))
+            path = os.path.join(place, name)
+            # A link without an extension leads to a folder of images, which may be on a disk that is not there.
+            if not name.startswith(".") and (has_file_allowed_extension(name, SUFFIXES) or _leads_nowhere(path)):
+                yield _regular_file(path)
+
+
+def _leads_nowhere(path: str | Path) -> bool:
+    return os.path.islink(path) and not os.path.exists(path)
 
 
 def _regular_file(path: str) -> str:
@@ -275,7 +281,12 @@ def _scan(path: Path) -> tuple[FolderImages, FolderImages, bool]:
 
 
 def _class_names(root: Path) -> list[str]:
-    names = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    entries = [entry for entry in root.iterdir() if not entry.name.startswith(".")]
+    if broken := sorted(entry.name for entry in entries if _leads_nowhere(entry)):
+        raise InputError(
+            f"{root} has links that lead nowhere: {_listed(broken)}; mount what they lead to or remove them"
+        )
+    names = sorted(entry.name for entry in entries if entry.is_dir())
     if not names:
         raise InputError(f"{root} has no class folders; {LAYOUT}")
     return names

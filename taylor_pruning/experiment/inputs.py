@@ -13,7 +13,7 @@ from taylor_pruning.experiment.command import DataSettings
 from taylor_pruning.experiment.data import ImageData
 from taylor_pruning.experiment.folders import CorruptImageError
 from taylor_pruning.experiment.models import weights_file
-from taylor_pruning.report.json_files import read_json, write_json
+from taylor_pruning.report.json_files import has_shape, read_json, write_json
 
 BYTES_AT_ONCE = 2**24
 NAMED = 3  # classes that a message names
@@ -31,6 +31,10 @@ def check_inputs(folder: Path, settings: DataSettings, data: ImageData) -> None:
     config = read_json(folder / "config.json")
     if config is None:  # the network is prepared without a runner
         return
+    if not has_shape(config.get("inputs"), (dict, type(None))) or not _is_listing(
+        (config.get("inputs") or {}).get("images")
+    ):
+        raise InputError(f"{folder / 'config.json'} does not say which images the run read; start a new run")
     now, then = {"images": data.listing, "weights": _weights(settings)}, config.get("inputs")
     if not isinstance(then, dict) or _without_sizes(now) == then:
         if is_main():
@@ -47,6 +51,10 @@ def check_inputs(folder: Path, settings: DataSettings, data: ImageData) -> None:
             f"{settings.weights} has other content than when this run began; put the file back, or start a new run with "
             "another --output-dir"
         )
+
+
+def _is_listing(images) -> bool:
+    return images is None or has_shape(images, {"classes": list, "train": dict, "val": dict})
 
 
 def allow_repair(folder: Path, error: Exception) -> None:

@@ -15,12 +15,17 @@ from torch import nn
 from taylor_pruning.errors import InputError, instance_of
 from taylor_pruning.experiment.models import check_name, network, parameters_on_meta
 from taylor_pruning.experiment.weights import PRUNED_FORMAT, first_names, read_tensors
-from taylor_pruning.files import atomic_file, output_file
+from taylor_pruning.files import atomic_file, input_file, output_file
 from taylor_pruning.held import held_tensors
+from taylor_pruning.options import check_argument
 from taylor_pruning.surgery.trial_inputs import FORWARD_ERRORS
-from taylor_pruning.surgery.wrappers import without_wrappers
+from taylor_pruning.surgery.wrappers import unwrapped, without_wrappers
 
 FORMAT_VERSION = 1
+FIELDS = {
+    **{"name": (str, type(None)), "num_classes": (int, type(None)), "image_size": (int, type(None))},
+    **{"attributes": dict, "state_dict": dict, "buffers": dict},
+}
 
 
 def save_pruned(
@@ -34,19 +39,27 @@ def save_pruned(
 ):
     """Save a network whose parameters, buffers and size attributes (out_channels, num_features, ...) were cut.
 
+    Wrappers such as DataParallel or torch.compile are taken off.
+
     The file is a plain dict that `torch.load(path, weights_only=True)` reads: its "state_dict" holds the small tensors,
     "attributes" every integer attribute of every module, "extra" the caller's JSON values. `name`, `num_classes` and
     `image_size` are those of `build_model`; without `name`, `load_pruned` needs a factory.
 
-    Raises InputError if `name` comes without the two sizes or is not the network's, or if `extra` is not JSON.
+    Raises InputError if `name` comes without the two sizes or is not the network's, if `extra` is not JSON, or if the
+    network has no values yet.
     """
     instance_of("model", model, nn.Module)
+    model, _ = unwrapped(model)
     path = output_file(path, "the file")
     if name is not None and (num_classes is None or image_size is None):
         raise InputError("a model name needs num_classes and image_size beside it; pass all three or none")
+    if name is not None:
+        check_argument("name", name, str)
+        check_argument("num_classes", num_classes, int, low=1)
+        check_argument("image_size", image_size, int, low=1)
     try:
         extra = json.loads(json.dumps(extra or {}))  # leaves plain values alone, as weights_only asks for
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise InputError(f"extra must hold JSON values only: {error}") from error
     copies = {}  # one copy of a tensor, however many names it has; a view would drag its whole storage into the file
     tensors = {
@@ -100,21 +113,30 @@ def load_pruned_and_extra(
     remedy: str = "save the network again",
 ) -> tuple[nn.Module, dict]:
     """The network as `load_pruned` gives it, and the `extra` values that were saved with it."""
-    content = read_tensors(Path(path), device, remedy)
+    path = input_file(path, "the file")
+    content = read_tensors(path, _known_device(device), remedy)
     if not isinstance(content, dict) or content.get("format") != PRUNED_FORMAT:
         raise InputError(f"{path} is not a pruned network; give a file that save_pruned wrote")
-    if content.get("format_version", 0) > FORMAT_VERSION:
-        raise InputError(
-            f"{path} has format version {content['format_version']}, newer than {FORMAT_VERSION}; update this toolkit"
-        )
-    if absent := {"name", "num_classes", "image_size", "attributes", "state_dict", "buffers"} - content.keys():
-        raise InputError(f"{path} is damaged: it lacks {', '.join(sorted(absent))}; save the network again")
+    version = content.get("format_version", 0)
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise InputError(f"{path} has format version {version}, newer than {FORMAT_VERSION}; update this toolkit")
+    if absent := sorted(key for key, kind in FIELDS.items() if not isinstance(content.get(key, ...), kind)):
+        raise InputError(f"{path} is damaged: it lacks {', '.join(absent)}; save the network again")
     model = _restored(_skeleton(content, factory, path), content, path)
     if factory is not None and _lacks_values(model):  # tensors that no state_dict has, as of a network in a list
-        model = _restored(_built(factory, content), content, path)
+        model = _restored(_built(factory), content, path)
     if _lacks_values(model):
         raise InputError(f"{path} cannot be loaded: the network that was built for it holds tensors on the meta device")
     return model.eval(), content.get("extra", {})
+
+
+def _known_device(device: str | torch.device) -> torch.device:
+    """The device. Raises InputError if there is none of that name here."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, TypeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"there is no device {device!r} here ({reason}); give another one, as 'cpu'") from error
 
 
 def _restored(model: nn.Module, content: dict, path: str | Path) -> nn.Module:
@@ -141,16 +163,15 @@ def _skeleton(content: dict, factory: Callable[[], nn.Module] | None, path: str 
     if isinstance(factory, nn.Module) or not callable(factory):
         raise InputError("factory must be a function without arguments that builds the network, as lambda: Net(10)")
     with suppress(*FORWARD_ERRORS), parameters_on_meta():
-        return _built(factory, content)
+        return _built(factory)
     # it reads its parameters, moves them or gives them their shapes: only real ones will do
-    return _built(factory, content)
+    return _built(factory)
 
 
-def _built(factory: Callable[[], nn.Module], content: dict) -> nn.Module:
+def _built(factory: Callable[[], nn.Module]) -> nn.Module:
     """What the factory builds, without the wrappers that were taken off before pruning."""
     instance_of("what factory() builds", model := factory(), nn.Module)
-    names = dict(model.named_modules(remove_duplicate=False)).keys()
-    return model if names == content["attributes"].keys() else without_wrappers(model)
+    return without_wrappers(model)
 
 
 def _slots(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:

@@ -268,6 +268,7 @@ def dense_training(command, built, images):
         warmup_epochs=min(1.0, epochs / 4),
         accumulate=1,
         compile=False,
+        distillation_weight=0.0,  # there is no teacher yet
     )
     return recipe, batch
 

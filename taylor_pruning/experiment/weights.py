@@ -14,14 +14,20 @@ from taylor_pruning.errors import InputError
 from taylor_pruning.files import is_whole_archive
 from taylor_pruning.memory import raise_out_of_memory
 
+try:
+    from safetensors import SafetensorError  # torch.load hands .safetensors to that package, where it is installed
+except ImportError:
+    SafetensorError = RuntimeError
+
 # Where training scripts keep the weights in a checkpoint. The first one found is taken: averages come last.
 STATE_KEYS = ("state_dict", "model_state_dict", "model", "net", "network", "ema_state_dict", "model_ema", "ema")
+NESTED = 4  # such keys that lead from one dictionary to the next
 PRUNED_FORMAT = "pruned-network"  # of the files of experiment.pruned_file
 
 # What torch.load(weights_only=True) raises on pickled code, damaged archives and files of another kind.
 UNREADABLE = (
     *(pickle.UnpicklingError, struct.error, RuntimeError, AssertionError, EOFError),
-    *(LookupError, ValueError, AttributeError, TypeError),
+    *(LookupError, ValueError, AttributeError, TypeError, SafetensorError),
 )
 
 
@@ -43,6 +49,8 @@ def read_tensors(
     except OSError as error:
         raise InputError(f"cannot open {path}: {error.strerror}; check the path") from error
     except UNREADABLE as error:
+        if isinstance(error.__cause__, ImportError):
+            raise InputError(f"{path} cannot be read without safetensors; pip install safetensors") from error
         raise_out_of_memory(error)
         raise InputError(
             f"{path} cannot be read as tensors: it is damaged, of another kind, or holds pickled code, which is "
@@ -55,12 +63,25 @@ def read_state(path: Path, expected: Collection[str]) -> dict[str, Tensor]:
     content = read_tensors(path)
     if isinstance(content, dict) and content.get("format") == PRUNED_FORMAT:
         raise InputError(f"{path} is a pruned network, not weights for a whole one; load it with load_pruned")
-    while key := next((k for k in STATE_KEYS if isinstance(content, dict) and isinstance(content.get(k), dict)), None):
-        content = content[key]
-    if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
+    for _ in range(NESTED):
+        key = next((k for k in STATE_KEYS if isinstance(content, dict) and isinstance(content.get(k), dict)), None)
+        content = content if key is None else content[key]
+    if not isinstance(content, dict) or not content or not all(map(_is_entry, content.items())):
         raise InputError(f"{path} holds no state_dict; save it with torch.save(model.state_dict(), path)")
+    if strange := [key for key, value in content.items() if not _is_dense(value)]:
+        raise InputError(
+            f"{path} holds {strange[0]} quantised, sparse or without values; save the weights of the float network instead"
+        )
     state = {key.replace("_orig_mod.", ""): value for key, value in content.items()}  # of torch.compile, at any depth
     return _without_prefix(state, expected, path)
+
+
+def _is_entry(item: tuple) -> bool:
+    return isinstance(item[0], str) and isinstance(item[1], Tensor)
+
+
+def _is_dense(value: Tensor) -> bool:
+    return value.layout == torch.strided and not (value.is_quantized or value.is_meta)
 
 
 def _without_prefix(state: dict[str, Tensor], expected: Collection[str], path: Path) -> dict[str, Tensor]:
@@ -99,14 +120,22 @@ def copy_weights(model: nn.Module, state: dict[str, Tensor], source: str, head: 
         "missing": missing,
         "unexpected": [key for key in state if key not in expected],
         "of another shape": [key for key in expected if key in state and state[key].shape != expected[key].shape],
+        # copying would round weights that were quantised to whole numbers
+        "of another type": [key for key in expected if key in state and not _same_kind(state[key], expected[key])],
     }
     if any(wrong.values()):
         raise InputError(f"{source} is for another network: {first_names(wrong)}; check --model and --image-size")
     if name := nonfinite_tensor(state):
         raise InputError(f"{source} has NaN or infinite values in {name}; train it again or use other weights")
+    if name := next((key for key, value in state.items() if key.endswith("running_var") and (value < 0).any()), None):
+        raise InputError(f"{source} has negative variances in {name}; train it again or use other weights")
     for key, value in state.items():
         expected[key].copy_(value)
     return new_head
+
+
+def _same_kind(value: Tensor, expected: Tensor) -> bool:
+    return value.is_floating_point() or not expected.is_floating_point()
 
 
 def load_own_weights(model: nn.Module, path: Path, remedy: str) -> None:

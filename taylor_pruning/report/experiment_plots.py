@@ -197,6 +197,11 @@ def trade_lines(results) -> dict:
     return lines
 
 
+def _criterion(results):
+    """What the scores are, in lines that are shorter than an axis."""
+    return (results.get("criterion") or "score").replace(", ", ",\n")
+
+
 def _plot_scores(results, path):
     scores = {name: numbers(values) for name, values in results["scores"].items()}
     scores = {name: values for name, values in scores.items() if np.isfinite(values).any()}
@@ -216,7 +221,7 @@ def _plot_scores(results, path):
             axes.axhline(0, color=BLACK, linewidth=0.5)
             axes.set_xlim(-0.7, len(scores) - 0.3)
             layer_axis(axes.xaxis, list(scores), width - 0.7)
-        axes.set_ylabel(results.get("criterion") or "score")
+        axes.set_ylabel(_criterion(results))
         handles = [Patch(facecolor="white", edgecolor=BLUE, label="all (5-25-50-75-95 %)"),
                    Line2D([], [], color=REMOVED, marker=".", linestyle="", markersize=5, label="removed")]  # fmt: skip
         figure.legend(handles=handles, loc="outside upper center", ncols=2)
@@ -275,6 +280,6 @@ def _plot_flow_and_score(results, path):
         for chosen, colour, marker, label in ((kept, KEPT, "o", "kept"), (~kept, REMOVED, "v", "removed")):
             axes.plot(score[chosen], flow[chosen], marker, color=colour, markersize=3, alpha=0.6, markeredgewidth=0,
                       label=f"{label} ({chosen.sum()})")  # fmt: skip
-        axes.set_xlabel(results.get("criterion") or "score")
+        axes.set_xlabel(_criterion(results))
         axes.set_ylabel("gradient flow of the filter")
         figure.legend(loc="outside upper center", ncols=2, markerscale=1.5)

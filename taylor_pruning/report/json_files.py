@@ -3,12 +3,20 @@
 import json
 import math
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from taylor_pruning.errors import InputError
 from taylor_pruning.files import atomic_path
+
+
+@dataclass(frozen=True)
+class Values:
+    """Shape of a dictionary or list, either of which may be empty, all of whose values have the shape `of`."""
+
+    of: object
 
 
 def plain(value):
@@ -59,8 +67,12 @@ def read_json(path: Path, shape=dict) -> dict | None:
 
 def has_shape(value, shape) -> bool:
     """Whether plain values have the types that `shape` gives: a type, or several, as for isinstance; a dictionary, whose
-    keys must be there, with values of its shapes; or a list of one shape, which at least one item and every item must have.
+    keys must be there, with values of its shapes; a list of one shape, which at least one item and every item must have; or
+    `Values`.
     """
+    if isinstance(shape, Values):
+        values = value.values() if isinstance(value, dict) else value
+        return isinstance(value, (dict, list)) and all(has_shape(item, shape.of) for item in values)
     if isinstance(shape, dict):
         return isinstance(value, dict) and all(key in value and has_shape(value[key], shape[key]) for key in shape)
     if isinstance(shape, list):

@@ -13,6 +13,7 @@ import numpy as np
 
 from taylor_pruning.errors import InputError
 from taylor_pruning.report.figures import METHODS
+from taylor_pruning.report.json_files import Values
 from taylor_pruning.report.tables import numbers
 
 # What is read back from files, for report.json_files.read_json. What was not measured is None.
@@ -20,7 +21,8 @@ NUMBER = (int, float, type(None))
 STAGE = {"stage": str, "top1": (int, float), "top5": NUMBER, "loss": NUMBER, "images": int, "parameters": int, "macs": int,
          "file_bytes": int, "latency_ms": NUMBER, "seconds": NUMBER}  # fmt: skip
 CELL = {"percentage": (int, float), "method": str, "seed": int, "status": str, "error": (str, type(None))}
-DONE_CELL = CELL | {"stages": [STAGE], "layers": dict, "fine_tuning": list, "accuracy_at_steps": list}
+DONE_CELL = CELL | {"stages": [STAGE], "layers": Values({"filters": int, "kept": int}), "fine_tuning": Values({"top1": NUMBER}),
+                    "accuracy_at_steps": Values({"step": int, "top1": NUMBER})}  # fmt: skip
 COSTS = {"macs": "MACs", "parameters": "parameters", "file_bytes": "size", "latency_ms": "latency"}
 COUNTED = {
     "filters": "filters",

@@ -44,6 +44,12 @@ class Collected:
             return order in self.orders
         return self.probed is not None and order in self.orders and (order < 3 or self.probed.t is not None)
 
+    def flow(self) -> Tensor:
+        """[N, units] gradient flow, on the CPU. Raises InputError if it was not collected."""
+        if self.directions is None or self.directions.flow is None:
+            raise InputError("the gradient flow was not collected; rank with use_gradient_flow=True")
+        return self.directions.flow.cpu()
+
     def _needs_probes(self, order):
         return self.directions is None or (self.by_probes and order > 1)
 

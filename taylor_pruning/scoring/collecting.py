@@ -10,6 +10,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
 
 from taylor_pruning.errors import InputError
+from taylor_pruning.first_batch import Batches, checked_batches, device_of
 from taylor_pruning.memory import Portions, merged
 from taylor_pruning.modes import frozen
 from taylor_pruning.scoring.flow import unit_gradient_norms
@@ -44,16 +45,17 @@ class Wanted:
     seed: int = 0
 
 
-def read_batches(task: Task, device: torch.device, batches: Iterable, purpose: str) -> list:
-    """The batches as scoring takes them: on the device, one sample each where the task's samples are not apart.
+def read_batches(task: Task, model: nn.Module, batches: Iterable, purpose: str) -> list:
+    """The batches as scoring takes them: on the model's device, one sample each where the task's samples are not apart.
 
-    Raises InputError if there is none, as of a generator that was read before, or if the task cannot read one.
+    Raises InputError if there is none, as of a generator that was read before, or if task or model cannot take one.
     """
     if not isinstance(batches, Iterable):
         raise InputError(f"the {purpose} images are of type {type(batches).__name__}; give a list of batches")
-    batches = [task.read(batch, f"{purpose} batch {number}", device) for number, batch in enumerate(batches)]
+    batches, device = list(batches), device_of(model)
     if not batches:
         raise InputError(f"there are no {purpose} images; pass at least one batch, in a list that can be read again")
+    batches = checked_batches(model, Batches(batches, f"the {purpose} images", device, task))
     if not task.samples_apart:
         return [one for batch in batches for one in split(batch, 1)]
     return merged(batches, device) if is_classification(task) else batches

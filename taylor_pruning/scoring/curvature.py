@@ -1,6 +1,7 @@
 """Which way the second and third derivatives of the scores are computed, and the report on it."""
 
 from taylor_pruning.errors import InputError
+from taylor_pruning.options import check_argument
 from taylor_pruning.scoring.collected import Collected
 from taylor_pruning.scoring.probes import mean_and_error, wrong_third_derivative
 from taylor_pruning.surgery.graph import ChannelGraph
@@ -74,6 +75,7 @@ def check_scoring(task: Task, settings, repairs: bool, use_gradient_flow: bool) 
     Args:
         settings: PruningSettings. repairs: whether scores are of what compensation cannot repair.
     """
+    check_argument("use_gradient_flow", use_gradient_flow, bool)
     task.require("loss", "the scores need")
     if repairs:
         task.require("divergence", "compensation needs")

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from taylor_pruning.errors import InputError, OutOfReachError
+from taylor_pruning.errors import InputError, OutOfReachError, instance_of
 from taylor_pruning.options import check, has_type, option
 from taylor_pruning.scoring.flow import weigh
 from taylor_pruning.selection.costs import cost_model
@@ -156,7 +156,8 @@ class Selection:
     def __init__(self, graph, percentage, constraints, ledger=None):
         check_percentage(percentage)
         self.graph, self.constraints = graph, constraints
-        self.ledger = ledger or Ledger.open(graph, constraints)
+        self.ledger = Ledger.open(graph, constraints) if ledger is None else ledger
+        instance_of("ledger", self.ledger, Ledger)
         self.chosen = []
         self.open = torch.ones(len(graph.units), dtype=torch.bool)
         self.layer_counts = [self._count_layers(unit) for unit in graph.units]

@@ -40,7 +40,7 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
 
 
 def without_wrappers(model: nn.Module) -> nn.Module:
-    """The same of any network, also of one without values."""
+    """The network as `unwrapped` gives it, whatever it is made of."""
     return _rebuilt(model, {}, {})
 
 
@@ -108,5 +108,7 @@ def _refuse_module(module, where):
         raise InputError(f"{where} ({type(module).__name__}) has no shape yet; run the network once on images")
     if any(p.is_meta for p in parameters):
         raise InputError(f"the weights of {where} are on the meta device, without values; load them")
+    if any(t.is_inference() for t in (*parameters, *module._buffers.values()) if t is not None):
+        raise InputError(f"the tensors of {where} were made in torch.inference_mode(); make the network outside of it")
     if any(type(p).__module__.startswith("torch.distributed") for p in parameters):
         raise InputError(f"the weights of {where} are spread over processes; give a network that has them whole")

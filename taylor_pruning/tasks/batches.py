@@ -29,6 +29,17 @@ def size(batch) -> int:
     return len(images(batch))
 
 
+def lengths(batch) -> set[int]:
+    """Numbers of samples that the fields have; one number in a batch that can be taken apart."""
+    found = set()
+    _map_fields(batch, lambda field: found.update(_length(field)), top=True)
+    return found
+
+
+def _length(field):
+    return [len(field)] if isinstance(field, (list, tuple)) or (isinstance(field, Tensor) and field.dim()) else []
+
+
 def shapes(batch) -> tuple:
     """Those of one sample in every field that is a tensor; batches of the same ones can be joined."""
     found = []

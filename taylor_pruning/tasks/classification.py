@@ -1,11 +1,15 @@
 """One class an image, or several: logits against class numbers, or against yes-or-no labels."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from taylor_pruning.checks import check_batch, describe, read_batch
+from taylor_pruning.checks import check_batch, describe, read_batch, refuse_probabilities
 from taylor_pruning.errors import InputError
+from taylor_pruning.modes import modes_kept, requirements_kept
+from taylor_pruning.options import check_argument
 from taylor_pruning.tasks.directions import bernoulli_directions, random_directions
 from taylor_pruning.tasks.task import Task
 
@@ -46,6 +50,9 @@ class Classification(Task):
         if not torch.isfinite(outputs).all():
             raise InputError(f"the network gives NaN or infinite logits for {where}; check its weights")
 
+    def check_kind(self, model, outputs, batch):
+        refuse_probabilities(outputs)
+
 
 class OtherLoss(Classification):
     """Class logits under another loss (logits [B, K], labels [B]) -> [B]; without a divergence, so without compensation."""
@@ -53,7 +60,12 @@ class OtherLoss(Classification):
     name, loss_name = "classification by another loss than the cross-entropy", "loss"
 
     def __init__(self, loss):
+        if not callable(loss):
+            raise InputError(f"the loss is {loss!r}; give a function of (logits, labels)")
         self.of_labels = loss
+
+    def check_kind(self, model, outputs, batch):
+        """Another loss may take probabilities."""
 
     def loss(self, outputs, batch):
         losses = self.of_labels(outputs, batch[1])
@@ -87,6 +99,17 @@ class MultiLabel(Task):
             shape = [*outputs.shape] if isinstance(outputs, Tensor) else describe(outputs)
             raise InputError(
                 f"the network gives {shape} for {where}, but the labels are {[*batch[1].shape]}; give as many"
+            )
+
+    def check_kind(self, model, outputs, batch):
+        """Values alone do not show probabilities: few logits may lie between 0 and 1, too."""
+        if (outputs < 0).any() or (outputs > 1).any():
+            return
+        with modes_kept(model), requirements_kept(model), torch.enable_grad():
+            last = self.forward(model.eval().requires_grad_(True), batch).grad_fn
+        if type(last).__name__.startswith("Sigmoid"):
+            raise InputError(
+                "the network ends in a sigmoid; give it without that last step: the loss takes logits, and applies the sigmoid"
             )
 
     def loss(self, outputs: Tensor, batch) -> Tensor:
@@ -134,11 +157,14 @@ def is_classification(task: Task) -> bool:
     return type(task) is Classification
 
 
-def task_of(task: Task | None) -> Task:
-    """The task, classification where none is given. Raises InputError if it is none."""
+def task_of(task: Task | None, loss: Callable | None = None) -> Task:
+    """The task, classification where none is given, by the cross-entropy or another loss. Raises InputError if it is none."""
     if task is None:
-        return Classification()
+        return Classification() if loss is None else OtherLoss(loss)
+    if loss is not None:
+        raise InputError("a task has a loss of its own; give a task or a loss, not both")
     if not isinstance(task, Task):
         kind = task.__name__ if isinstance(task, type) else type(task).__name__
         raise InputError(f"task is {kind}; give an instance of taylor_pruning.tasks.task.Task, as Segmentation()")
+    check_argument("larger_is_better", task.larger_is_better, bool)
     return task

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from taylor_pruning.checks import CLASS_NUMBERS, describe
+from taylor_pruning.checks import CLASS_NUMBERS, describe, refuse_probabilities
 from taylor_pruning.errors import InputError
 from taylor_pruning.options import check_argument
 from taylor_pruning.tasks.classification import kl_divergence
@@ -63,6 +63,9 @@ class Segmentation(Task):
             raise InputError(
                 f"{where} holds class {wrong}, but the network has {outputs.shape[1]} classes (and ignores {self.ignore_index})"
             )
+
+    def check_kind(self, model, outputs, batch):
+        refuse_probabilities(outputs)
 
     def loss(self, outputs, batch) -> Tensor:
         if isinstance(outputs, dict):

@@ -14,14 +14,17 @@
 Ready-made tasks: Classification, MultiLabel, Segmentation, Regression, Detection (taylor_pruning.tasks.*).
 """
 
+from collections.abc import Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from taylor_pruning.checks import describe
 from taylor_pruning.distributed import all_reduce_sum
 from taylor_pruning.errors import InputError
 from taylor_pruning.modes import in_evaluation
+from taylor_pruning.options import has_type
 from taylor_pruning.surgery.nested import map_tensors, tensors_in
 from taylor_pruning.tasks import batches
 from taylor_pruning.tasks.directions import root_times
@@ -92,6 +95,11 @@ class Task:
             at = unflatten(leaf, outputs)
             value = self.divergence(at, map_tensors(outputs, Tensor.detach)).sum()
             (slope,) = torch.autograd.grad(value, leaf, create_graph=True)
+            if not slope.requires_grad:
+                raise InputError(
+                    f"divergence of the task {self.name} has no second derivative; take one that is smallest, and curved, "
+                    "where both outputs are equal, as the squared difference"
+                )
 
             def product(vectors):
                 return torch.autograd.grad(slope, leaf, vectors, retain_graph=True, materialize_grads=True)[0]
@@ -143,6 +151,24 @@ class Task:
             raise InputError(f"{self.name}: the network gives no numbers for {where}; define forward(model, batch)")
         if any(not t.isfinite().all() for t in tensors):
             raise InputError(f"the network gives NaN or infinite outputs for {where}; check its weights and the inputs")
+
+    def check_kind(self, model: nn.Module, outputs, batch) -> None:
+        """Raises InputError if the network's last step gives another kind of outputs, as probabilities in place of logits."""
+
+    def evaluated(self, model: nn.Module, loader, where: str = "the evaluation") -> dict:
+        """What `evaluate` gives, single numbers as Python's. Raises InputError if the main metric is not among them."""
+        found = self.evaluate(model, loader)
+        if not isinstance(found, Mapping):
+            raise InputError(f"evaluate of the task {self.name} gives {describe(found)}; give {{metric: number}}")
+        metrics = {k: v.item() if isinstance(v, Tensor) and v.numel() == 1 else v for k, v in found.items()}
+        if self.main not in metrics:
+            raise InputError(
+                f"evaluate of the task {self.name} gives {', '.join(map(str, metrics))} for {where}, but its main metric is "
+                f"{self.main}"
+            )
+        if not has_type(metrics[self.main], float):
+            raise InputError(f"{self.main} of the task {self.name} is {describe(metrics[self.main])}; give a number")
+        return metrics
 
     @contextmanager
     def explained(self, outputs, batch, where: str):

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from taylor_pruning.checks import nonfinite_weight
 from taylor_pruning.distributed import barrier, broadcast_buffers, gather_objects, is_main, rank, world_size
+from taylor_pruning.errors import InputError
 from taylor_pruning.generators import rng_state, set_rng_state
 from taylor_pruning.stored import restore, snapshot, stored
 from taylor_pruning.tasks.batches import size
@@ -88,6 +89,7 @@ class Training:
         self.device = next(model.parameters()).device
         self.recipe = recipe = recipe.resolved(self.device, teacher is not None)
         self.identity = {**asdict(recipe), "batches per epoch": batches, "processes": world_size()}
+        self.batches = batches
         self.steps_per_epoch = math.ceil(batches / recipe.accumulate)
         total, warmup = (self.steps_per_epoch * epochs for epochs in (recipe.epochs, recipe.warmup_epochs))
         self.steps = OptimiserSteps(model, recipe, teacher, total=None if constant_lr else total, warmup=warmup,
@@ -99,12 +101,15 @@ class Training:
         self.saved_epoch: int | None = None
 
     def train_epoch(self, loader, epoch: int, bar: tqdm, limit: int | None = None) -> dict:
-        """The steps of one epoch, `limit` at most; returns its largest learning rate and mean training loss per image."""
+        """The steps of one epoch, `limit` at most; returns its largest learning rate and mean training loss per image.
+
+        Raises InputError if the loader gives no batch, as one that can be read only once.
+        """
         self.steps.network.train()
         if hasattr(loader, "set_epoch"):
             loader.set_epoch(epoch)
         log, totals = BatchLog(self.device), _Totals()
-        iterator, rates = iter(loader), []
+        iterator, rates = islice(loader, self.batches), []  # a stream may give more than its length, without an end
         while len(rates) != limit and (batches := list(islice(iterator, self.recipe.accumulate))):
             first = len(rates) * self.recipe.accumulate
             places = [f"training: epoch {epoch}, batch {first + index}" for index in range(len(batches))]
@@ -120,6 +125,10 @@ class Training:
                 self._check_weights(epoch, rates)
                 self.measure()
             bar.update()
+        if not rates:
+            raise InputError(
+                f"training: the loader gives no batch in epoch {epoch}; give one that can be read again and again"
+            )
         self._read(log, totals, epoch, rates)
         self._check_weights(epoch, rates)
         broadcast_buffers(self.model)

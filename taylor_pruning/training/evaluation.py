@@ -48,10 +48,7 @@ def measure(
         return evaluate(model, loader, memory_limit=memory_limit, **options)
     check_weights(model)
     with in_evaluation(model), torch.no_grad():
-        found = task.evaluate(model, loader)
-        metrics = {name: value.item() if isinstance(value, Tensor) else value for name, value in found.items()}
-    if task.main not in metrics:
-        raise InputError(f"the task {task.name} compares networks by {task.main!r}, which its evaluate does not give")
+        metrics = task.evaluated(model, loader)
     return metrics if "loss" in metrics else metrics | {"loss": mean_loss(task, model, loader)}
 
 

@@ -57,6 +57,7 @@ class Measuring:
     ):
         self.dense, self.val_loader, self.calibration = dense, val_loader, calibration
         self.amp, self.memory_limit, self.progress, self.task = amp, memory_limit, progress, task_of(task)
+        _check_stage(dense_stage, self.task)
         self.monitor = spread_images(val_loader, MONITOR_IMAGES)
         whole = are_all_images(self.monitor, val_loader, MONITOR_IMAGES)
         self.validation = self.monitor if whole else val_loader
@@ -180,3 +181,13 @@ class Measuring:
                     sums = {name: sums.get(name, 0.0) + losses.double().sum().item() for name, losses in found.items()}
                 samples += size(batch)
         return {name: total / samples for name, total in sums.items()}
+
+
+def _check_stage(stage: dict | None, task: Task) -> None:
+    """Raises InputError if the dense network's stage is given, but is none of this task."""
+    needed = {"stage", task.main, "loss", "parameters", "macs"}
+    if stage is not None and not (isinstance(stage, dict) and needed <= stage.keys()):
+        raise InputError(
+            f"dense_stage must hold {', '.join(sorted(needed))}; give what dense_stage() of another pruning returned, or "
+            "leave it out"
+        )

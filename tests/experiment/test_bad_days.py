@@ -415,6 +415,11 @@ def test_damaged_results_are_named_and_computed_again(swept, whole, tmp_path, ca
         (folder / name).unlink()
         if name != "results.json":
             shutil.copy(swept / name, folder / name)
+    cell = folder / "cells/order-2_30_seed-0.json"
+    for damage in ({"layers": {"conv": 3}}, {"accuracy_at_steps": [1]}, {"fine_tuning": "none"}):
+        cell.write_text(json.dumps(json.loads((swept / "cells" / cell.name).read_text()) | damage))
+        refused(run_enhanced_pruning.main(["--resume", str(folder)]), capsys, cell, "damaged", "remove it")
+    cell.unlink()
     single_run = tmp_path / "single"
     shutil.copytree(whole, single_run)
     cut_off(single_run / "results.json")
@@ -572,8 +577,14 @@ def test_names_that_are_not_even_utf8_work(images, tmp_path, capsys):
 
 
 def test_a_bare_environment_in_ascii_works(images, whole, tmp_path):
-    """As under cron: no UTF-8, no home, nothing but PATH."""
-    environment = {"LC_ALL": "C", "PYTHONUTF8": "0", "PATH": os.defpath, "OMP_NUM_THREADS": "1"}
+    """As under cron: no UTF-8, no home, nothing but PATH, and a backend of plots that does not exist."""
+    environment = {
+        "LC_ALL": "C",
+        "PYTHONUTF8": "0",
+        "PATH": os.defpath,
+        "OMP_NUM_THREADS": "1",
+        "MPLBACKEND": "nonsense",
+    }
     folder = tmp_path / "Läufe 猫"
     command = [sys.executable, ROOT / "run_single_experiment.py", "--data-path", images, *QUICK, "--skip-corrupt",
                "--weights", whole / "dense_model.pt", "--fine-tune-epochs", "0", "--output-dir", folder]  # fmt: skip

@@ -111,6 +111,14 @@ def test_hidden_files_and_folders_are_passed_over(tmp_path, hidden):
     assert data.classes == ["cat", "dog"] and (len(data.train), len(data.val)) == (6, 6)
 
 
+@pytest.mark.parametrize("link", ["train/bird", "val/bird", "train/cat/more", "train/cat/9.png"])
+def test_a_link_that_leads_nowhere_is_no_class_less(tmp_path, link):
+    root = write_folder(tmp_path)
+    (root / link).symlink_to("/no/such/disk")
+    with pytest.raises(InputError, match=f"{link.rpartition('/')[2]}.*(mount what they lead to|No such file)"):
+        load_image_folder(root)
+
+
 def test_validation_may_lack_classes(tmp_path):
     root = write_folder(tmp_path, ["a", "b", "c"])
     for file in (root / "val" / "b").iterdir():

@@ -90,6 +90,19 @@ def test_a_run_of_an_older_version_goes_on_with_the_images_that_are_there(interr
     assert inputs["images"]["classes"] == ["cat", "dog"] and str(data) == config["arguments"]["data_path"]
 
 
+@pytest.mark.parametrize("inputs", [3, {"images": 3}, {"images": {"classes": [], "train": [1], "val": {}}}])
+def test_a_config_that_does_not_say_which_images_is_named(inputs, interrupted, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(interrupted[0], run)
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"inputs": inputs}))
+    refused(
+        run_single_experiment.main(["--resume", str(run)]),
+        capsys,
+        "does not say which images the run read; start a new run",
+    )
+
+
 def test_other_weights_do_not_continue_a_sweep(interrupted, tmp_path, monkeypatch, capsys):
     run, data = interrupted
     weights = tmp_path / "weights.pt"

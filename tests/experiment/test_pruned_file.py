@@ -5,6 +5,7 @@ import torch
 from killed_runs import PROCESSES
 from pruned_networks import EveryKind, pruned_every_kind, pruned_network
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from taylor_pruning.errors import InputError
 from taylor_pruning.experiment.models import build_model
@@ -192,6 +193,33 @@ def test_wrong_files_and_factories_are_named(tmp_path):
         load_pruned(path, EveryKind)
 
 
+def test_wrong_paths_devices_and_fields_are_named(tmp_path):
+    path = tmp_path / "pruned.pt"
+    save_pruned(path, pruned_every_kind())
+    for given, message in (
+        ((None, EveryKind), "the file is of type NoneType; give the path"),
+        ((path, EveryKind, "gpu"), "there is no device 'gpu' here .*give another one, as 'cpu'"),
+        ((path, EveryKind, "cuda:99"), "there is no device 'cuda:99' here"),
+    ):
+        with pytest.raises(InputError, match=message):
+            load_pruned(*given)
+    content = torch.load(path, weights_only=True)
+    for name, value in (("attributes", None), ("state_dict", []), ("name", 3), ("image_size", "32")):
+        torch.save(content | {name: value}, path)
+        with pytest.raises(InputError, match=f"is damaged: it lacks {name}"):
+            load_pruned(path, EveryKind)
+    torch.save(content | {"format_version": None}, path)
+    load_pruned(path, EveryKind)
+
+
+@pytest.mark.parametrize("wrapper", [nn.DataParallel, AveragedModel])
+def test_wrappers_are_left_out_of_the_file(tmp_path, wrapper):
+    model = nn.Sequential(nn.Linear(4, 2)).eval()
+    save_pruned(tmp_path / "pruned.pt", wrapper(model))
+    for factory in (lambda: nn.Sequential(nn.Linear(4, 2)), lambda: wrapper(nn.Sequential(nn.Linear(4, 2)))):
+        assert torch.equal(load_pruned(tmp_path / "pruned.pt", factory)[0].weight, model[0].weight)
+
+
 def test_what_could_not_be_loaded_is_not_saved(tmp_path):
     path = tmp_path / "pruned.pt"
     with pytest.raises(InputError, match="not resnet18"):
@@ -200,6 +228,14 @@ def test_what_could_not_be_loaded_is_not_saved(tmp_path):
         save_pruned(path, pruned_every_kind(), name="resnet18", num_classes=3)
     with pytest.raises(InputError, match="JSON"):
         save_pruned(path, pruned_every_kind(), extra={"scores": torch.zeros(3)})
+    circle = {}
+    circle["again"] = circle
+    with pytest.raises(InputError, match="JSON values only: Circular"):
+        save_pruned(path, pruned_every_kind(), extra=circle)
+    with pytest.raises(InputError, match="num_classes must be a whole number, not '3'"):
+        save_pruned(path, pruned_every_kind(), name="resnet18", num_classes="3", image_size=32)
+    with pytest.raises(InputError, match="on the meta device, without values"):
+        save_pruned(path, nn.Linear(2, 2, device="meta"))
     with pytest.raises(InputError, match="model is of type dict; give an instance of Module"):
         save_pruned(path, {})
     with pytest.raises(InputError, match="is a folder; give the path of a file"):

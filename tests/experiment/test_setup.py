@@ -29,6 +29,12 @@ def test_schedule(case):
     assert recipe.warmup_epochs == min(1, recipe.epochs / 4) and recipe.weight_decay == 5e-4
 
 
+def test_a_dense_network_is_trained_without_a_teacher():
+    built = dataclasses.replace(build_model("vgg7_bn", 10, image_size=32), new_head=False)
+    recipe, _ = dense_training(parse(ExperimentTask, "", ["--distillation-weight", "0.9"]), built, 3000)
+    assert recipe.distillation_weight == 0
+
+
 @pytest.mark.parametrize(("device", "variable"), [("cpu", "CXX"), ("cuda", "CC")])
 def test_a_missing_compiler_is_named_before_anything_is_trained(device, variable, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))

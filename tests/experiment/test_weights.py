@@ -1,6 +1,7 @@
 """Weights from files as people have them."""
 
 import pickle
+import sys
 
 import pytest
 import torch
@@ -99,6 +100,56 @@ def test_two_networks_in_one_file_are_refused(squeezenet, tmp_path):
 def test_files_without_weights_are_refused(tmp_path, content):
     with pytest.raises(InputError, match="holds no state_dict"):
         load_squeezenet(content, tmp_path / "weights.pt")
+
+
+def test_a_dictionary_that_holds_itself_is_no_state(tmp_path):
+    content = {}
+    content["model"] = content
+    with pytest.raises(InputError, match="holds no state_dict"):
+        load_squeezenet(content, tmp_path / "weights.pt")
+
+
+UNUSABLE = {
+    "whole numbers": (lambda w: w.to(torch.int8), r"1 of another type \(features.0.weight\)"),
+    "complex numbers": (lambda w: w.to(torch.complex64), "1 of another type"),
+    "quantised": (
+        lambda w: torch.quantize_per_tensor(w, 0.01, 0, torch.qint8),
+        "features.0.weight quantised, sparse or",
+    ),
+    "sparse": (lambda w: w.to_sparse(), "features.0.weight quantised, sparse or without values"),
+    "without values": (lambda w: w.to("meta"), "features.0.weight quantised, sparse or without values"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch, about such tensors
+@pytest.mark.parametrize("kind", UNUSABLE)
+def test_tensors_that_are_no_plain_weights_are_refused(squeezenet, tmp_path, kind):
+    change, message = UNUSABLE[kind]
+    state = squeezenet
+    with pytest.raises(InputError, match=message):
+        load_squeezenet(state | {"features.0.weight": change(state["features.0.weight"])}, tmp_path / "weights.pt")
+
+
+def test_a_file_of_safetensors_is_read_and_a_damaged_one_is_named(squeezenet, tmp_path, monkeypatch):
+    files, path = pytest.importorskip("safetensors.torch"), tmp_path / "weights.safetensors"
+    files.save_file(squeezenet, path)
+    assert_same(build_model("squeezenet1_1", 5, image_size=32, weights=path).model.state_dict(), squeezenet)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(InputError, match="cannot be read as tensors: it is damaged"):
+        build_model("squeezenet1_1", 5, image_size=32, weights=path)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(InputError, match="without safetensors; pip install safetensors"):
+        build_model("squeezenet1_1", 5, image_size=32, weights=path)
+
+
+def test_names_are_text_and_variances_are_not_negative(squeezenet, tmp_path):
+    with pytest.raises(InputError, match="holds no state_dict"):
+        load_squeezenet(dict(enumerate(squeezenet.values())), tmp_path / "weights.pt")
+    state = build_model("vgg7_bn", 3, image_size=32).model.state_dict()
+    state["features.1.running_var"][0] = -1
+    torch.save(state, tmp_path / "weights.pt")
+    with pytest.raises(InputError, match="negative variances in features.1.running_var"):
+        build_model("vgg7_bn", 3, image_size=32, weights=tmp_path / "weights.pt")
 
 
 def test_old_names_of_densenet_files(tmp_path):

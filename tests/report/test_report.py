@@ -346,6 +346,21 @@ def test_labels_lie_inside_of_the_picture(tmp_path):
         assert axes.yaxis.label.get_window_extent().x0 >= 0
 
 
+@pytest.mark.parametrize("name", ["estimated loss change (nats)", "mean squared first-order term (nats²)"])
+def test_names_of_scores_lie_inside_of_their_pictures(tmp_path, monkeypatch, name):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: [figures.append(figure), Path(path).touch()])
+    results = make_results() | {"criterion": f"{name}, weighed by gradient flow"}
+    with careful_plots():
+        ExperimentPlots._plot_scores(results, tmp_path / "a.png")
+        ExperimentPlots._plot_flow_and_score(results, tmp_path / "b.png")
+        for figure, axis in zip(figures, ("yaxis", "xaxis"), strict=True):
+            figure.draw_without_rendering()
+            label = getattr(figure.axes[0], axis).label.get_window_extent()
+            whole = figure.bbox
+            assert whole.x0 <= label.x0 < label.x1 <= whole.x1 and whole.y0 <= label.y0 < label.y1 <= whole.y1
+
+
 def test_a_plot_that_fails_in_the_middle_leaves_nothing_behind(tmp_path, monkeypatch):
     def half(self, path, **options):
         Path(path).write_bytes(b"\x89PNG")

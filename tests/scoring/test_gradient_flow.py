@@ -236,7 +236,7 @@ def test_the_model_comes_back_as_it_was(channels):
     if channels == 3:
         analyzer.analyze(data)
     else:
-        with pytest.raises(RuntimeError):
+        with pytest.raises(InputError):
             analyzer.analyze(data)
     assert model.training and model.conv1.training and not model.bn1.training
     assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["conv2.weight"]

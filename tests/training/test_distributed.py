@@ -7,7 +7,8 @@ import torch
 from toys import ListLoader, states_equal, toy_data, toy_model, without_seconds
 from two_processes import in_two_processes
 
-from taylor_pruning.distributed import is_main, rank, world_size
+from taylor_pruning.distributed import init_distributed, is_main, rank, world_size
+from taylor_pruning.errors import InputError
 from taylor_pruning.training.evaluation import evaluate
 from taylor_pruning.training.fine_tuning import fine_tune
 from taylor_pruning.training.recipe import Recipe
@@ -30,6 +31,13 @@ def distributed_worker(folder):
     again = fine_tune(resumed, train, val, recipe, checkpoint=Path(folder, "c.pt"), resume=True, progress=False)
     assert without_seconds(again) == without_seconds(history) and states_equal(model, resumed)
     return {"accuracy": vars(accuracy), "history": history.epochs, "state": model.state_dict()}
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK", "LOCAL_RANK"])
+def test_an_environment_that_is_no_number_is_named(name, monkeypatch):
+    monkeypatch.setenv(name, "two")
+    with pytest.raises(InputError, match=f"{name} is 'two', which is no number; unset it"):
+        init_distributed(torch.device("cpu"))
 
 
 def test_two_processes_equal_one(tmp_path):

@@ -1,0 +1,109 @@
+"""Tasks that do not give what their methods promise, and networks whose outputs are of another kind than the task takes."""
+
+import pytest
+import torch
+from torch import nn
+
+from EnhancedPruning import EnhancedPruning, InputError, PruningSettings
+from taylor_pruning.tasks.classification import MultiLabel
+from taylor_pruning.tasks.dense import Segmentation
+from taylor_pruning.tasks.task import Task
+
+IMAGES = torch.randn(12, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+TARGETS = IMAGES.mean((2, 3))[:, :1]
+
+
+def network(*end, outputs=1):
+    torch.manual_seed(0)
+    body = nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 6, 3, padding=1), nn.ReLU()
+    return nn.Sequential(*body, nn.Conv2d(6, outputs, 1), *end).eval()
+
+
+def one_number():
+    return network(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def prune(task, model, *batches):
+    pruning = EnhancedPruning(model, batches, batches, task=task, settings=PruningSettings(rounds=1), progress=False)
+    return pruning.prune(30)
+
+
+class Own(Task):
+    name, main, larger_is_better = "own", "rmse", False
+
+    def loss(self, outputs, batch):
+        return (outputs - batch[1]).square().flatten(1).mean(1)
+
+    def divergence(self, outputs, dense_outputs):
+        return (outputs - dense_outputs).square().flatten(1).mean(1)
+
+    def evaluate(self, model, loader):
+        return {"rmse": 1.0}
+
+
+WRONG = {
+    "a loss without a gradient": (
+        "loss",
+        lambda *args: Own.loss(*args).detach(),
+        "loss of the task own has no gradient",
+    ),
+    "a loss of whole numbers": (
+        "loss",
+        lambda *args: Own.loss(*args).long(),
+        r"torch.int64 \[8\].*one number a sample",
+    ),
+    "a divergence without a gradient": (
+        "divergence",
+        lambda *args: Own.divergence(*args).detach(),
+        "has no gradient in",
+    ),
+    "a linear divergence": (
+        "divergence",
+        lambda self, a, b: (a - b).mean(1),
+        "no second derivative; take one that is",
+    ),
+    "metrics in a list": (
+        "evaluate",
+        lambda *args: [1.0],
+        "evaluate of the task own gives a list of 1; give {metric: number}",
+    ),
+    "a number as metrics": ("evaluate", lambda *args: 1.0, "of type float; give {metric: number}"),
+    "a metric in words": (
+        "evaluate",
+        lambda *args: {"rmse": "good"},
+        "rmse of the task own is .* of type str; give a number",
+    ),
+    "no metric": ("evaluate", lambda *args: {"rmse": None}, "give a number"),
+    "metrics of classes": ("evaluate", lambda *args: {"rmse": torch.ones(2)}, r"is a tensor \[2\]; give a number"),
+    "a direction in words": ("larger_is_better", "no", "larger_is_better must be True or False, not 'no'"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_a_task_gives_is_checked(case):
+    name, wrong, message = WRONG[case]
+    with pytest.raises(InputError, match=message):
+        prune(type("Wrong", (Own,), {name: wrong})(), one_number(), (IMAGES, TARGETS))
+
+
+def test_fields_of_unequal_length_are_refused():
+    with pytest.raises(InputError, match="batch 0 of the training loader has fields of 5 and 12 samples"):
+        prune(Own(), one_number(), (IMAGES, TARGETS[:5]))
+    assert prune(Own(), one_number(), (IMAGES, TARGETS, ["a name"] * 12, 7)).plan
+
+
+@pytest.mark.parametrize(("end", "name"), [(nn.Softmax(1), "Softmax"), (nn.LogSoftmax(1), "LogSoftmax")])
+def test_probabilities_of_pixels_are_no_logits(end, name):
+    batch = IMAGES, (IMAGES[:, 0] > 0).long()
+    assert prune(Segmentation(), network(outputs=2), batch).plan
+    with pytest.raises(InputError, match=f"ends in {name}; give it without"):
+        prune(Segmentation(), network(end, outputs=2), batch)
+
+
+def test_probabilities_of_labels_are_no_logits():
+    end, batch = (nn.AdaptiveAvgPool2d(1), nn.Flatten()), (IMAGES, (IMAGES[:, :2].mean((2, 3)) > 0))
+    model = network(*end, outputs=2)
+    model[4].bias.data.fill_(0.5)  # logits between 0 and 1, which are none
+    assert prune(MultiLabel(), model, batch).plan
+    with pytest.raises(InputError, match="ends in a sigmoid; give it without"):
+        prune(MultiLabel(), network(*end, nn.Sigmoid(), outputs=2), batch)
