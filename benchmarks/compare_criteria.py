@@ -26,6 +26,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.utils.data import default_collate
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
@@ -109,7 +110,7 @@ def balanced(data, images, seed):
     """A validation loader with equally many images of every class, the classes interleaved."""
     by_class = [torch.nonzero(torch.as_tensor(data.val.targets) == c).flatten() for c in range(data.num_classes)]
     order = torch.stack([index[: images // data.num_classes] for index in by_class], 1).flatten()
-    return list(zip(data.val.take(order).split(250), torch.as_tensor(data.val.targets)[order].split(250), strict=True))
+    return [default_collate([data.val[int(index)] for index in part]) for part in order.split(250)]
 
 
 def networks(criterion, pruning, data, arguments, seed, batches):

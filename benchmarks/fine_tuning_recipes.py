@@ -82,7 +82,8 @@ class Seed:
         self.compensation = calibration_batches(data, arguments.compensation_samples, 100, seed=seed)
         self.train = make_loader(data.train, arguments.batch_size, shuffle=True, seed=seed)
         amp = arguments.amp
-        self.recipe = Recipe(epochs=1, lr=arguments.lr, amp=amp, channels_last=bool(amp), clip_norm=None)
+        self.recipe = Recipe(epochs=1, lr=arguments.lr, amp=amp, channels_last=bool(amp), distillation_weight=0.0,
+                             clip_norm=None)  # fmt: skip
         self.networks = {}
 
     def pruned(self, steps_between):
