@@ -210,10 +210,11 @@ def test_a_refusal_says_what_to_do(name):
         ChannelGraph(Given(run).double().eval(), example)
 
 
-def test_distributions_do_not_look_at_values_in_a_trace():
+def test_distributions_do_not_look_at_values_in_a_trace(monkeypatch):
     def run(network, x):
         return torch.distributions.Normal(network.logits(x), 1.0).mean
 
+    monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", True)  # torch.compile turns it off
     assert len(check_law(Given(run).double().eval(), images(), seeds=(0,)).units) == 8
     with pytest.raises(ValueError, match="Expected parameter loc"):
         torch.distributions.Normal(torch.tensor(torch.nan), 1.0)
