@@ -108,8 +108,10 @@ def load(arguments):
 
 def balanced(data, images, seed):
     """A validation loader with equally many images of every class, the classes interleaved."""
-    by_class = [torch.nonzero(torch.as_tensor(data.val.targets) == c).flatten() for c in range(data.num_classes)]
-    order = torch.stack([index[: images // data.num_classes] for index in by_class], 1).flatten()
+    targets = torch.as_tensor(data.val.targets)
+    classes = targets.unique()
+    by_class = [torch.nonzero(targets == c).flatten() for c in classes]
+    order = torch.stack([index[: images // len(classes)] for index in by_class], 1).flatten()
     return [default_collate([data.val[int(index)] for index in part]) for part in order.split(250)]
 
 
