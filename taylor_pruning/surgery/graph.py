@@ -16,6 +16,7 @@ from taylor_pruning.surgery.cut import cut
 from taylor_pruning.surgery.execution import Execution, blended, gate, gated_norm
 from taylor_pruning.surgery.nested import tensors_in
 from taylor_pruning.surgery.numbering import Numbering
+from taylor_pruning.surgery.one_sample import check_one_sample
 from taylor_pruning.surgery.other_sizes import REPLACED
 from taylor_pruning.surgery.outliving import unchanged
 from taylor_pruning.surgery.plans import exclude_filters, plan_of, units_of
@@ -57,8 +58,8 @@ class ChannelGraph:
         left_whole: {} (surgery.parts.PartsGraph: {part: why it cannot be pruned}).
 
     Raises:
-        InputError: the network cannot be traced, copied, or run on the example, its outputs depend on the call before, or a
-            pattern matches no layer.
+        InputError: the network cannot be traced, copied, or run on the example, its outputs depend on the call before, it
+            computes something else for one sample, or a pattern matches no layer.
     """
 
     def __init__(self, model, example_input, exclude=(), prune_linear=False, verify=True, prune_heads=False):
@@ -83,6 +84,8 @@ class ChannelGraph:
             check_calls(model, self._trials[-1], {mode: trace.kept for mode, trace in traces.items()})
         analysis = self._analysed(traces, exclude, Ways(heads=prune_heads))
         if verify:
+            with unchanged(self._caches):
+                check_one_sample(self, self._trials)
             self._protect_faults(analysis)
 
     def _analysed(self, traces, exclude, ways):
