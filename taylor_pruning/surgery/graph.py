@@ -84,9 +84,9 @@ class ChannelGraph:
             check_calls(model, self._trials[-1], {mode: trace.kept for mode, trace in traces.items()})
         analysis = self._analysed(traces, exclude, Ways(heads=prune_heads))
         if verify:
+            self._protect_faults(analysis)
             with unchanged(self._caches):
                 check_one_sample(self, self._trials)
-            self._protect_faults(analysis)
 
     def _analysed(self, traces, exclude, ways):
         """The analysis by which the most filters may go, of every way to cut that keeps the network exact."""
