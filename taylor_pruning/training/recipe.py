@@ -124,11 +124,10 @@ class Recipe:
     )
     clip_norm: float | None = option(
         3.0,
-        "largest gradient norm, None for no clipping",
-        "Without clipping a repaired MobileNetV2 lost 5 to 16 points of its fine-tuning.",
+        "largest norm of the gradient of all weights; longer ones are scaled down to it",
+        "It kept a repaired MobileNetV2 from losing what it had. On a ResNet-32 it costs half a point: 100 turns it off.",
         low=0,
         open_low=True,
-        command_line=False,
     )
     channels_last: bool | None = option(
         None,
