@@ -22,7 +22,7 @@ selection do not use them; scoring.flow derives optional weights of scores from 
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate, compress, pairwise
 from statistics import linear_regression, median
@@ -34,7 +34,7 @@ from torch.nn import functional as F
 
 from taylor_pruning.checks import check_gradient_mode
 from taylor_pruning.errors import InputError
-from taylor_pruning.first_batch import Batches, check_inputs, device_of
+from taylor_pruning.first_batch import Batches, check_first, device_of
 from taylor_pruning.modes import frozen
 from taylor_pruning.scoring.flow import unit_gradient_norms
 from taylor_pruning.scoring.gates import gated_outputs, open_gates
@@ -68,10 +68,10 @@ def collect_flow(model: nn.Module, graph: ChannelGraph, batches: Iterable) -> Te
     if not isinstance(batches, Iterable):
         raise InputError(f"the images are of type {type(batches).__name__}; give a list of batches (images, labels)")
     name, task = "the images of gradient flow", Classification()
-    if not (batches := list(batches)):
-        raise InputError("there are no images to measure gradient flow on; pass at least one batch")
+    if isinstance(batches, Iterator):
+        batches = list(batches)
     loader = Batches(batches, name, device_of(model), task)
-    check_inputs(model, [loader])
+    check_first(model, loader)
     for number, (images, labels) in enumerate(loader):
         gates, gated = open_gates(graph, images), []
 

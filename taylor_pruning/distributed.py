@@ -18,24 +18,28 @@ from taylor_pruning.stored import stored
 T = TypeVar("T")
 
 
+def _number(name, default=0):
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise InputError(f"{name} is {text!r}, which is no number; unset it, or start several processes with torchrun")
+    return int(text)
+
+
 def init_distributed(device: torch.device) -> torch.device:
     """Join the process group that torchrun's environment describes; return the device of this process.
 
     nccl on CUDA (the returned device is `cuda:LOCAL_RANK`, also made current), gloo elsewhere. Does nothing outside
     torchrun and with one process. Raises InputError if the environment is incomplete or wrong, or has more processes than GPUs.
     """
-    numbers = {name: os.environ[name] for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK") if name in os.environ}
-    if wrong := [f"{name} is {text!r}" for name, text in numbers.items() if not text.isdecimal()]:
-        raise InputError(f"{wrong[0]}, which is no number; unset it, or start several processes with torchrun")
-    if int(numbers.get("WORLD_SIZE", 1)) < 2 or dist.is_initialized():
+    if _number("WORLD_SIZE", 1) < 2 or dist.is_initialized():
         return device
     missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise InputError(f"WORLD_SIZE is set but {', '.join(missing)} not; start several processes with torchrun")
+    local_rank = [_number(name) for name in ("RANK", "LOCAL_RANK")][1]
     if device.type != "cuda":
         dist.init_process_group("gloo")
         return device
-    local_rank = int(os.environ["LOCAL_RANK"])
     if local_rank >= torch.cuda.device_count():
         gpus = torch.cuda.device_count()
         raise InputError(f"process {local_rank} has no GPU of its own; start at most {gpus} processes per machine")

@@ -17,7 +17,6 @@ from taylor_pruning.checks import check_gradient_mode, check_weights, describe
 from taylor_pruning.errors import InputError
 from taylor_pruning.memory import raise_out_of_memory
 from taylor_pruning.modes import frozen
-from taylor_pruning.stored import restore, snapshot
 from taylor_pruning.surgery.nested import map_tensors, tensors_in
 from taylor_pruning.tasks.batches import lengths, select, size
 from taylor_pruning.tasks.classification import is_classification, task_of
@@ -36,9 +35,6 @@ class Batches:
         loader: iterable of batches that can be read more than once.
         name: what error messages call it, for instance "the training loader".
 
-    Attributes:
-        model: set by `check_inputs`: the network that runs once on every kind of sample that has not been seen.
-
     Raises:
         InputError: it is an iterator, which is empty after one pass; while iterating, a batch that cannot be used.
     """
@@ -48,7 +44,7 @@ class Batches:
             kind = "can be read only once" if isinstance(loader, Iterator) else "is not iterable"
             raise InputError(f"{name} {kind}; give a DataLoader or a list of batches (images, labels)")
         self.loader, self.name, self.device, self.task = loader, name, device, task_of(task)
-        self.model, self._kinds = None, set()
+        self._model, self._kinds = None, set()
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -58,19 +54,23 @@ class Batches:
             yield self._read(batch, f"batch {number} of {self.name}")
 
     def _read(self, batch, where):
-        """The batch as the task reads it. Raises InputError if the network cannot run on its first sample."""
+        """The batch as the task reads it. Raises InputError if the network cannot run on samples of its kind."""
         batch = self.task.read(batch, where, self.device)
         if len(found := lengths(batch)) > 1:
             raise InputError(
                 f"{where} has fields of {' and '.join(map(str, sorted(found)))} samples; give as many in each"
             )
-        if self.model is not None:
-            sample = select(batch, torch.zeros(1, dtype=torch.long))
-            kind = tuple((t.dtype, t.shape) for t in tensors_in(self.task.inputs(sample)))
-            if kind not in self._kinds:
-                outputs_of(self.model, self.task, sample, where)
+        if self._model is not None and (kind := self._kind(batch)) not in self._kinds:
+            outputs_of(self._model, self.task, _few(batch, 2), where)  # a network need not run on one sample alone
             self._kinds.add(kind)
         return batch
+
+    def _kind(self, batch):
+        return tuple((t.dtype, t.shape) for t in tensors_in(self.task.inputs(_few(batch, 1))))
+
+    def try_later(self, model: nn.Module, first) -> None:
+        """From now on the network runs once on every kind of sample that is not that of the batch `first`."""
+        self._model, self._kinds = model, {self._kind(first)}
 
     @property
     def dataset(self):
@@ -111,6 +111,10 @@ class Batches:
         return batch
 
 
+def _few(batch, samples):
+    return select(batch, torch.arange(min(samples, size(batch))))
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Where the network's parameters are. Raises InputError if it has none, or they are where it cannot be pruned."""
     devices = {parameter.device for parameter in model.parameters()}
@@ -125,7 +129,29 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def check_inputs(model: nn.Module, loaders: Iterable[Batches]) -> None:
-    """Runs the network, in eval mode, on the first images of every loader.
+    """`check_first` of every loader of a pruning, which also counts the costs of one sample and evaluates on the loaders.
+
+    Raises InputError where `check_first` does, and if the network cannot run on one sample or the task's evaluation fails.
+    """
+    for loader in loaders:
+        batch, where = check_first(model, loader), f"the first batch of {loader.name}"
+        outputs_of(model, loader.task, _few(batch, 1), f"one sample of {where}")  # as its costs are counted
+        if not is_classification(loader.task) and loader.task.defines("evaluate"):
+            with frozen(model), torch.no_grad():
+                loader.task.evaluated(model, [batch], where)
+
+
+def checked_batches(model: nn.Module, loader: Batches) -> list:
+    """All batches of the loader, of images that nothing is evaluated on.
+
+    Raises InputError where `check_first` does, or if the network cannot run on a later batch.
+    """
+    check_first(model, loader)
+    return list(loader)
+
+
+def check_first(model, loader):
+    """Runs the network, in eval mode, and the losses of its task on the first samples of a loader, which it returns.
 
     Raises:
         InputError: weights are not finite, the network cannot run on the images, it gives no finite logits
@@ -134,32 +160,26 @@ def check_inputs(model: nn.Module, loaders: Iterable[Batches]) -> None:
     if torch.is_inference_mode_enabled():
         raise InputError("scores need gradients; call this outside of torch.inference_mode()")
     check_weights(model)
-    for loader in loaders:
-        first, task = loader.first(), loader.task
-        batch = select(first, torch.arange(min(IMAGES, size(first))))
-        where = f"the first batch of {loader.name}"
-        outputs = outputs_of(model, task, batch, where)
-        task.check(outputs, batch, where)
-        task.check_kind(model, outputs, batch)
-        if not is_classification(task):
-            _check_losses(task, outputs, batch, where)
-            _check_metrics(task, model, batch, where)
-        loader.model = model
-
-
-def checked_batches(model: nn.Module, loader: Batches) -> list:
-    """All batches of the loader. Raises InputError where `check_inputs` does, or if the network cannot run on a later one."""
-    check_inputs(model, [loader])
-    return list(loader)
+    task, where = loader.task, f"the first batch of {loader.name}"
+    batch = _few(loader.first(), IMAGES)
+    outputs = outputs_of(model, task, batch, where)
+    task.check(outputs, batch, where)
+    task.check_kind(model, outputs, batch)
+    if not is_classification(task):
+        _check_losses(task, outputs, batch, where)
+    loader.try_later(model, batch)
+    return batch
 
 
 def outputs_of(model: nn.Module, task: Task, batch, where: str):
     """The network's outputs in eval mode; its tensors and random generators stay. Raises InputError if it cannot run."""
     devices = {tensor.device for tensor in tensors_in(batch) if tensor.is_cuda}
     with _named(model, task.inputs(batch), where), frozen(model), torch.no_grad(), torch.random.fork_rng(devices):
-        before = snapshot(model)  # a forward may write into them
+        before = [(parameter, parameter.clone()) for parameter in model.parameters()]
         outputs = task.forward(model, batch)
-        restore(model, before)
+        for parameter, value in before:
+            if not torch.equal(parameter, value):  # the forward has written into it
+                parameter.copy_(value)
     return outputs
 
 
@@ -202,13 +222,6 @@ def _check_losses(task, outputs, batch, where):
             )
     if "divergence" in values and (values["divergence"].abs() > TINY).any():
         raise InputError(f"divergence of the task {task.name} is not 0 where both outputs are the same; let it be")
-
-
-def _check_metrics(task, model, batch, where):
-    """Raises InputError if the task's evaluation, where it defines one, does not give its main metric."""
-    if task.defines("evaluate"):
-        with frozen(model), torch.no_grad():
-            task.evaluated(model, [batch], where)
 
 
 def check_training(model: nn.Module, loader: Batches) -> None:

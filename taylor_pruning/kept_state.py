@@ -19,18 +19,22 @@ def fill(container, items) -> None:
     (container.extend if isinstance(container, (list, deque)) else container.update)(items)
 
 
-def containers(value, depth: int = 0) -> Iterator:
+def containers(value) -> Iterator:
     """The value, if its content can change, and all such values in it."""
-    if isinstance(value, CONTAINERS):
-        yield value
-    if depth <= DEPTH and isinstance(value, (*CONTAINERS, tuple)):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from containers(item, depth + 1)
+    level = [value]
+    for _ in range(DEPTH + 2):
+        yield from (held for held in level if isinstance(held, CONTAINERS))
+        nested = (held.values() if isinstance(held, dict) else held for held in level)
+        level = [item for items in nested for item in items if isinstance(item, (*CONTAINERS, tuple))]
 
 
 @contextmanager
 def state_kept(model: nn.Module) -> Iterator[None]:
-    """Gives modules their buffers and attributes back at the end: a forward may count its calls, average, or keep results."""
+    """Gives modules their buffers and attributes back at the end: a forward may count its calls, average, or keep results.
+
+    Nothing is given back where the first forward has made layers: the network would make others in the next one.
+    """
+    parameters = set(model.parameters())
     found = {id(held): held for module in model.modules() for held in containers(vars(module))}
     contents = [(container, copy(container)) for container in found.values()]
     items = [item for _, held in contents for item in (held.values() if isinstance(held, dict) else held)]
@@ -39,13 +43,18 @@ def state_kept(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for container, content in contents:
-            if not _holds(container, content):
-                fill(container, content)
-        with torch.no_grad():
-            for tensor, version, value in values:
-                if tensor._version != version and not torch.equal(tensor, value):
-                    tensor.copy_(value)
+        if parameters.issuperset(model.parameters()):
+            _give_back(contents, values)
+
+
+@torch.no_grad()
+def _give_back(contents, values):
+    for container, content in contents:
+        if not _holds(container, content):
+            fill(container, content)
+    for tensor, version, value in values:
+        if tensor._version != version and not torch.equal(tensor, value):
+            tensor.copy_(value)
 
 
 def _holds(container, content):

@@ -1,5 +1,7 @@
 """Batches after the first, streams, and images that are given beside the loaders."""
 
+from weakref import WeakSet
+
 import pytest
 import torch
 from torch import nn
@@ -54,7 +56,7 @@ def test_images_of_several_sizes_are_tried_once_each():
 
     class Watched(nn.Sequential):
         def forward(self, x):
-            tried.append(tuple(x.shape)) if len(x) == 1 else None
+            tried.append(tuple(x.shape))
             return super().forward(x)
 
     larger = nn.functional.interpolate(IMAGES[:3], size=12), LABELS[:3]
@@ -66,7 +68,7 @@ def test_images_of_several_sizes_are_tried_once_each():
     fresh = pipeline(train=[*BATCHES, larger], calibration_samples=8, model=Watched(*network()))
     tried.clear()
     list(fresh.train_loader)
-    assert tried in ([], [(1, 3, 12, 12)])
+    assert tried in ([], [(2, 3, 12, 12)])
 
 
 @pytest.mark.parametrize("reader", ["the calibration images", "the images of gradient flow"])
@@ -106,6 +108,54 @@ class Once(list):
     def __iter__(self):
         self.left -= 1
         return iter([*super().__iter__()] if self.left >= 0 else [])
+
+
+class Pairs(nn.Sequential):
+    """Does not run on one sample."""
+
+    def forward(self, x):
+        assert len(x) > 1, "one sample"
+        return super().forward(x)
+
+
+def test_what_scores_and_flow_do_not_need_is_not_asked_of_a_network():
+    model = Pairs(*network())
+    EnhancedFilterPruner(model, IMAGES[:2], progress=False).rank(BATCHES)
+    assert len(GradientFlowAnalyzer(model, IMAGES[:2]).analyze(BATCHES).layers)
+    with pytest.raises(
+        InputError, match="cannot run on one sample of the first batch of the training loader.*one sample"
+    ):
+        pipeline(model=model)
+
+
+def test_flow_reads_one_batch_after_the_other():
+    alive = WeakSet()
+
+    class Loader:
+        def __iter__(self):
+            for index in range(4):
+                images = IMAGES[4 * index : 4 * index + 4].clone()
+                alive.add(images)
+                assert len(alive) < 4
+                yield images, LABELS[:4]
+
+    GradientFlowAnalyzer(network(), IMAGES[:1]).analyze(Loader())
+
+
+def test_a_network_that_makes_layers_in_its_first_forward_keeps_them():
+    class Growing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.last = network(), None
+
+        def forward(self, x):
+            if self.last is None:
+                self.last = nn.Linear(4, 4)
+            return self.last(self.body(x))
+
+    model = Growing()
+    pipeline(model=model).run_full_pruning(30)
+    assert isinstance(model.last, nn.Linear)
 
 
 def test_an_epoch_of_a_stream_ends_after_its_length():

@@ -19,7 +19,7 @@ from taylor_pruning.files import atomic_file, input_file, output_file
 from taylor_pruning.held import held_tensors
 from taylor_pruning.options import check_argument
 from taylor_pruning.surgery.trial_inputs import FORWARD_ERRORS
-from taylor_pruning.surgery.wrappers import unwrapped, without_wrappers
+from taylor_pruning.surgery.wrappers import check_values, without_wrappers
 
 FORMAT_VERSION = 1
 FIELDS = {
@@ -49,7 +49,8 @@ def save_pruned(
     network has no values yet.
     """
     instance_of("model", model, nn.Module)
-    model, _ = unwrapped(model)
+    model = without_wrappers(model)
+    check_values(model)
     path = output_file(path, "the file")
     if name is not None and (num_classes is None or image_size is None):
         raise InputError("a model name needs num_classes and image_size beside it; pass all three or none")
@@ -124,7 +125,7 @@ def load_pruned_and_extra(
         raise InputError(f"{path} is damaged: it lacks {', '.join(absent)}; save the network again")
     model = _restored(_skeleton(content, factory, path), content, path)
     if factory is not None and _lacks_values(model):  # tensors that no state_dict has, as of a network in a list
-        model = _restored(_built(factory), content, path)
+        model = _restored(_built(factory, content), content, path)
     if _lacks_values(model):
         raise InputError(f"{path} cannot be loaded: the network that was built for it holds tensors on the meta device")
     return model.eval(), content.get("extra", {})
@@ -163,15 +164,20 @@ def _skeleton(content: dict, factory: Callable[[], nn.Module] | None, path: str 
     if isinstance(factory, nn.Module) or not callable(factory):
         raise InputError("factory must be a function without arguments that builds the network, as lambda: Net(10)")
     with suppress(*FORWARD_ERRORS), parameters_on_meta():
-        return _built(factory)
+        return _built(factory, content)
     # it reads its parameters, moves them or gives them their shapes: only real ones will do
-    return _built(factory)
+    return _built(factory, content)
 
 
-def _built(factory: Callable[[], nn.Module]) -> nn.Module:
-    """What the factory builds, without the wrappers that were taken off before pruning."""
+def _built(factory: Callable[[], nn.Module], content: dict) -> nn.Module:
+    """What the factory builds, without the wrappers that were taken off before pruning; older files were saved with them."""
     instance_of("what factory() builds", model := factory(), nn.Module)
-    return without_wrappers(model)
+    plain, wrapped = without_wrappers(model), _module_names(model)
+    return model if wrapped == content["attributes"].keys() != _module_names(plain) else plain
+
+
+def _module_names(model: nn.Module) -> set[str]:
+    return {name for name, _ in model.named_modules(remove_duplicate=False)}
 
 
 def _slots(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:

@@ -23,11 +23,12 @@ class _Tracked:
         ids: channel ids that it counts, or None.
         widths: ((module name, attribute, index or None), ...) that it was read from.
         factor: its value over that of its one source (a dimension or an attribute); None: computed in another way.
+        rounded: what of the factor comes from quotients, which another number of channels may round.
     """
 
     graph = node = ids = None
     widths = ()
-    factor = Fraction(1)
+    factor, rounded = Fraction(1), 0
 
     def __deepcopy__(self, memo):
         return self
@@ -109,14 +110,17 @@ def number(value, node=None, ids=None, widths=(), factor=Fraction(1)):
 
 
 def _source(name, a, b=None):
-    """(the operand from which a result is counted, factor of the result); (None, None) if it depends on both.
+    """(the operand from which a result is counted, factor of the result, `rounded`); (None, None, 0) if it depends on both.
 
     Shares of one number add up. A size by a width (C // self.groups), and a width divided by a width, are counted from the
     first: the second is taken for a setting that stays.
     """
     tracked = [o for o in (a, b) if is_tracked(o)]
     if len(tracked) == 2 and name in ("add", "sub") and _of_one_source(a, b):
-        return a, a.factor + (b.factor if name == "add" else -b.factor)
+        sign = 1 if name == "add" else -1
+        total, rounded = a.factor + sign * b.factor, a.rounded + sign * b.rounded
+        # k // 2 + k // 2 is k only as long as k is even, k // 2 + (k - k // 2) always
+        return a, None if rounded and total.denominator < a.factor.denominator else total, rounded
     if len(tracked) == 2:
         counted = [o for o in tracked if o.ids is not None]
         if len(counted) == 1 and all(o.node is None for o in tracked):
@@ -124,18 +128,18 @@ def _source(name, a, b=None):
         elif not counted and name == "floordiv" and a.widths and b.widths:
             tracked = [a]
     if len(tracked) != 1 or name == "neg":
-        return None, None
+        return None, None, 0
     source = tracked[0]
     other = b if source is a else a
     if source.factor is None or not isinstance(other, int):
-        return source, None
+        return source, None, 0
     other = int(other)
     if name == "mul":
-        return source, source.factor * other
+        return source, source.factor * other, source.rounded * other
     if name in ("floordiv", "truediv") and source is a and other and not int(a) % other:
-        return source, source.factor / other
+        return source, (share := source.factor / other), share
     same = other == 0 and (name == "add" or name == "sub" and source is a)
-    return source, source.factor if same else None
+    return source, source.factor if same else None, source.rounded
 
 
 def _of_one_source(a, b):
@@ -162,12 +166,15 @@ def _arithmetic(name, reflected):
         if nodes:
             arguments = tuple(getattr(o, "node", None) or o for o in operands)
             node = nodes[0].graph.call_function(function, arguments)
-        source, factor = _source(name, *operands)
+        source, factor, rounded = _source(name, *operands)
         counted = [source] if source is not None and factor is not None else tracked
         ids = [o.ids for o in counted if o.ids is not None]
         named = tracked if ids else counted  # C // self.groups follows C as long as self.groups stays
         widths = tuple(dict.fromkeys(w for o in named for w in o.widths))
-        return number(value, node, torch.cat(ids) if len(ids) > 1 else ids[0] if ids else None, widths, factor)
+        result = number(value, node, torch.cat(ids) if len(ids) > 1 else ids[0] if ids else None, widths, factor)
+        if isinstance(result, _Tracked):
+            result.rounded = rounded
+        return result
 
     return method
 

@@ -23,6 +23,11 @@ class Untraceable(RuntimeError):
         self.remedy = remedy
 
 
+def _storage(tensor):
+    """What tells whether two tensors have the same values in memory; a sparse tensor shares none."""
+    return tensor.untyped_storage()._cdata if tensor.layout == torch.strided else id(tensor)
+
+
 class TensorNodes:
     """The graph of one recording, with the node of every tensor that it has seen.
 
@@ -99,7 +104,7 @@ class TensorNodes:
         if name is None:
             name = f"constant {len(self.constants)}"
             self.constants[name] = tensor.detach().clone()  # as it is before the forward writes to it
-            self.storages[name] = tensor.untyped_storage()._cdata
+            self.storages[name] = _storage(tensor)
         self.given.add(id(tensor))
         node = self.graph.create_node("get_attr", name)
         node.meta["module"] = self.path[-1]
@@ -113,7 +118,7 @@ class TensorNodes:
 
     def is_constant(self, tensor):
         """Whether its values are known and do not depend on the input, parameters or buffers."""
-        if self.varied and tensor.untyped_storage()._cdata in self.varied:
+        if self.varied and _storage(tensor) in self.varied:
             return False
         if self.on_values:
             known = self.nodes.get(id(tensor))
@@ -130,13 +135,13 @@ class TensorNodes:
     def note_written(self, tensors, varied=True):
         """A call writes to these tensors, which may be views of others; `varied`: what is no constant."""
         if varied:
-            self.varied.update(tensor.untyped_storage()._cdata for tensor in tensors)
+            self.varied.update(map(_storage, tensors))
         both = (*tensors, *map(self.stand_in, tensors))
-        self.written.update(tensor.untyped_storage()._cdata for tensor in both)
+        self.written.update(map(_storage, both))
 
     def is_written(self, tensor):
         """Whether a call has written to the tensor or to a part of it."""
-        return self.stand_in(tensor).untyped_storage()._cdata in self.written
+        return _storage(self.stand_in(tensor)) in self.written
 
     def written_constants(self):
         """Names of the constants to which a call has written, or to a part of them."""

@@ -33,15 +33,34 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
     _refuse_other_types(model)
     found: dict[str, None] = {}
     network = _rebuilt(model, {}, found)
-    for name, module in network.named_modules():
-        _refuse_module(module, f"module {name}" if name else "the network")
+    check_values(network)
+    for where, module in _places(network):
+        _refuse_module(module, where)
     notes = tuple(f"{kind} was taken off: the pruned network is the plain module" for kind in found)
     return network, notes
 
 
 def without_wrappers(model: nn.Module) -> nn.Module:
-    """The network as `unwrapped` gives it, whatever it is made of."""
+    """The network as `unwrapped` gives it, also one that cannot be pruned, as after preparing a pruned one for quantisation."""
     return _rebuilt(model, {}, {})
+
+
+def check_values(network: nn.Module) -> None:
+    """Raises InputError if the network is of torch.jit, or if its parameters have no values of their own yet."""
+    for where, module in _places(network):
+        if isinstance(module, torch.jit.ScriptModule):
+            raise InputError(f"{where} is scripted or traced by torch.jit; give the nn.Module that it was made from")
+        parameters = [p for p in module._parameters.values() if p is not None]
+        if any(map(nn.parameter.is_lazy, parameters)):
+            raise InputError(f"{where} ({type(module).__name__}) has no shape yet; run the network once on images")
+        if any(p.is_meta for p in parameters):
+            raise InputError(f"the weights of {where} are on the meta device, without values; load them")
+        if any(type(p).__module__.startswith("torch.distributed") for p in parameters):
+            raise InputError(f"the weights of {where} are spread over processes; give a network that has them whole")
+
+
+def _places(network):
+    return [(f"module {name}" if name else "the network", module) for name, module in network.named_modules()]
 
 
 def check_example(example) -> None:
@@ -91,8 +110,6 @@ def _rebuilt(module, done, found):
 
 
 def _refuse_module(module, where):
-    if isinstance(module, torch.jit.ScriptModule):
-        raise InputError(f"{where} is scripted or traced by torch.jit; give the nn.Module that it was made from")
     kind = type(module)
     if kind.__module__.startswith(QUANTISATION) and kind.__name__ not in PLACEHOLDERS:
         raise InputError(
@@ -103,12 +120,6 @@ def _refuse_module(module, where):
         isinstance(n.target, torch._ops.OpOverload) for n in module.graph.nodes
     ):
         raise InputError(f"{where} comes from torch.export; give the nn.Module that was exported")
-    parameters = [p for p in module._parameters.values() if p is not None]
-    if any(map(nn.parameter.is_lazy, parameters)):
-        raise InputError(f"{where} ({type(module).__name__}) has no shape yet; run the network once on images")
-    if any(p.is_meta for p in parameters):
-        raise InputError(f"the weights of {where} are on the meta device, without values; load them")
-    if any(t.is_inference() for t in (*parameters, *module._buffers.values()) if t is not None):
+    tensors = (*module._parameters.values(), *module._buffers.values())
+    if any(t.is_inference() for t in tensors if t is not None):
         raise InputError(f"the tensors of {where} were made in torch.inference_mode(); make the network outside of it")
-    if any(type(p).__module__.startswith("torch.distributed") for p in parameters):
-        raise InputError(f"the weights of {where} are spread over processes; give a network that has them whole")

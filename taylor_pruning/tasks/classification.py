@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from taylor_pruning.checks import check_batch, describe, read_batch, refuse_probabilities
 from taylor_pruning.errors import InputError
-from taylor_pruning.modes import modes_kept, requirements_kept
+from taylor_pruning.modes import in_evaluation, requirements_kept
 from taylor_pruning.options import check_argument
 from taylor_pruning.tasks.directions import bernoulli_directions, random_directions
 from taylor_pruning.tasks.task import Task
@@ -105,8 +105,8 @@ class MultiLabel(Task):
         """Values alone do not show probabilities: few logits may lie between 0 and 1, too."""
         if (outputs < 0).any() or (outputs > 1).any():
             return
-        with modes_kept(model), requirements_kept(model), torch.enable_grad():
-            last = self.forward(model.eval().requires_grad_(True), batch).grad_fn
+        with in_evaluation(model), requirements_kept(model), torch.enable_grad():
+            last = self.forward(model.requires_grad_(True), batch).grad_fn
         if type(last).__name__.startswith("Sigmoid"):
             raise InputError(
                 "the network ends in a sigmoid; give it without that last step: the loss takes logits, and applies the sigmoid"

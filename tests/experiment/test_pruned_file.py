@@ -5,6 +5,7 @@ import torch
 from killed_runs import PROCESSES
 from pruned_networks import EveryKind, pruned_every_kind, pruned_network
 from torch import nn
+from torch.ao import quantization
 from torch.optim.swa_utils import AveragedModel
 
 from taylor_pruning.errors import InputError
@@ -218,6 +219,35 @@ def test_wrappers_are_left_out_of_the_file(tmp_path, wrapper):
     save_pruned(tmp_path / "pruned.pt", wrapper(model))
     for factory in (lambda: nn.Sequential(nn.Linear(4, 2)), lambda: wrapper(nn.Sequential(nn.Linear(4, 2)))):
         assert torch.equal(load_pruned(tmp_path / "pruned.pt", factory)[0].weight, model[0].weight)
+
+
+def check_states(loaded, model):
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, AveragedModel, torch.compile])
+def test_files_that_were_saved_with_wrappers_are_loaded(tmp_path, wrap, monkeypatch):
+    def build():
+        return wrap(nn.Sequential(nn.Linear(4, 2)))
+
+    model = build()
+    with monkeypatch.context() as earlier:
+        earlier.setattr("taylor_pruning.experiment.pruned_file.without_wrappers", lambda model: model)
+        save_pruned(tmp_path / "pruned.pt", model)
+    loaded = load_pruned(tmp_path / "pruned.pt", build)
+    check_states(loaded, model)
+
+
+@pytest.mark.filterwarnings("ignore")  # from torch, on the age of its quantisation
+def test_a_pruned_network_may_be_prepared_for_quantisation(tmp_path):
+    def build():
+        model = nn.Sequential(nn.Conv2d(3, 4, 3)).train()
+        model.qconfig = quantization.get_default_qat_qconfig()
+        return quantization.prepare_qat(model)
+
+    save_pruned(tmp_path / "pruned.pt", model := build())
+    loaded = load_pruned(tmp_path / "pruned.pt", build)
+    check_states(loaded, model)
 
 
 def test_what_could_not_be_loaded_is_not_saved(tmp_path):

@@ -249,7 +249,7 @@ def test_the_model_comes_back_as_it_was(channels):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ([], "at least one batch"),
+        ([], "gives no batch"),
         ([(torch.zeros(1, 3, 8, 8), torch.tensor([3]))], "labels"),
         ([(torch.full((1, 3, 8, 8), torch.nan), torch.tensor([0]))], "NaN"),
     ],

@@ -93,6 +93,18 @@ def correlated(s, x):
     return found.view(n, c, *found.shape[2:])
 
 
+def two_halves(s, x):
+    """As many channels as twice a half: the last one of an odd number is left out."""
+    y = torch.cat([s.a(x), s.b(x)], 1)
+    half = y.size(1) // 2
+    return s.c(y[:, : half + half])
+
+
+def angles(s, x):
+    """The angle of a closed channel is 0 or pi, by the sign that its zero has kept."""
+    return s.b(torch.complex(s.a(x), s.a(x.flip(3)) + 0.1).angle())
+
+
 BLOCKS = {  # name: (block, removable filters of the stem, of a, of b)
     "shifted quarters": (Block(shifted), 8, 8, 8),
     "a part in place": (Block(partly_convolved, c=conv(2, 2, 1), width=2), 8, 8, 8),
@@ -105,6 +117,8 @@ BLOCKS = {  # name: (block, removable filters of the stem, of a, of b)
     "spectrum": (Block(spectrum, c=conv(2 * C, 2 * C, 1), scale=parameter(C, 12, 7, 2)), 8, 8, 8),
     "halves by narrow": (Block(halves), 8, 8, 8),
     "correlated channels": (Block(correlated), 8, 8, 8),
+    "two halves": (Block(two_halves, c=conv(2 * C, C, 1)), 8, 0, 0),
+    "angles": (Block(angles), 8, 8, 8),
 }
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from test_surgery import check_law, images
 from torch import nn
 
 from EnhancedFilterPruner import EnhancedFilterPruner
@@ -155,3 +156,16 @@ def test_constants_are_written_to_once_in_every_run(images):
     for _ in range(2):
         with torch.no_grad(), graph.gated(torch.ones(16, dtype=torch.double)):
             torch.testing.assert_close(model(images), Literal.forward(model, images))
+
+
+def test_sparse_constants_are_taken():
+    class Mixing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc, self.mix = nn.Conv2d(3, 8, 3), nn.Linear(8, 4), torch.eye(8).double().to_sparse()
+
+        def forward(self, x):
+            x = self.conv(x).relu_().mean((2, 3))
+            return self.fc(torch.sparse.mm(self.mix, x.t()).t())
+
+    assert not check_law(Mixing().double().eval(), images()).units

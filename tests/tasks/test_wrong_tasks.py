@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from EnhancedFilterPruner import EnhancedFilterPruner
 from EnhancedPruning import EnhancedPruning, InputError, PruningSettings
 from taylor_pruning.tasks.classification import MultiLabel
 from taylor_pruning.tasks.dense import Segmentation
@@ -107,3 +108,24 @@ def test_probabilities_of_labels_are_no_logits():
     assert prune(MultiLabel(), model, batch).plan
     with pytest.raises(InputError, match="ends in a sigmoid; give it without"):
         prune(MultiLabel(), network(*end, nn.Sigmoid(), outputs=2), batch)
+
+
+def test_scores_do_not_evaluate():
+    class Choosy(Own):
+        def evaluate(self, model, loader):
+            raise AssertionError
+
+    EnhancedFilterPruner(one_number(), IMAGES[:1], task=Choosy(), progress=False).rank([(IMAGES, TARGETS)])
+
+
+def test_the_check_for_a_sigmoid_leaves_nothing_behind():
+    class Counting(nn.Sequential):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            return super().forward(x).sigmoid() / 2
+
+    model = Counting(*network(nn.AdaptiveAvgPool2d(1), nn.Flatten(), outputs=4))
+    MultiLabel().check_kind(model, model(IMAGES).detach(), (IMAGES, torch.ones(12, 4)))
+    assert model.calls == 1

@@ -35,9 +35,16 @@ def distributed_worker(folder):
 
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK", "LOCAL_RANK"])
 def test_an_environment_that_is_no_number_is_named(name, monkeypatch):
+    for variable in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(variable, "2")
     monkeypatch.setenv(name, "two")
     with pytest.raises(InputError, match=f"{name} is 'two', which is no number; unset it"):
         init_distributed(torch.device("cpu"))
+
+
+def test_what_an_environment_of_one_process_says_is_not_read(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "-1")  # as training scripts set it
+    assert init_distributed(torch.device("cpu")) == torch.device("cpu")
 
 
 def test_two_processes_equal_one(tmp_path):

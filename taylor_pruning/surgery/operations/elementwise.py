@@ -158,9 +158,9 @@ KEEP_ZERO_LINEAR = """relu relu6 leaky_relu rrelu dropout dropout1d dropout2d dr
     contiguous detach to type float double half bfloat16 abs neg positive type_as floor ceil round trunc sign cpu cuda
     stochastic_depth data real imag conj resolve_conj resolve_neg hardshrink softshrink _data requires_grad"""
 KEEP_ZERO = """elu selu celu gelu silu mish hardswish tanh tanhshrink softsign square sqrt sin tan asin atan
-    sinh expm1 log1p erf nan_to_num feature_alpha_dropout poisson rad2deg deg2rad angle"""
+    sinh expm1 log1p erf nan_to_num feature_alpha_dropout poisson rad2deg deg2rad"""
 BREAK_ZERO = """sigmoid hardsigmoid softplus log_sigmoid exp cos rsqrt reciprocal log log2 log10 exp2 erfc cosh bernoulli
-    uniform exponential cauchy log_normal geometric fill zero dropout_"""
+    uniform exponential cauchy log_normal geometric fill zero dropout_ angle"""
 
 
 @rule(KEEP_ZERO_LINEAR, linear=True)
