@@ -135,7 +135,7 @@ def copy_weights(model: nn.Module, state: dict[str, Tensor], source: str, head: 
 
 
 def _same_kind(value: Tensor, expected: Tensor) -> bool:
-    return value.is_floating_point() or not expected.is_floating_point()
+    return value.is_floating_point() or value.dtype == torch.bool or not expected.is_floating_point()
 
 
 def load_own_weights(model: nn.Module, path: Path, remedy: str) -> None:

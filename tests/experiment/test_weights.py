@@ -5,10 +5,12 @@ import sys
 
 import pytest
 import torch
+from torch import nn
 
 from taylor_pruning.errors import InputError
 from taylor_pruning.experiment.models import build_model
 from taylor_pruning.experiment.pruned_file import load_pruned
+from taylor_pruning.experiment.weights import copy_weights
 
 
 class Trap:
@@ -128,6 +130,14 @@ def test_tensors_that_are_no_plain_weights_are_refused(squeezenet, tmp_path, kin
     state = squeezenet
     with pytest.raises(InputError, match=message):
         load_squeezenet(state | {"features.0.weight": change(state["features.0.weight"])}, tmp_path / "weights.pt")
+
+
+def test_masks_and_counters_of_other_types_are_copied():
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2))
+    model.register_buffer("mask", torch.zeros(3))
+    mask, counter = torch.tensor([True, False, True]), torch.tensor(3, dtype=torch.int32)
+    copy_weights(model, model.state_dict() | {"mask": mask, "0.num_batches_tracked": counter}, "the file", "1")
+    assert model.mask.tolist() == [1, 0, 1] and model[0].num_batches_tracked == 3
 
 
 def test_a_file_of_safetensors_is_read_and_a_damaged_one_is_named(squeezenet, tmp_path, monkeypatch):
