@@ -7,7 +7,8 @@ losses and checks of the batches are read every 32 steps, and by then a bad loss
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def fine_tune(
     task = task_of(task)
     _check_arguments(model, train_loader, recipe, teacher, task)
     checkpoint = checkpoint_file(checkpoint, resume)
-    with modes_kept(model), in_evaluation(*([] if teacher is None else [teacher])):
+    with modes_kept(model), _teaching(teacher, model):
         run = Training(model, recipe, teacher, len(train_loader), checkpoint, monitor=monitor, task=task,
                        memory_limit=memory_limit)  # fmt: skip
         try:
@@ -80,6 +81,18 @@ def fine_tune(
         finally:
             run.restore_best()
     return run.history
+
+
+@contextmanager
+def _teaching(teacher: nn.Module | None, model: nn.Module) -> Iterator[None]:
+    """The teacher in evaluation mode. It comes back as it was, but for modules that it shares with the trained model."""
+    if teacher is None:
+        yield
+        return
+    shares = not set(teacher.modules()).isdisjoint(model.modules())
+    with modes_kept(teacher) if shares else in_evaluation(teacher):
+        teacher.eval()
+        yield
 
 
 def _run_epochs(
@@ -138,7 +151,7 @@ def train_steps(
     recipe = replace(recipe, epochs=1, warmup_epochs=0.0, ema_decay=0.0)
     task = task_of(task)
     _check_arguments(model, train_loader, recipe, teacher, task)
-    with modes_kept(model), in_evaluation(*([] if teacher is None else [teacher])):
+    with modes_kept(model), _teaching(teacher, model):
         run = Training(model, recipe, teacher, len(train_loader), constant_lr=True, task=task)
         run.history.epochs.append({"epoch": 0, "loss": loss_before})
         epochs, rng = math.ceil(steps / run.steps_per_epoch), rng_state(run.device)

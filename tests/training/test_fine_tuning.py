@@ -160,3 +160,12 @@ def test_a_known_start_is_not_evaluated_again():
     assert passes == [0, 1, 2] * 2  # the two epochs
     assert {key: history.epochs[0][key] for key in vars(before)} == vars(before)
     assert history.best_epoch > 0 and history.best == evaluate(model, val, progress=False)
+
+
+def test_a_teacher_may_share_layers_with_the_network():
+    """Their statistics are those of the training, not those that the teacher came with."""
+    train, val = toy_loaders()
+    model = toy_model()
+    teacher = torch.nn.Sequential(*model[:-1], copy.deepcopy(model[-1]))
+    fine_tune(model, train, val, Recipe(epochs=2, lr=0.05), teacher=teacher, progress=False)
+    assert model[1].num_batches_tracked > 0 and bool(model[1].running_mean.any())
