@@ -203,11 +203,14 @@ def _named(model, inputs, where):
 
 def _check_losses(task, outputs, batch, where):
     """Raises InputError if the task's loss and divergence, where it defines them, are not one finite number a sample."""
-    outputs = map_tensors(outputs, lambda t: t.detach().requires_grad_() if t.is_floating_point() else t.detach())
-    fixed = map_tensors(outputs, Tensor.detach)
+
+    def copied():  # a loss may write to them
+        return map_tensors(outputs, lambda t: t.detach().requires_grad_(t.is_floating_point()).clone())
+
     with torch.enable_grad():
         found = {name: getattr(task, name) for name in ("loss", "divergence") if task.defines(name)}
-        values = {name: f(outputs, batch if name == "loss" else fixed) for name, f in found.items()}
+        others = {"loss": batch, "divergence": map_tensors(outputs, Tensor.detach)}
+        values = {name: f(copied(), others[name]) for name, f in found.items()}
     for name, losses in values.items():
         if not isinstance(losses, Tensor) or losses.shape != (size(batch),) or not losses.is_floating_point():
             given = f"{losses.dtype} {[*losses.shape]}" if isinstance(losses, Tensor) else describe(losses)

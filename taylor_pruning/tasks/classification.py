@@ -51,7 +51,8 @@ class Classification(Task):
             raise InputError(f"the network gives NaN or infinite logits for {where}; check its weights")
 
     def check_kind(self, model, outputs, batch):
-        refuse_probabilities(outputs)
+        if type(self).loss is Classification.loss:  # another one may take probabilities
+            refuse_probabilities(outputs)
 
 
 class OtherLoss(Classification):
@@ -63,9 +64,6 @@ class OtherLoss(Classification):
         if not callable(loss):
             raise InputError(f"the loss is {loss!r}; give a function of (logits, labels)")
         self.of_labels = loss
-
-    def check_kind(self, model, outputs, batch):
-        """Another loss may take probabilities."""
 
     def loss(self, outputs, batch):
         losses = self.of_labels(outputs, batch[1])
@@ -103,7 +101,7 @@ class MultiLabel(Task):
 
     def check_kind(self, model, outputs, batch):
         """Values alone do not show probabilities: few logits may lie between 0 and 1, too."""
-        if (outputs < 0).any() or (outputs > 1).any():
+        if type(self).loss is not MultiLabel.loss or (outputs < 0).any() or (outputs > 1).any():
             return
         with in_evaluation(model), requirements_kept(model), torch.enable_grad():
             last = self.forward(model.requires_grad_(True), batch).grad_fn

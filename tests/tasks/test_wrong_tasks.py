@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from EnhancedFilterPruner import EnhancedFilterPruner
 from EnhancedPruning import EnhancedPruning, InputError, PruningSettings
-from taylor_pruning.tasks.classification import MultiLabel
+from taylor_pruning.tasks.classification import Classification, MultiLabel
 from taylor_pruning.tasks.dense import Segmentation
 from taylor_pruning.tasks.task import Task
 
@@ -129,3 +130,39 @@ def test_the_check_for_a_sigmoid_leaves_nothing_behind():
     model = Counting(*network(nn.AdaptiveAvgPool2d(1), nn.Flatten(), outputs=4))
     MultiLabel().check_kind(model, model(IMAGES).detach(), (IMAGES, torch.ones(12, 4)))
     assert model.calls == 1
+
+
+class Dice(Segmentation):
+    def loss(self, outputs, batch):
+        return 1 - outputs.gather(1, batch[1][:, None]).mean((1, 2, 3))
+
+
+class NegativeLogLikelihood(Classification):
+    def loss(self, outputs, batch):
+        return F.nll_loss(outputs.log(), batch[1], reduction="none")
+
+
+class OfProbabilities(MultiLabel):
+    def loss(self, outputs, batch):
+        return F.binary_cross_entropy(outputs, batch[1].to(outputs), reduction="none").sum(1)
+
+
+@pytest.mark.parametrize(
+    "task", [Dice(), NegativeLogLikelihood(), OfProbabilities()], ids=lambda task: type(task).__name__
+)
+def test_a_loss_of_ones_own_may_take_probabilities(task):
+    pooled = () if isinstance(task, Dice) else (nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    end = nn.Sigmoid() if isinstance(task, MultiLabel) else nn.Softmax(1)
+    labels = (IMAGES[:, 0] > 0).long() if isinstance(task, Dice) else torch.arange(12) % 2
+    batch = IMAGES, F.one_hot(labels) if isinstance(task, MultiLabel) else labels
+    settings = PruningSettings(rounds=1, compensate=False)
+    model = network(*pooled, end, outputs=2)
+    assert EnhancedPruning(model, [batch], [batch], task=task, settings=settings, progress=False).prune(30).plan
+
+
+def test_a_loss_may_write_to_the_outputs():
+    class Writing(Own):
+        def loss(self, outputs, batch):
+            return outputs.sub_(batch[1]).square().flatten(1).mean(1)
+
+    assert prune(Writing(), one_number(), (IMAGES, TARGETS)).plan
