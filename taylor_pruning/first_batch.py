@@ -5,7 +5,6 @@ check_inputs(model, [loader])
 check_training(model, loader)
 """
 
-import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -17,6 +16,7 @@ from taylor_pruning.checks import check_gradient_mode, check_weights, describe
 from taylor_pruning.errors import InputError
 from taylor_pruning.memory import raise_out_of_memory
 from taylor_pruning.modes import frozen
+from taylor_pruning.surgery.copying import copy_of
 from taylor_pruning.surgery.nested import map_tensors, tensors_in
 from taylor_pruning.tasks.batches import lengths, select, size
 from taylor_pruning.tasks.classification import is_classification, task_of
@@ -24,6 +24,7 @@ from taylor_pruning.tasks.task import Task
 
 TINY = 1e-4  # what rounding leaves of a divergence of outputs from themselves
 IMAGES = 8  # of a first batch that the network is run on
+KINDS = 16  # of samples that it is tried on; where every image has a size of its own, each would be run twice
 # Errors of a forward on unsuitable inputs.
 FORWARD_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError)
 
@@ -60,7 +61,8 @@ class Batches:
             raise InputError(
                 f"{where} has fields of {' and '.join(map(str, sorted(found)))} samples; give as many in each"
             )
-        if self._model is not None and (kind := self._kind(batch)) not in self._kinds:
+        tries = self._model is not None and len(self._kinds) < KINDS
+        if tries and (kind := self._kind(batch)) not in self._kinds:
             outputs_of(self._model, self.task, _few(batch, 2), where)  # a network need not run on one sample alone
             self._kinds.add(kind)
         return batch
@@ -69,7 +71,7 @@ class Batches:
         return tuple((t.dtype, t.shape) for t in tensors_in(self.task.inputs(_few(batch, 1))))
 
     def try_later(self, model: nn.Module, first) -> None:
-        """From now on the network runs once on every kind of sample that is not that of the batch `first`."""
+        """From now on the network runs once on other kinds of samples than that of the batch `first`."""
         self._model, self._kinds = model, {self._kind(first)}
 
     @property
@@ -271,7 +273,7 @@ def _check_single_image(model, loader):
     one = select(loader.first(), torch.zeros(1, dtype=torch.long))
     with torch.random.fork_rng(devices={t.device for t in tensors_in(one) if t.is_cuda}), torch.no_grad():
         try:
-            loader.task.forward(copy.deepcopy(model).train(), one)
+            loader.task.forward(copy_of(model).train(), one)
         except ValueError as error:
             raise InputError(
                 f"a batch of {loader.name} has one image, on which BatchNorm cannot be trained ({error}); pass another batch "

@@ -54,7 +54,7 @@ def _give_back(contents, values):
             fill(container, content)
     for tensor, version, value in values:
         if tensor._version != version and not torch.equal(tensor, value):
-            tensor.copy_(value)
+            tensor.resize_(value.shape).copy_(value)
 
 
 def _holds(container, content):

@@ -203,3 +203,27 @@ def test_wrong_arguments_of_a_pruner_are_named():
             EnhancedFilterPruner(network(), IMAGES[:1], progress=False, **given).rank(BATCHES)
     with pytest.raises(InputError, match="ledger is of type dict"):
         EnhancedFilterPruner(network(), IMAGES[:1], progress=False).rank(BATCHES).get_pruning_plan(30, {})
+
+
+def test_a_batch_of_one_image_is_tried_on_a_copy_of_any_network():
+    model = network()
+    model[3] = nn.utils.weight_norm(model[3])
+    model(IMAGES)  # leaves a weight with a history, which autograd refuses to copy
+    assert pipeline(train=[BATCHES[0], (IMAGES[:1], LABELS[:1])], model=model).run_full_pruning(30).fine_tuning
+
+
+def test_a_loader_is_read_to_its_end():
+    class Counting:
+        epochs = 0
+
+        def __len__(self):
+            return len(BATCHES)
+
+        def __iter__(self):
+            yield from BATCHES
+            self.epochs += 1
+
+    pruning = pipeline(train=(loader := Counting()), calibration=BATCHES)
+    before = loader.epochs
+    pruning.run_full_pruning(30)
+    assert loader.epochs == before + 1

@@ -19,6 +19,7 @@ class Remembering(Residual):
         self.register_buffer("calls", torch.tensor(0))
         self.register_buffer("mean", torch.ones(4))
         self.number, self.seen, self.sizes, self.last = 0, {"last": None}, [], None
+        self.register_buffer("resized", torch.zeros(2), persistent=False)
         self.total = torch.zeros(1)
 
     def forward(self, x):
@@ -28,6 +29,7 @@ class Remembering(Residual):
         self.number += 1
         self.seen["last"], self.seen[len(x)], self.last = x, x, x
         self.sizes.append(len(x))
+        self.resized.resize_(len(x)).fill_(1)
         self.register_buffer("made", x[:1].clone(), persistent=False)
         return super().forward(x)
 

@@ -109,7 +109,8 @@ class Training:
         if hasattr(loader, "set_epoch"):
             loader.set_epoch(epoch)
         log, totals = BatchLog(self.device), _Totals()
-        iterator, rates = islice(loader, self.batches), []  # a stream may give more than its length, without an end
+        # A stream may give batches without an end; other loaders are read to their end, where they may count epochs.
+        iterator, rates = (batch for batch, _ in zip(loader, range(self.batches), strict=False)), []
         while len(rates) != limit and (batches := list(islice(iterator, self.recipe.accumulate))):
             first = len(rates) * self.recipe.accumulate
             places = [f"training: epoch {epoch}, batch {first + index}" for index in range(len(batches))]
