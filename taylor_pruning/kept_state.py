@@ -39,7 +39,7 @@ def state_kept(model: nn.Module) -> Iterator[None]:
     contents = [(container, copy(container)) for container in found.values()]
     items = [item for _, held in contents for item in (held.values() if isinstance(held, dict) else held)]
     tensors = {id(t): t for t in items if type(t) is not nn.Parameter and isinstance(t, torch.Tensor)}
-    values = [(t, t._version, t.detach().clone()) for t in tensors.values() if not t.is_inference()]
+    values = [(t, t.detach().clone()) for t in tensors.values() if not t.is_inference()]
     try:
         yield
     finally:
@@ -52,8 +52,8 @@ def _give_back(contents, values):
     for container, content in contents:
         if not _holds(container, content):
             fill(container, content)
-    for tensor, version, value in values:
-        if tensor._version != version and not torch.equal(tensor, value):
+    for tensor, value in values:
+        if not torch.equal(tensor, value):
             tensor.resize_(value.shape).copy_(value)
 
 

@@ -63,6 +63,25 @@ def test_what_forwards_leave_behind_is_taken_back(context, network, images):
     check_same(before, held(network))
 
 
+def test_buffers_come_back_from_other_sizes_and_from_writes_to_their_data():
+    class Rewriting(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            for name, size in (("grid", 0), ("mean", 3), ("calls", 1)):
+                self.register_buffer(name, torch.zeros(size))
+
+        def forward(self, x):
+            self.grid.resize_(x.shape).fill_(1)
+            self.mean.data = x.mean((0, 2, 3))
+            self.calls.data.add_(1)
+            return x
+
+    network = Rewriting()
+    with in_evaluation(network):
+        network(torch.ones(2, 3, 4, 4))
+    assert [buffer.tolist() for buffer in network.buffers()] == [[], [0, 0, 0], [0]]
+
+
 def test_the_network_comes_back_from_measuring_and_compensation(network, images, labels, batches):
     before = held(network)
     evaluate(network, batches, progress=False)
@@ -77,3 +96,27 @@ def test_the_network_comes_back_from_the_pipeline(network, images, batches):
     )
     pruning.run_full_pruning(30, 2, fine_tune_epochs=1)
     check_same(before, held(network))
+
+
+class MadeLater(Residual):
+    """Its last layer is made by the first forward, which knows how many features there are."""
+
+    def __init__(self):
+        super().__init__()
+        self.classes, self.head = self.head.out_features, None
+
+    def forward(self, x):
+        features = self.conv2(self.conv1(self.stem(x)).relu()).mean((2, 3))
+        if self.head is None:
+            self.head = torch.nn.Linear(features.shape[1], self.classes, dtype=x.dtype)
+        return self.head(features)
+
+
+def test_layers_that_the_first_forward_makes_stay(images, batches):
+    model = randomise(MadeLater())
+    evaluate(model, batches, progress=False)
+    weight = model.head.weight
+    evaluate(model, batches, progress=False)
+    assert model.head.weight is weight
+    settings = PruningSettings(rounds=1)
+    assert EnhancedPruning(randomise(MadeLater()), batches, batches, settings=settings, progress=False).prune(30).plan
