@@ -170,7 +170,8 @@ def _factory(call):
     sizes = listed[0] if listed else given
     for d, size in enumerate(sizes[: len(shape)]):
         if is_tracked(size) and (size.ids is not None or size.widths):
-            if size.ids is not None and size.factor and len(size.ids) * size.factor == shape[d] and size.factor >= 1:
+            multiple = size.factor and size.factor.denominator == 1 and not size.rounded
+            if size.ids is not None and multiple and len(size.ids) * size.factor == shape[d]:
                 layers.append(spread(size.ids.repeat(int(size.factor)), d, shape))
             elif size.ids is None and not call.info.source and shape[d] > 1:  # zeros, as a recurrent state begins
                 along = call.ids.new(shape[d])

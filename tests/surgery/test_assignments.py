@@ -100,6 +100,13 @@ def two_halves(s, x):
     return s.c(y[:, : half + half])
 
 
+def one_and_a_half(s, x):
+    y, c = s.a(x), x.size(1)
+    room = y.new_zeros(y.size(0), c + c // 2, *y.shape[2:])
+    room[:, :c] = y
+    return s.b(room[:, :c])
+
+
 def angles(s, x):
     """The angle of a closed channel is 0 or pi, by the sign that its zero has kept."""
     return s.b(torch.complex(s.a(x), s.a(x.flip(3)) + 0.1).angle())
@@ -118,6 +125,7 @@ BLOCKS = {  # name: (block, removable filters of the stem, of a, of b)
     "halves by narrow": (Block(halves), 8, 8, 8),
     "correlated channels": (Block(correlated), 8, 8, 8),
     "two halves": (Block(two_halves, c=conv(2 * C, C, 1)), 8, 0, 0),
+    "room for more": (Block(one_and_a_half), 0, 0, 8),
     "angles": (Block(angles), 8, 8, 8),
 }
 
