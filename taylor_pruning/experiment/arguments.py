@@ -73,9 +73,14 @@ def _placeholder(field: dataclasses.Field) -> str:
 
 
 def _choices(field: dataclasses.Field) -> list[str]:
-    """The choices as text; None, where it is one, is "none"."""
+    """The choices as text."""
+    return [*map(str, field.metadata["option"].choices), *(["none"] if _takes_none(field) else [])]
+
+
+def _takes_none(field: dataclasses.Field) -> bool:
+    """Whether "none" on the command line is the value None; a number whose default is None is left out instead."""
     _, several, optional = value_type(field)
-    return [*map(str, field.metadata["option"].choices), *(["none"] if optional and not several else [])]
+    return optional and not several and bool(field.metadata["option"].choices or field.default is not None)
 
 
 def value_text(field: dataclasses.Field) -> str:
@@ -83,7 +88,8 @@ def value_text(field: dataclasses.Field) -> str:
     about, (kind, several, _) = field.metadata["option"], value_type(field)
     if kind is bool:
         return "on, off"
-    text = ", ".join(_choices(field)) if about.choices else " ".join(filter(None, (NAMES[kind], range_text(about))))
+    number = " ".join(filter(None, (NAMES[kind], range_text(about), "or none" if _takes_none(field) else "")))
+    text = ", ".join(_choices(field)) if about.choices else number
     return f"one or more: {text}" if several else text
 
 
@@ -111,10 +117,10 @@ def _help(field: dataclasses.Field) -> str:
 
 def _reader(field: dataclasses.Field):
     """An argparse type: the value of the text, checked as the settings check it."""
-    kind, several, optional = value_type(field)
+    kind, several, _ = value_type(field)
 
     def read(text: str):
-        if optional and not several and field.metadata["option"].choices and text == "none":
+        if text == "none" and _takes_none(field):
             return None
         try:
             value = kind(text)
