@@ -18,8 +18,8 @@ from taylor_pruning.stored import stored
 T = TypeVar("T")
 
 
-def _number(name, default=0):
-    text = os.environ.get(name, str(default))
+def _number(name):
+    text = os.environ.get(name, "1")
     if not text.isdecimal():
         raise InputError(f"{name} is {text!r}, which is no number; unset it, or start several processes with torchrun")
     return int(text)
@@ -31,12 +31,13 @@ def init_distributed(device: torch.device) -> torch.device:
     nccl on CUDA (the returned device is `cuda:LOCAL_RANK`, also made current), gloo elsewhere. Does nothing outside
     torchrun and with one process. Raises InputError if the environment is incomplete or wrong, or has more processes than GPUs.
     """
-    if _number("WORLD_SIZE", 1) < 2 or dist.is_initialized():
+    if _number("WORLD_SIZE") < 2 or dist.is_initialized():
         return device
     missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise InputError(f"WORLD_SIZE is set but {', '.join(missing)} not; start several processes with torchrun")
-    local_rank = [_number(name) for name in ("RANK", "LOCAL_RANK")][1]
+    _number("RANK")
+    local_rank = _number("LOCAL_RANK")
     if device.type != "cuda":
         dist.init_process_group("gloo")
         return device

@@ -68,7 +68,7 @@ class Batches:
         return batch
 
     def _kind(self, batch):
-        return tuple((t.dtype, t.shape) for t in tensors_in(self.task.inputs(_few(batch, 1))))
+        return tuple((t.dtype, t.shape) for t in tensors_in(self.task.inputs(select(batch, slice(1)))))
 
     def try_later(self, model: nn.Module, first) -> None:
         """From now on the network runs once on other kinds of samples than that of the batch `first`."""

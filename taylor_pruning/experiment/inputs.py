@@ -31,12 +31,10 @@ def check_inputs(folder: Path, settings: DataSettings, data: ImageData) -> None:
     config = read_json(folder / "config.json")
     if config is None:  # the network is prepared without a runner
         return
-    if not has_shape(config.get("inputs"), (dict, type(None))) or not _is_listing(
-        (config.get("inputs") or {}).get("images")
-    ):
-        raise InputError(f"{folder / 'config.json'} does not say which images the run read; start a new run")
     now, then = {"images": data.listing, "weights": _weights(settings)}, config.get("inputs")
-    if not isinstance(then, dict) or _without_sizes(now) == then:
+    if then is not None and not (isinstance(then, dict) and _is_listing(then.get("images"))):
+        raise InputError(f"{folder / 'config.json'} does not say which images the run read; start a new run")
+    if then is None or _without_sizes(now) == then:
         if is_main():
             write_json(folder / "config.json", {**config, "inputs": now})
         return

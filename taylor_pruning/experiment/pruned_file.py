@@ -22,10 +22,8 @@ from taylor_pruning.surgery.trial_inputs import FORWARD_ERRORS
 from taylor_pruning.surgery.wrappers import check_values, without_wrappers
 
 FORMAT_VERSION = 1
-FIELDS = {
-    **{"name": (str, type(None)), "num_classes": (int, type(None)), "image_size": (int, type(None))},
-    **{"attributes": dict, "state_dict": dict, "buffers": dict},
-}
+FIELDS = {"name": (str, type(None)), "num_classes": (int, type(None)), "image_size": (int, type(None)),
+          "attributes": dict, "state_dict": dict, "buffers": dict}  # fmt: skip
 
 
 def save_pruned(

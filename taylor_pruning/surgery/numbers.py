@@ -99,13 +99,14 @@ def product_of(value):
     return _PRODUCTS[-1].get(value)
 
 
-def number(value, node=None, ids=None, widths=(), factor=Fraction(1)):
+def number(value, node=None, ids=None, widths=(), factor=Fraction(1), rounded=0):
     """`value` as a Number or Real; booleans and everything else are left alone."""
     kind = {int: Number, float: Real}.get(type(value))
     if kind is None:
         return value
     result = kind(value)
-    result.graph, result.node, result.ids, result.widths, result.factor = _GRAPHS[-1], node, ids, widths, factor
+    result.graph, result.node, result.ids, result.widths = _GRAPHS[-1], node, ids, widths
+    result.factor, result.rounded = factor, rounded
     return result
 
 
@@ -171,10 +172,8 @@ def _arithmetic(name, reflected):
         ids = [o.ids for o in counted if o.ids is not None]
         named = tracked if ids else counted  # C // self.groups follows C as long as self.groups stays
         widths = tuple(dict.fromkeys(w for o in named for w in o.widths))
-        result = number(value, node, torch.cat(ids) if len(ids) > 1 else ids[0] if ids else None, widths, factor)
-        if isinstance(result, _Tracked):
-            result.rounded = rounded
-        return result
+        ids = torch.cat(ids) if len(ids) > 1 else ids[0] if ids else None
+        return number(value, node, ids, widths, factor, rounded)
 
     return method
 

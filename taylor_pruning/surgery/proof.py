@@ -302,6 +302,11 @@ def difference(expected: Sequence[torch.Tensor], got: Sequence[torch.Tensor]) ->
     return worst if compared or worst else math.nan
 
 
+def alike(expected: Sequence[torch.Tensor], got: Sequence[torch.Tensor], dtype: torch.dtype) -> bool:
+    """Whether the outputs of a network of this type differ by no more than rounding; also where there is no number."""
+    return not difference(expected, got) > TOLERANCES.get(dtype, max(TOLERANCES.values()))
+
+
 def varies(output: torch.Tensor, samples: int) -> bool:
     """Whether finite values of an output are others for other samples."""
     if not output.dim() or len(output) != samples:

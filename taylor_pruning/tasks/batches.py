@@ -19,7 +19,7 @@ def images(batch) -> Tensor | Sequence:
     for field in _fields(batch):
         if isinstance(field, dict):
             return images(field)
-        if isinstance(field, (list, tuple)) or (isinstance(field, Tensor) and field.dim()):
+        if _has_samples(field):
             return field
     raise InputError("the batch has no field with one entry a sample; let it begin with a tensor [B, ...] or a list")
 
@@ -32,12 +32,8 @@ def size(batch) -> int:
 def lengths(batch) -> set[int]:
     """Numbers of samples that the fields have; one number in a batch that can be taken apart."""
     found = set()
-    _map_fields(batch, lambda field: found.update(_length(field)), top=True)
+    _map_fields(batch, lambda field: found.update([len(field)] if _has_samples(field) else []), top=True)
     return found
-
-
-def _length(field):
-    return [len(field)] if isinstance(field, (list, tuple)) or (isinstance(field, Tensor) and field.dim()) else []
 
 
 def shapes(batch) -> tuple:
@@ -47,8 +43,8 @@ def shapes(batch) -> tuple:
     return tuple(found)
 
 
-def select(batch, index: Tensor):
-    """The samples of `index` (int64), in its order."""
+def select(batch, index: Tensor | slice):
+    """The samples of `index` (int64), in its order, as copies; those of a slice as views, for which no device waits."""
     return _map_fields(batch, lambda field: _pick(field, index), top=True)
 
 
@@ -94,7 +90,13 @@ def _map_fields(batch, function, top=False):
     return function(batch)
 
 
+def _has_samples(field):
+    return isinstance(field, (list, tuple)) or (isinstance(field, Tensor) and field.dim() > 0)
+
+
 def _pick(field, index):
-    if isinstance(field, Tensor) and field.dim():
-        return field[index.to(field.device)]
-    return [field[i] for i in index.tolist()] if isinstance(field, (list, tuple)) else field
+    if not _has_samples(field):
+        return field
+    if isinstance(index, slice):
+        return field[index]
+    return field[index.to(field.device)] if isinstance(field, Tensor) else [field[i] for i in index.tolist()]
