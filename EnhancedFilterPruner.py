@@ -26,9 +26,10 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from GradientFlowAnalyzer import GradientFlowReport
+from GradientFlowAnalyzer import GradientFlowAnalyzer, GradientFlowReport
 from taylor_pruning.checks import check_gradient_mode
 from taylor_pruning.errors import InputError, one_of
+from taylor_pruning.experiment.images import PruningImages
 from taylor_pruning.experiment.pruned_graph import graph_for
 from taylor_pruning.experiment.settings import TAYLOR_ORDERS, PruningSettings, settings_of
 from taylor_pruning.first_batch import device_of
@@ -50,7 +51,7 @@ from taylor_pruning.selection.latency import with_times
 from taylor_pruning.surgery.graph import ChannelGraph, checked_graph
 from taylor_pruning.surgery.parts import PartsGraph
 from taylor_pruning.tasks.classification import is_classification, task_of
-from taylor_pruning.tasks.task import Task
+from taylor_pruning.tasks.task import Task, example_of
 
 __all__ = ["ChannelGraph", "EnhancedFilterPruner"]
 
@@ -154,9 +155,8 @@ class EnhancedFilterPruner:
             probes = max(2, settings.class_probes or CLASS_PROBES)
             wanted = Wanted(probes, flow=self.use_gradient_flow, seed=settings.seed)
             portions = Portions(batches[0][0].device, limit)
-            directions = collect_directions(
-                self.model, self.graph, batches, wanted, progress=self.progress, portions=portions
-            )
+            directions = collect_directions(self.model, self.graph, batches, wanted, progress=self.progress,
+                                            portions=portions)  # fmt: skip
         if probed is None and (directions is None or (by_probes and self.taylor_order > 1)):
             order, probes = max(2, self.taylor_order), settings.hessian_probes
             portions = Portions(device_of(self.model), limit)
@@ -171,11 +171,9 @@ class EnhancedFilterPruner:
         return self.collected is not None and self.collected.provides(taylor_order, use_gradient_flow)
 
     def with_order(self, taylor_order: int, use_gradient_flow: bool = False) -> "EnhancedFilterPruner":
-        """A pruner of another order that shares what this one has collected. Raises InputError if that does not suffice."""
+        """A pruner of another order that shares what this one has collected. Raises InputError if that is too little."""
         if not self.provides(taylor_order, use_gradient_flow):
-            raise InputError(
-                f"order {taylor_order} needs more than was collected; rank with taylor_order={taylor_order}"
-            )
+            raise InputError(f"order {taylor_order} was not collected; rank with taylor_order={taylor_order}")
         other = copy.copy(self)
         other.taylor_order, other.use_gradient_flow = taylor_order, use_gradient_flow
         return other
@@ -238,8 +236,8 @@ class EnhancedFilterPruner:
 
     def curvature_report(self) -> dict:
         """How the second and third derivatives of the scores were computed, see scoring.curvature.curvature_report."""
-        order = self.taylor_order
-        return curvature_report(self._collected(order), order, self.curvature_path, self.curvature_reason)
+        collected = self._collected(self.taylor_order)
+        return curvature_report(collected, self.taylor_order, self.curvature_path, self.curvature_reason)
 
     # -- selection ---------------------------------------------------------------------------------------------------
 
@@ -307,29 +305,26 @@ class Rankings:
     """Rankings of the networks of one experiment: orders share what they can of the dense network's.
 
     Of the networks cut from it only the last ranking is kept, until `release`, because it can take much memory: a network of
-    which filters are chosen several times in a row is scored once.
-
-    Args:
-        graph: ChannelGraph of the dense network.
-        calibration, compensation, held_out: lists of batches of `task`, see `EnhancedFilterPruner.rank`.
+    which filters are chosen several times in a row is scored once. `graph` is that of the dense network, `example` what a
+    network is called with for the first calibration image.
     """
 
-    def __init__(self, graph: ChannelGraph | PartsGraph, calibration: list, compensation: list, settings: PruningSettings,
-                 progress: bool, task: Task | None = None, held_out: list | None = None):  # fmt: skip
-        self.graph, self.settings, self.progress, self.task = graph, settings, progress, task_of(task)
-        self.calibration, self.compensation, self.held_out = calibration, compensation, held_out
+    def __init__(self, graph: ChannelGraph | PartsGraph, images: PruningImages, settings: PruningSettings, progress: bool,
+                 task: Task | None = None):  # fmt: skip
+        self.graph, self.images, self.settings = graph, images, settings
+        self.progress, self.task = progress, task_of(task)
+        self.example = example_of(self.task, images.calibration[0])
         self._dense, self._last, self._of_last = {}, None, {}  # graph of the last network cut from it, and its ranking
 
-    def of(
-        self, model: nn.Module, order: int, use_gradient_flow: bool = False, repairs: bool = False
-    ) -> EnhancedFilterPruner:
+    def of(self, model: nn.Module, order: int, use_gradient_flow: bool = False,
+           repairs: bool = False) -> EnhancedFilterPruner:  # fmt: skip
         """A pruner that has ranked `model`; with `repairs` it scores what compensation cannot repair."""
         kept = self._dense if self.graph_of(model) is self.graph else self._of_last
         key = (repairs, order if repairs else None)  # behind compensation every order takes directions of its own
         ranked = kept.get(key)
         if ranked is None or not ranked.provides(order, use_gradient_flow):
             self._of_last.clear()
-            ranked = kept[key] = self._ranked(model, order, use_gradient_flow, repairs)
+            kept[key] = ranked = self._ranked(model, order, use_gradient_flow, repairs)
         return ranked.with_order(order, use_gradient_flow)
 
     def release(self) -> None:
@@ -339,12 +334,17 @@ class Rankings:
     def _ranked(self, model, order, use_gradient_flow, repairs):
         pruner = EnhancedFilterPruner(model, None, order, use_gradient_flow, settings=self.settings, task=self.task,
                                       graph=self.graph_of(model), progress=self.progress)  # fmt: skip
-        return pruner.rank(self.calibration, self.compensation if repairs else None, self.held_out)
+        compensation = self.images.compensation if repairs else None
+        return pruner.rank(self.images.calibration, compensation, self.images.held_out)
+
+    def flow_of(self, model: nn.Module) -> GradientFlowReport:
+        """The gradient flow of the calibration images through `model`."""
+        return GradientFlowAnalyzer(model, None, self.graph_of(model)).analyze(self.images.calibration)
 
     def graph_of(self, model: nn.Module) -> ChannelGraph | PartsGraph:
         """The ChannelGraph of the dense network or of one cut from it, with the settings' excluded layers."""
         if model is self.graph.model:
             return self.graph
         if self._last is None or self._last.model is not model:
-            self._last, self._of_last = graph_for(self.task, model, self.calibration[0], self.settings), {}
+            self._last, self._of_last = graph_for(self.task, model, self.images.calibration[0], self.settings), {}
         return self._last

@@ -26,25 +26,19 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from EnhancedFilterPruner import ChannelGraph, Rankings
-from GradientFlowAnalyzer import GradientFlowAnalyzer
 from taylor_pruning.distributed import is_main
 from taylor_pruning.errors import InputError, instance_of, one_of
 from taylor_pruning.experiment.checkpoint import RoundsCheckpoint, RoundsState
 from taylor_pruning.experiment.choices import BaselineChoice, TaylorChoice, TimedChoice
+from taylor_pruning.experiment.images import PruningImages
+from taylor_pruning.experiment.outcome import pruning_result, with_flow
 from taylor_pruning.experiment.pruned_file import load_pruned, save_pruned
 from taylor_pruning.experiment.pruned_graph import graph_for
-from taylor_pruning.experiment.results import (
-    PruningResult,
-    all_filters,
-    flow_with_kept,
-    flow_with_stage,
-    layer_table,
-    removed,
-)
+from taylor_pruning.experiment.results import PruningResult, all_filters
 from taylor_pruning.experiment.rounds import Rounds
 from taylor_pruning.experiment.settings import TAYLOR_ORDERS, PruningSettings, settings_of
 from taylor_pruning.files import checkpoint_file
-from taylor_pruning.first_batch import Batches, check_inputs, check_training, checked_batches, device_of
+from taylor_pruning.first_batch import Batches, check_inputs, check_training, device_of
 from taylor_pruning.generators import seeded
 from taylor_pruning.modes import own_precision
 from taylor_pruning.options import check_argument
@@ -52,13 +46,12 @@ from taylor_pruning.repair.network import check_joinable
 from taylor_pruning.scoring.curvature import check_scoring, no_third_order
 from taylor_pruning.scoring.oracle import judge_estimates
 from taylor_pruning.selection.greedy import check_reachable
-from taylor_pruning.selection.latency import latency_report, with_times
+from taylor_pruning.selection.latency import with_times
 from taylor_pruning.surgery.wrappers import unwrapped
 from taylor_pruning.tasks.classification import is_classification, task_of
 from taylor_pruning.tasks.task import Task, example_of
 from taylor_pruning.training.fine_tuning import Recipe, check_recipe, fine_tune, reestimate_batchnorm
 from taylor_pruning.training.measuring import Measuring
-from taylor_pruning.training.sampling import HELD_OUT, first_images, split_images
 
 __all__ = ["EnhancedPruning", "InputError", "PruningResult", "PruningSettings", "load_pruned", "save_pruned"]
 
@@ -111,29 +104,19 @@ class EnhancedPruning:
             self.task.require(name, "every stage needs")
         check_scoring(self.task, self.settings, self.settings.compensate, use_gradient_flow=False)
         check_inputs(self.model, [self.train_loader, self.val_loader])
-        if calibration is not None:
-            self.calibration = self._given(calibration, "the calibration images")
-        else:
-            check_argument("calibration_samples", calibration_samples, int, low=1)
-            first = first_images(self.train_loader, calibration_samples + HELD_OUT)
-            self.calibration, rest = split_images(first, calibration_samples)
-            held_out = rest if held_out is None else held_out
-        self.compensation = self.calibration
-        if compensation is not None:
-            self.compensation = self._given(compensation, "the compensation images")
+        self.images = PruningImages.gathered(self.model, self.train_loader, calibration_samples, calibration, compensation,
+                                             held_out)  # fmt: skip
         if self.settings.repair == "network":
-            check_joinable(self.compensation)
-        held_out = None if held_out is None or held_out == [] else self._given(held_out, "the held-out images")
-        self.example = example_of(self.task, self.calibration[0])
-        self.graph = graph_for(self.task, self.model, self.calibration[0], self.settings)
+            check_joinable(self.images.compensation)
+        example = example_of(self.task, self.images.calibration[0])
+        self.graph = graph_for(self.task, self.model, self.images.calibration[0], self.settings)
         self.notes += tuple(f"{name} is left whole: {reason}" for name, reason in self.graph.left_whole.items())
-        self.settings = with_times(self.settings, self.graph, self.example, print if progress and is_main() else None)
+        self.settings = with_times(self.settings, self.graph, example, print if progress and is_main() else None)
         amp = self.recipe.resolved(device).amp if self.recipe.amp_validation else None
-        self.measuring = Measuring(self.model, self.val_loader, self.calibration, held_out=held_out, amp=amp,
-                                   dense_stage=dense_stage, memory_limit=self.settings.memory_bytes,
+        self.measuring = Measuring(self.model, self.val_loader, self.images.calibration, held_out=self.images.held_out,
+                                   amp=amp, dense_stage=dense_stage, memory_limit=self.settings.memory_bytes,
                                    progress=progress, task=self.task)  # fmt: skip
-        self.rankings = Rankings(self.graph, self.calibration, self.compensation, self.settings, progress, self.task,
-                                 held_out)  # fmt: skip
+        self.rankings = Rankings(self.graph, self.images, self.settings, progress, self.task)
         self.teacher = self.model if is_classification(self.task) and self.recipe.distillation_weight != 0 else None
 
     def run_full_pruning(
@@ -198,15 +181,13 @@ class EnhancedPruning:
         method = {"taylor_order": taylor_order, "use_gradient_flow": use_gradient_flow}
         state, store = RoundsState(self.model, all_filters(self.graph)), None
         if checkpoint := checkpoint_file(checkpoint, resume):
-            images = {"calibration": self.calibration, "compensation": self.compensation}
-            images |= {"held-out": self.rankings.held_out} if self.rankings.held_out else {}
             decides = {**self.settings.as_dict(), "pruning_percentage": pruning_percentage, **method}
             if self.settings.fine_tune_between:
                 decides["recipe"] = repr(self.recipe)
-            store = RoundsCheckpoint(checkpoint, self.graph, images, decides)
+            store = RoundsCheckpoint(checkpoint, self.graph, self.images.by_name(), decides)
             state = (store.load() if resume else None) or state
         choose = TaylorChoice(self.rankings, taylor_order, use_gradient_flow, self.settings.compensate)
-        result = self._result(self._in_rounds(state, pruning_percentage, choose, self.settings, store))
+        result = self._after_rounds(state, pruning_percentage, choose, self.settings, store)
         if oracle_samples:
             result.oracle = self.oracle(oracle_samples)
         return result
@@ -235,9 +216,7 @@ class EnhancedPruning:
         )
         choose = BaselineChoice(self.rankings, criterion, widths, settings.constraints, settings.seed)
         percentage = settings.percentage(pruning_percentage, self.graph)
-        return self._result(
-            self._in_rounds(RoundsState(self.model, all_filters(self.graph)), percentage, choose, settings)
-        )
+        return self._after_rounds(RoundsState(self.model, all_filters(self.graph)), percentage, choose, settings)
 
     def fine_tune(
         self,
@@ -266,7 +245,7 @@ class EnhancedPruning:
         start, model = time.perf_counter(), copy.deepcopy(result.model)
         before = self.measuring.metrics_of(result.stages[-1])
         if self.settings.reestimate_batchnorm:
-            reestimate_batchnorm(model, self.calibration, self.task)
+            reestimate_batchnorm(model, self.images.calibration, self.task)
             before = None
         # Dropout does not depend on what ran before, as after an interruption.
         with seeded(self.settings.seed, device_of(model)):
@@ -275,7 +254,7 @@ class EnhancedPruning:
                                 memory_limit=self.settings.memory_bytes, task=self.task,
                                 progress=self.progress)  # fmt: skip
         stages = [*result.stages, self.measuring.stage("fine-tuned", model, time.perf_counter() - start, history.best)]
-        flow = result.gradient_flow and flow_with_stage(result.gradient_flow, "fine-tuned", self._flow_report(model))
+        flow = result.gradient_flow and with_flow(result.gradient_flow, "fine-tuned", self.rankings, model)
         return dataclasses.replace(
             result,
             model=model,
@@ -296,7 +275,7 @@ class EnhancedPruning:
         orders = [order for order in TAYLOR_ORDERS if order < 3 or not reason]
         ranked = self.rankings.of(self.model, max(orders))
         estimates = {str(order): ranked.scores(order) for order in orders}
-        found = judge_estimates(self.model, self.graph, self.calibration, estimates, samples, self.settings.seed,
+        found = judge_estimates(self.model, self.graph, self.images.calibration, estimates, samples, self.settings.seed,
                                 progress=self.progress, task=self.task)  # fmt: skip
         return {**found, "left_out": {"3": reason} if reason else {}}
 
@@ -304,44 +283,12 @@ class EnhancedPruning:
         """The dense network's stage, measured once."""
         return self.measuring.dense_stage()
 
-    def _given(self, batches, name):
-        """The list of the batches of one set of images, of which the first is checked like that of a loader."""
-        return checked_batches(self.model, Batches(batches, name, device_of(self.model), self.task))
-
-    def _in_rounds(self, state, percentage, choose, settings, store=None):
-        """The state after what is left of the settings' rounds, and after the repair; `store` keeps every step."""
+    def _after_rounds(self, state, percentage, choose, settings, store=None):
+        """The PruningResult after what is left of the settings' rounds; `store` keeps every step."""
         self.dense_stage()
         rounds = Rounds(self.rankings, self.measuring, self.train_loader, self.recipe, self.teacher, settings,
                         self.progress)  # fmt: skip
         if settings.times:
-            choose = TimedChoice(choose, self.rankings, settings.times, self.example)
-        return rounds.run(state, percentage, choose, store.save if store and is_main() else lambda state: None)
-
-    def _result(self, state):
-        """The PruningResult of a pruned network before fine-tuning."""
-        plan, seconds = removed(self.graph, state.kept), state.seconds
-        names = {"repair": "repaired", "compensate": "compensated", "train": "trained"}
-        step = next((step for step in names if step in seconds), None)  # the last change is what is there now
-        cut = self.graph.remove(plan) if step else state.model
-        stages = [self.dense_stage(), self.measuring.stage("pruned", cut, sum(seconds.values()))]
-        repair = dict(state.repair) if state.repair else None
-        if repair:
-            stages.append(repair.pop("before"))
-        if step:
-            stages.append(self.measuring.stage(names[step], state.model, seconds[step]))
-        result = PruningResult(state.model, stages, state.rounds, layer_table(self.graph, state.kept), plan, seconds)
-        times = None
-        if self.settings.times and state.rounds:
-            shares = state.rounds[-1]["times"]
-            times = latency_report(self.graph, state.model, self.settings.times, self.example, shares)
-        result = dataclasses.replace(
-            result, notes=list(self.notes), latency=times, repair=repair, stopped=state.stopped, **state.ranking
-        )
-        if result.gradient_flow:
-            flow = flow_with_kept(result.gradient_flow, self.graph, state.kept)
-            result.gradient_flow = flow_with_stage(flow, "pruned", self._flow_report(state.model))
-        return result
-
-    def _flow_report(self, model):
-        analyzer = GradientFlowAnalyzer(model, None, self.rankings.graph_of(model))
-        return analyzer.analyze(self.calibration).as_dict()
+            choose = TimedChoice(choose, self.rankings, settings.times)
+        state = rounds.run(state, percentage, choose, store.save if store and is_main() else lambda state: None)
+        return pruning_result(state, self.rankings, self.measuring, self.notes)

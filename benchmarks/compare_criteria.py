@@ -130,7 +130,7 @@ def networks(criterion, pruning, data, arguments, seed, batches):
                 }
             )
             ours = EnhancedPruning(pruning.model, pruning.train_loader, pruning.val_loader, calibration=batches,
-                                   compensation=pruning.compensation, settings=settings, progress=False)  # fmt: skip
+                                   compensation=pruning.images.compensation, settings=settings, progress=False)  # fmt: skip
             return {p: ours.prune(p, int(name[-1])).model for p in arguments.percentages}
     base, *variant = criterion.split(", ")
     how = {"widths": "uniform" if "uniform" in variant else "own", "compensate": "compensated" in variant}
@@ -163,7 +163,7 @@ def single_estimates(pruning, batches, arguments, seed):
 
 def fresh(pruning):
     """Rankings without any cached result."""
-    return Rankings(pruning.graph, pruning.calibration, pruning.compensation, pruning.settings, progress=False)
+    return Rankings(pruning.graph, pruning.images, pruning.settings, progress=False)
 
 
 def costs(pruning, batches):

@@ -480,7 +480,7 @@ def test_rounds_are_judged_on_images_that_neither_score_nor_repair(plain_network
     loader = make_loader(torch.utils.data.TensorDataset(images, labels), 5)
     pruning = EnhancedPruning(plain_network, loader, loader, calibration_samples=7, settings=PruningSettings(rounds=1),
                               progress=False)  # fmt: skip
-    scored = torch.cat([x for x, _ in pruning.calibration])
+    scored = torch.cat([x for x, _ in pruning.images.calibration])
     judged = torch.cat([x for x, _ in pruning.measuring.held_out])
     assert torch.equal(scored, images[:7]) and torch.equal(judged, images[7:])
     found = pruning.prune(30, 1).rounds[0]["held_out"]

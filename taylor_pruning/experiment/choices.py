@@ -142,11 +142,11 @@ class TimedChoice:
 
     Args:
         choose: TaylorChoice or BaselineChoice.
-        latency: selection.latency_table.NetworkLatency of the dense network. example: image on its device.
+        latency: selection.latency_table.NetworkLatency of the dense network.
     """
 
-    def __init__(self, choose: Callable, rankings, latency: NetworkLatency, example: Tensor):
-        self.choose, self.rankings, self.latency, self.example = choose, rankings, latency, example
+    def __init__(self, choose: Callable, rankings, latency: NetworkLatency):
+        self.choose, self.rankings, self.latency = choose, rankings, latency
 
     def __call__(self, model: nn.Module, percentage: float, ledger: Ledger, lap: Callable[[str], None]) -> Choice:
         """As of TaylorChoice."""
@@ -176,7 +176,7 @@ class TimedChoice:
         return best
 
     def _measured(self, model):
-        return measured_share(self.rankings.graph, model, self.latency, self.example)
+        return measured_share(self.rankings.graph, model, self.latency, self.rankings.example)
 
     def _predicted(self, graph, units, ledger):
         """Share of the dense network's time that the layers' times give for the graph's network without the units."""

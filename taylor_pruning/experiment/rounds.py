@@ -131,8 +131,8 @@ class Rounds:
         task = self.rankings.task
         before = self.measuring.stage("compensated", state.model, state.seconds["compensate"])
         seconds.lap("evaluate")
-        images, held_out = split(self.rankings.compensation, seed)
-        held_out += self.rankings.held_out or []
+        images, held_out = split(self.rankings.images.compensation, seed)
+        held_out += self.rankings.images.held_out or []
         model = self.graph.remove(removed(self.graph, state.kept))
         if images:
             self._fit(dense, model, images, state.kept, to_predictions=False)
@@ -143,7 +143,7 @@ class Rounds:
                                 passes=self.settings.repair_passes, progress=self.progress)  # fmt: skip
         broadcast_state(model)
         if report.steps:
-            self._fit(dense, model, self.rankings.compensation, state.kept, only_logits=True)
+            self._fit(dense, model, self.rankings.images.compensation, state.kept, only_logits=True)
         else:  # nothing was gained: the fit to all images is better
             model = state.model
         seconds.lap("repair")
@@ -157,7 +157,7 @@ class Rounds:
             target, kept = state.model, remaining(all_filters(self.rankings.graph_of(state.model)), plan)
         else:
             smaller = self.graph.remove(removed(self.graph, kept))
-        return smaller, self._fit(target, smaller, self.rankings.compensation, kept).as_dict()
+        return smaller, self._fit(target, smaller, self.rankings.images.compensation, kept).as_dict()
 
     def _fit(self, target, smaller, batches, kept, **which):
         """Fits the layers of `smaller` to `target`, in all processes alike; returns the report on every layer."""

@@ -66,7 +66,7 @@ def test_the_repair_across_layers_follows_the_divergence_of_a_task(name, monkeyp
     pruning = pipeline(name, settings=PruningSettings(rounds=1, repair="network", repair_passes=20))
     result = pruning.prune(50, 2)
     assert [stage["stage"] for stage in result.stages] == ["dense", "pruned", "compensated", "repaired"]
-    images = torch.cat([images for images, _ in split(pruning.compensation, 0)[1]])
+    images = torch.cat([images for images, _ in split(pruning.images.compensation, 0)[1]])
     assert len(images) == result.repair["held_out"] == 4
     with torch.no_grad():
         divergence = task.divergence(result.model.eval()(images), pruning.model.eval()(images)).mean().item()
