@@ -200,8 +200,11 @@ def run_cell(cell, arguments):
             criterion, 100 - cell.left, widths=widths, compensate=bool(cell.compensation)
         )
     model = result.model
-    before, after = profile(pruning.model, pruning.example), profile(model, pruning.example)
-    pairs = [[network_milliseconds(m, pruning.example, 1) for m in (model, pruning.model)] for _ in range(TIMED_PAIRS)]
+    before, after = profile(pruning.model, pruning.rankings.example), profile(model, pruning.rankings.example)
+    pairs = [
+        [network_milliseconds(m, pruning.rankings.example, 1) for m in (model, pruning.model)]
+        for _ in range(TIMED_PAIRS)
+    ]
     row = {**asdict(cell), "macs": after["macs"] / before["macs"], "params": after["parameters"] / before["parameters"],
            "latency": statistics.median(pruned / dense for pruned, dense in pairs),
            "widths": {name: layer["kept"] for name, layer in result.layers.items()},

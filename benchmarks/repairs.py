@@ -165,7 +165,7 @@ class Work:
         if len(train):
             model = copy.deepcopy(self.dense).requires_grad_(True)
             learn = functools.partial(
-                learn_sparsely, name, model, self.pruning.example, steps=len(train), share=share[0]
+                learn_sparsely, name, model, self.pruning.rankings.example, steps=len(train), share=share[0]
             )
             self.train(model, train, recipe, teacher, constant=True, prepare=learn)
             monitor = self.draw.compensation[:1]
