@@ -1,6 +1,7 @@
 """What a network costs: parameters, multiply-accumulates, bytes on disk, milliseconds."""
 
 import io
+import math
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,29 @@ COSTS = ("parameters", "macs", "file_bytes", "latency_ms", "images_per_second") 
 LATENCY_RUNS = 15
 
 
+def _layer_of_mkldnn(inputs, of_input, of_state, *_, **__) -> int:
+    """Operations of one direction of a recurrent layer; shapes [steps, batch, features] and of its two matrices."""
+    return 2 * math.prod(inputs[:-1]) * (math.prod(of_input) + math.prod(of_state))
+
+
+def _layers_of_cudnn(inputs, weights, *_, **__) -> int:
+    """Operations of a whole recurrent network; shapes of its inputs and of all its matrices and biases."""
+    return 2 * math.prod(inputs[:-1]) * sum(math.prod(shape) for shape in weights if len(shape) == 2)
+
+
+def _attention(queries, keys, values, *_, **__) -> int:
+    """Operations of attention; shapes [..., tokens, features]. Every query meets every key, then every value."""
+    return 2 * math.prod(queries[:-1]) * keys[-2] * (queries[-1] + values[-1])
+
+
+# Fused calls that PyTorch's counter takes for nothing.
+FUSED = {
+    torch.ops.aten.mkldnn_rnn_layer: _layer_of_mkldnn,
+    torch.ops.aten._cudnn_rnn: _layers_of_cudnn,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+}
+
+
 def profile(model: nn.Module, example: Tensor) -> dict:
     """Costs of `model` on one image.
 
@@ -29,17 +53,27 @@ def profile(model: nn.Module, example: Tensor) -> dict:
         "images_per_second" (by batch size, see training.throughput; {} unless the example is a tensor)}.
     """
     with frozen(model), torch.no_grad():
-        with FlopCounterMode(display=False) as counter:
-            call(model, example)
         buffer = io.BytesIO()
         torch.save(stored(model), buffer)
         return {
             "parameters": sum(p.numel() for p in model.parameters()),
-            "macs": counter.get_total_flops() // 2,
+            "macs": _multiply_accumulates(model, example),
             "file_bytes": buffer.tell(),
             "latency_ms": latency(model, example),
             "images_per_second": throughput(model, example) if isinstance(example, Tensor) else {},
         }
+
+
+def _multiply_accumulates(model: nn.Module, example) -> int:
+    """Multiply-accumulates of a forward. Encoders run step by step: as a single call the counter takes them for nothing."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with FlopCounterMode(display=False, custom_mapping=FUSED) as counter:
+            call(model, example)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+    return counter.get_total_flops() // 2
 
 
 def latency(model: nn.Module, example: Tensor) -> float:
