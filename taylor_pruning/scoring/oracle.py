@@ -89,6 +89,8 @@ def ranks(values: Tensor) -> Tensor:
 
 
 def spearman(a, b) -> float:
-    """Spearman's rank correlation of two vectors, the correlation of their ranks; nan where one is constant."""
+    """Spearman's rank correlation of two vectors, the correlation of their ranks; nan where one is constant or too short."""
+    if len(a) < 2:
+        return float("nan")
     pair = torch.stack([ranks(torch.as_tensor(values).double()) for values in (a, b)])
     return torch.corrcoef(pair)[0, 1].item()
