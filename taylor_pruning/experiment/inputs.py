@@ -13,10 +13,19 @@ from taylor_pruning.experiment.command import DataSettings
 from taylor_pruning.experiment.data import ImageData
 from taylor_pruning.experiment.folders import CorruptImageError
 from taylor_pruning.experiment.models import weights_file
+from taylor_pruning.files import user_path
 from taylor_pruning.report.json_files import has_shape, read_json, write_json
 
 BYTES_AT_ONCE = 2**24
 NAMED = 3  # classes that a message names
+
+
+def check_place(folder: Path, settings: DataSettings) -> None:
+    """Raises InputError where the results would lie among the images: their plots would be read as images."""
+    places = [folder.resolve(), *folder.resolve().parents]
+    root = settings.data_path and user_path(settings.data_path)
+    if root and any((root / split).resolve() in places for split in ("train", "val", "test")):
+        raise InputError(f"the results folder {folder} lies among the images in {root}; pass another --output-dir")
 
 
 def check_inputs(folder: Path, settings: DataSettings, data: ImageData) -> None:

@@ -26,7 +26,7 @@ from taylor_pruning.experiment.data import ImageData
 from taylor_pruning.experiment.embedded import embedded_data
 from taylor_pruning.experiment.folders import load_image_folder
 from taylor_pruning.experiment.head import present_classes
-from taylor_pruning.experiment.inputs import check_inputs
+from taylor_pruning.experiment.inputs import check_inputs, check_place
 from taylor_pruning.experiment.loaders import calibration_batches, make_loader
 from taylor_pruning.experiment.models import BuiltModel, build_model, head_name, pretrained_weights
 from taylor_pruning.experiment.weights import load_own_weights
@@ -109,6 +109,7 @@ def prepare(command, folder, device, percentages=()):
     if command.recipe.compile and command.recipe.epochs:
         check_compiler(device)
     torch.manual_seed(command.pruning.seed)
+    check_place(folder, command.data)
     data = load_data(command.data)
     check_inputs(folder, command.data, data)
     built = build_model(

@@ -137,3 +137,13 @@ def test_a_broken_image_may_be_repaired(interrupted, tmp_path):
     check_inputs(tmp_path, settings, changed)
     with pytest.raises(InputError, match="renamed or replaced"):  # from then on, the repaired ones
         check_inputs(tmp_path, settings, data)
+
+
+@pytest.mark.parametrize("place", ["train", "train/cat/run", "val/run", "link/dog"])
+def test_results_among_the_images_are_refused(place, tmp_path, capsys):
+    data = write_folder(tmp_path / "data")
+    (data / "link").symlink_to(data / "val")
+    there = sorted(data.rglob("*"))
+    code = run_single_experiment.main(["--data-path", str(data), *QUICK, "--output-dir", str(data / place)])
+    refused(code, capsys, "lies among the images", "pass another --output-dir")
+    assert [path for path in sorted(data.rglob("*")) if path.name != ".lock"] == there
