@@ -42,7 +42,7 @@ from taylor_pruning.first_batch import Batches, check_inputs, check_training, de
 from taylor_pruning.generators import seeded
 from taylor_pruning.modes import own_precision
 from taylor_pruning.options import check_argument
-from taylor_pruning.repair.network import check_joinable
+from taylor_pruning.repair.network import check_repairable
 from taylor_pruning.scoring.curvature import check_scoring, no_third_order
 from taylor_pruning.scoring.oracle import judge_estimates
 from taylor_pruning.selection.greedy import check_reachable
@@ -107,7 +107,7 @@ class EnhancedPruning:
         self.images = PruningImages.gathered(self.model, self.train_loader, calibration_samples, calibration, compensation,
                                              held_out)  # fmt: skip
         if self.settings.repair == "network":
-            check_joinable(self.images.compensation)
+            check_repairable(self.images.compensation)
         example = example_of(self.task, self.images.calibration[0])
         self.graph = graph_for(self.task, self.model, self.images.calibration[0], self.settings)
         self.notes += tuple(f"{name} is left whole: {reason}" for name, reason in self.graph.left_whole.items())

@@ -135,6 +135,13 @@ def test_images_of_two_sizes_are_refused_before_any_round():
     pipeline(batches).prune(30)  # layers alone
 
 
+def test_a_single_image_does_not_repair_a_network():
+    single = [(BATCHES[0][0][:1], LABELS[:1])]
+    with pytest.raises(InputError, match="at least two compensation images"):
+        pipeline(compensation=single, settings=PruningSettings(repair="network"))
+    pipeline(compensation=single)
+
+
 def test_no_images_and_complex_ones_are_refused():
     with pytest.raises(InputError, match="calibration_samples must be at least 1, not 0"):
         pipeline(calibration_samples=0)

@@ -251,6 +251,8 @@ class Command:
     run: RunSettings
 
     def __post_init__(self):
+        if self.pruning.repair == "network" and self.data.compensation_samples < 2:
+            raise InputError("--repair network needs at least two images; give more --compensation-samples")
         if isinstance(self.task, SweepTask):
             if self.pruning.target:
                 raise InputError("a sweep removes --pruning-percentages; give a target to run_single_experiment.py")

@@ -76,6 +76,13 @@ def split(batches: list, seed: int) -> tuple[list, list]:
     return parts
 
 
+def check_repairable(batches: list) -> None:
+    """Raises InputError if the repair cannot use these images: they are fewer than two, or cannot be joined to batches."""
+    if sum(map(size, batches)) < 2:
+        raise InputError("repair of the network: there is one image or none; give at least two compensation images")
+    check_joinable(batches)
+
+
 def check_joinable(batches: list) -> None:
     """Raises InputError if the samples of the batches cannot be joined to others."""
     if len({shapes(batch) for batch in batches}) > 1:
@@ -121,7 +128,7 @@ def repair_network(
     Raises InputError if there are no images, images cannot be joined to batches, or the dense network answers NaN or Inf.
     """
     if not (batches and held_out):
-        raise InputError("repair of the network: there is one image or none; give at least two calibration images")
+        raise InputError("repair of the network: some images are fitted to and others judge; give at least two")
     check_joinable(batches)
     start, task = time.perf_counter(), task_of(task)
     rate = min(RATE_A_PASS * passes, LARGEST_RATE) if rate is None else rate

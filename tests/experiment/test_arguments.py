@@ -144,6 +144,8 @@ def test_a_config_that_cannot_be_read_is_named(kind, tmp_path, monkeypatch, caps
         (ExperimentTask, "--target-macs 50% --pruning-percentage 30", "contradict"),
         (ExperimentTask, "--target-macs 50% --budget params", "--target-macs and --budget params contradict"),
         (SweepTask, "--pruning-percentages 10,30", "must be a number, not '10,30'; separate several by spaces"),
+        (ExperimentTask, "--repair network --compensation-samples 1", "give more --compensation-samples"),
+        (SweepTask, "--repair network --calibration-samples 1", "give more --compensation-samples"),
         (ExperimentTask, "photos", "photos belongs to no option"),
     ],
 )
