@@ -61,9 +61,7 @@ def pruned(command: Command, pruning: EnhancedPruning, experiment: Experiment, f
     """The pruned network before fine-tuning; kept on disk, so that an interrupted run need not prune again."""
     kept = folder / PRUNED
     if command.run.resume and kept.exists():
-        model, values = load_pruned_and_extra(
-            kept, device=pruning.example.device, remedy="remove the file to prune again"
-        )
+        model, values = load_pruned_and_extra(kept, device=experiment.device, remedy="remove the file to prune again")
         return PruningResult(model=model, **values)
     warn_of_chance(pruning.dense_stage(), experiment.data)
     result = pruning.prune(
