@@ -280,6 +280,26 @@ def test_no_finished_round_of_pruning_is_repeated(plain_network, images, labels,
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_another_forward_or_other_validation_images_do_not_continue_a_run(plain_network, images, labels, tmp_path):
+    """Weights of the same shapes fit both networks, and results would be of two."""
+    everything = [(images, labels)]
+
+    def run(network=plain_network, val=everything, **keywords):
+        pruning = EnhancedPruning(network, everything, val, settings=PruningSettings(rounds=1), calibration=everything,
+                                  progress=False)  # fmt: skip
+        return pruning.run_full_pruning(30, fine_tune_epochs=1, checkpoint=tmp_path / "run.pt", **keywords)
+
+    run()
+    run(resume=True)
+    smooth = nn.Sequential(*(nn.ELU() if isinstance(module, nn.ReLU) else module for module in plain_network))
+    with pytest.raises(InputError, match="on the calibration images, .* its forward or the data have changed"):
+        run(smooth, resume=True)
+    with pytest.raises(InputError, match="written with 12 validation images, and there are 6 now"):
+        run(val=[(images[:6], labels[:6])], resume=True)
+    with pytest.raises(InputError, match="on the validation images, .* its forward or the data have changed"):
+        run(val=[(10 * images, labels)], resume=True)
+
+
 def test_dropout_in_fine_tuning_follows_the_seed(plain_network, images, labels):
     network = nn.Sequential(*plain_network[:-1], nn.Dropout(0.5), plain_network[-1]).double().eval()
     loader = make_loader(torch.utils.data.TensorDataset(images, labels), 6)

@@ -18,6 +18,7 @@ from taylor_pruning.repair.parts import compensate_parts
 from taylor_pruning.selection.constraints import Ledger
 from taylor_pruning.surgery.parts import parts_of
 from taylor_pruning.tasks.classification import is_classification, kl_divergence
+from taylor_pruning.training.checkpoint import check_same_loss
 from taylor_pruning.training.fine_tuning import Recipe, train_steps
 from taylor_pruning.training.measuring import Measuring
 
@@ -64,6 +65,10 @@ class Rounds:
         Args:
             keep: called with the state after every step.
         """
+        if state.losses:  # of rounds that a checkpoint held
+            now = self.measuring.losses(state.model)
+            for name, loss in state.losses.items():
+                check_same_loss("on the calibration images, the pruned network", loss, now[name])
         rounds = self.settings.rounds
         goals, smaller_steps = [percentage * (number / rounds) for number in range(1, rounds + 1)], 0
         while not state.stopped:

@@ -3,12 +3,27 @@
 import pickle
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from taylor_pruning.errors import InputError
 from taylor_pruning.files import atomic_file, is_whole_archive
 from taylor_pruning.memory import raise_out_of_memory
+
+SAME_LOSS = 0.01  # relative difference of two losses of one network, on two devices or in two precisions
+
+
+def check_same_loss(which: str, then: float, now: float) -> None:
+    """Raises InputError where `which` network that a checkpoint continues had another loss on the same data.
+
+    A checkpoint holds weights; this shows whether the forward that they come back to, and the data, are the same too.
+    """
+    if not np.isclose(then, now, rtol=SAME_LOSS, atol=1e-4, equal_nan=True):
+        raise InputError(
+            f"{which} had a loss of {then:.4g} when the checkpoint was written, and has {now:.4g} now: its forward or the data "
+            "have changed; undo that, or start again without resuming"
+        )
 
 
 def write_checkpoint(path: Path, state: dict) -> None:

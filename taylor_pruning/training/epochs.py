@@ -16,10 +16,10 @@ from taylor_pruning.stored import restore, snapshot, stored
 from taylor_pruning.tasks.batches import size
 from taylor_pruning.tasks.classification import task_of
 from taylor_pruning.tasks.task import Task
-from taylor_pruning.training.checkpoint import read_checkpoint, write_checkpoint
+from taylor_pruning.training.checkpoint import check_same_loss, read_checkpoint, write_checkpoint
 from taylor_pruning.training.checks import BatchLog
 from taylor_pruning.training.curve import StepCurve
-from taylor_pruning.training.evaluation import Accuracy, measure
+from taylor_pruning.training.evaluation import Accuracy, figures, measure
 from taylor_pruning.training.recipe import Recipe
 from taylor_pruning.training.steps import OptimiserSteps
 
@@ -209,9 +209,16 @@ class Training:
         barrier()
         self.saved_epoch = self.history.epochs[-1]["epoch"]
 
-    def load(self) -> None:
-        """Go back to the state in the checkpoint. Raises InputError if it is of another recipe, loader or network."""
+    def load(self, before: Accuracy | dict | None = None) -> None:
+        """Go back to the state in the checkpoint.
+
+        before: metrics of the model as it is given, where they are known.
+
+        Raises InputError if the state is of another recipe, loader, network or of other validation images.
+        """
         state = read_checkpoint(self.checkpoint, self.identity, stored(self.model))
+        if before is not None:
+            self._check_start(state["history"][0], figures(before))
         self.history = History(state["history"], state["best_epoch"], state["curve"])
         if self.curve:
             self.curve.points = self.history.steps
@@ -219,6 +226,14 @@ class Training:
         self.steps.load_state(state)
         set_rng_state(state["rng"][rank()], self.device)
         self.saved_epoch = self.history.epochs[-1]["epoch"]
+
+    def _check_start(self, then: dict, now: dict) -> None:
+        if then.get("images") != now.get("images"):
+            raise InputError(
+                f"{self.checkpoint} was written with {then.get('images')} validation images, and there are "
+                f"{now.get('images')} now; give the same, or start again without resuming"
+            )
+        check_same_loss("on the validation images, the network before fine-tuning", then["loss"], now["loss"])
 
     def restore_best(self) -> None:
         """Give the model back to its owner, with the best weights so far."""

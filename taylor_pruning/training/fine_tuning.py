@@ -72,7 +72,7 @@ def fine_tune(
                        memory_limit=memory_limit)  # fmt: skip
         try:
             if resume and checkpoint and checkpoint.exists():
-                run.load()
+                run.load(before)
             _run_epochs(run, train_loader, val_loader, before, description, progress)
         except KeyboardInterrupt:
             raise _interrupted(run) from None
