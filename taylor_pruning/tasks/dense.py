@@ -135,6 +135,8 @@ class Regression(Task):
             raise InputError(
                 f"the targets of {where} are {[*targets.shape]} for {len(inputs)} images; give one row an image"
             )
+        if targets.is_complex():
+            raise InputError(f"the targets of {where} are complex; give their real and imaginary parts as two numbers")
         usable = ~targets.isinf() if self.ignore_nan else targets.isfinite()
         if not usable.all():
             remedy = "NaN where one is" if self.ignore_nan else "ignore_nan=True where NaN is for"

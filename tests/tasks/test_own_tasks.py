@@ -237,6 +237,8 @@ def test_targets_that_are_no_numbers_are_refused(target):
     batch = IMAGES, DEPTH.nan_to_num(target)
     with pytest.raises(InputError, match="hold NaN or Inf"):
         Regression(ignore_nan=target == torch.inf).read(batch, "the first batch")
+    with pytest.raises(InputError, match="are complex; give their real and imaginary parts"):
+        Regression().read((IMAGES, DEPTH + 1j), "the first batch")
 
 
 @pytest.mark.parametrize(
