@@ -4,6 +4,8 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
+from taylor_pruning.surgery.threads import here
+
 
 class Autocasts:
     """The regions that a forward has entered and not left, while `watched` is open.
@@ -32,7 +34,7 @@ class Autocasts:
             return leave(region, *error)
 
         try:
-            torch.autocast.__enter__, torch.autocast.__exit__ = entered, left
+            torch.autocast.__enter__, torch.autocast.__exit__ = here(entered, enter), here(left, leave)
             yield
         finally:
             torch.autocast.__enter__, torch.autocast.__exit__ = enter, leave

@@ -13,6 +13,8 @@ from fractions import Fraction
 import numpy as np
 import torch
 
+from taylor_pruning.surgery.threads import ONE_AT_A_TIME
+
 
 class _Tracked:
     """What `Number` and `Real` have in common.
@@ -76,7 +78,16 @@ _PRODUCTS = [{}]  # {plain number: node of the product of sizes that it was} in 
 
 @contextmanager
 def numbers_of(graph):
-    """While open, sizes and widths of this graph are tracked, and those that arise are its own; np.prod multiplies them."""
+    """While open, sizes and widths of this graph are tracked, and those that arise are its own; np.prod multiplies them.
+
+    Another thread waits until it is closed.
+    """
+    with ONE_AT_A_TIME, _numbers_of(graph):
+        yield
+
+
+@contextmanager
+def _numbers_of(graph):
     prod = np.prod
 
     def product(values, *args, **kwargs):

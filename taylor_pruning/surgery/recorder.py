@@ -16,6 +16,7 @@ from taylor_pruning.surgery.numbers import is_tracked, number
 from taylor_pruning.surgery.recorded_calls import bare, called_function, is_in_place, pick, set_grad
 from taylor_pruning.surgery.sample_loops import takes_samples_apart
 from taylor_pruning.surgery.tensor_nodes import TensorNodes, Untraceable
+from taylor_pruning.surgery.threads import here
 
 FREE = set(  # questions about a tensor whose answer is no part of the graph
     """dim ndim ndimension dtype layout requires_grad is_leaf is_floating_point is_complex is_contiguous is_cuda is_cpu
@@ -206,7 +207,7 @@ class Recorder(TorchFunctionMode):
             for (kind, name), function in replaced.items():
                 setattr(kind, name, function)
             for scope, name, function in saved:
-                scope[name] = self._whole_function(function)
+                scope[name] = here(self._whole_function(function), function)
             with self.autocasts.watched():
                 yield
         finally:
@@ -247,7 +248,7 @@ class Recorder(TorchFunctionMode):
             finally:
                 self.path.pop()
 
-        return traced_call
+        return here(traced_call, call)
 
     def _scripted_call(self):
         """The call of a function of torch.jit, whose operations are seen in part, and on later calls not at all."""
@@ -260,7 +261,7 @@ class Recorder(TorchFunctionMode):
             scripted.__name__ = function.name
             return self._whole_function(scripted)(*args, **kwargs)
 
-        return scripted_call
+        return here(scripted_call, call)
 
     def _whole_function(self, function):
         return lambda *args, **kwargs: self.whole(self.graph.call_function, function, function, args, kwargs)
