@@ -153,6 +153,7 @@ def parse(task: type[ExperimentTask] | type[SweepTask], description: str, argv: 
     given = vars(given)
     try:
         if folder := given["run.resume"]:
+            _check_one_folder(folder, given["run.output_dir"])
             parser.set_defaults(**_options_of_run(user_path(folder), task))
             given = vars(parser.parse_args(argv))
         values = {part: {} for part in parts_of(task)}
@@ -162,6 +163,12 @@ def parse(task: type[ExperimentTask] | type[SweepTask], description: str, argv: 
         return Command(**{part: settings(**values[part]) for part, settings in parts_of(task).items()})
     except InputError as error:
         parser.error(str(error))
+
+
+def _check_one_folder(resume: str, output_dir: str | None) -> None:
+    """Raises InputError where the run that is continued would not write where the command line says."""
+    if output_dir and user_path(output_dir).resolve() != user_path(resume).resolve():
+        raise InputError(f"--resume continues the run in {resume}, not in {output_dir}; leave --output-dir out")
 
 
 def _unknown(words: list[str], task: type) -> str:

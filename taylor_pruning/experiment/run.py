@@ -27,8 +27,13 @@ except ImportError:  # Windows
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 EXPLAINED = (InputError, TrainingDiverged, OSError, MemoryError, RuntimeError, KeyboardInterrupt)
+RUNNERS = {  # an option that the other one has not
+    "run_single_experiment.py (prune-experiment)": "taylor_order",
+    "run_enhanced_pruning.py (prune-sweep)": "taylor_orders",
+}
 CHECK_PATH = "check that path, or pass another --output-dir"
 WORKER_FAILED = "a process that decodes images was killed, or shared memory (/dev/shm) is full"
+NEVER_REPLACED = ("results.json", "pruned_model.pt")  # of a run whose config.json is gone, or of another program
 # may differ between a run and its resumption
 NOT_COMPARED = ("resume", "output_dir", "quiet", "device", "workers", "latency_table")
 
@@ -117,6 +122,9 @@ def open_folder(folder, command):
         raise InputError(
             f"{folder} has no config.json; --resume takes the folder of an interrupted run; leave it out to start a new run"
         )
+    found = [name for name in NEVER_REPLACED if os.path.lexists(folder / name)]
+    if found and not config.exists():
+        raise InputError(f"{folder} holds {found[0]} already, which is kept; pass another --output-dir")
     made = [place for place in (folder, *folder.parents) if not place.exists()]  # the innermost first
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder) as lock:
@@ -166,6 +174,9 @@ def locked(folder):
 def check_same_arguments(config, command):
     """Raises InputError naming the arguments in which `command` differs from the run that is to be resumed."""
     now, then = plain(command.as_dict()), config["arguments"]
+    for runner, name in RUNNERS.items():
+        if name in then and name not in now:
+            raise InputError(f"the folder belongs to a run of {runner}; continue it with that program")
     names = sorted(n for n in now.keys() | then.keys() if n not in NOT_COMPARED and now.get(n) != then.get(n))
     if names:
         changes = ", ".join(f"--{n.replace('_', '-')} was {then.get(n)}, is {now.get(n)}" for n in names)

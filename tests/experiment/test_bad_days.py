@@ -205,7 +205,11 @@ def test_what_cannot_be_resumed_says_why(images, whole, swept, tmp_path, capsys)
     before = contents(folder)
     resume = ["--resume", str(folder)]
     refused(run_single_experiment.main([*resume, "--lr", "0.5"]), capsys, "--lr was", "is 0.5")
-    refused(run_enhanced_pruning.main(resume), capsys, "other arguments", "--taylor-orders")
+    refused(run_enhanced_pruning.main(resume), capsys, "continue it with", "run_single_experiment.py")
+    with pytest.raises(SystemExit) as stop:
+        run_single_experiment.main([*resume, "--output-dir", str(tmp_path / "other")])
+    refused(stop.value.code, capsys, "not in", "leave --output-dir out")
+    assert run_single_experiment.main([*resume, "--output-dir", str(folder / ".." / "run")]) == 0
     assert contents(folder) == before
     for text in ("{", "[]", "{}", '{"arguments": 3}'):
         (folder / "config.json").write_text(text)

@@ -157,11 +157,15 @@ def test_weights_that_cannot_be_downloaded_name_the_way_out(image_folder, tmp_pa
     assert "--weights" in capsys.readouterr().err
 
 
-def test_a_folder_in_use_or_already_used_is_refused(finished, image_folder, capsys):
+def test_a_folder_in_use_or_already_used_is_refused(finished, image_folder, tmp_path, capsys):
     import fcntl
 
     assert single(image_folder, finished) == 2
     assert "holds a run already" in capsys.readouterr().err
+    (tmp_path / "results.json").write_text("of another program")
+    assert single(image_folder, tmp_path) == 2
+    assert "holds results.json already, which is kept" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
     arguments = (*WITH_ALL, "--resume", str(finished))
     with open(finished / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
