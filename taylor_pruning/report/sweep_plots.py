@@ -31,6 +31,12 @@ from taylor_pruning.report.sweep_numbers import (
 from taylor_pruning.report.sweep_steps import mean_curve, steps_to_reach
 from taylor_pruning.report.tables import cost_unit, numbers
 
+LEGEND_ROWS, LEGEND_ROW = 4, 0.16  # rows for which a figure has room, and inches that each further one takes
+DODGE, DODGED = (
+    0.007,
+    0.7,
+)  # between neighbouring methods, of the range of x; all of them, at most, of the smallest gap in x
+
 
 def _method_lines(axes, sweep, x_of, y_of, dodge=0.0, methods=None):
     """A line a method with error bars, broken where a percentage has no finished cell.
@@ -59,8 +65,16 @@ def _exactly(percentage, cells):
 def _shared_legend(figure, panels):
     handles = {text: handle for axes in panels for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
     rows = math.ceil(len(handles) / int(figure.get_figwidth() / 1.3))
-    columns = math.ceil(len(handles) / rows)
-    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=columns, columnspacing=1)
+    while True:
+        columns = math.ceil(len(handles) / rows)
+        # lines long enough to show their dashes
+        legend = figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=columns, columnspacing=1,
+                               handlelength=2.4)  # fmt: skip
+        if columns == 1 or legend.get_tightbbox().width <= figure.bbox.width:
+            break
+        legend.remove()
+        rows = math.ceil(len(handles) / (columns - 1))
+    figure.set_figheight(figure.get_figheight() + LEGEND_ROW * max(0, rows - LEGEND_ROWS))
 
 
 def _percentage_axis(axes, sweep):
@@ -74,7 +88,8 @@ def _plot_accuracy(sweep, paths):
     moments = ["before", "after"] if final_moment(sweep) == "after" else ["before"]
     percentages, dense = percentages_of(sweep), sweep["dense"].get("top1")
     # side by side, or methods with close values hide each other
-    dodge = 0.007 * ((percentages[-1] - percentages[0]) or 10)
+    gap = min(np.diff(percentages), default=10)
+    dodge = min(DODGE * ((percentages[-1] - percentages[0]) or 10), DODGED * gap / len(methods_of(sweep)))
     finished = {method for _, method in cells_by_method(sweep)}
     orders = [method for method in methods_of(sweep) if method.startswith("order") and method in finished]
     rows = 2 if dense is not None and orders else 1

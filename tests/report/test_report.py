@@ -20,6 +20,7 @@ from run_enhanced_pruning import Sweep, baseline_methods
 from taylor_pruning.experiment.command import SweepTask
 from taylor_pruning.report import experiment_plots as ExperimentPlots
 from taylor_pruning.report import sweep as SweepReport
+from taylor_pruning.report import sweep_plots as SweepPlots
 from taylor_pruning.report.figures import CRITERIA, METHODS, ORDERS, layer_axis, saved_figure, short_layer_names
 from taylor_pruning.report.json_files import write_json
 from taylor_pruning.report.tables import rounds_table, signed, summary_table
@@ -359,6 +360,19 @@ def test_names_of_scores_lie_inside_of_their_pictures(tmp_path, monkeypatch, nam
             label = getattr(figure.axes[0], axis).label.get_window_extent()
             whole = figure.bbox
             assert whole.x0 <= label.x0 < label.x1 <= whole.x1 and whole.y0 <= label.y0 < label.y1 <= whole.y1
+
+
+def test_many_methods_fit_into_their_picture_beside_their_percentage(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: [figures.append(figure), Path(path).touch()])
+    with careful_plots():
+        SweepPlots._plot_accuracy(make_sweep((0.5, 90, 97), tuple(METHODS)), [tmp_path / "a.png"])
+        (figure,) = figures
+        figure.draw_without_rendering()
+        legend, whole = figure.legends[0].get_window_extent(), figure.bbox
+        assert whole.x0 <= legend.x0 < legend.x1 <= whole.x1 and whole.y0 <= legend.y0 < legend.y1 <= whole.y1
+        places = np.concatenate([line.get_xdata() for line in figure.axes[0].lines if len(line.get_xdata()) == 3])
+        assert all(min(abs(x - p) for p in (0.5, 90, 97)) < 3.5 for x in places)
 
 
 def test_a_plot_that_fails_in_the_middle_leaves_nothing_behind(tmp_path, monkeypatch):
