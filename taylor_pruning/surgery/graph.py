@@ -24,7 +24,7 @@ from taylor_pruning.surgery.proof import CutProof
 from taylor_pruning.surgery.recording import call, record
 from taylor_pruning.surgery.second_call import check_calls
 from taylor_pruning.surgery.trial_inputs import trial_examples
-from taylor_pruning.surgery.units import by_filter, cost_terms, gate_sites, readers_of
+from taylor_pruning.surgery.units import by_filter, check_gates, cost_terms, gate_sites, readers_of
 from taylor_pruning.surgery.ways import Ways
 from taylor_pruning.surgery.wrappers import check_example, unwrapped
 
@@ -193,6 +193,7 @@ class ChannelGraph:
             once: all gates are 1, [batch, units], and the outputs are differentiated along them alone, once. That takes less
                 time and memory.
         """
+        check_gates(gates, len(self.units))
         open_gates = torch.cat([gates, gates.new_ones(*gates.shape[:-1], 1)], -1)  # index -1: no gate
         changes = defaultdict(list)
         for site in self.gate_sites[self._mode()]:

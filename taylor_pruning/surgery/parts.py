@@ -19,7 +19,7 @@ from taylor_pruning.surgery.copying import copy_of
 from taylor_pruning.surgery.graph import ChannelGraph
 from taylor_pruning.surgery.nested import map_tensors, tensors_in
 from taylor_pruning.surgery.plans import plan_of, units_of
-from taylor_pruning.surgery.units import Unit, cost_terms
+from taylor_pruning.surgery.units import Unit, check_gates, cost_terms
 from taylor_pruning.surgery.wrappers import unwrapped
 
 
@@ -115,6 +115,7 @@ class PartsGraph:
     @contextmanager
     def gated(self, gates, on_gate=None, estimates=None, outputs=None, once=False):
         """As of ChannelGraph: while open, forwards of the whole network multiply the units' channels by their gates."""
+        check_gates(gates, len(self.units))
         with ExitStack() as stack:
             for name, part in self.parts.items():
                 own, offset = {}, self.offsets[name]

@@ -9,6 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import fx
 
+from taylor_pruning.checks import describe
+from taylor_pruning.errors import InputError
+
 
 class Unit(NamedTuple):
     """The smallest set of filters that must be removed together."""
@@ -130,6 +133,14 @@ def by_layers(units):
 def by_sample(x, images, blocks):
     """x [rows, ...] with all rows of the first image first, then all of the second, and so on; see GateSite for `blocks`."""
     return x if blocks == 1 else x.unflatten(0, (blocks, images, -1)).transpose(0, 1).flatten(0, 2)
+
+
+def check_gates(gates, units):
+    """Raises InputError unless there is one gate a unit (and sample)."""
+    if not isinstance(gates, torch.Tensor) or gates.dim() not in (1, 2) or gates.shape[-1] != units:
+        raise InputError(
+            f"the gates are {describe(gates)}; give a tensor [{units}], one gate a unit, or [batch, {units}]"
+        )
 
 
 def gate_sites(places, unit_of_id):

@@ -803,6 +803,18 @@ def test_units_of_another_graph():
         ChannelGraph(net(Plain), images(1)).remove(ChannelGraph(net(Residual), images(1)).units[:1])
 
 
+def test_gates_are_one_a_unit(plain_network, images):
+    """One less would be taken for that of the channels which have none."""
+    graph = ChannelGraph(plain_network, images)
+    for gates, kind in (
+        (torch.ones(10), "a tensor .10"),
+        (torch.ones(11, 1), "a tensor"),
+        ([1.0] * 11, "a list of 11"),
+    ):
+        with pytest.raises(InputError, match=rf"the gates are {kind}.*give a tensor \[11\], one"), graph.gated(gates):
+            pass
+
+
 def test_exclude():
     model = net(Plain, Residual, Depthwise)
     graph = ChannelGraph(model, images(1), exclude=["stem.*", "blocks.2.b.0"])
