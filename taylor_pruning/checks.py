@@ -33,6 +33,14 @@ def _statistics(model):
     return ((n, b) for n, b in model.named_buffers() if n.rpartition(".")[2] in ("running_mean", "running_var"))
 
 
+def too_large(layer: str) -> str:
+    """What an InputError says of a layer at which squares overflow."""
+    return (
+        f"numbers at the layer {layer} are too large for the sums of their squares; normalise the images as in training, and "
+        "check that training has not diverged"
+    )
+
+
 def check_weights(model: nn.Module) -> None:
     """Raises InputError naming the first parameter or running statistic that holds NaN or infinite values."""
     if name := nonfinite_weight(model):

@@ -135,6 +135,17 @@ def test_images_of_two_sizes_are_refused_before_any_round():
     pipeline(batches).prune(30)  # layers alone
 
 
+@pytest.mark.parametrize("method", [1, 2, "magnitude"])
+def test_numbers_whose_squares_overflow_are_named_with_their_layer(method):
+    """As those of images that nobody normalised, or of weights whose training diverged."""
+    pruning = pipeline([(1e25 * x, y) for x, y in BATCHES])
+    with pytest.raises(InputError, match="numbers at the layer .* are too large for the sums of their squares"):
+        if method == "magnitude":
+            pruning.prune_by_baseline(method, 30, compensate=True)
+        else:
+            pruning.prune(30, method)
+
+
 def test_a_single_image_does_not_repair_a_network():
     single = [(BATCHES[0][0][:1], LABELS[:1])]
     with pytest.raises(InputError, match="at least two compensation images"):

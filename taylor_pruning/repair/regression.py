@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from taylor_pruning.checks import too_large
 from taylor_pruning.errors import InputError
 from taylor_pruning.positions import ENOUGH_ROWS, shifted
 from taylor_pruning.repair.fitted_layer import as_columns, by_position, patches_at
@@ -94,7 +95,7 @@ class LayerRegression:
     def agrees(self):
         """Whether the layer answers as it should, up to rounding; waits for the device once for all batches.
 
-        Raises InputError if there was NaN or Inf.
+        Raises InputError if there was NaN or Inf, or if squares overflow.
         """
         batches, largest = zip(*self.largest, strict=True)
         deviations, targets = torch.stack(largest).T.tolist()
@@ -104,6 +105,8 @@ class LayerRegression:
                     f"compensation: NaN or Inf in {self.layer.name} on batch {batch}; check the images and both networks' "
                     "weights"
                 )
+        if not max(targets) ** 2 < torch.finfo(torch.promote_types(self.weight.dtype, torch.float32)).max:
+            raise InputError(f"compensation: {too_large(self.layer.name)}")
         return max(deviations) <= (AGREES + 4 * torch.finfo(self.weight.dtype).eps) * max(targets)
 
     def _target(self, at, dense_output, dense_stream, stream):

@@ -30,7 +30,9 @@ from collections import defaultdict
 import numpy as np
 import torch
 
+from taylor_pruning.checks import too_large
 from taylor_pruning.distributed import gather_objects
+from taylor_pruning.errors import InputError
 from taylor_pruning.gram import add_gram, symmetric
 from taylor_pruning.positions import drawn_positions
 from taylor_pruning.scoring.estimates import in_single
@@ -261,11 +263,16 @@ def removal_costs(model, moments, fisher, units):
         moments: scoring.estimates.input_moments of the model.
         fisher: {layer name: G} of the readers' outputs (`OutputFisher.mean`).
         units: number of units.
+
+    Raises InputError naming a layer at which sums of squares overflow.
     """
     weights, costs = dict(model.named_parameters(remove_duplicate=False)), []
     for layer, m in moments.items():
         if layer in fisher:
             inverse, _, ridge = m.precision(dtype=torch.float64)
             weight = weights[f"{layer}.weight" if layer else "weight"]
-            costs.append(ReaderCosts(m.reader.places, inverse, output_costs(m.reader, weight, fisher[layer]), ridge))
+            output_cost = output_costs(m.reader, weight, fisher[layer])
+            if not (inverse.isfinite().all() and output_cost.isfinite().all()):
+                raise InputError(f"scores: {too_large(layer)}")
+            costs.append(ReaderCosts(m.reader.places, inverse, output_cost, ridge))
     return RemovalCosts(costs, units)
