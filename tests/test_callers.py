@@ -146,6 +146,12 @@ def test_numbers_whose_squares_overflow_are_named_with_their_layer(method):
             pruning.prune(30, method)
 
 
+def test_new_weights_beyond_the_range_of_half_precision_are_named():
+    batches = [(3e4 * x.half(), y) for x, y in BATCHES]
+    with pytest.raises(InputError, match="new values of 1.weight are beyond the range of its type; .* model.float()"):
+        pipeline(batches, network().half()).prune(30)
+
+
 def test_a_single_image_does_not_repair_a_network():
     single = [(BATCHES[0][0][:1], LABELS[:1])]
     with pytest.raises(InputError, match="at least two compensation images"):

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from taylor_pruning.checks import nonfinite_weight
 from taylor_pruning.errors import InputError
 from taylor_pruning.memory import fitting, held_bytes, merged
 from taylor_pruning.modes import frozen, own_precision
@@ -87,7 +88,7 @@ def compensate(
     A layer of more than 6,144 columns is fitted on at most as many output positions, through their Gram matrix.
 
     Returns a CompensationReport. Raises InputError if the networks do not belong together, `kept` does not fit, or
-    there are no images or NaNs in them.
+    there are no images or NaNs in them, or new weights overflow.
     """
     start = time.perf_counter()
     report = CompensationReport()
@@ -107,6 +108,11 @@ def compensate(
             report.left_alone[layer.name] = reason
     if report.layers:
         runs.update_batchnorms()
+        if name := nonfinite_weight(smaller):
+            raise InputError(
+                f"compensation: the new values of {name} are beyond the range of its type; prune the network in another one, "
+                "as model.float()"
+            )
     report.seconds = time.perf_counter() - start
     return report
 
