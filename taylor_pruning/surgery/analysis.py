@@ -62,25 +62,45 @@ class Analysis:
         return self.ids.choices > 0
 
     def _places(self, mode, found, layers):
+        def stuck(node):
+            return any(self._no_gate(mode, node, layer, in_order) for layer in found.infos[node].value.layers)
+
+        needed, in_order = self._needed(mode, found, layers)
+        while found.move_gates(filter(stuck, needed)):
+            needed, in_order = self._needed(mode, found, layers)
+        self.blocks[mode] = in_order
+        for node in needed:
+            for layer in found.infos[node].value.layers:
+                if what := self._no_gate(mode, node, layer, in_order):
+                    self.ids.protect(layer, f"the channels of {node.name} ({node.meta.get('module')}) {what}")
+                    continue
+                (dim,) = varying(layer)
+                along = layer[tuple(slice(None) if d == dim else 0 for d in range(layer.dim()))]
+                yield node, along, dim, self._batch_dim(mode, node, in_order), in_order.get(node, 1)
+
+    def _needed(self, mode, found, layers):
+        """The nodes that need gates, and {node: blocks} of those and of what readers read that have several rows a sample."""
         exposed, batch = found.exposed(), self.traces[mode].batch
         needed = [n for n, i in found.infos.items() if i.value is not None and n in exposed and not i.constant]
         read = [node.all_input_nodes[0] for nodes, _, _ in layers.readers.values() for node in nodes]
         merged = {n for n in needed + read if batch not in n.meta["shape"] and n.meta["shape"][:1]}
         merged = {node for node in merged if node.meta["shape"][0] % batch == 0}
-        in_order = self.blocks[mode] = self._by_sample(mode, merged) if merged else {}
-        for node in needed:
-            value = found.infos[node].value
-            batches = [d for d, size in enumerate(value.shape) if size == batch] or ([0] if node in in_order else [])
-            for layer in value.layers:
-                dims = varying(layer)
-                real = node.meta.get("real")
-                if len(dims) != 1 or not batches or batches[0] == dims[0] or not real:
-                    what = "have no axis of their own" if batches else "are not ordered by sample"
-                    what = what if real else "are no real numbers"
-                    self.ids.protect(layer, f"the channels of {node.name} ({node.meta.get('module')}) {what}")
-                    continue
-                along = layer[tuple(slice(None) if d == dims[0] else 0 for d in range(layer.dim()))]
-                yield node, along, dims[0], batches[0], in_order.get(node, 1)
+        return needed, self._by_sample(mode, merged) if merged else {}
+
+    def _batch_dim(self, mode, node, in_order):
+        """The dimension of a node's result along which the samples follow each other; None if there is none."""
+        batch = self.traces[mode].batch
+        dims = [d for d, size in enumerate(node.meta["shape"]) if size == batch] or ([0] if node in in_order else [])
+        return dims[0] if dims else None
+
+    def _no_gate(self, mode, node, layer, in_order):
+        """Why no gate can multiply the channels of `layer` at the node, None if one can."""
+        batch_dim, dims = self._batch_dim(mode, node, in_order), varying(layer)
+        if not node.meta.get("real"):
+            return "are no real numbers"
+        if batch_dim is None:
+            return "are not ordered by sample"
+        return "have no axis of their own" if len(dims) != 1 or batch_dim == dims[0] else None
 
     def _by_sample(self, mode, nodes):
         """{node: blocks} of the nodes along whose first dimension the samples follow each other, in one block or several."""

@@ -40,11 +40,26 @@ class Propagation:
         exposed = set()
         for node in reversed(self.infos):
             for user in node.users:
-                info = self.infos[user]
-                through = not info.source and (info.mains is None or node in info.mains) and user in exposed
-                if info.reads or through:
+                if self.infos[user].reads or self._keeps_zeros(user, node) and user in exposed:
                     exposed.add(node)
         return exposed
+
+    def _keeps_zeros(self, user, node):
+        """Whether zeros in `node` make zeros in the result of `user`, which reads it."""
+        info = self.infos[user]
+        return not info.source and (info.mains is None or node in info.mains)
+
+    def move_gates(self, nodes):
+        """Has the exposed results that `nodes` make zero gated in their place; False if there is none."""
+        exposed, front, moved = self.exposed(), list(nodes), []
+        while front:
+            node = front.pop()
+            for user in node.users:
+                if user in exposed and self._keeps_zeros(user, node):
+                    (moved if isinstance(self.env[user], Value) else front).append(user)
+        for user in moved:
+            self.infos[user].source, self.infos[user].value = True, self.env[user]
+        return bool(moved)
 
 
 def propagate(trace, ids, parameters, ways):

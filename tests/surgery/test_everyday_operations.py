@@ -55,6 +55,26 @@ def named_as_in_numpy(s, x):
     return torch.cat([y, z.softmax(axis=3)], axis=1)
 
 
+def masked(s, x):
+    """A ReLU as a product with its mask, and the values that are the largest of their channel."""
+    y = s.a(x)
+    y = y * (y > 0).to(y.dtype)
+    return s.b(y * (y == y.amax((2, 3), keepdim=True)) + x)
+
+
+class KernelOfEverySample(nn.Module):
+    """A modulated convolution without bias: the samples lie in groups of channels."""
+
+    def __init__(self, number=lambda weight: weight.shape[1]):
+        super().__init__()
+        self.weight, self.scales, self.number = parameter(1, C, C, 3, 3), nn.Linear(C, C), number
+
+    def forward(self, x):
+        (n, c, h, w), out = x.shape, self.number(self.weight)
+        kernels = (self.weight * self.scales(x.mean((2, 3)))[:, None, :, None, None]).view(n * out, c, 3, 3)
+        return F.conv2d(x.view(1, n * c, h, w), kernels, padding=1, groups=n).view(n, out, h, w)
+
+
 BLOCKS = {  # name: (block, its output channels, removable filters of the stem, of a, of b; None: not looked at)
     "affine grid": (Block(transformed, places=nn.Linear(C, 6)), C, 8, 8, 8),
     "deformable": (Block(weighed, d=DeformConv2d(C, C, 3, padding=1), places=conv(C, 18, 3, padding=1),
@@ -88,6 +108,8 @@ BLOCKS = {  # name: (block, its output channels, removable filters of the stem, 
                                     w=parameter(C, 1, 1)), C, 8, 0, 8),
     "Fourier": (Block(lambda s, x: s.b(torch.fft.irfft2(torch.fft.rfft2(s.a(x)) * 0.5, s=x.shape[2:]))), C, 8, 8, 8),
     "Fourier over channels": (Block(lambda s, x: s.b(torch.fft.fft(s.a(x), dim=1).abs())), C, 8, 0, 8),
+    "masked by itself": (Block(masked), C, 8, 8, 8),
+    "a kernel of every sample": (Block(lambda s, x: s.b(s.a(x)), b=KernelOfEverySample()), C, 8, 8, 8),
     "unfold and fold": (Block(lambda s, x: s.b(F.fold(F.unfold(s.a(x), 2, stride=2).relu(), x.shape[2:], 2, stride=2))),
                         C, 8, 8, 8),
 }  # fmt: skip
@@ -146,3 +168,9 @@ def test_a_product_that_is_added_is_a_layer_of_its_factor():
     graph = check_law(randomise(Head()), images(), seeds=(0,), prune_linear=True)
     assert {name: info.filters for name, info in graph.layers.items()} == {"a": C, "w": 6, "fc": 4}
     assert graph.layers["a"].reason is None
+
+
+def test_why_filters_of_a_weight_of_fixed_size_stay():
+    block = Block(lambda s, x: s.b(s.a(x)), b=KernelOfEverySample(number=lambda weight: C))
+    reason = ChannelGraph(around(block), images()).layers["block.b"].reason
+    assert reason == "is viewed at a fixed size in view (block.b)"

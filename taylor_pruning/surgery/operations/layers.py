@@ -75,7 +75,8 @@ def _mixing(call, x, inputs, weights, weight, groups, transposed):
                 ids.protect(one, other.reason or f"meets a fixed number of channels in {call.where}")
     if outputs is None:
         fixed = ids.new(call.shape[len(x.shape) - int(call.name[-2]) - 1])
-        ids.protect(fixed, weight.reason if weight.reason and not weight.layers else "has only one filter")
+        of_fixed_size = weight.reason or f"meets a weight of fixed size in {call.where}"
+        ids.protect(fixed, of_fixed_size if weight.shape[int(transposed)] > 1 else "has only one filter")
         ids.issue(call.node, fixed, linear=False)
     else:
         ids.issue(call.node, outputs, linear=False)
