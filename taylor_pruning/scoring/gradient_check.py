@@ -1,4 +1,6 @@
-"""Refuses networks whose gradient along the gates is not the derivative: parts under no_grad, behind detach or a step."""
+"""Refuses networks whose gradient along the gates is not the derivative: parts under no_grad, behind detach or a step.
+
+Refuses those, too, that mix the samples of a batch."""
 
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ WEIGHTINGS = 4  # random linear functions of the outputs whose derivatives are c
 STEP = 1e-2  # by which gates are moved to measure a derivative
 TOLERANCE = 0.2  # relative difference to the gradient, well above the effect of kinks within the step
 NOISE = 1e-3  # relative to the outputs: smaller derivatives drown in float32's rounding at this step
+FOREIGN = 1e-6  # relative to a sample's own gates: what other samples' gates may do to its outputs by rounding
 REMEDY = "take no_grad, detach and rounding out of the forward, or exclude these layers"
 
 
@@ -36,12 +39,22 @@ class _StoppedGradients(TorchFunctionMode):
         return result
 
 
+def _mixes_samples(outputs, gates):
+    """Whether `outputs` [B, D] of a sample depend on gates [B, units] of the others."""
+    if len(outputs) < 2 or len(outputs) != len(gates):
+        return False
+    (gradient,) = torch.autograd.grad(outputs[0].sum(), gates, retain_graph=True)
+    own, others = gradient[0].abs().max(), gradient[1:].abs().max()
+    return bool(others > FOREIGN * own)
+
+
 def check_gradients(graph: ChannelGraph, batch, task: Task) -> None:
     """Raises InputError naming the layers along whose gates the gradient is not the derivative of the outputs.
 
-    Nothing is checked unless the forward stops a gradient somewhere. Then closing the gates of a layer without any gradient
-    shows whether the outputs depend on it, and the gradient of every other layer is compared with central differences of a
-    step of STEP along all its gates. (A zero gradient at units whose ReLUs are all zero is the derivative.)
+    It is raised, too, if the outputs of a sample depend on other samples. Nothing else is checked unless the forward stops a
+    gradient somewhere. Then closing the gates of a layer without any gradient shows whether the outputs depend on it, and the
+    gradient of every other layer is compared with central differences of a step of STEP along all its gates. (A zero gradient
+    at units whose ReLUs are all zero is the derivative.)
 
     Args:
         batch: of the task, of which the first IMAGES are looked at. The model is frozen (`modes.frozen`).
@@ -61,6 +74,11 @@ def check_gradients(graph: ChannelGraph, batch, task: Task) -> None:
         reason = str(error).splitlines()[0].rstrip(".")
         raise InputError(f"the network gives no gradient along its filters ({reason}); change its forward") from error
     gradient = torch.stack(rows)
+    if _mixes_samples(outputs * weights[0].view_as(outputs), gates):
+        raise InputError(
+            "the outputs of an image depend on the other images of its batch, also in evaluation mode, so that scores of "
+            "single images would mean nothing; give every BatchNorm running statistics, and compute nothing over the batch"
+        )
     gradient, outputs = gradient.sum(1), outputs.detach()  # [weightings, units]
     layers = {
         name: info.unit_of[info.removable].unique() for name, info in graph.layers.items() if info.removable.any()

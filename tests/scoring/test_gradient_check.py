@@ -135,7 +135,7 @@ def test_the_analyzer_reports_what_no_gradient_reaches(kind, images, labels):
     assert report.findings[0] == "no gradient: none reaches first.0, first.2"
 
 
-def test_batchnorm_without_running_statistics_is_not_piecewise_linear(images, labels):
+def test_batchnorm_without_running_statistics_mixes_images(images, labels):
     norm = nn.BatchNorm2d(5, track_running_stats=False)
     model = nn.Sequential(
         nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Conv2d(5, 5, 3), norm, nn.ReLU(), nn.Flatten(), nn.Linear(80, 4)
@@ -144,9 +144,14 @@ def test_batchnorm_without_running_statistics_is_not_piecewise_linear(images, la
     pruner = EnhancedFilterPruner(model, images, progress=False)
     assert pruner.curvature_path == "hvp"
     assert pruner.curvature_reason == "the network has batch_norm without running statistics"
-    assert torch.isfinite(pruner.rank([(images, labels)]).scores()).all()
-    with pytest.raises(InputError, match="order 3 cannot be probed here"):
-        EnhancedFilterPruner(model, images, 3, progress=False).rank([(images, labels)])
+    with pytest.raises(InputError, match="depend on the other images of its batch"):
+        pruner.rank([(images, labels)])
+
+
+def test_images_compared_with_each_other_mix(images, labels):
+    model = network(lambda network, first, x: first(x) + first(x).amax(0, keepdim=True))
+    with pytest.raises(InputError, match="depend on the other images of its batch"):
+        EnhancedFilterPruner(model, images, progress=False).rank([(images, labels)])
 
 
 @pytest.mark.parametrize("norm", [nn.LayerNorm((5, 4, 4)), nn.InstanceNorm2d(5)], ids=["layer", "instance"])
