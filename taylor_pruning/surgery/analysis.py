@@ -1,7 +1,6 @@
 """Derives from channel ids the layers of a network and the places that need gates."""
 
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -52,7 +51,7 @@ class Analysis:
         for trace in traces.values():
             if trace.idle is not None:
                 self.ids.issued, self.ids.depthwise = [], []
-                found = propagate(replace(trace, graph=trace.idle), self.ids, parameters, ways)
+                found = propagate(trace, self.ids, parameters, ways, idle=True)
                 self.layers.add_idle(Layers(self.ids, found.env, parameters, trace.batch))
         self.layers.protect_fixed_widths()
 

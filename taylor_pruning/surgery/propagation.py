@@ -62,8 +62,8 @@ class Propagation:
         return bool(moved)
 
 
-def propagate(trace, ids, parameters, ways):
-    """Run the graph of `trace` on ids.
+def propagate(trace, ids, parameters, ways, idle=False):
+    """Run the graph of `trace`, or that of its idle layers, on ids.
 
     Args:
         ids: the ChannelIds to fill.
@@ -72,7 +72,7 @@ def propagate(trace, ids, parameters, ways):
     """
     result = Propagation()
     with numbers_of(trace.graph):
-        for node in trace.graph.nodes:
+        for node in (trace.idle if idle else trace.graph).nodes:
             info = result.infos[node] = Info()
             if node.op == "placeholder":
                 result.env[node] = Value(node.meta["shape"], (), "input of the network")

@@ -33,8 +33,14 @@ def three(**options):
     return nn.ModuleList(conv(C, C, 1, **options) for _ in range(3))
 
 
+def separable():
+    """With a number of groups that follows its channels, as in a Conv-TasNet."""
+    return nn.ModuleList(nn.Sequential(conv(C, C, 1), conv(C, C, 3, padding=1, groups=C)) for _ in range(3))
+
+
 BLOCKS = {  # name: (block, layers whose filters stay)
     "stream": (Block(last_residual, gates=three(), skips=three(), residuals=three()), {"block.a"}),
+    "separable stream": (Block(last_residual, gates=separable(), skips=three(), residuals=three()), {"block.a"}),
     "octave": (Block(low_is_left, low=conv(C, C, 1), up=conv(C, C, 1), down=conv(C, C, 1), c=conv(C, C, 1)),
                {"block.down", "block.c"}),
     "norm": (Block(norm_is_left, norm=nn.BatchNorm2d(C)), set()),
