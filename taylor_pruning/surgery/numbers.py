@@ -72,6 +72,7 @@ class Real(_Tracked, float):
         return float, (float(self),)
 
 
+ROUNDING = {"floor": math.floor, "ceil": math.ceil, "round": round, "trunc": math.trunc}
 _GRAPHS = [None]  # the last is the one that is recorded or propagated now
 _PRODUCTS = [{}]  # {plain number: node of the product of sizes that it was} in each of them
 
@@ -142,6 +143,8 @@ def _source(name, a, b=None):
     if len(tracked) != 1 or name == "neg":
         return None, None, 0
     source = tracked[0]
+    if name in ROUNDING:
+        return source, source.factor, source.rounded
     other = b if source is a else a
     if source.factor is None or not isinstance(other, int):
         return source, None, 0
@@ -162,12 +165,15 @@ def _of_one_source(a, b):
 
 
 def _arithmetic(name, reflected):
-    function = getattr(operator, name)
+    function = ROUNDING.get(name) or getattr(operator, name)
+    unary = name == "neg" or name in ROUNDING
 
     def method(self, other=None):
-        if name != "neg" and not isinstance(other, (int, float)) or isinstance(other, torch.Tensor):
+        if not unary and not isinstance(other, (int, float)) or isinstance(other, torch.Tensor):
             return NotImplemented
-        operands = (self,) if name == "neg" else (other, self) if reflected else (self, other)
+        if unary and other is not None:  # round(x, digits)
+            return function(_plain(self), other)
+        operands = (self,) if unary else (other, self) if reflected else (self, other)
         operands = tuple(o if is_tracked(o) else plain(o) for o in operands)
         value = function(*(_plain(o) for o in operands))
         tracked = [o for o in operands if is_tracked(o)]
@@ -198,7 +204,11 @@ for _name in ("add", "sub", "mul", "floordiv", "truediv", "mod", "pow"):
         setattr(_kind, f"__{_name}__", _arithmetic(_name, reflected=False))
         setattr(_kind, f"__r{_name}__", _arithmetic(_name, reflected=True))
 for _kind in (Number, Real):
-    _kind.__neg__ = _arithmetic("neg", reflected=False)
+    for _name in ("neg", *ROUNDING):
+        setattr(_kind, f"__{_name}__", _arithmetic(_name, reflected=False))
+    _kind.__divmod__ = lambda self, other: (self // other, self % other)
+Number.__rshift__ = lambda self, bits: self // 2**bits
+Number.__lshift__ = lambda self, bits: self * 2**bits
 
 
 def plain(value):

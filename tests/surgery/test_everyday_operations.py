@@ -1,5 +1,7 @@
 """Zeroed gates are removed channels where an everyday operation lies between the layers."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -168,6 +170,27 @@ def test_a_product_that_is_added_is_a_layer_of_its_factor():
     graph = check_law(randomise(Head()), images(), seeds=(0,), prune_linear=True)
     assert {name: info.filters for name, info in graph.layers.items()} == {"a": C, "w": 6, "fc": 4}
     assert graph.layers["a"].reason is None
+
+
+HALVES = {
+    "floor": lambda c: math.floor(c / 2),
+    "ceil": lambda c: math.ceil(c / 2),
+    "round": lambda c: round(c / 2),
+    "trunc": lambda c: math.trunc(c / 2),
+    "shift": lambda c: (c << 1) >> 2,
+    "divmod": lambda c: divmod(c, 2)[0],
+}
+
+
+@pytest.mark.parametrize("name", HALVES)
+def test_half_of_the_channels(name):
+    def swapped(s, x):
+        y = s.a(x)
+        first, second = y.split(HALVES[name](y.shape[1]), 1)
+        return s.b(torch.cat([second, first], 1) * round(y.shape[2] / 7, 2))
+
+    graph = check_law(around(Block(swapped)), images(), seeds=(0,))
+    assert graph.layers["block.a"].removable.all() and graph.layers["stem.0"].removable.all()
 
 
 def test_why_filters_of_a_weight_of_fixed_size_stay():
