@@ -400,6 +400,8 @@ SMOOTH = {  # name: (block, its smooth operations)
     "over the input": (Block(lambda s, x: s.b(s.t / (2 + s.a(x).relu())), t=parameter(C, 1, 1)), {"div"}),
     "over a parameter": (Block(lambda s, x: s.b(s.a(x) / s.t * (1 / s.t)), t=parameter(C, 1, 1)), set()),
     "standardised weight": (Block(lambda s, x: s.b(s.c(s.a(x))), c=Standardised(C, C, 3)), set()),
+    "lengths of complex numbers": (Block(lambda s, x: s.b((torch.fft.fft2(s.a(x)) + 1).abs())), {"abs"}),
+    "parts of complex numbers": (Block(lambda s, x: s.b(torch.fft.fft2(s.a(x)).imag.abs())), set()),
 }  # fmt: skip
 
 

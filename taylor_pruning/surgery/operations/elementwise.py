@@ -167,6 +167,8 @@ BREAK_ZERO = """sigmoid hardsigmoid softplus log_sigmoid exp cos rsqrt reciproca
 @rule(KEEP_ZERO)
 def keeps_zero(call):
     call.keep_numbers()
+    if call.name == "abs" and not call.operands[0][0].meta["real"]:  # of complex numbers: the length of two
+        call.info.nonlinear = call.name
     return call.result(call.args[0].layers if hasattr(call.args[0], "layers") else call.values()[0].layers)
 
 
