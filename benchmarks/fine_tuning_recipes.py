@@ -31,8 +31,9 @@ from taylor_pruning.training.fine_tuning import Recipe, evaluate, fine_tune, ree
 
 PLAIN, PROGRESSIVE = "plain SGD, cosine", "progressive"
 REESTIMATED = ("BatchNorm re-estimation", "everything")
+CLIPPED = {f"distillation 0.5, clipped at {ratio:g}": ratio for ratio in (0.05, 0.1, 0.2)}
 NAMES = (PLAIN, "BatchNorm re-estimation", "warm-up", "label smoothing 0.1", "distillation 0.5", "distillation 0.9", "EMA",
-         "everything", "distillation 0.5, clipped at 3", "distillation 0.5, clipped at 1", PROGRESSIVE)  # fmt: skip
+         "everything", *CLIPPED, PROGRESSIVE)  # fmt: skip
 MAY_DIFFER = ("seeds", "recipes", "output")  # between a run and its continuation
 
 
@@ -48,8 +49,7 @@ def changes(name, steps):
         "distillation 0.9": taught[0.9],
         "EMA": ema,
         "everything": {**warmup, **smoothing, **taught[0.5], **ema},
-        "distillation 0.5, clipped at 3": {**taught[0.5], "clip_norm": 3.0},
-        "distillation 0.5, clipped at 1": {**taught[0.5], "clip_norm": 1.0},
+        **{clipped: {**taught[0.5], "clip_ratio": ratio} for clipped, ratio in CLIPPED.items()},
     }.get(name, {})
 
 
@@ -83,7 +83,7 @@ class Seed:
         self.train = make_loader(data.train, arguments.batch_size, shuffle=True, seed=seed)
         amp = arguments.amp
         self.recipe = Recipe(epochs=1, lr=arguments.lr, amp=amp, channels_last=bool(amp), distillation_weight=0.0,
-                             clip_norm=None)  # fmt: skip
+                             clip_ratio=None)  # fmt: skip
         self.networks = {}
 
     def pruned(self, steps_between):

@@ -89,7 +89,7 @@ def main(argv=None):
     train, val = loader(arguments.images, 0, 25, True), loader(arguments.validation_images, 1, 50, False)
     model, task = detector(), Detection()
     warmup = min(1, arguments.epochs / 2)
-    recipe = Recipe(epochs=arguments.epochs, lr=0.1, warmup_epochs=warmup, clip_norm=5.0, accuracy_at_steps=False)
+    recipe = Recipe(epochs=arguments.epochs, lr=0.1, warmup_epochs=warmup, accuracy_at_steps=False)
     fine_tune(model, train, val, recipe, task=task, progress=False)
 
     settings = PruningSettings(budget="params", rounds=2, prune_modules=["backbone", "head"], repair=arguments.repair,

@@ -19,6 +19,7 @@ from taylor_pruning.tasks.classification import is_classification, kl_divergence
 from taylor_pruning.tasks.task import Task
 from taylor_pruning.training.averaging import WeightAverage
 from taylor_pruning.training.checks import batch_facts, input_facts, valid_labels
+from taylor_pruning.training.clipping import FilterClipping
 from taylor_pruning.training.cuda_graphs import GraphedPass
 from taylor_pruning.training.recipe import AMP_DTYPES, Recipe, lr_factor
 
@@ -67,6 +68,7 @@ class OptimiserSteps:
             # gradient in a later step), and where an fp16 overflow makes the first step void, they stay uninitialised memory.
             for parameter in self.optimizer.param_groups[0]["params"]:
                 self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        self.clipping = FilterClipping(model, recipe.clip_ratio) if recipe.clip_ratio is not None else None
         self.average = WeightAverage(model, recipe.ema_decay) if recipe.ema_decay else None
         self.network, self._gradient_sync_off = self._training_network()
         graphs = recipe.cuda_graphs and recipe.accumulate == 1 and world_size() == 1
@@ -113,9 +115,9 @@ class OptimiserSteps:
             facts = [self._single_pass(*batches[0], places[0])]
         else:
             facts = self._accumulated(batches, places)
-        if self.recipe.clip_norm is not None:
+        if self.clipping:
             self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
+            self.clipping.clip()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)

@@ -62,16 +62,16 @@ def test_defaults_are_those_of_the_settings():
 
 def test_values_reach_the_field_they_name():
     words = "--fine-tune-epochs 0 --lr 0.5 --exclude a b --no-compensate --layer-bound inf --amp none --export pt2"
-    command = parse(ExperimentTask, "", [*words.split(), "--clip-norm", "none"])
+    command = parse(ExperimentTask, "", [*words.split(), "--clip-ratio", "none"])
     assert (command.recipe.epochs, command.recipe.lr, command.recipe.amp) == (0, 0.5, None)
-    assert command.recipe.clip_norm is None
+    assert command.recipe.clip_ratio is None
     assert (command.pruning.exclude, command.pruning.compensate) == (("a", "b"), False)
     assert command.pruning.constraints.bound is None and command.pruning.layer_bound == math.inf
     assert command.task.export == ("pt2",) and command.as_dict()["fine_tune_epochs"] == 0
 
 
 def test_the_options_of_a_run_come_back_from_its_config(tmp_path):
-    words = "--layer-bound inf --exclude a b --clip-norm none --no-compensate --lr 0.5 --train-epochs 7 --quiet"
+    words = "--layer-bound inf --exclude a b --clip-ratio none --no-compensate --lr 0.5 --train-epochs 7 --quiet"
     command = parse(ExperimentTask, "", words.split())
     write_json(tmp_path / "config.json", {"arguments": {**command.as_dict(), "of an older version": 1}})
     again = parse(ExperimentTask, "", ["--resume", str(tmp_path)])

@@ -78,7 +78,7 @@ def batches(sizes):
 
 
 @gpu
-@pytest.mark.parametrize("changes", [{}, {"amp": "bf16"}, {"amp": "fp16", "clip_norm": 1.0}, {"ema_decay": 0.5},
+@pytest.mark.parametrize("changes", [{}, {"amp": "bf16"}, {"amp": "fp16", "clip_ratio": 0.05}, {"ema_decay": 0.5},
                                      {"teacher": toy_model(seed=3)}])  # fmt: skip
 def test_replayed_steps_equal_eager_ones(changes):
     model = toy_model()
@@ -126,7 +126,7 @@ def test_large_passes_stay_eager(monkeypatch):
 
 @gpu
 @pytest.mark.parametrize("changes", [{}, {"cuda_graphs": False}, {"amp": "bf16", "accumulate": 2}, {"ema_decay": 0.9},
-                                     {"amp": "fp16", "clip_norm": 1.0}])  # fmt: skip
+                                     {"amp": "fp16", "clip_ratio": 0.05}])  # fmt: skip
 def test_no_step_waits_for_the_device(changes):
     images, labels = toy_data(images=640)
     data = TensorImages((images.clamp(-3, 3) * 40 + 128).to(torch.uint8), labels, padding=1, flip=True)

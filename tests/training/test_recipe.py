@@ -33,7 +33,7 @@ def test_what_is_automatic_is_off_on_a_cpu_and_what_is_given_stays():
 @pytest.mark.parametrize(
     "field, value",
     {"epochs": -1, "lr": math.nan, "momentum": 1.0, "weight_decay": -1.0, "warmup_epochs": 5, "amp": "fp8",
-     "accumulate": 0, "temperature": 0.0, "ema_decay": 1.0, "clip_norm": 0.0}.items(),
+     "accumulate": 0, "temperature": 0.0, "ema_decay": 1.0, "clip_ratio": 0.0}.items(),
 )  # fmt: skip
 def test_values_out_of_range_are_refused_by_name(field, value):
     with pytest.raises(InputError, match=f"{field} must be"):

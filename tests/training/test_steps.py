@@ -23,8 +23,8 @@ def test_kl_divergence_equal_the_formula():
     torch.testing.assert_close(kl_divergence(student, teacher, 3.0), expected, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("clip_norm", [None, 0.05])
-def test_one_step_follows_the_documented_loss(clip_norm):
+@pytest.mark.parametrize("clip_ratio", [None, 0.01])
+def test_one_step_follows_the_documented_loss(clip_ratio):
     images, labels = toy_data(images=12, dtype=torch.float64)
     model, teacher = toy_model(batchnorm=False).double(), toy_model(batchnorm=False, seed=1).double()
     reference = copy.deepcopy(model)
@@ -36,7 +36,7 @@ def test_one_step_follows_the_documented_loss(clip_norm):
         label_smoothing=0.2,
         distillation_weight=w,
         temperature=temperature,
-        clip_norm=clip_norm,
+        clip_ratio=clip_ratio,
     )
     logits = reference(images)
     p, q = (teacher(images) / temperature).softmax(1), (logits / temperature).softmax(1)
@@ -49,11 +49,18 @@ def test_one_step_follows_the_documented_loss(clip_norm):
     assert history.epochs[1]["train_loss"] == pytest.approx(loss.item(), rel=1e-12)
     loss.backward()
     assert history.best_epoch == 1
-    norm = sum(p.grad.square().sum() for p in reference.parameters()).sqrt().item()
-    shrink = clip_norm / (norm + 1e-6) if clip_norm else 1.0
-    assert shrink <= 1
-    for new, old in zip(model.parameters(), reference.parameters(), strict=True):
-        step = 0.1 * 1.9 * (shrink * old.grad + 0.01 * old)  # first Nesterov step: (1 + momentum) x gradient
+    for (name, new), old in zip(model.named_parameters(), reference.parameters(), strict=True):
+        shares = torch.ones(len(old), dtype=torch.float64)
+        if clip_ratio:  # each filter with its bias
+            layer = reference.get_submodule(name.rpartition(".")[0])
+            weights, gradients = (
+                torch.cat([t.flatten(1), bias[:, None]], 1).norm(dim=1)
+                for t, bias in ((layer.weight, layer.bias), (layer.weight.grad, layer.bias.grad))
+            )
+            shares = (clip_ratio * weights / gradients).clamp(max=1)
+            assert (shares < 1).any()
+        clipped = old.grad * shares.reshape(-1, *[1] * (old.ndim - 1))
+        step = 0.1 * 1.9 * (clipped + 0.01 * old)  # first Nesterov step: (1 + momentum) x gradient
         torch.testing.assert_close(new, old - step, rtol=1e-10, atol=1e-12)
 
 
@@ -86,7 +93,7 @@ def test_ema_starts_at_the_given_weights():
 def test_accumulation_equals_the_big_batch(size):
     train, val = toy_loaders(batch_size=12, images=36, dtype=torch.float64)
     small = ListLoader(train.images, train.labels, size)
-    recipe = Recipe(epochs=1, lr=0.1, clip_norm=0.5)
+    recipe = Recipe(epochs=1, lr=0.1, clip_ratio=0.05)
     if size == 5:  # 12 = 5 + 5 + 2
         train.images, train.labels, small.images, small.labels = (
             train.images[:12],
@@ -122,7 +129,7 @@ class NoHostReads(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, vars(RICH), {"amp": "fp16", "clip_norm": 1.0}, {"amp": "bf16", "accumulate": 2}]
+    "changes", [{}, vars(RICH), {"amp": "fp16", "clip_ratio": 0.05}, {"amp": "bf16", "accumulate": 2}]
 )
 def test_a_step_reads_nothing_from_the_device(changes):
     images, labels = toy_data(images=12)
@@ -154,7 +161,7 @@ def test_a_parameter_may_get_its_first_gradient_in_a_later_step():
     images, labels = toy_data(images=8)
     model = LateBranch()
     reference = copy.deepcopy(model)
-    steps = OptimiserSteps(model, Recipe(lr=0.1).resolved(images.device), None, total=None)
+    steps = OptimiserSteps(model, Recipe(lr=0.1, clip_ratio=None).resolved(images.device), None, total=None)
     optimizer = torch.optim.SGD(reference.parameters(), 0.1, momentum=0.9, weight_decay=1e-4, nesterov=True)
     for _ in range(3):
         steps.step([(images, labels)], ["batch"])
@@ -169,7 +176,7 @@ def test_an_fp16_overflow_in_the_first_step_leaves_no_trace():
     images, labels = toy_data(images=8)
     model = toy_model(batchnorm=False)
     start = copy.deepcopy(model)
-    steps = OptimiserSteps(model, Recipe(amp="fp16", lr=0.1).resolved(images.device), None, total=None)
+    steps = OptimiserSteps(model, Recipe(amp="fp16", lr=0.1, clip_ratio=None).resolved(images.device), None, total=None)
     sound = steps.scaler.state_dict()
     steps.scaler.load_state_dict({**sound, "scale": 2.0**120})  # every gradient overflows
     steps.step([(images, labels)], ["batch 0"])

@@ -8,7 +8,7 @@ from torch import nn
 from taylor_pruning.training.fine_tuning import Recipe, fine_tune
 
 RICH = Recipe(
-    epochs=4, lr=0.05, warmup_epochs=0.5, label_smoothing=0.1, distillation_weight=0.5, ema_decay=0.8, clip_norm=5.0
+    epochs=4, lr=0.05, warmup_epochs=0.5, label_smoothing=0.1, distillation_weight=0.5, ema_decay=0.8, clip_ratio=0.5
 )
 
 
