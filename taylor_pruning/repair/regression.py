@@ -105,7 +105,7 @@ class LayerRegression:
                     f"compensation: NaN or Inf in {self.layer.name} on batch {batch}; check the images and both networks' "
                     "weights"
                 )
-        if not max(targets) ** 2 < torch.finfo(torch.promote_types(self.weight.dtype, torch.float32)).max:
+        if not max(targets) < torch.finfo(torch.promote_types(self.weight.dtype, torch.float32)).max ** 0.5:
             raise InputError(f"compensation: {too_large(self.layer.name)}")
         return max(deviations) <= (AGREES + 4 * torch.finfo(self.weight.dtype).eps) * max(targets)
 

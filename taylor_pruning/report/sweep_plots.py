@@ -32,10 +32,8 @@ from taylor_pruning.report.sweep_steps import mean_curve, steps_to_reach
 from taylor_pruning.report.tables import cost_unit, numbers
 
 LEGEND_ROWS, LEGEND_ROW = 4, 0.16  # rows for which a figure has room, and inches that each further one takes
-DODGE, DODGED = (
-    0.007,
-    0.7,
-)  # between neighbouring methods, of the range of x; all of them, at most, of the smallest gap in x
+DODGE = 0.007  # distance of neighbouring methods, as a share of the range of x
+DODGED = 0.7  # largest distance of the first method from the last, as a share of the smallest gap in x
 
 
 def _method_lines(axes, sweep, x_of, y_of, dodge=0.0, methods=None):

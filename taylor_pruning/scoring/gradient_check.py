@@ -1,6 +1,7 @@
 """Refuses networks whose gradient along the gates is not the derivative: parts under no_grad, behind detach or a step.
 
-Refuses those, too, that mix the samples of a batch."""
+Networks that mix the samples of a batch are refused, too.
+"""
 
 import torch
 from torch import Tensor

@@ -20,7 +20,7 @@ class FilterClipping:
     def __init__(self, model: nn.Module, ratio: float):
         layers = {}
         for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
+            if parameter.requires_grad and parameter.numel():
                 rows = len(parameter) if parameter.ndim else 1
                 layers.setdefault((name.rpartition(".")[0], rows), []).append(parameter)
         self.ratio, self.layers = ratio, list(layers.values())

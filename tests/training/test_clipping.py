@@ -48,3 +48,11 @@ def test_short_gradients_stay_as_they_are():
     model, before = clipped(1e9)
     for name, old in before.items():
         torch.testing.assert_close(model.get_parameter(name).grad, old, rtol=0, atol=0)
+
+
+def test_parameters_without_elements_play_no_part():
+    model = nn.Linear(2, 2)
+    model.none = nn.Parameter(torch.empty(0))
+    model.none.grad, model.weight.grad = torch.empty(0), torch.ones(2, 2)
+    FilterClipping(model, 1e-3).clip()
+    assert (model.weight.grad < 1).all() and not model.none.grad.numel()

@@ -76,9 +76,8 @@ def test_train_steps_is_sgd_at_a_constant_rate(turn):
             optimizer.zero_grad()
             F.cross_entropy(reference(images), labels, label_smoothing=0.1).backward()
             optimizer.step()
-    recipe = Recipe(
-        epochs=0, lr=0.05, label_smoothing=0.1, ema_decay=0.9, clip_ratio=None
-    )  # averaging and epochs play no part
+    # averaging and epochs play no part
+    recipe = Recipe(epochs=0, lr=0.05, label_smoothing=0.1, ema_decay=0.9, clip_ratio=None)
     train_steps(model, train, recipe, 5, loss_before=1.1, round_index=turn, progress=False)
     for new, old in zip(model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(new, old, rtol=1e-10, atol=1e-12)
