@@ -39,4 +39,5 @@ class FilterClipping:
 
 def _norms(layer: list[Tensor]) -> Tensor:
     """[rows] norm of each row of all tensors together."""
-    return torch.stack([tensor.reshape(tensor.shape[:1].numel(), -1).norm(dim=1) for tensor in layer]).norm(dim=0)
+    tensors = [tensor if tensor.ndim > 1 else tensor.reshape(-1, 1) for tensor in layer]
+    return torch.stack([torch.linalg.vector_norm(t, dim=tuple(range(1, t.ndim))) for t in tensors]).norm(dim=0)
