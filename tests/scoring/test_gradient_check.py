@@ -148,10 +148,26 @@ def test_batchnorm_without_running_statistics_mixes_images(images, labels):
         pruner.rank([(images, labels)])
 
 
-def test_images_compared_with_each_other_mix(images, labels):
-    model = network(lambda network, first, x: first(x) + first(x).amax(0, keepdim=True))
+MIXING = {
+    "the largest of the batch": lambda y: y + y.amax(0, keepdim=True),
+    "each with the one before": lambda y: torch.cat([y[:1], y[1:] + y[:-1]]),
+}
+
+
+@pytest.mark.parametrize("mixed", MIXING.values(), ids=MIXING)
+def test_images_compared_with_each_other_mix(mixed, images, labels):
+    model = network(lambda network, first, x: mixed(first(x)))
     with pytest.raises(InputError, match="depend on the other images of its batch"):
         EnhancedFilterPruner(model, images, progress=False).rank([(images, labels)])
+
+
+def test_a_softmax_less_the_maximum_of_the_batch_mixes_nothing_but_rounding(images, labels):
+    def attention(network, first, x):
+        exponentials = (first(x) - first(x).max()).exp()
+        return first(x) * exponentials / exponentials.sum((2, 3), keepdim=True)
+
+    model = network(attention).float()
+    EnhancedFilterPruner(model, images.float(), progress=False).rank([(images.float(), labels)])
 
 
 @pytest.mark.parametrize("norm", [nn.LayerNorm((5, 4, 4)), nn.InstanceNorm2d(5)], ids=["layer", "instance"])
