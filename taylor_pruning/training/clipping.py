@@ -10,8 +10,8 @@ class FilterClipping:
     """Scales down the gradient of a filter that is long beside the filter's weights.
 
     A filter is all that makes one output channel of a layer: a row of its weight with the bias, the scale and the shift of a
-    BatchNorm. Other parameters are split along their first dimension. After Brock et al. 2021, "High-performance large-scale
-    image recognition without normalization" (arXiv:2102.06171, eq. 3).
+    BatchNorm. Parameters are split along their first dimension, so that a transposed convolution is split by input channels.
+    After Brock et al. 2021, "High-performance large-scale image recognition without normalization" (arXiv:2102.06171, eq. 3).
 
     Args:
         ratio: largest norm of a filter's gradient, as a share of the norm of its weights.
