@@ -199,12 +199,9 @@ def run_cell(cell, arguments):
         result = pruning.prune_by_baseline(
             criterion, 100 - cell.left, widths=widths, compensate=bool(cell.compensation)
         )
-    model = result.model
-    before, after = profile(pruning.model, pruning.rankings.example), profile(model, pruning.rankings.example)
-    pairs = [
-        [network_milliseconds(m, pruning.rankings.example, 1) for m in (model, pruning.model)]
-        for _ in range(TIMED_PAIRS)
-    ]
+    model, example = result.model, pruning.rankings.example
+    before, after = profile(pruning.model, example), profile(model, example)
+    pairs = [[network_milliseconds(m, example, 1) for m in (model, pruning.model)] for _ in range(TIMED_PAIRS)]
     row = {**asdict(cell), "macs": after["macs"] / before["macs"], "params": after["parameters"] / before["parameters"],
            "latency": statistics.median(pruned / dense for pruned, dense in pairs),
            "widths": {name: layer["kept"] for name, layer in result.layers.items()},

@@ -40,18 +40,6 @@ class _StoppedGradients(TorchFunctionMode):
         return result
 
 
-def _mixes_samples(outputs, gates):
-    """Whether `outputs` [B, D] of a sample depend on gates [B, units] of the others."""
-    if len(outputs) < 2 or len(outputs) != len(gates):
-        return False
-    found = []
-    for sample, output in enumerate(outputs):
-        (gradient,) = torch.autograd.grad(output.sum(), gates, retain_graph=True)
-        own, others = gradient[sample].abs().max(), gradient[torch.arange(len(gates)) != sample].abs().max()
-        found.append(others > FOREIGN * own)
-    return bool(torch.stack(found).any())
-
-
 def check_gradients(graph: ChannelGraph, batch, task: Task) -> None:
     """Raises InputError naming the layers along whose gates the gradient is not the derivative of the outputs.
 
@@ -70,20 +58,34 @@ def check_gradients(graph: ChannelGraph, batch, task: Task) -> None:
     outputs = flatten(checked_outputs(found, task, batch, gates, "the first batch"))
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(WEIGHTINGS, outputs.numel(), generator=generator).to(outputs)
-    weights = weights if stopped.found else weights[:1]  # one backward pass shows whether there is any gradient
+    _check_apart(outputs * weights[0].view_as(outputs), gates)
+    if stopped.found:
+        _check_derivatives(graph, batch, task, gates, outputs, weights)
+
+
+def _check_apart(outputs, gates):
+    """Raises InputError if `outputs` [B, D] have no gradient along gates [B, units], or one along those of other samples."""
     try:
-        rows = [torch.autograd.grad(outputs, gates, w.view_as(outputs), retain_graph=True)[0] for w in weights]
+        rows = [torch.autograd.grad(output.sum(), gates, retain_graph=True)[0] for output in outputs]
     except RuntimeError as error:
         raise_out_of_memory(error)
         reason = str(error).splitlines()[0].rstrip(".")
         raise InputError(f"the network gives no gradient along its filters ({reason}); change its forward") from error
-    gradient = torch.stack(rows)
-    if _mixes_samples(outputs * weights[0].view_as(outputs), gates):
+    if len(outputs) != len(gates):
+        return
+    largest = torch.stack(rows).abs().amax(2)  # [samples, samples whose gates]
+    own = largest.diagonal()
+    if (largest - own.diag() > FOREIGN * own[:, None]).any():
         raise InputError(
             "the outputs of an image depend on the other images of its batch, also in evaluation mode, so that scores of "
             "single images would mean nothing; give every BatchNorm running statistics, and compute nothing over the batch"
         )
-    gradient, outputs = gradient.sum(1), outputs.detach()  # [weightings, units]
+
+
+def _check_derivatives(graph, batch, task, gates, outputs, weights):
+    """Raises InputError naming the layers along whose gates derivatives of weighted `outputs` are not their gradients."""
+    rows = [torch.autograd.grad(outputs, gates, w.view_as(outputs), retain_graph=True)[0] for w in weights]
+    gradient, outputs = torch.stack(rows).sum(1), outputs.detach()  # [weightings, units]
     layers = {
         name: info.unit_of[info.removable].unique() for name, info in graph.layers.items() if info.removable.any()
     }
@@ -102,8 +104,6 @@ def check_gradients(graph: ChannelGraph, batch, task: Task) -> None:
         error = (gradient[:, units].sum(1) - measured).norm()
         return bool(error > TOLERANCE * measured.norm() and error > NOISE * (weights @ outputs.flatten()).norm())
 
-    if not stopped.found:
-        return
     if names := [name for name, units in layers.items() if cut_off(units)]:
         raise InputError(
             f"no gradient reaches the filters of {', '.join(names)} although the outputs depend on them, so that their "
