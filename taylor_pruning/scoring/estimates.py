@@ -24,7 +24,7 @@ from taylor_pruning.memory import Portions
 from taylor_pruning.modes import frozen
 from taylor_pruning.positions import drawn_positions
 from taylor_pruning.scoring.folds import FOLDS, folds_of
-from taylor_pruning.surgery.execution import moved
+from taylor_pruning.surgery.gating import moved
 from taylor_pruning.surgery.units import by_sample
 from taylor_pruning.tasks import batches as samples
 from taylor_pruning.tasks.classification import Classification

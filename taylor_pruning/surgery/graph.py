@@ -1,19 +1,19 @@
 """Units of filters that must go together, gates that switch them off, and the cut that really removes them."""
 
 import copy
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict
 from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 
 from taylor_pruning.checks import check_default_device, check_weights
 from taylor_pruning.errors import InputError
 from taylor_pruning.options import check_argument
 from taylor_pruning.surgery.analysis import Analysis, steps
 from taylor_pruning.surgery.cut import cut
-from taylor_pruning.surgery.execution import Execution, blended, gate, gated_norm
+from taylor_pruning.surgery.execution import Execution
+from taylor_pruning.surgery.gating import gated_run
 from taylor_pruning.surgery.nested import tensors_in
 from taylor_pruning.surgery.numbering import Numbering
 from taylor_pruning.surgery.one_sample import check_one_sample
@@ -194,39 +194,8 @@ class ChannelGraph:
                 time and memory.
         """
         check_gates(gates, len(self.units))
-        open_gates = torch.cat([gates, gates.new_ones(*gates.shape[:-1], 1)], -1)  # index -1: no gate
-        changes = defaultdict(list)
-        for site in self.gate_sites[self._mode()]:
-            changes[site.node].append(site)
-
-        def change_of(node, sites):
-            first = (outputs or {}).get(node)
-
-            def change(output):
-                output = output if first is None else first(output)
-                for site in sites:
-                    output = gate(open_gates, site, output)
-                    if on_gate is not None:
-                        on_gate(site, output)
-                return output
-
-            return change
-
-        reads, any_closed = {}, bool(estimates) and bool((gates != 1).any())
-        for reader in self.readers:
-            if reader.layer in (estimates or {}):
-                reads.update(
-                    (node, blended(estimates[reader.layer], open_gates, any_closed, reader.blocks.get(node, 1)))
-                    for node in reader.nodes
-                )
-        norms = {}
-        if once and on_gate is None:
-            single = {
-                node: sites[0] for node, sites in changes.items() if node.target is F.batch_norm and len(sites) == 1
-            }
-            norms = {node: gated_norm(open_gates, site) for node, site in single.items() if node not in (outputs or {})}
-        change = {node: change_of(node, sites) for node, sites in changes.items() if node not in norms}
-        with self.executed({**(outputs or {}), **change}, reads, norms):
+        sites = self.gate_sites[self._mode()]
+        with self.executed(*gated_run(sites, self.readers, gates, on_gate, estimates, outputs, once)):
             yield self
 
     def _mode(self):
