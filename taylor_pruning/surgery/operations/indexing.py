@@ -54,10 +54,11 @@ def _basic(call, x, index):
             continue
         along = call.ids.vector(x, dim) if part != slice(None) else None
         if along is not None:
-            for bound in (part.start, part.stop) if isinstance(part, slice) else (part, part + 1):
-                _bounded(call, along, bound)
             if isinstance(part, slice) and part.step not in (None, 1):
-                call.protect(along, "is indexed by position in")
+                _every(call, along, part)
+            else:
+                for bound in (part.start, part.stop) if isinstance(part, slice) else (part, part + 1):
+                    _bounded(call, along, bound)
         plain_index.append(_plain_slice(part))
         dim += 1
     return tuple(plain_index)
@@ -90,6 +91,16 @@ def _plain_slice(part):
     if isinstance(part, slice):
         return slice(*(None if b is None else int(b) for b in (part.start, part.stop, part.step)))
     return int(part) if isinstance(part, int) and not isinstance(part, bool) else part
+
+
+def _every(call, along, part):
+    """Every second channel (or third ...): neighbours go together, so that those behind them keep their places."""
+    step, plain_step = int(part.step), not is_tracked(part.step)
+    call.ids.keep_number(part.step, f"their number is a step in {call.where}")
+    if plain_step and step > 0 and len(along) % step == 0 and int(part.start or 0) in range(step) and part.stop is None:
+        call.ids.unite(along.view(-1, step)[:, :1], along.view(-1, step))
+    else:
+        call.protect(along, "is indexed by position in")
 
 
 def _bounded(call, along, bound):
