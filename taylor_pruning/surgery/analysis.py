@@ -53,7 +53,7 @@ class Analysis:
                 self.ids.issued, self.ids.depthwise = [], []
                 found = propagate(trace, self.ids, parameters, ways, idle=True)
                 self.layers.add_idle(Layers(self.ids, found.env, parameters, trace.batch))
-        self.layers.protect_fixed_widths()
+        self.layers.follow_widths(model)
 
     @property
     def chose(self):

@@ -155,7 +155,7 @@ class ChannelIds:
                 return True
             self.protect(number.ids, reason)
         elif len(number.widths) == 1 and number.factor is not None and number.factor > 0:
-            self._bind_width(number.widths[0], ids, number.factor, reason)
+            self.bind_width(number.widths[0], ids, number.factor, reason)
             return True
         elif len(number.widths) > 1:  # it follows if one of its parts follows, which the proof of a cut decides
             return True
@@ -171,7 +171,8 @@ class ChannelIds:
         alike = torch.equal(of_number, own)
         return alike and torch.equal(many * number.factor.numerator, few * number.factor.denominator)
 
-    def _bind_width(self, width, ids, factor, reason):
+    def bind_width(self, width, ids, factor, reason):
+        """After a cut the attribute must be how many of `ids` are left, over `factor`."""
         known = self.widths.setdefault(width, [])
         known.append((ids, factor))
         first, other = known[0]

@@ -2,6 +2,7 @@
 
 import math
 from collections import defaultdict
+from fractions import Fraction
 
 import torch
 
@@ -79,16 +80,32 @@ class Layers:
         self.linear |= other.linear
         self.settings = other.settings | self.settings
 
-    def protect_fixed_widths(self):
-        """Protects the channels counted by a module's number that a forward computes with, which must not change."""
-        for (module, attribute, _), reason in self.ids.fixed.items():
-            prefix = f"{module}." if module else ""
-            dims = {"in_channels": 1, "in_features": 1, "out_channels": 0, "out_features": 0}
-            along = self.ids.tensors.get((f"{prefix}weight", dims.get(attribute)))
-            if attribute in ("num_features", "num_channels"):
-                along = self.settings.get(module)
-            if along is not None:
+    def follow_widths(self, model):
+        """Channels counted by a number that a layer holds are as many as its own, or stay where the number must not change."""
+        for width in self.ids.widths:
+            if (along := self._counted_by(model, width)) is not None:
+                self.ids.bind_width(width, along, Fraction(1), f"are counted by {width[1]} of {width[0]}")
+        for width, reason in self.ids.fixed.items():
+            if (along := self._counted_by(model, width)) is not None:
                 self.ids.protect(along, reason)
+
+    def _counted_by(self, model, width):
+        """The channels that a layer's number counts, which a cut makes agree with its weight; None of another number."""
+        (name, attribute, _), prefix = width, f"{width[0]}." if width[0] else ""
+        module, dims = (
+            model.get_submodule(name),
+            {"out_channels": 0, "out_features": 0, "in_channels": 1, "in_features": 1},
+        )
+        if attribute in ("num_features", "num_channels"):
+            return self.settings.get(name)
+        if attribute not in dims:
+            return None
+        dim = 1 - dims[attribute] if getattr(module, "transposed", False) else dims[attribute]
+        along = self.ids.tensors.get((f"{prefix}weight", dim))
+        if along is None:  # of a depthwise conv
+            own = self.settings.get(name)
+            return own if own is not None and len(own) == int(getattr(module, attribute)) else None
+        return along.repeat(int(module.groups)) if dim == 1 and hasattr(module, "groups") else along
 
     def _use(self, node, name, parameter, linear):
         transposed = "transpose" in str(node.target)

@@ -461,6 +461,26 @@ def test_stored_widths_follow():
     assert type(smaller.block.sizes[0]) is int
 
 
+HALVES_OF_A_LAYER = {
+    "filters": lambda s, x: (s.a(x), s.a.out_channels // 2),
+    "of the layer behind": lambda s, x: (s.a(x), s.b.in_channels // 2),
+    "of a norm": lambda s, x: (s.n(s.a(x)), s.n.num_features // 2),
+    "transposed": lambda s, x: (s.t(s.a(x)), s.t.out_channels // 2),
+    "in groups": lambda s, x: (s.a(x), s.g.in_channels // 2),
+}
+
+
+@pytest.mark.parametrize("name", HALVES_OF_A_LAYER)
+def test_halves_counted_by_a_layer_lose_the_same_channels(name):
+    def halves(s, x):
+        y, half = HALVES_OF_A_LAYER[name](s, x)
+        return s.b(torch.cat([y[:, :half] * 2, s.g(y)[:, half:]], 1))
+
+    more = {"n": nn.BatchNorm2d(C), "t": nn.ConvTranspose2d(C, C, 3, padding=1), "g": nn.Conv2d(C, C, 1, groups=2)}
+    graph = check_law(around(Block(halves, **more)), images(), seeds=(0, 1, 2))
+    assert all(info.removable.all() for layer, info in graph.layers.items() if layer != "head")
+
+
 # -- inputs and outputs ------------------------------------------------------------------------------------------------
 
 
