@@ -20,6 +20,9 @@ FACTORIES = set(
 
 RULE_ERRORS = (TypeError, ValueError, RuntimeError, LookupError, AttributeError)
 
+# By numbers of elements; the values of other new tensors are numbers or positions.
+SIZED = set("zeros ones full empty rand randn randint normal new_zeros new_ones new_full new_empty new".split())
+
 LIKE = set("to type_as expand_as view_as reshape_as broadcast_to".split())
 
 
@@ -178,11 +181,17 @@ def _factory(call):
     call.info.source = call.name not in ("zeros", "new_zeros")
     call.info.mains = ()
     call.info.constant = call.info.source
+    if call.name not in SIZED:
+        call.keep_numbers()
+        return call.result(reason=f"meets the new tensor {call.where}")
     shape, layers = call.shape, []
     start = 1 if call.operands and call.node.op == "call_method" else 0
     given = call.args[start:] or (call.kwargs.get("size", ()),)
     listed = [sizes for sizes in given if isinstance(sizes, (tuple, list))]  # beside what is to be filled in or drawn
     sizes = listed[0] if listed else given
+    if call.name in ("full", "new_full"):
+        value = call.get("fill_value", start + 1)
+        call.ids.keep_number(value, f"their number enters {call.where}")
     for d, size in enumerate(sizes[: len(shape)]):
         if is_tracked(size) and (size.ids is not None or size.widths):
             multiple = size.factor and size.factor.denominator == 1 and not size.rounded

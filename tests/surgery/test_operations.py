@@ -481,6 +481,20 @@ def test_halves_counted_by_a_layer_lose_the_same_channels(name):
     assert all(info.removable.all() for layer, info in graph.layers.items() if layer != "head")
 
 
+NUMBERS_IN_NEW_TENSORS = {
+    "arange": lambda c: torch.arange(0, c)[:, None, None] / 8,
+    "full": lambda c: torch.full((1,), 1 / c),
+    "tensor": lambda c: torch.tensor([c]).sqrt(),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS_IN_NEW_TENSORS)
+def test_a_number_of_channels_in_a_new_tensor_is_named(name):
+    block = Block(lambda s, x: s.b(s.a(x) * NUMBERS_IN_NEW_TENSORS[name](x.shape[1])))
+    reason = ChannelGraph(around(block), images(1)).layers["stem.0"].reason
+    assert reason == f"their number enters {name} (block)"
+
+
 # -- inputs and outputs ------------------------------------------------------------------------------------------------
 
 
