@@ -148,10 +148,10 @@ class ChannelIds:
             self.protect(ids, reason)
             return False
         if number.ids is not None:
+            if not number.widths and (torch.equal(number.ids, ids) or self.counts(number, ids)):
+                return True
             if number.whole and len(number.ids) == len(ids) and not number.widths:
                 self.unite(number.ids, ids)
-                return True
-            if not number.widths and self.counts(number, ids):
                 return True
             self.protect(number.ids, reason)
         elif len(number.widths) == 1 and number.factor is not None and number.factor > 0:

@@ -64,6 +64,10 @@ def masked(s, x):
     return s.b(y * (y == y.amax((2, 3), keepdim=True)) + x)
 
 
+def shuffled(y, n, c, h, w):
+    return y.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+
+
 class KernelOfEverySample(nn.Module):
     """A modulated convolution without bias: the samples lie in groups of channels."""
 
@@ -115,6 +119,7 @@ BLOCKS = {  # name: (block, its output channels, removable filters of the stem, 
     "every second": (Block(lambda s, x: torch.cat([s.a(x)[:, ::2].sigmoid() * s.b(x)[:, 1::2], s.b(x)[:, 0::2]], 1)),
                      C, 8, 8, 8),
     "every second of some": (Block(lambda s, x: s.b(torch.cat([s.a(x)[:, :6:2], s.a(x)[:, 3:]], 1))), C, 8, 0, 8),
+    "shuffle": (Block(lambda s, x: s.b(shuffled(s.a(x), *x.shape))), C, 8, 8, 8),
     "unfold and fold": (Block(lambda s, x: s.b(F.fold(F.unfold(s.a(x), 2, stride=2).relu(), x.shape[2:], 2, stride=2))),
                         C, 8, 8, 8),
 }  # fmt: skip

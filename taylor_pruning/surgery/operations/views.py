@@ -199,7 +199,7 @@ def _follow(call, layer, before, new, dim, size, free):
         ids.bind(size, along, reason)
         return
     if size.whole and not size.widths and len(size.ids) == len(along):
-        ids.unite(size.ids, along)
+        ids.bind(size, along, reason)
         return
     vector = (
         layer[tuple(slice(None) if d == before[0] else 0 for d in range(layer.dim()))] if len(before) == 1 else None
