@@ -13,6 +13,7 @@ from fractions import Fraction
 import numpy as np
 import torch
 
+from taylor_pruning.surgery.recorded_calls import pick
 from taylor_pruning.surgery.threads import ONE_AT_A_TIME
 
 
@@ -57,7 +58,8 @@ class Number(_Tracked, int):
     def __int__(self):
         """A plain number. If this was a product of sizes, a later size argument of its value is recorded as that product."""
         value = super().__int__()
-        if is_tracked(self) and self.node is not None and self.node.target is operator.mul:
+        of_sizes = is_tracked(self) and self.node is not None
+        if of_sizes and (self.node.target is operator.mul or self.rounded and _of_channels(self.node)):
             _PRODUCTS[-1][value] = self.node
         return value
 
@@ -68,13 +70,29 @@ class Number(_Tracked, int):
 class Real(_Tracked, float):
     """A `float` that remembers."""
 
+    def __int__(self):
+        """A plain number. If this was a share of a number of channels, a later bound of its value is recorded as that share."""
+        value = super().__int__()
+        if is_tracked(self) and self.node is not None and _of_channels(self.node):
+            _PRODUCTS[-1][value] = self.node.graph.call_function(math.trunc, (self.node,))
+        return value
+
     def __reduce__(self):
         return float, (float(self),)
 
 
+def _of_channels(node):
+    """Whether a size is computed from one alone, that of a second dimension: other sizes are seldom those of channels."""
+    while len(node.all_input_nodes) == 1 and node.target is not pick:
+        (node,) = node.all_input_nodes
+    return node.target is pick and node.args[1] == 1
+
+
 ROUNDING = {"floor": math.floor, "ceil": math.ceil, "round": round, "trunc": math.trunc}
 _GRAPHS = [None]  # the last is the one that is recorded or propagated now
-_PRODUCTS = [{}]  # {plain number: node of the product of sizes that it was} in each of them
+_PRODUCTS = [
+    {}
+]  # {plain number: node of the product of sizes, or of the share of channels, that it was} in each of them
 
 
 @contextmanager
@@ -107,7 +125,7 @@ def _numbers_of(graph):
 
 
 def product_of(value):
-    """The node of the product of sizes that int() has made this number of; None if there is none."""
+    """The node of the product of sizes, or of the share, that int() has made this number of; None if there is none."""
     return _PRODUCTS[-1].get(value)
 
 
@@ -146,13 +164,15 @@ def _source(name, a, b=None):
     if name in ROUNDING:
         return source, source.factor, source.rounded
     other = b if source is a else a
-    if source.factor is None or not isinstance(other, int):
+    if source.factor is None or not math.isfinite(other):
         return source, None, 0
-    other = int(other)
-    if name == "mul":
+    other = Fraction(_plain(other))
+    if name == "mul" and other.denominator == 1:
         return source, source.factor * other, source.rounded * other
-    if name in ("floordiv", "truediv") and source is a and other and not int(a) % other:
-        return source, (share := source.factor / other), share
+    other = 1 / other if name == "mul" and other else other
+    share = name == "mul" or name in ("floordiv", "truediv") and source is a
+    if share and other and not Fraction(_plain(source)) % other:
+        return source, source.factor / other, source.factor / other
     same = other == 0 and (name == "add" or name == "sub" and source is a)
     return source, source.factor if same else None, source.rounded
 

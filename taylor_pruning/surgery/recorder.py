@@ -34,6 +34,7 @@ SIZED = set(
     "view reshape expand repeat tile unflatten broadcast_to zeros ones full empty rand randn randperm new_zeros new_ones "
     "new_full new_empty".split()
 )
+BOUNDED = set("__getitem__ __setitem__ narrow split split_with_sizes tensor_split".split())  # by positions or numbers
 SHAPE_KEPT = set(  # the result is like the first argument; running them on meta tensors takes long
     """batch_norm instance_norm group_norm layer_norm rms_norm relu relu6 silu gelu hardswish hardsigmoid mish elu selu
     leaky_relu sigmoid tanh softplus dropout softmax log_softmax clamp prelu exp neg abs sqrt square""".split()
@@ -133,7 +134,7 @@ class Recorder(TorchFunctionMode):
             kwargs = {OF_NUMPY.get(key, key): value for key, value in kwargs.items()}
         if "device" in kwargs and kwargs["device"] is None:
             kwargs = {k: v for k, v in kwargs.items() if k != "device"}
-        arguments, options = self.nodes.as_nodes((args, kwargs), bare(name) in SIZED)
+        arguments, options = self.nodes.as_nodes((args, kwargs), bare(name) in SIZED, name in BOUNDED)
         if on_constants or self.on_values:
             result = func(*args, **kwargs)
         else:

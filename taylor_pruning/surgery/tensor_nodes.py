@@ -160,11 +160,12 @@ class TensorNodes:
             else:
                 self.unpack(item, part)
 
-    def as_nodes(self, value, sized=False):
+    def as_nodes(self, value, sized=False, bounded=False):
         """Arguments of a call with nodes in the place of tensors and sizes.
 
         Args:
             sized: the arguments are sizes; a multiple of the batch, which `len(x)` gives as a plain number, is taken for one.
+            bounded: they are positions or numbers of channels.
         """
 
         def convert(item):
@@ -173,7 +174,7 @@ class TensorNodes:
             if is_tracked(item):
                 return item if item.node is None else item.node
             item = plain(item)
-            if sized and type(item) is int and (product := product_of(item)) is not None:
+            if (sized or bounded) and type(item) is int and (product := product_of(item)) is not None:
                 return product
             if sized and type(item) is int and self.batch and item and item % self.batch == 0:
                 if item == self.batch:

@@ -187,6 +187,9 @@ HALVES = {
     "trunc": lambda c: math.trunc(c / 2),
     "shift": lambda c: (c << 1) >> 2,
     "divmod": lambda c: divmod(c, 2)[0],
+    "int": lambda c: int(c / 2),
+    "int of a half": lambda c: int(c // 2),
+    "int of a share": lambda c: int(c * 0.5),
 }
 
 

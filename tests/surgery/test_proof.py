@@ -126,7 +126,7 @@ def test_a_layer_with_a_single_removable_filter_is_tried():
 
         def forward(self, x):
             x = self.a(x)
-            high = int(x.shape[1] * 0.75)
+            high = int(0.75 * x.shape[1])
             return self.fc(F.relu(self.high(x[:, :high]) + self.low(x[:, high:])).mean((2, 3)))
 
     torch.manual_seed(0)
