@@ -75,9 +75,12 @@ def _set(module, attribute, index, value):
 def _refresh(module):
     """Makes attributes that say the shape of a weight agree with it."""
     weight = getattr(module, "weight", None)
-    if weight is None:
+    if hasattr(module, "input_size") and hasattr(module, "hidden_size"):
+        weight = getattr(module, "weight_ih_l0", getattr(module, "weight_ih", None))
+        module.input_size = module.input_size if weight is None else weight.shape[1]
+    elif weight is None:
         return
-    if weight.dim() == 2 and hasattr(module, "in_features") and hasattr(module, "out_features"):
+    elif weight.dim() == 2 and hasattr(module, "in_features") and hasattr(module, "out_features"):
         module.out_features, module.in_features = weight.shape
     elif weight.dim() == 2 and hasattr(module, "embedding_dim"):
         module.embedding_dim = weight.shape[1]

@@ -337,7 +337,7 @@ BLOCKS = {  # name: (block, its output channels, removable filters of the stem, 
         ),
         C,
         8,
-        0,
+        8,
         8,
     ),
 }

@@ -1,9 +1,13 @@
-"""States of recurrent convolutions begin as zeros of a stored width, which follows."""
+"""States of recurrent convolutions begin as zeros of a stored width, which follows; recurrent layers read fewer channels."""
 
+import pytest
 import torch
+import torch.nn.functional as F
 from conftest import randomise
 from test_surgery import check_law
 from torch import nn
+
+from taylor_pruning.surgery.graph import ChannelGraph
 
 
 class Recurrent(nn.Module):
@@ -55,3 +59,43 @@ def test_a_state_of_a_width_that_must_not_change_is_protected():
     for options in ((ones,), (ordered,), (zeros, True)):
         graph = law(*options)
         assert graph.layers["cell"].reason and len(graph.units) == 6
+
+
+class Reads(nn.Module):
+    """A recurrent layer along the columns of feature maps."""
+
+    def __init__(self, kind, **options):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 6, 3, padding=1)
+        self.layer, self.fc = kind(24, 5, **options), nn.LazyLinear(4)
+
+    def forward(self, x):
+        x = F.max_pool2d(self.b(F.relu(self.a(x))), 2).permute(3, 0, 1, 2).flatten(2)
+        if isinstance(self.layer, nn.RNNBase):
+            return self.fc(self.layer(x)[0].mean(0))
+        state = None
+        for column in x:
+            state = self.layer(column, state)
+        return self.fc(state[0] if isinstance(state, tuple) else state)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+def test_channels_that_a_recurrent_layer_reads_can_go(kind):
+    torch.manual_seed(0)
+    images = torch.randn(3, 3, 8, 8, dtype=torch.double, generator=torch.Generator().manual_seed(0))
+    options = {"num_layers": 2, "bidirectional": True} if issubclass(kind, nn.RNNBase) else {}
+    model = Reads(kind, **options).double()
+    model(images)
+    graph = check_law(model, images, seeds=(0,))
+    assert len(graph.units) == 14 and all(info.removable.all() for info in graph.layers.values())
+    assert graph.remove({"b": [0, 3]}).layer.input_size == 16 and model.layer.input_size == 24
+
+
+def test_channels_along_the_time_of_a_recurrent_layer_stay():
+    class Along(Reads):
+        def forward(self, x):
+            return self.fc(self.layer(self.a(x).flatten(2).transpose(0, 1)[..., :24])[0].mean(0))
+
+    model = Along(nn.GRU)
+    model(torch.zeros(2, 3, 8, 8))
+    assert ChannelGraph(model, torch.zeros(2, 3, 8, 8)).layers["a"].reason == "passes through gru (layer)"

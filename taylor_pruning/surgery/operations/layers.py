@@ -136,3 +136,32 @@ def linear(call):
         ids = call.ids.vector(result, -1) if len(weight.shape) > 1 else None
         call.ids.attach(bias, ids, f"meets a tensor of fixed size in {call.where}")
     return result
+
+
+@rule("lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell")
+def recurrent(call):
+    """The first layer's weights follow the channels that they read; hidden channels stay."""
+    x, weights = call.args[0], call.args[2]
+    if call.name.endswith("cell"):
+        first = [weights]
+    elif isinstance(weights, (tuple, list)):  # of every layer and direction
+        directions = 2 if call.args[7] else 1
+        first = weights[:: len(weights) // (int(call.args[4]) * directions)][:directions]
+    else:  # samples of several lengths
+        return call.unknown()
+    ids, last, hidden = call.ids, len(x.shape) - 1, f"passes through {call.where}"
+    call.info.reads = call.info.source = True
+    inputs = ids.vector(x, last)
+    for value in call.values():
+        along = 1 if any(value is weight for weight in first) else last if value is x else None
+        for layer in value.layers:
+            if varying(layer) != [along]:
+                ids.protect(layer, hidden)
+    for weight in first:
+        own = ids.vector(weight, 1)
+        if inputs is not None and own is not None:
+            ids.unite(inputs, own)
+        else:
+            ids.protect(inputs, weight.reason or hidden)
+            ids.protect(own, x.reason or hidden)
+    return call.fill(hidden)
