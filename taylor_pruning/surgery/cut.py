@@ -10,7 +10,7 @@ from taylor_pruning.modes import modes_kept
 from taylor_pruning.surgery.copying import copy_of
 
 
-def cut(model, tensors, widths, settings, stays):
+def cut(model, tensors, widths, settings, norms, stays):
     """A copy of `model` without some units.
 
     Args:
@@ -18,6 +18,7 @@ def cut(model, tensors, widths, settings, stays):
         widths: {(module name, attribute, index or None): ([length] unit index or -1, factor)} of numbers that modules hold:
             what is left of the units divided by `factor`.
         settings: {module name: [channels] unit index or -1} of modules with one setting a channel.
+        norms: of ChannelIds.
         stays: [units + 1] whether a unit stays; the last entry stands for index -1.
 
     Raises InputError if a layer, or a parameter or buffer of its own, would lose its last channel.
@@ -32,9 +33,13 @@ def cut(model, tensors, widths, settings, stays):
         if len(index) < len(units):
             kept[name][dim] = index
     replaced = {}  # id of a tensor of the model: what a deep copy has in its place
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+    named = dict([*model.named_parameters(), *model.named_buffers()])
+    for name, tensor in named.items():
         if name in kept:
             replaced[id(tensor)] = _select(tensor, kept[name])
+    for name, (scale, dim) in norms.items():
+        if name in kept:
+            _keep_scale(replaced, named[name], named[scale], dim, kept[name].get(dim))
     smaller = copy_of(model, replaced)
     for (name, attribute, index), (units, factor) in widths.items():
         _set(smaller.get_submodule(name), attribute, index, int(int(stays[units].sum()) / factor))
@@ -56,6 +61,16 @@ def _select(tensor, kept):
         data = data.index_select(dim, index.to(data.device))
     data = data.contiguous(memory_format=_memory_format(tensor))
     return nn.Parameter(data, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else data
+
+
+@torch.no_grad()
+def _keep_scale(replaced, weight, scale, dim, rows):
+    """Multiplies what scales a weight by what its norm has lost."""
+    before, after = (torch.norm_except_dim(tensor, 2, dim) for tensor in (weight, replaced[id(weight)]))
+    before = before if rows is None else before.index_select(dim, rows.to(before.device))
+    share = torch.where(before > 0, after / before, 1)
+    data = replaced.get(id(scale), scale) * share
+    replaced[id(scale)] = nn.Parameter(data, scale.requires_grad) if isinstance(scale, nn.Parameter) else data
 
 
 def _memory_format(tensor):

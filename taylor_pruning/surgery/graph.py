@@ -111,7 +111,7 @@ class ChannelGraph:
         self.positions, self._weights = analysis.layers.positions, analysis.layers.weights
         self.smooth_operations = tuple(sorted(analysis.nonlinear))
         self.units, self.layers, self.tensors = numbering.units, numbering.layers, numbering.tensors
-        self._widths, self._settings = numbering.widths, numbering.settings
+        self._widths, self._settings, self._norms = numbering.widths, numbering.settings, analysis.ids.norms
         places = analysis.places.items()
         self.gate_sites = {mode: gate_sites(of_mode, numbering.unit_of_id) for mode, of_mode in places}
         self.readers = tuple(readers_of(analysis.layers, self.tensors, analysis.blocks[False]))
@@ -264,7 +264,7 @@ class ChannelGraph:
     def _cut(self, units):
         stays = torch.ones(len(self.units) + 1, dtype=torch.bool)  # the last entry stands for index -1
         stays[[unit.index for unit in units]] = False
-        return cut(self.model, self.tensors, self._widths, self._settings, stays)
+        return cut(self.model, self.tensors, self._widths, self._settings, self._norms, stays)
 
 
 def checked_graph(graph, model):

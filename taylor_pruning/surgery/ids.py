@@ -75,6 +75,7 @@ class ChannelIds:
         self.heads = []  # ids of whole heads: a view splits each into a block of channels
         self.grouped = set()  # names of modules that apply grouped convs, depthwise ones excepted
         self.choices = 0  # views that could follow their channels along more than one dimension
+        self.norms = {}  # name of a weight that is normalised: (name of what scales it, the dimension that is not summed over)
         self.fixed = {}  # (module name, attribute, index): why it must not change
 
     def new(self, number):

@@ -663,7 +663,7 @@ def removable(graph, *names):
         (Norms, ["convs.0", "convs.1", "convs.2", "convs.3", "convs.4", "convs.5"], [8, 8, 8, 8, 8, 8]),
         (Shared, ["a.0", "b.0"], [8, 8]),
         (FunctionalConv, ["a.0", "b.0"], [8, 8]),
-        (Parametrized, ["a.0", "normed", "b.0"], [0, 8, 8]),
+        (Parametrized, ["a.0", "normed", "b.0"], [8, 8, 8]),
         (Nested, ["nest.0.0.0", "nest.1.0.0.0"], [8, 8]),
         (Wrapped, ["a.0", "b.0"], [0, 8]),
     ],
@@ -795,7 +795,7 @@ def test_a_tensor_of_the_network_itself_is_named_where_it_would_be_emptied():
     graph = ChannelGraph(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 3)), torch.zeros(1, 3, 8, 8))
     tensors = {("scale", 0): torch.arange(4)}
     with pytest.raises(InputError, match="^scale would lose its last channel"):
-        cut(graph.model, tensors, {}, {}, torch.tensor([False] * 4 + [True]))
+        cut(graph.model, tensors, {}, {}, {}, torch.tensor([False] * 4 + [True]))
 
 
 def test_units_of_another_graph():

@@ -1,4 +1,5 @@
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -158,10 +159,11 @@ def test_networks_that_cannot_be_cut_are_refused_with_what_to_give_instead(kind)
 
 
 COMPUTED = {  # how a weight is computed: filters of the layer itself and of the one before it that may go
-    "weight_norm": (weight_norm, 8, 0),
+    "weight_norm": (weight_norm, 8, 6),
     "spectral_norm": (recomputed_spectral, 0, 0),
     "prune": (lambda layer: prune.l1_unstructured(layer, "weight", 0.5), 8, 6),
-    "parametrised weight_norm": (parametrizations.weight_norm, 8, 0),
+    "parametrised weight_norm": (parametrizations.weight_norm, 8, 6),
+    "weight_norm as a whole": (partial(parametrizations.weight_norm, dim=None), 8, 6),
     "parametrised spectral_norm": (parametrizations.spectral_norm, 0, 0),
 }
 

@@ -136,18 +136,16 @@ def layer_norm(call):
 
 @rule("_weight_norm")
 def weight_norm(call):
-    """g v / |v|, the norm over all dimensions but one."""
+    """g v / |v|, the norm over all dimensions but one: g makes up for what the norm loses in a cut."""
     v, g, dim = call.get("v", 0), call.get("g", 1), int(call.get("dim", 2, 0))
-    kept = []
-    for layer in v.layers:
-        if varying(layer) == [dim]:
-            kept.append(layer)
-        else:
-            call.protect(layer, "is normalised over channels in")
-    own = call.ids.vector(g, dim) if kept else None
+    stored = [node.target for node, _ in call.operands if node.op == "get_attr"]
+    if len(stored) < 2:
+        return call.unknown()
+    call.ids.norms[stored[0]] = stored[1], dim
+    own = call.ids.vector(g, dim) if g.shape else None
     if own is not None:
         call.ids.unite(own, call.ids.vector(v, dim))
-    return call.result(kept)
+    return call.result(v.layers)
 
 
 def per_channel(call, names, dim=1):
