@@ -1,7 +1,8 @@
-"""Inputs of other sizes than the example's: the forward is recorded on them too, and the two graphs are compared.
+"""Inputs of other sizes or types than the example's: the forward is recorded on them too, and the two graphs are compared.
 
-A size that has passed through int(), range() or an if is a plain number in the graph, right for the example alone. Where the
-steps are the same, the graph runs with the numbers of the other size; where they are not, that size is refused.
+A size that has passed through int(), range() or an if is a plain number in the graph, and `x.dtype` a type, right for the
+example alone. (The proof of a cut runs in float32 or float64.) Where the steps are the same, the graph runs with the
+numbers of the other size; where they are not, that size is refused.
 """
 
 import copy
@@ -45,28 +46,32 @@ def _without_batch(trace, shapes):
 
 
 def at_size(trace, model, inputs, own):
-    """`AtSize` for the inputs of a call.
+    """`AtSize` for the inputs of a call. In another type, where the steps are others, those of the example's are taken.
 
     Args:
         inputs: list of tensors. own: {attribute: value} of the model while its graph does not run in its place.
 
     Raises InputError if the forward takes other steps there, or cannot be recorded.
     """
-    if not trace.reads_sizes:
+    size, types = _without_batch(trace, [tensor.shape for tensor in inputs]), tuple(tensor.dtype for tensor in inputs)
+    own_types, example = types == trace.types, _example_size(trace)
+    if own_types and not trace.reads_sizes:
         return AtSize(trace.output)
-    size = _without_batch(trace, [tensor.shape for tensor in inputs])
     if not trace.at_sizes:
-        trace.at_sizes[_example_size(trace)] = AtSize(trace.output)
-    if size not in trace.at_sizes:
+        trace.at_sizes[example, trace.types] = AtSize(trace.output)
+    if (size, types) not in trace.at_sizes:
         if len(trace.at_sizes) > MOST_SIZES:
             del trace.at_sizes[list(trace.at_sizes)[1]]  # the first is the example's
-        trace.at_sizes[size] = _found(trace, model, inputs, own)
-    if trace.at_sizes[size] is None:
+        trace.at_sizes[size, types] = _found(trace, model, inputs, own)
+    found = trace.at_sizes[size, types]
+    if found is None and not own_types and size == example:
+        return AtSize(trace.output)
+    if found is None:
         raise InputError(
             f"{type(model).__name__} does other steps on inputs of shape {_named(size)} than on those of its example_input, "
-            f"{_named(_example_size(trace))}, so that its graph does not hold there; give inputs of the example's shape"
+            f"{_named(example)}, so that its graph does not hold there; give inputs of the example's shape"
         )
-    return trace.at_sizes[size]
+    return found
 
 
 def _example_size(trace):

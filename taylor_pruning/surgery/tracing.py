@@ -47,7 +47,8 @@ class Trace:
         written: names of the parameters and buffers to which it writes. rewritten: of the constants.
         caches: containers outside of modules in which it keeps tensors.
         idle: graph of the layers that run although the output does not depend on them; None if there are none.
-        at_sizes: {shapes of inputs: surgery.other_sizes.AtSize, or None where it does other steps} of those that were met.
+        types: of the inputs.
+        at_sizes: {(shapes, types) of inputs: surgery.other_sizes.AtSize, or None where it does other steps} of those met.
     """
 
     graph: fx.Graph
@@ -63,6 +64,7 @@ class Trace:
     rewritten: list = field(default_factory=list)
     caches: list = field(default_factory=list)
     idle: fx.Graph | None = None
+    types: tuple = ()
     at_sizes: dict = field(default_factory=dict)
 
 
@@ -175,6 +177,7 @@ def _record(recorder, model, args, kwargs, training):
         _written(recorder, model, copied),
         recorder.nodes.written_constants(),
         idle=idle,
+        types=tuple(slot.dtype for slot in slots),
     )
 
 

@@ -205,3 +205,22 @@ def test_what_is_returned_may_be_chosen_by_a_size():
         with graph.gated(torch.ones(len(graph.units))):
             for ours, theirs in zip(model(x), expected, strict=True):
                 torch.testing.assert_close(ours, theirs)
+
+
+class BackToItsType(nn.Module):
+    """Activates in float32, and goes on in the type of its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.fc = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 3), nn.Linear(6, 4)
+
+    def forward(self, x):
+        y = F.silu(self.a(x).float()).to(x.dtype)
+        return self.fc(self.b(y).float().mean((2, 3)).to(self.fc.weight.dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_type_that_is_read_off_the_input_is_that_of_every_run(dtype):
+    graph = ChannelGraph(BackToItsType().to(dtype).eval(), torch.zeros(1, 3, 8, 8, dtype=dtype))
+    assert len(graph.units) == 14 and graph.layers["b"].reason is None
+    assert graph.remove(graph.units[:5])(torch.zeros(2, 3, 8, 8, dtype=dtype)).dtype == dtype
