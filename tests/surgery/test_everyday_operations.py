@@ -37,6 +37,14 @@ def strongest(s, x):
     return s.b(x * values[..., None, None])
 
 
+def gathered(s, x):
+    """Features at the strongest places of another map."""
+    y = s.a(x).flatten(2)
+    places = x.flatten(2).sum(1).topk(9).indices
+    y = y.transpose(1, 2).gather(1, places[..., None].expand(-1, -1, y.shape[1]))
+    return s.b(y.transpose(1, 2).unflatten(2, (3, 3)))
+
+
 def likeness(s, x):
     """Of two activations, over space and over channels."""
     y, z = s.a(x), s.b(x)
@@ -109,6 +117,9 @@ BLOCKS = {  # name: (block, its output channels, removable filters of the stem, 
     "sorted channels": (Block(lambda s, x: s.b(s.a(x).sort(1).values)), C, 8, 0, 8),
     "places of the strongest": (Block(lambda s, x: s.b(s.a(x).flatten(2).topk(4, 2).indices.double()[..., None])),
                                 C, 8, 0, 8),
+    "gathered": (Block(gathered), C, 8, 8, 8),
+    "gathered at as many places": (Block(lambda s, x: s.b(s.a(x).gather(2, torch.arange(12).view(1, 1, -1, 1).expand(
+        len(x), C, 12, 12)))), C, 8, 0, 8),
     "cosine": (Block(likeness), C, 8, 8, 8),
     "cosine to a parameter": (Block(lambda s, x: s.b(x * F.cosine_similarity(s.a(x), s.w, dim=1)[:, None]),
                                     w=parameter(C, 1, 1)), C, 8, 0, 8),

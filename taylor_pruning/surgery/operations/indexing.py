@@ -172,10 +172,25 @@ def embedding(call):
     return call.result(kept, None if kept else table.reason)
 
 
-@rule("index_select gather", linear=True)
+@rule("index_select", linear=True)
 def index_select(call):
     x, dim = call.values()[0], int(call.get("dim", 1)) % len(call.values()[0].shape)
-    if call.name == "gather" or any(dim in varying(layer) for layer in x.layers):
+    if any(dim in varying(layer) for layer in x.layers):
         return call.unknown(f"is indexed by position in {call.where}")
     layers = [layer.narrow(dim, 0, 1).expand(call.shape) for layer in x.layers]
     return call.result(layers)
+
+
+@rule("gather", linear=True)
+def gather(call):
+    """Elements at places along one dimension; along all others the places have the channels of what is read."""
+    (x, places), dim = call.values()[:2], int(call.get("dim", 1)) % len(call.values()[0].shape)
+    others = [d for d in range(len(x.shape)) if d != dim]
+    along = any(dim in varying(layer) for layer in (*x.layers, *places.layers))
+    if along or any(x.shape[d] != places.shape[d] for d in others):
+        return call.unknown(f"is indexed by position in {call.where}")
+    shape = tuple(1 if d == dim else size for d, size in enumerate(x.shape))
+    read = Value(shape, tuple(layer.narrow(dim, 0, 1) for layer in x.layers), x.reason)
+    axes, reason = align(call.ids, [read, places], call.shape, call.where)
+    call.info.mains = (call.operands[0][0],)
+    return call.result([axis.layer for axis in axes], reason)
