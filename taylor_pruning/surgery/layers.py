@@ -9,6 +9,12 @@ import torch
 from taylor_pruning.surgery.ids import varying
 from taylor_pruning.surgery.recorded_calls import operation_name, sources_of
 
+DIMS = {
+    "out_channels": 0,
+    "out_features": 0,
+    "in_channels": 1,
+    "in_features": 1,
+}  # of a weight, by what counts its channels
 APPLIED = ("linear", "conv", "deform_conv")  # how operations begin that apply the weight that they are given second
 
 
@@ -91,17 +97,14 @@ class Layers:
 
     def _counted_by(self, model, width):
         """The channels that a layer's number counts, which a cut makes agree with its weight; None of another number."""
-        (name, attribute, _), prefix = width, f"{width[0]}." if width[0] else ""
-        module, dims = (
-            model.get_submodule(name),
-            {"out_channels": 0, "out_features": 0, "in_channels": 1, "in_features": 1},
-        )
+        name, attribute, _ = width
         if attribute in ("num_features", "num_channels"):
             return self.settings.get(name)
-        if attribute not in dims:
+        if attribute not in DIMS:
             return None
-        dim = 1 - dims[attribute] if getattr(module, "transposed", False) else dims[attribute]
-        along = self.ids.tensors.get((f"{prefix}weight", dim))
+        module = model.get_submodule(name)
+        dim = 1 - DIMS[attribute] if getattr(module, "transposed", False) else DIMS[attribute]
+        along = self.ids.tensors.get((f"{name}.weight" if name else "weight", dim))
         if along is None:  # of a depthwise conv
             own = self.settings.get(name)
             return own if own is not None and len(own) == int(getattr(module, attribute)) else None

@@ -90,9 +90,7 @@ def _of_channels(node):
 
 ROUNDING = {"floor": math.floor, "ceil": math.ceil, "round": round, "trunc": math.trunc}
 _GRAPHS = [None]  # the last is the one that is recorded or propagated now
-_PRODUCTS = [
-    {}
-]  # {plain number: node of the product of sizes, or of the share of channels, that it was} in each of them
+_PRODUCTS = [{}]  # {plain number: node of the product of sizes, or share of channels, that it was} in each of them
 
 
 @contextmanager
