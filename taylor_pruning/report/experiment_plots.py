@@ -28,6 +28,7 @@ from taylor_pruning.report.figures import (
     STAGE_COLOURS,
     STAGE_TICKS,
     TEXT_WIDTH,
+    end_accuracies,
     layer_axis,
     layer_figure_width,
     positive_log_axis,
@@ -98,7 +99,7 @@ def _plot_accuracy(results, path):
                                textcoords="offset points", ha="center", va="top", color=BLUE,
                                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5})  # fmt: skip
         upper.margins(x=0.08, y=0.18)
-        upper.set_ylim(top=min(101, upper.get_ylim()[1]))
+        end_accuracies(upper)
         upper.set_ylabel("accuracy (%)")
         lower.set_ylabel("loss (nats)")
         ticks = {x: STAGE_TICKS.get(stage, stage) for stage, x in places.items()}

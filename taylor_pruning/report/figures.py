@@ -124,6 +124,11 @@ def layer_axis(axis, names: list[str], inches: float) -> None:
     axis.grid(False)
 
 
+def end_accuracies(axes) -> None:
+    """Ends the axis of accuracies in per cent where there are none: 100, with room for a marker."""
+    axes.set_ylim(top=min(101, axes.get_ylim()[1]))
+
+
 def layer_figure_width(names) -> float:
     return COLUMN_WIDTH if len(names) <= 24 else TEXT_WIDTH
 

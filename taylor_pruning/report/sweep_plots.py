@@ -10,6 +10,7 @@ from taylor_pruning.report.figures import (
     DENSE,
     METHODS,
     TEXT_WIDTH,
+    end_accuracies,
     layer_axis,
     layer_figure_width,
     saved_figure,
@@ -34,6 +35,7 @@ from taylor_pruning.report.tables import cost_unit, numbers
 LEGEND_ROWS, LEGEND_ROW = 4, 0.16  # rows for which a figure has room, and inches that each further one takes
 DODGE = 0.007  # distance of neighbouring methods, as a share of the range of x
 DODGED = 0.7  # largest distance of the first method from the last, as a share of the smallest gap in x
+LABEL_ROOM = 0.08  # of a percentage under the x axis, as a share of the range of x
 
 
 def _method_lines(axes, sweep, x_of, y_of, dodge=0.0, methods=None):
@@ -77,7 +79,11 @@ def _shared_legend(figure, panels):
 
 def _percentage_axis(axes, sweep):
     ticks = percentages_of(sweep)
-    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    room, named = LABEL_ROOM * (ticks[-1] - ticks[0]), []
+    for tick in ticks:
+        if not named or tick - named[-1] >= room:
+            named.append(tick)
+    axes.set_xticks(ticks, [f"{tick:g}" if tick in named else "" for tick in ticks])
     axes.set_xlabel(f"{removed_label(sweep)} (%)")
 
 
@@ -107,6 +113,7 @@ def _plot_accuracy(sweep, paths):
 
                 _method_lines(lowest, sweep, _exactly, difference, dodge, orders)
                 lowest.axhline(0, color=DENSE, linestyle="--", linewidth=0.8)
+            end_accuracies(upper)
             _percentage_axis(lowest, sweep)
             upper.set_title(WHEN[when])
         panels[0, 0].set_ylabel("top-1 (%)")
@@ -129,6 +136,7 @@ def _plot_cost(sweep, paths):
             axes.plot(x / size, y, "*", color=DENSE, markersize=8, linestyle="", label="dense")
             _method_lines(axes, sweep, cost, lambda _, cells: estimate_of(cells, "top1", when))
             axes.set_xlabel(f"{COSTS[key]} ({unit})")
+        end_accuracies(panels[0])
         panels[0].set_ylabel(f"top-1 {WHEN[when]} (%)")
         _shared_legend(figure, panels)
 
@@ -258,6 +266,7 @@ def _plot_training(sweep, paths, key, points_of, label, finish, dense=None):
                     _curve(axes, [dict(points_of(cell)) for cell in cells], METHODS[method])
             axes.set_title(f"{percentage:g} % of the {removed_label(sweep)}")
             finish(axes, percentage)
+            end_accuracies(axes)
         for axes in panels.flat[len(percentages) :]:
             axes.remove()
         for axes in panels.flat[max(0, len(percentages) - columns) : len(percentages)]:

@@ -1,6 +1,7 @@
 """Reports on made-up but realistic experiments and sweeps."""
 
 import csv
+import itertools
 import json
 import math
 import os
@@ -556,3 +557,33 @@ def test_tables_say_what_the_test_images_leave_open():
 def test_a_diverged_run_enters_no_mean():
     sweep = top1_sweep({"order 2": [70.0, math.nan, 72.0]})
     assert "71.0 +- 1.4" in SweepReport.sweep_table(sweep)
+
+
+def drawn_axes(monkeypatch, plot, sweep):
+    """The figure's axes after `plot`, laid out as users get them."""
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: [figures.append(figure), Path(path).touch()])
+    with careful_plots():
+        plot(sweep, ["unused.png"])
+        figures[0].draw_without_rendering()
+    return figures[0].axes
+
+
+def test_no_axis_of_accuracies_goes_beyond_100(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sweep = make_sweep((30, 50), ("order 1", "order 2"), seeds=(0,))
+    for holder in (*sweep["cells"], {"stages": [sweep["dense"]], "fine_tuning": [], "accuracy_at_steps": []}):
+        for point in (*holder["stages"], *holder["fine_tuning"], *holder["accuracy_at_steps"]):
+            point["top1"] = 100.0
+    for name in ("accuracy", "cost", "fine_tuning", "steps"):
+        axes = drawn_axes(monkeypatch, getattr(SweepPlots, f"_plot_{name}"), sweep)
+        accuracies = [panel for panel in axes if "against" not in panel.get_ylabel() and panel.get_ylim()[0] > 1]
+        assert accuracies and all(100 <= panel.get_ylim()[1] <= 101 for panel in accuracies), name
+
+
+@pytest.mark.parametrize("percentages", [(5, 10.5, 20, 95), tuple(range(1, 40)), (30,), (0.5, 0.6, 99)])
+def test_percentages_under_an_axis_keep_apart(percentages, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lowest = drawn_axes(monkeypatch, SweepPlots._plot_accuracy, make_sweep(percentages, ("order 1",), seeds=(0,)))[-1]
+    boxes = [label.get_window_extent() for label in lowest.get_xticklabels() if label.get_text()]
+    assert boxes and all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
