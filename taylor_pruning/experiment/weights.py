@@ -19,7 +19,7 @@ try:
 except ImportError:
     SafetensorError = RuntimeError
 
-# Where training scripts keep the weights in a checkpoint. The first one found is taken: averages come last.
+# Where training scripts keep the weights in a checkpoint, beside others. The first one is taken: averages come last.
 STATE_KEYS = ("state_dict", "model_state_dict", "model", "net", "network", "ema_state_dict", "model_ema", "ema")
 NESTED = 4  # such keys that lead from one dictionary to the next
 PRUNED_FORMAT = "pruned-network"  # of the files of experiment.pruned_file
@@ -64,9 +64,8 @@ def read_state(path: Path, expected: Collection[str]) -> dict[str, Tensor]:
     if isinstance(content, dict) and content.get("format") == PRUNED_FORMAT:
         raise InputError(f"{path} is a pruned network, not weights for a whole one; load it with load_pruned")
     for _ in range(NESTED):
-        key = next((k for k in STATE_KEYS if isinstance(content, dict) and isinstance(content.get(k), dict)), None)
-        content = content if key is None else content[key]
-    if not isinstance(content, dict) or not content or not all(map(_is_entry, content.items())):
+        content = _kept_in(content)
+    if not _is_state(content):
         raise InputError(f"{path} holds no state_dict; save it with torch.save(model.state_dict(), path)")
     if strange := [key for key, value in content.items() if not _is_dense(value)]:
         raise InputError(
@@ -74,6 +73,19 @@ def read_state(path: Path, expected: Collection[str]) -> dict[str, Tensor]:
         )
     state = {key.replace("_orig_mod.", ""): value for key, value in content.items()}  # of torch.compile, at any depth
     return _without_prefix(state, expected, path)
+
+
+def _kept_in(content):
+    """What a checkpoint keeps under one of the keys, or else its only state_dict; `content` where there is none."""
+    if not isinstance(content, dict):
+        return content
+    known = [content[key] for key in STATE_KEYS if isinstance(content.get(key), dict)]
+    states = [value for value in content.values() if _is_state(value)]
+    return known[0] if known else states[0] if len(states) == 1 else content
+
+
+def _is_state(content) -> bool:
+    return isinstance(content, dict) and bool(content) and all(map(_is_entry, content.items()))
 
 
 def _is_entry(item: tuple) -> bool:

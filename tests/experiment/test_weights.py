@@ -74,6 +74,16 @@ def test_weights_are_found_in_the_checkpoints_of_training_scripts(squeezenet, tm
     assert_same(load_squeezenet(checkpoint, tmp_path / "weights.pt"), squeezenet)
 
 
+@pytest.mark.parametrize("content", [{"params": 0}, {"module": 0, "optimizer": {"state": {}}}, {"ema": {"shadow": 0}}])
+def test_the_only_state_of_a_file_is_found_under_any_name(squeezenet, tmp_path, content):
+    filled = {
+        key: {"shadow": squeezenet} if value == {"shadow": 0} else value or squeezenet for key, value in content.items()
+    }
+    assert_same(load_squeezenet(filled, tmp_path / "weights.pt"), squeezenet)
+    with pytest.raises(InputError, match="holds no state_dict"):
+        load_squeezenet({"generator": squeezenet, "discriminator": squeezenet}, tmp_path / "weights.pt")
+
+
 def test_the_trained_weights_come_before_their_averages(squeezenet, tmp_path):
     averages = {key: value + 1 for key, value in squeezenet.items()}
     assert_same(load_squeezenet({"model_ema": averages, "model": squeezenet}, tmp_path / "weights.pt"), squeezenet)
