@@ -228,6 +228,12 @@ def test_the_seed_reaches_every_random_draw(silu_network, images, labels, monkey
     assert seeds == {(n, 7) for n in ("compensate", "baseline_scores", "collect_behind_repair", "probe_derivatives")}
 
 
+def test_more_rounds_than_filters_are_none_without_a_cut(progressive):
+    pruning = progressive(0)[0]
+    pruning.settings = dataclasses.replace(pruning.settings, rounds=10**23)
+    assert len(pruning.prune(40, 2).rounds) <= len(pruning.graph.units)
+
+
 def test_what_lies_between_rounds_is_trained_and_the_last_round_is_not(progressive):
     pruning, trained, _ = progressive(3)
     result = pruning.prune(60, 2)
