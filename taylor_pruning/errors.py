@@ -12,7 +12,7 @@ class OutOfReachError(InputError):
 def one_of(name, value, allowed):
     """Raises InputError if the argument `name` has another value than the allowed ones."""
     if isinstance(value, bool) or value not in allowed:
-        raise InputError(f"{name} must be one of {', '.join(map(str, allowed))}, not {value}")
+        raise InputError(f"{name} must be one of {', '.join(map(str, allowed))}, not {value!r}")
 
 
 def instance_of(name, value, kind):

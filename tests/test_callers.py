@@ -247,6 +247,7 @@ def test_layers_to_exclude_are_a_list(exclude):
     ("wrong", "message"),
     [
         ({"taylor_order": True}, "taylor_order must be one of 1, 2, 3, not True"),
+        ({"taylor_order": "2"}, "taylor_order must be one of 1, 2, 3, not '2'"),
         ({"use_gradient_flow": "no"}, "use_gradient_flow must be True or False, not 'no'"),
         ({"oracle_samples": -1}, "oracle_samples must be at least 0, not -1"),
         ({"oracle_samples": 1.5}, "oracle_samples must be a whole number, not 1.5"),
