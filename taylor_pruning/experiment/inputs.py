@@ -82,6 +82,8 @@ def _weights(settings: DataSettings) -> str | None:
     path = weights_file(settings.weights)
     if path is None:
         return None
+    if path.exists() and not path.is_file():  # it could end never, or be read only once
+        raise InputError(f"{path} is no file, but a folder, pipe or device; give --weights a file")
     digest = hashlib.sha256()
     try:
         with open(path, "rb") as file:

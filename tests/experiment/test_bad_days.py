@@ -565,6 +565,14 @@ def test_code_in_weights_is_refused_and_not_run(images, whole, tmp_path, capsys)
     assert not mark.exists()
 
 
+def test_weights_from_a_pipe_or_device_are_refused(images, tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe")  # as <(zcat weights.pt.gz) of the shell: nobody could read it twice
+    for path in (tmp_path / "pipe", "/dev/zero"):
+        refused(
+            single(images, "--weights", path, "--output-dir", tmp_path / "run"), capsys, f"{path} is no file, but a"
+        )
+
+
 def test_names_that_are_not_even_utf8_work(images, tmp_path, capsys):
     odd = tmp_path / os.fsdecode(b"caf\xe9 \xff")
     try:
