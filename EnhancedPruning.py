@@ -182,6 +182,7 @@ class EnhancedPruning:
         state, store = RoundsState(self.model, all_filters(self.graph)), None
         if checkpoint := checkpoint_file(checkpoint, resume):
             decides = {**self.settings.as_dict(), "pruning_percentage": pruning_percentage, **method}
+            decides.pop("memory_limit")  # results do not depend on it
             if self.settings.fine_tune_between:
                 decides["recipe"] = repr(self.recipe)
             store = RoundsCheckpoint(checkpoint, self.graph, self.images.by_name(), decides)

@@ -267,6 +267,7 @@ def test_no_finished_round_of_pruning_is_repeated(plain_network, images, labels,
         "budget was filters, is macs": {"settings": dataclasses.replace(settings, budget="macs")},
         "the calibration images was": {"calibration": [(images[:6], labels[:6])]},
     }
+    assert run(settings=dataclasses.replace(settings, memory_limit="1GB"), resume=True).rounds == whole.rounds
     written = checkpoint.with_suffix(".rounds").read_bytes()
     for message, change in refused.items():
         with pytest.raises(InputError, match=f"another pruning: .*{message}"):

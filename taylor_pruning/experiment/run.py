@@ -35,7 +35,7 @@ CHECK_PATH = "check that path, or pass another --output-dir"
 WORKER_FAILED = "a process that decodes images was killed, or shared memory (/dev/shm) is full"
 NEVER_REPLACED = ("results.json", "pruned_model.pt")  # of a run whose config.json is gone, or of another program
 # may differ between a run and its resumption
-NOT_COMPARED = ("resume", "output_dir", "quiet", "device", "workers", "latency_table")
+NOT_COMPARED = ("resume", "output_dir", "quiet", "device", "workers", "latency_table", "memory_limit")
 
 
 def run_guarded(command: Command, run) -> int:
@@ -82,8 +82,12 @@ def explained(error: BaseException, folder: Path | None) -> tuple[int | None, st
         return 1 if disk else 2, f"error: {error.strerror or error}: {error.filename or folder}; {advice}"
     first = str(error).strip().splitlines()[:1]
     if is_out_of_memory(error):
-        advice = "lower --batch-size, --calibration-samples or --memory-limit, or free memory"
-        return 1, f"error: out of memory ({''.join(first)[:200]}); {advice}, then {how_to_continue(folder)}"
+        what, anew = (
+            "".join(first)[:200],
+            "start a new run with a lower --batch-size, --calibration-samples or --image-size",
+        )
+        advice = f"free memory or lower --memory-limit, then {how_to_continue(folder)}, or {anew}"
+        return 1, f"error: out of memory ({what}); {advice}"
     if is_worker_failure(error):
         return 1, f"error: {WORKER_FAILED}; lower --workers, or free memory, then {how_to_continue(folder)}"
     return None, ""

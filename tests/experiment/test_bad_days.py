@@ -344,7 +344,7 @@ def test_too_little_memory_is_said_and_the_run_can_go_on(images, tmp_path):
     process.join(120)
     text = (tmp_path / "log").read_text()
     assert process.exitcode == 1 and "Traceback" not in text, text
-    assert "error: out of memory" in text and f"--resume {tmp_path / 'run'}" in text
+    assert f"lower --memory-limit, then continue with --resume {tmp_path / 'run'}, or start a new run with" in text
 
 
 @pytest.mark.parametrize("place", ["file", "file/run", "read-only/run"])
@@ -586,6 +586,7 @@ def test_names_that_are_not_even_utf8_work(images, tmp_path, capsys):
     assert single(*arguments, "--output-dir", odd / "run") == 0
     assert json.loads((odd / "run" / "results.json").read_text("utf-8"))["data"]["skipped"] == [str(broken)]
     refused(single(*arguments, "--resume", odd / "run", "--seed", 1), capsys, "other arguments: --seed was 0, is 1;")
+    assert single(*arguments, "--resume", odd / "run", "--memory-limit", "1GB") == 0  # as a full memory asks for
 
 
 def test_a_bare_environment_in_ascii_works(images, whole, tmp_path):
