@@ -115,7 +115,9 @@ class Sweep:
             content = {"status": "done", "error": None, **result.as_dict()}
         except CELL_ERRORS as error:
             allow_repair(self.folder.parent, error)
-            content = {"status": "failed", "error": str(error)}
+            # a failed cell keeps no checkpoint
+            reason = error.reason if isinstance(error, TrainingDiverged) else error
+            content = {"status": "failed", "error": str(reason)}
         self.write(method, percentage, content)
 
     def pruned(self, method: str, percentage: float) -> PruningResult:

@@ -32,11 +32,14 @@ OF_EPOCH = ("epoch", "lr", "train_loss", "seconds")  # entries of an epoch that 
 
 
 class TrainingDiverged(RuntimeError):
-    """NaN, Inf or a huge loss; carries `epoch`, `step` (from 1, within the epoch), `lr`, `checkpoint` (or None)."""
+    """NaN, Inf or a huge loss; carries `epoch`, `step` (from 1, within the epoch), `lr`, `checkpoint` (or None).
 
-    def __init__(self, message: str, epoch: int, step: int, lr: float, checkpoint: Path | None):
-        super().__init__(message)
-        self.epoch, self.step, self.lr, self.checkpoint = epoch, step, lr, checkpoint
+    The message says `reason`, what happened and what to do, and what is left.
+    """
+
+    def __init__(self, reason: str, left: str, epoch: int, step: int, lr: float, checkpoint: Path | None):
+        super().__init__(f"{reason}; {left}")
+        self.reason, self.epoch, self.step, self.lr, self.checkpoint = reason, epoch, step, lr, checkpoint
 
 
 class Interrupted(KeyboardInterrupt):
@@ -157,8 +160,8 @@ class Training:
         saved = f"{self.checkpoint} (epoch {self.saved_epoch})" if self.saved_epoch is not None else "none"
         raise TrainingDiverged(
             f"training diverged in epoch {epoch}, step {step} of {self.steps_per_epoch}, at learning rate {lr:.3g}: "
-            f"{what}. Lower the learning rate or lengthen the warm-up; the model keeps the weights of epoch "
-            f"{self.history.best_epoch}, last good checkpoint: {saved}",
+            f"{what}. Lower the learning rate or lengthen the warm-up",
+            f"the model keeps the weights of epoch {self.history.best_epoch}, last good checkpoint: {saved}",
             epoch,
             step,
             lr,

@@ -321,7 +321,7 @@ def test_a_failed_cell_is_recorded_and_the_rest_goes_on(image_folder, tmp_path, 
 
     def diverges_once(model, *arguments, **keywords):
         if "order-2_40" in str(keywords["checkpoint"]):
-            raise TrainingDiverged("loss is NaN in step 3", 1, 3, 0.1, None)
+            raise TrainingDiverged("loss is NaN in step 3", "last good checkpoint: of this cell", 1, 3, 0.1, None)
         return train(model, *arguments, **keywords)
 
     monkeypatch.setattr(EnhancedPruning_module, "fine_tune", diverges_once)
