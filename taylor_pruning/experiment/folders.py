@@ -238,7 +238,7 @@ def load_image_folder(path, *, image_size: int | None = None, weights=None, skip
     return ImageData(
         name=path.resolve().name, train=augmented, val=validation, evaluation_train=evaluation, classes=train.classes,
         num_classes=len(train.classes), image_size=size, imagenet_labels=imagenet_labels, skipped=skipped,
-        mean=preset.mean, std=preset.std, listing=_listing(train, val),
+        mean=preset.mean, std=preset.std, listing=_listing(train, val), shared=_shared(train, val),
     )  # fmt: skip
 
 
@@ -255,6 +255,17 @@ def _names_and_sizes(dataset: FolderImages) -> dict:
         names.update(os.fsencode(os.path.relpath(path, dataset.root)) + b"\0")
         sizes.update(b"%d\0" % os.stat(path).st_size)
     return {"images": len(dataset), "names": names.hexdigest()[:16], "sizes": sizes.hexdigest()[:16]}
+
+
+def _shared(train: FolderImages, val: FolderImages) -> list[str]:
+    """See ImageData.shared."""
+
+    def identity(path):
+        found = os.stat(path)
+        return found.st_dev, found.st_ino
+
+    of_train = {identity(path) for path, _ in train.samples}
+    return [path for path, _ in val.samples if identity(path) in of_train]
 
 
 def _scan(path: Path) -> tuple[FolderImages, FolderImages, bool]:

@@ -15,9 +15,11 @@ from torchvision.transforms import v2
 
 from taylor_pruning.errors import InputError
 from taylor_pruning.experiment import folders
+from taylor_pruning.experiment.command import DataSettings
 from taylor_pruning.experiment.data import IMAGENET_STD, TensorImages
 from taylor_pruning.experiment.folders import load_image_folder, read_image
 from taylor_pruning.experiment.loaders import make_loader
+from taylor_pruning.experiment.setup import load_data
 
 SYNSETS = ["n01440764", "n01443537", "n03028079"]  # ImageNet's labels 0, 1 and 497
 
@@ -318,3 +320,16 @@ def test_one_pixel_images_load(tmp_path):
     data = load_image_folder(write_folder(tmp_path, size=(1, 1)))
     images, _ = next(iter(make_loader(data.train, 6, shuffle=True)))
     assert images.shape == (6, 3, 1, 1)
+
+
+def test_validation_images_that_are_training_images_are_said(tmp_path, capsys):
+    root = write_folder(tmp_path)
+    assert load_data(DataSettings(data_path=str(root))).shared == [] and not capsys.readouterr().err
+    os.symlink(root / "train" / "cat" / "0.png", root / "val" / "cat" / "x.png")
+    os.link(root / "train" / "dog" / "0.png", root / "val" / "dog" / "y.png")
+    data = load_data(DataSettings(data_path=str(root)))
+    assert data.shared == [str(root / "val" / "cat" / "x.png"), str(root / "val" / "dog" / "y.png")]
+    assert (
+        f"2 of {len(data.val)} validation images are training images too, as {data.shared[0]}"
+        in capsys.readouterr().err
+    )
