@@ -275,5 +275,8 @@ def test_what_is_no_result_is_not_fine_tuned():
     pruning = pipeline()
     with pytest.raises(InputError, match="result is of type Sequential; give an instance of PruningResult"):
         pruning.fine_tune(pruning.model, 1)
+    wider = pipeline(model=nn.Sequential(nn.Conv2d(3, 3, 1), *network())).prune(30)
+    with pytest.raises(InputError, match=r"result is of another network, of \d+ parameters instead of \d+; give one"):
+        pruning.fine_tune(wider, 1)
     with pytest.raises(InputError, match="samples must be at least 1, not -1"):  # not all filters but one
         pruning.oracle(-1)
