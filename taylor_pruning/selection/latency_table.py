@@ -12,6 +12,8 @@ from pathlib import Path
 from taylor_pruning.errors import InputError
 from taylor_pruning.files import atomic_path, user_path
 
+A_DAY = 24 * 3600e3  # milliseconds, which no layer takes
+
 
 @dataclass(frozen=True)
 class LayerTimes:
@@ -65,7 +67,7 @@ class LatencyTable:
         try:
             content = json.loads(self.path.read_text(encoding="utf-8"))
             for widths in (w for v in content.values() for layers in v.values() for w in layers.values()):
-                if not all(isinstance(time, float) and time >= 0 for time in widths.values()):
+                if not all(isinstance(time, float) and 0 < time < A_DAY for time in widths.values()):
                     raise ValueError("a time is not a number of milliseconds")
         except OSError as error:
             raise InputError(f"cannot read the latency table {self.path}: {error.strerror}; check the path") from error

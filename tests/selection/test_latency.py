@@ -309,7 +309,8 @@ def test_the_table_keeps_what_others_wrote_and_refuses_other_files(tmp_path):
         "a": {"1": {"conv": {"3x4": 1.5, "3x8": 2.0}}},
         "b": {"1": {"conv": {"3x4": 2.5}}},
     }
-    for text in ("{", "[1]", '{"a": {"1": {"conv": {"3x4": "fast"}}}}'):
+    times = ('"fast"', "0.0", "-1.0", "Infinity", "1e300", "NaN")
+    for text in ("{", "[1]", *(f'{{"a": {{"1": {{"conv": {{"3x4": {time}}}}}}}}}' for time in times)):
         path.write_text(text)
         with pytest.raises(InputError, match="not a latency table"):
             LatencyTable(path, "a", "1")
