@@ -132,13 +132,13 @@ class EnhancedPruning:
     ) -> PruningResult:
         """Evaluate, prune in rounds, fine-tune: `prune` and then `fine_tune`, whose arguments these are.
 
-        The last round is kept beside the checkpoint of fine-tuning, with the suffix .rounds.
+        The last round is kept beside the checkpoint of fine-tuning: for run.pt in run.pt.rounds.
         """
         if epochs := self.recipe.epochs if fine_tune_epochs is None else fine_tune_epochs:
             check_recipe(dataclasses.replace(self.recipe, epochs=epochs, warmup_epochs=0.0), self.task)
             check_training(self.model, self.train_loader)
         checkpoint = checkpoint_file(checkpoint, resume)
-        rounds = checkpoint and checkpoint.with_suffix(".rounds")
+        rounds = checkpoint and checkpoint.with_name(f"{checkpoint.name}.rounds")
         result = self.prune(pruning_percentage, taylor_order, use_gradient_flow, oracle_samples=oracle_samples,
                             checkpoint=rounds, resume=resume)  # fmt: skip
         return self.fine_tune(result, fine_tune_epochs, checkpoint=checkpoint, resume=resume)

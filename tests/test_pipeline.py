@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -268,13 +269,13 @@ def test_no_finished_round_of_pruning_is_repeated(plain_network, images, labels,
         "the calibration images was": {"calibration": [(images[:6], labels[:6])]},
     }
     assert run(settings=dataclasses.replace(settings, memory_limit="1GB"), resume=True).rounds == whole.rounds
-    written = checkpoint.with_suffix(".rounds").read_bytes()
+    written = Path(f"{checkpoint}.rounds").read_bytes()
     for message, change in refused.items():
         with pytest.raises(InputError, match=f"another pruning: .*{message}"):
             run(**change, resume=True)
-    assert checkpoint.with_suffix(".rounds").read_bytes() == written
-    for content in (b"something else", with_flipped_bit(checkpoint.with_suffix(".rounds"))):
-        checkpoint.with_suffix(".rounds").write_bytes(content)
+    assert Path(f"{checkpoint}.rounds").read_bytes() == written
+    for content in (b"something else", with_flipped_bit(Path(f"{checkpoint}.rounds"))):
+        Path(f"{checkpoint}.rounds").write_bytes(content)
         with pytest.raises(InputError, match="no checkpoint of pruning rounds, or is damaged"):
             run(resume=True)
     rounds = interrupted_at(monkeypatch, rounds_module.Rounds, "next", 3)
@@ -305,6 +306,17 @@ def test_another_forward_or_other_validation_images_do_not_continue_a_run(plain_
         run(val=[(images[:6], labels[:6])], resume=True)
     with pytest.raises(InputError, match="on the validation images, .* its forward or the data have changed"):
         run(val=[(10 * images, labels)], resume=True)
+
+
+def test_checkpoints_with_dots_in_their_names_keep_rounds_of_their_own(plain_network, images, labels, tmp_path):
+    everything, settings = [(images, labels)], PruningSettings(rounds=1)
+    pruning = EnhancedPruning(plain_network, everything, everything, settings=settings, progress=False)
+    runs = {"share_0.3": 30, "share_0.5": 50, "run.rounds": 60}
+    whole = {name: pruning.run_full_pruning(share, fine_tune_epochs=1, checkpoint=tmp_path / name)
+             for name, share in runs.items()}  # fmt: skip
+    for name, share in runs.items():
+        again = pruning.run_full_pruning(share, fine_tune_epochs=1, checkpoint=tmp_path / name, resume=True)
+        assert without_timings(again.as_dict()) == without_timings(whole[name].as_dict())
 
 
 def test_dropout_in_fine_tuning_follows_the_seed(plain_network, images, labels):
