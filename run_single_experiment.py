@@ -17,7 +17,7 @@ from EnhancedPruning import EnhancedPruning, PruningResult, save_pruned
 from taylor_pruning.distributed import barrier, is_main
 from taylor_pruning.experiment.arguments import parse
 from taylor_pruning.experiment.command import Command, ExperimentTask
-from taylor_pruning.experiment.export import export_model
+from taylor_pruning.experiment.export import check_exporter, export_model
 from taylor_pruning.experiment.models import BuiltModel
 from taylor_pruning.experiment.pruned_file import load_pruned_and_extra
 from taylor_pruning.experiment.run import run_guarded
@@ -48,6 +48,8 @@ def run(command: Command, folder: Path, device: torch.device) -> int:
         if is_main():
             print(f"the run in {folder} is finished; nothing was changed")
         return 0
+    for kind in command.task.export:  # before the hours of a run
+        check_exporter(kind)
     experiment = prepare(command, folder, device, [command.task.pruning_percentage])
     pruning = EnhancedPruning(**experiment.pipeline_arguments(command.pruning.seed))
     result = pruned(command, pruning, experiment, folder)

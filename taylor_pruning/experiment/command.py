@@ -65,7 +65,7 @@ class ExperimentTask(Task):
     export: tuple[str, ...] = option(
         (),
         "also write the pruned network as a file that runs without this toolkit",
-        "To deploy the network: onnx for onnxruntime, pt2 for torch.export.load.",
+        "To deploy the network: onnx (pip install onnx onnxscript) for onnxruntime, pt2 for torch.export.load.",
         choices=EXPORTS,
     )
 

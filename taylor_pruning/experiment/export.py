@@ -14,15 +14,26 @@ from taylor_pruning.errors import InputError
 from taylor_pruning.files import atomic_file, atomic_path
 
 
+def check_exporter(format: str) -> None:
+    """Raises InputError for another format, or for "onnx" where the packages onnx and onnxscript are missing."""
+    if format not in ("pt2", "onnx"):
+        raise InputError(f"unknown export format {format!r}; use pt2 or onnx")
+    if format == "pt2":
+        return
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise InputError(f"ONNX export needs more packages ({error}); pip install onnx onnxscript") from error
+
+
 def export_model(model: nn.Module, example_input: Tensor, path: str | Path, format: str):
     """Export `model` in eval mode with a dynamic batch dimension, as "pt2" (torch.export) or "onnx" (one file).
 
     example_input: [B, C, H, W] on the model's device; C, H and W become fixed. The model is left as it was.
-    Raises InputError for another format, or for "onnx" where the packages onnx and onnxscript are missing; what the
-    exporters cannot express raises their own errors.
+    Raises InputError as `check_exporter` does; what the exporters cannot express raises their own errors.
     """
-    if format not in ("pt2", "onnx"):
-        raise InputError(f"unknown export format {format!r}; use pt2 or onnx")
+    check_exporter(format)
     model = copy.deepcopy(model).eval()
     if len(example_input) == 1:  # torch.export takes a dimension of 1 for a constant
         example_input = torch.cat([example_input, example_input])
@@ -33,11 +44,6 @@ def export_model(model: nn.Module, example_input: Tensor, path: str | Path, form
         with atomic_file(path) as file:
             file.write(buffer.getbuffer())
         return
-    try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise InputError(f"ONNX export needs more packages ({error}); pip install onnx onnxscript") from error
     with atomic_path(path) as temporary:
         torch.onnx.export(
             model,

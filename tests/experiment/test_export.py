@@ -7,6 +7,7 @@ import torch
 from pruned_networks import pruned_network
 from torch import nn
 
+import run_single_experiment
 from taylor_pruning.errors import InputError
 from taylor_pruning.experiment.export import export_model
 
@@ -46,3 +47,10 @@ def test_export_errors_say_what_to_do(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="pip install onnx onnxscript"):
         export_model(nn.Flatten(), torch.zeros(2, 3, 4, 4), tmp_path / "model.onnx", "onnx")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_packages_that_an_export_lacks_are_missed_before_the_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    monkeypatch.setattr(run_single_experiment, "prepare", lambda *_: pytest.fail("began"))
+    assert run_single_experiment.main(["--export", "pt2", "onnx", "--output-dir", str(tmp_path / "run")]) == 2
+    assert "pip install onnx onnxscript" in capsys.readouterr().err and not (tmp_path / "run").exists()
