@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from EnhancedPruning import load_pruned
+from EnhancedPruning import InputError, load_pruned
 from taylor_pruning.experiment.export import export_model
+from taylor_pruning.experiment.weights import read_tensors
 
 BATCH = 32  # calibration images that run at once
 
@@ -85,8 +86,14 @@ def main(argv=None):
     )
     parser.add_argument("--output", type=Path, default=Path("pruned_int8.onnx"))
     arguments = parser.parse_args(argv)
-    images = torch.load(arguments.calibration, weights_only=True)
-    model = load_pruned(arguments.model)
+    if arguments.output.suffix not in (".onnx", ".pt2"):
+        parser.error(f"{arguments.output} ends in neither .onnx nor .pt2")
+    try:
+        images, model = read_tensors(arguments.calibration), load_pruned(arguments.model)
+    except InputError as error:
+        parser.error(str(error))
+    if not isinstance(images, Tensor) or images.dim() != 4 or not images.is_floating_point():
+        parser.error(f"{arguments.calibration} holds no images [N, C, H, W], normalised as for the network")
     if arguments.output.suffix == ".pt2":
         save_torch(quantise_torch(model, images), images, arguments.output)
     else:

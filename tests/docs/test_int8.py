@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from EnhancedFilterPruner import EnhancedFilterPruner
+from EnhancedPruning import save_pruned
+from taylor_pruning.experiment.models import build_model
 
 RECIPE = Path(__file__).parents[2] / "docs" / "examples" / "int8.py"
 
@@ -77,3 +79,18 @@ def test_pytorchs_own_tools_give_an_int8_network_that_is_as_accurate_and_a_quart
         torch.testing.assert_close(outputs, smaller(images))
     bytes_of = [sum(t.nbytes for t in network.state_dict().values()) for network in (smaller, model)]
     assert bytes_of[0] < 0.3 * bytes_of[1]
+
+
+@pytest.mark.parametrize("content", [torch.zeros(4, 3, 8, 8, dtype=torch.uint8), [torch.zeros(3, 8, 8)], None])
+def test_what_cannot_be_calibrated_on_is_named(recipe, content, tmp_path, capsys):
+    save_pruned(tmp_path / "pruned.pt", build_model("vgg7_bn", 3, image_size=32).model, name="vgg7_bn", num_classes=3,
+                image_size=32)  # fmt: skip
+    if content is not None:
+        torch.save(content, tmp_path / "images.pt")
+    for output in ("small.onnx", "small.txt"):
+        with pytest.raises(SystemExit, match="2"):
+            recipe.main(
+                [*map(str, (tmp_path / "pruned.pt", "--calibration", tmp_path / "images.pt", "--output", output))]
+            )
+        found = "neither .onnx nor .pt2" if output == "small.txt" else "images.pt"
+        assert found in capsys.readouterr().err
