@@ -9,12 +9,8 @@ import torch
 from taylor_pruning.surgery.ids import varying
 from taylor_pruning.surgery.recorded_calls import operation_name, sources_of
 
-DIMS = {
-    "out_channels": 0,
-    "out_features": 0,
-    "in_channels": 1,
-    "in_features": 1,
-}  # of a weight, by what counts its channels
+# The dimension of a layer's weight that a number counts.
+DIMS = {"out_channels": 0, "out_features": 0, "in_channels": 1, "in_features": 1}
 APPLIED = ("linear", "conv", "deform_conv")  # how operations begin that apply the weight that they are given second
 
 
@@ -106,9 +102,11 @@ class Layers:
         dim = 1 - DIMS[attribute] if getattr(module, "transposed", False) else DIMS[attribute]
         along = self.ids.tensors.get((f"{name}.weight" if name else "weight", dim))
         if along is None:  # of a depthwise conv
-            own = self.settings.get(name)
-            return own if own is not None and len(own) == int(getattr(module, attribute)) else None
-        return along.repeat(int(module.groups)) if dim == 1 and hasattr(module, "groups") else along
+            along = self.settings.get(name)
+        elif dim == 1:
+            along = along.repeat(int(getattr(module, "groups", 1)))
+        counted = along is not None and len(along) == int(getattr(module, attribute))  # no expert of several, say
+        return along if counted else None
 
     def _use(self, node, name, parameter, linear):
         transposed = "transpose" in str(node.target)
