@@ -43,7 +43,7 @@ def cut(model, tensors, widths, settings, norms, stays):
     smaller = copy_of(model, replaced)
     for (name, attribute, index), (units, factor) in widths.items():
         _set(smaller.get_submodule(name), attribute, index, int(int(stays[units].sum()) / factor))
-    for name in {key.rpartition(".")[0] for key in kept}:
+    for name in {_owner(key) for key in kept}:
         _refresh(smaller.get_submodule(name))
     modules = dict(smaller.named_modules())
     for name, units in settings.items():
@@ -87,11 +87,24 @@ def _set(module, attribute, index, value):
     vars(module)[attribute] = type(vars(module)[attribute])(items)
 
 
+def _owner(tensor):
+    """Name of the module that applies a parameter or buffer, which may be an original of a parametrisation."""
+    return f".{tensor.rpartition('.')[0]}".partition(".parametrizations.")[0][1:]
+
+
+def _stored(module, *names):
+    """The first weight of these names, None without any; one that hooks compute before a forward by what they compute it of."""
+    for name in (f"{name}{computed}" for name in names for computed in ("_v", "_orig", "")):
+        if (weight := getattr(module, name, None)) is not None:
+            return weight
+    return None
+
+
 def _refresh(module):
     """Makes attributes that say the shape of a weight agree with it."""
-    weight = getattr(module, "weight", None)
+    weight = _stored(module, "weight")
     if hasattr(module, "input_size") and hasattr(module, "hidden_size"):
-        weight = getattr(module, "weight_ih_l0", getattr(module, "weight_ih", None))
+        weight = _stored(module, "weight_ih_l0", "weight_ih")
         module.input_size = module.input_size if weight is None else weight.shape[1]
     elif weight is None:
         return

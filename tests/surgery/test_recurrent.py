@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from conftest import randomise
 from test_surgery import check_law
 from torch import nn
+from torch.nn.utils import parametrizations, weight_norm
 
 from taylor_pruning.surgery.graph import ChannelGraph
 
@@ -89,6 +90,15 @@ def test_channels_that_a_recurrent_layer_reads_can_go(kind):
     graph = check_law(model, images, seeds=(0,))
     assert len(graph.units) == 14 and all(info.removable.all() for info in graph.layers.values())
     assert graph.remove({"b": [0, 3]}).layer.input_size == 16 and model.layer.input_size == 24
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("normed", [weight_norm, parametrizations.weight_norm])
+def test_a_recurrent_layer_with_weight_norm_reads_fewer_channels(normed):
+    model, images = Reads(nn.LSTM), torch.zeros(2, 3, 8, 8)
+    model(images)
+    model.layer = normed(model.layer, "weight_ih_l0")
+    assert ChannelGraph(model, images).remove({"b": [0, 3]}).layer.input_size == 16
 
 
 def test_channels_along_the_time_of_a_recurrent_layer_stay():

@@ -3,6 +3,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from torch.optim.swa_utils import AveragedModel
@@ -164,6 +165,7 @@ COMPUTED = {  # how a weight is computed: filters of the layer itself and of the
     "prune": (lambda layer: prune.l1_unstructured(layer, "weight", 0.5), 8, 6),
     "parametrised weight_norm": (parametrizations.weight_norm, 8, 6),
     "weight_norm as a whole": (partial(parametrizations.weight_norm, dim=None), 8, 6),
+    "weight_norm counted from behind": (partial(parametrizations.weight_norm, dim=-4), 8, 6),
     "parametrised spectral_norm": (parametrizations.spectral_norm, 0, 0),
 }
 
@@ -179,7 +181,20 @@ def test_layers_whose_weight_is_computed(kind):
     for name, number, filters in (("body.0", own, 8), ("stem.0", before, 6)):
         assert (graph.layers[name].reason is None) == (number == filters)
     if own:
-        assert graph.remove({"body.0": [0, 3]})(IMAGES).shape == (4, 4)
+        smaller = graph.remove({"body.0": [0, 3], **({"stem.0": [1]} if before else {})})
+        assert smaller(IMAGES).shape == (4, 4)
+        assert (smaller.body[0].out_channels, smaller.body[0].in_channels) == (6, 5 if before else 6)
+
+
+def test_a_weight_scaled_by_a_tensor_that_is_no_parameter_stays():
+    class Scaled(nn.Conv2d):
+        scale = torch.ones(8, 1, 1, 1)
+
+        def forward(self, x):
+            return F.conv2d(x, torch._weight_norm(self.weight, self.scale, 0))
+
+    graph = ChannelGraph(nn.Sequential(nn.Conv2d(3, 6, 3), Scaled(6, 8, 3), nn.Conv2d(8, 2, 1)), IMAGES)
+    assert {graph.layers[name].reason for name in "01"} == {"passes through _weight_norm (1)"}
 
 
 @pytest.mark.parametrize("container", [lambda x: x, lambda x: [x], lambda x: {"x": x}, torch.Tensor.detach])

@@ -138,7 +138,8 @@ def layer_norm(call):
 def weight_norm(call):
     """g v / |v|, the norm over all dimensions but one: g makes up for what the norm loses in a cut."""
     v, g, dim = call.get("v", 0), call.get("g", 1), int(call.get("dim", 2, 0))
-    stored = [node.target for node, _ in call.operands if node.op == "get_attr"]
+    dim = dim if dim == -1 else dim % len(v.shape)  # -1: over all
+    stored = [node.target for node, value in call.operands if node.op == "get_attr" and value.tensor is None]
     if len(stored) < 2:
         return call.unknown()
     call.ids.norms[stored[0]] = stored[1], dim
