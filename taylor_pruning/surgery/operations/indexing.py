@@ -95,9 +95,12 @@ def _plain_slice(part):
 
 def _every(call, along, part):
     """Every second channel (or third ...): neighbours go together, so that those behind them keep their places."""
-    step, plain_step = int(part.step), not is_tracked(part.step)
-    call.ids.keep_number(part.step, f"their number is a step in {call.where}")
-    if plain_step and step > 0 and len(along) % step == 0 and int(part.start or 0) in range(step) and part.stop is None:
+    bounds = part.start, part.stop, part.step
+    for bound in bounds:
+        call.ids.keep_number(bound, f"their number is a bound or step in {call.where}")
+    step, start = int(part.step), int(part.start or 0)
+    followed = part.stop is None and not any(map(is_tracked, bounds))
+    if followed and len(along) % step == 0 and start in range(step):
         call.ids.unite(along.view(-1, step)[:, :1], along.view(-1, step))
     else:
         call.protect(along, "is indexed by position in")
