@@ -64,7 +64,7 @@ def at_size(trace, model, inputs, own):
             del trace.at_sizes[list(trace.at_sizes)[1]]  # the first is the example's
         trace.at_sizes[size, types] = _found(trace, model, inputs, own)
     found = trace.at_sizes[size, types]
-    if found is None and not own_types and size == example:
+    if found is None and not own_types and (size == example or not trace.reads_sizes):
         return AtSize(trace.output)
     if found is None:
         raise InputError(

@@ -224,3 +224,16 @@ def test_a_type_that_is_read_off_the_input_is_that_of_every_run(dtype):
     graph = ChannelGraph(BackToItsType().to(dtype).eval(), torch.zeros(1, 3, 8, 8, dtype=dtype))
     assert len(graph.units) == 14 and graph.layers["b"].reason is None
     assert graph.remove(graph.units[:5])(torch.zeros(2, 3, 8, 8, dtype=dtype)).dtype == dtype
+
+
+def test_where_another_type_is_computed_otherwise_the_steps_of_the_example_run_at_every_size():
+    def middle(block, x):
+        return 2 * x if x.dtype == torch.double else x
+
+    model = around(middle).float().eval()
+    graph = ChannelGraph(model, images(1).float())
+    model.double()
+    with graph.gated(torch.ones(len(graph.units))):
+        for size in (12, 16):
+            x = images(2, size, size)
+            torch.testing.assert_close(model(x), model.fc(F.relu(model.b(F.relu(model.a(x)))).mean((2, 3))))
