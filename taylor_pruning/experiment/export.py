@@ -3,7 +3,6 @@
 export_model(smaller, images[:2], "pruned_model.onnx", "onnx")
 """
 
-import copy
 import io
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from taylor_pruning.errors import InputError
 from taylor_pruning.files import atomic_file, atomic_path
+from taylor_pruning.surgery.copying import copy_of
 
 
 def check_exporter(format: str) -> None:
@@ -34,7 +34,7 @@ def export_model(model: nn.Module, example_input: Tensor, path: str | Path, form
     Raises InputError as `check_exporter` does; what the exporters cannot express raises their own errors.
     """
     check_exporter(format)
-    model = copy.deepcopy(model).eval()
+    model = copy_of(model).eval()
     if len(example_input) == 1:  # torch.export takes a dimension of 1 for a constant
         example_input = torch.cat([example_input, example_input])
     if format == "pt2":

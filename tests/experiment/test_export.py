@@ -6,6 +6,7 @@ import pytest
 import torch
 from pruned_networks import pruned_network
 from torch import nn
+from torch.nn.utils import weight_norm
 
 import run_single_experiment
 from taylor_pruning.errors import InputError
@@ -23,6 +24,14 @@ def test_pt2_gives_the_same_logits_at_any_batch(tmp_path):
             images = torch.randn(batch, 3, 32, 32)
             torch.testing.assert_close(exported(images), model.eval()(images))
     assert [path.name for path in tmp_path.iterdir()] == ["pruned.pt2"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_weight_that_the_last_forward_computed_is_no_obstacle(tmp_path):
+    model, images = nn.Sequential(weight_norm(nn.Conv2d(3, 4, 3)), nn.Flatten()), torch.randn(2, 3, 4, 4)
+    expected = model(images)
+    export_model(model, images, tmp_path / "model.pt2", "pt2")
+    torch.testing.assert_close(torch.export.load(tmp_path / "model.pt2").module()(images), expected)
 
 
 def test_onnx_gives_the_same_logits_at_any_batch(tmp_path):
