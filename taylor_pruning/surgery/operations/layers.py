@@ -142,13 +142,13 @@ def linear(call):
 def recurrent(call):
     """The first layer's weights follow the channels that they read; hidden channels stay."""
     x, weights = call.args[0], call.args[2]
+    if isinstance(call.args[3], (tuple, list)):  # samples of several lengths
+        return call.unknown()
     if call.name.endswith("cell"):
         first = [weights]
-    elif isinstance(weights, (tuple, list)):  # of every layer and direction
+    else:  # of every layer and direction
         directions = 2 if call.args[7] else 1
         first = weights[:: len(weights) // (int(call.args[4]) * directions)][:directions]
-    else:  # samples of several lengths
-        return call.unknown()
     ids, last, hidden = call.ids, len(x.shape) - 1, f"passes through {call.where}"
     call.info.reads = call.info.source = True
     inputs = ids.vector(x, last)
