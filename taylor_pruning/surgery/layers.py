@@ -9,7 +9,7 @@ import torch
 from taylor_pruning.surgery.ids import varying
 from taylor_pruning.surgery.recorded_calls import operation_name, sources_of
 
-# The dimension of a layer's weight that a number counts.
+# The dimension of a weight, by the attribute that counts the channels along it.
 DIMS = {"out_channels": 0, "out_features": 0, "in_channels": 1, "in_features": 1}
 APPLIED = ("linear", "conv", "deform_conv")  # how operations begin that apply the weight that they are given second
 
@@ -92,7 +92,7 @@ class Layers:
                 self.ids.protect(along, reason)
 
     def _counted_by(self, model, width):
-        """The channels that a layer's number counts, which a cut makes agree with its weight; None of another number."""
+        """The channels that a layer's number counts, which a cut makes agree with its weight; None for any other number."""
         name, attribute, _ = width
         if attribute in ("num_features", "num_channels"):
             return self.settings.get(name)
