@@ -82,12 +82,9 @@ def explained(error: BaseException, folder: Path | None) -> tuple[int | None, st
         return 1 if disk else 2, f"error: {error.strerror or error}: {error.filename or folder}; {advice}"
     first = str(error).strip().splitlines()[:1]
     if is_out_of_memory(error):
-        what, anew = (
-            "".join(first)[:200],
-            "start a new run with a lower --batch-size, --calibration-samples or --image-size",
-        )
-        advice = f"free memory or lower --memory-limit, then {how_to_continue(folder)}, or {anew}"
-        return 1, f"error: out of memory ({what}); {advice}"
+        advice = f"free memory or lower --memory-limit, then {how_to_continue(folder)}"
+        anew = "start a new run with a lower --batch-size, --calibration-samples or --image-size"
+        return 1, f"error: out of memory ({''.join(first)[:200]}); {advice}, or {anew}"
     if is_worker_failure(error):
         return 1, f"error: {WORKER_FAILED}; lower --workers, or free memory, then {how_to_continue(folder)}"
     return None, ""
