@@ -235,6 +235,13 @@ def test_more_rounds_than_filters_are_none_without_a_cut(progressive):
     assert len(pruning.prune(40, 2).rounds) <= len(pruning.graph.units)
 
 
+def test_a_baseline_without_filters_to_remove_is_refused_and_not_done_in_no_rounds():
+    loader = [(torch.randn(8, 3, 4, 4), torch.arange(8) % 4)] * 2
+    pruning = EnhancedPruning(nn.Sequential(nn.Flatten(), nn.Linear(48, 4)), loader, loader, progress=False)
+    with pytest.raises(InputError, match="no filter of this network may be removed"):
+        pruning.prune_by_baseline("l1", 30, compensate=True)
+
+
 def test_what_lies_between_rounds_is_trained_and_the_last_round_is_not(progressive):
     pruning, trained, _ = progressive(3)
     result = pruning.prune(60, 2)

@@ -69,7 +69,7 @@ class Rounds:
             now = self.measuring.losses(state.model)
             for name, loss in state.losses.items():
                 check_same_loss("on the calibration images, the pruned network", loss, now[name])
-        rounds = min(self.settings.rounds, len(self.graph.units))  # more would have nothing to remove
+        rounds = max(1, min(self.settings.rounds, len(self.graph.units)))  # more would have nothing to remove
         goals, smaller_steps = [percentage * (number / rounds) for number in range(1, rounds + 1)], 0
         while not state.stopped:
             reached = state.rounds[-1]["percentage"] if state.rounds else 0.0
