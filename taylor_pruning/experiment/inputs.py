@@ -82,7 +82,7 @@ def _weights(settings: DataSettings) -> str | None:
     path = weights_file(settings.weights)
     if path is None:
         return None
-    if path.exists() and not path.is_file():  # it could end never, or be read only once
+    if path.exists() and not path.is_file():  # such a thing may have no end, or be read only once
         raise InputError(f"{path} is no file, but a folder, pipe or device; give --weights a file")
     digest = hashlib.sha256()
     try:

@@ -20,8 +20,8 @@ FACTORIES = set(
 
 RULE_ERRORS = (TypeError, ValueError, RuntimeError, LookupError, AttributeError)
 
-# By numbers of elements; the values of other new tensors are numbers or positions.
-SIZED = set("zeros ones full empty rand randn randint normal new_zeros new_ones new_full new_empty new".split())
+# What is made by its sizes alone; the values of other new tensors are numbers or positions.
+FILLED = set("zeros ones full empty rand randn randint normal new_zeros new_ones new_full new_empty new".split())
 
 LIKE = set("to type_as expand_as view_as reshape_as broadcast_to".split())
 
@@ -181,7 +181,7 @@ def _factory(call):
     call.info.source = call.name not in ("zeros", "new_zeros")
     call.info.mains = ()
     call.info.constant = call.info.source
-    if call.name not in SIZED:
+    if call.name not in FILLED:
         call.keep_numbers()
         return call.result(reason=f"meets the new tensor {call.where}")
     shape, layers = call.shape, []

@@ -160,7 +160,7 @@ class Training:
         saved = f"{self.checkpoint} (epoch {self.saved_epoch})" if self.saved_epoch is not None else "none"
         raise TrainingDiverged(
             f"training diverged in epoch {epoch}, step {step} of {self.steps_per_epoch}, at learning rate {lr:.3g}: "
-            f"{what}. Lower the learning rate or lengthen the warm-up",
+            f"{what}. Lower the learning rate",
             f"the model keeps the weights of epoch {self.history.best_epoch}, last good checkpoint: {saved}",
             epoch,
             step,

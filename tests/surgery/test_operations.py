@@ -482,6 +482,27 @@ def test_halves_counted_by_a_layer_lose_the_same_channels(name):
     assert all(info.removable.all() for layer, info in graph.layers.items() if layer != "head")
 
 
+class Experts(nn.Module):
+    """A conv whose weight is a mixture of experts by the image, as CondConv has it; `weight` is [experts, elements]."""
+
+    def __init__(self):
+        super().__init__()
+        self.in_channels, self.out_channels = C, 5
+        self.weight, self.route = nn.Parameter(torch.randn(3, 5 * C)), nn.Linear(C, 3)
+
+    def forward(self, x):
+        images = x.shape[0]
+        mixed = self.route(x.mean((2, 3))).sigmoid() @ self.weight
+        kernels = mixed.view(images * self.out_channels, self.in_channels, 1, 1)
+        y = F.conv2d(x.reshape(1, images * x.shape[1], *x.shape[2:]), kernels, groups=images)
+        return y.permute(1, 0, 2, 3).view(images, self.out_channels, *x.shape[2:])
+
+
+def test_the_number_of_a_layer_whose_weight_holds_experts_counts_none_of_its_channels():
+    block = Block(lambda s, x: s.b(x) + s.e(s.a(x)).mean(1, keepdim=True), e=Experts())
+    assert check_law(around(block), images()).layers["block.a"].removable.all()
+
+
 NUMBERS_IN_NEW_TENSORS = {
     "arange": lambda c: torch.arange(0, c)[:, None, None] / 8,
     "full": lambda c: torch.full((1,), 1 / c),
