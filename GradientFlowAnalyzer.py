@@ -82,7 +82,7 @@ def collect_flow(model: nn.Module, graph: ChannelGraph, batches: Iterable) -> Te
         with frozen(model):
             batch, where = (images, labels), f"batch {number} of {name}"
             logits = gated_outputs(graph, task, batch, gates, where, on_gate=record)
-        loss = F.cross_entropy(logits, labels, reduction="sum")
+        loss = F.cross_entropy(logits.double(), labels, reduction="sum")
         flows.append(unit_gradient_norms(loss, gated, *gates.shape, retain_graph=False).cpu())
     return torch.cat(flows)
 

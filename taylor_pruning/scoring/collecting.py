@@ -116,15 +116,16 @@ def _collect(graph, wanted, estimates, fisher, batch, where, first):
     on_gate = record if wanted.flow else None
     logits = gated_outputs(graph, Classification(), batch, gates, where, on_gate, estimates, outputs, once=True)
     fixed, signs = logits.detach(), random_signs(wanted.seed, first, *logits.shape)
-    vector = (
-        random_directions(fixed, signs) if wanted.curvature else fixed.softmax(1) - F.one_hot(labels, fixed.shape[1])
-    )
+    if wanted.curvature:
+        vector = random_directions(fixed, signs)
+    else:  # in double precision: single has no digits of it where the network is sure
+        vector = (fixed.double().softmax(1) - F.one_hot(labels, fixed.shape[1])).to(fixed)
     basis, sampled = class_basis(
         fixed, labels if wanted.gradient else None, wanted.probes, signs if wanted.curvature else None
     )
     flow = None
     if wanted.flow:
-        flow = unit_gradient_norms(F.cross_entropy(logits, labels, reduction="sum"), gated, *gates.shape)
+        flow = unit_gradient_norms(F.cross_entropy(logits.double(), labels, reduction="sum"), gated, *gates.shape)
     columns, scale = [*basis.unbind(2)], None
     if part is not None and len(columns) == 1 and wanted.curvature != wanted.gradient and basis.shape[1] > 2:
         # the one direction is the vector but for its length, which matters to the Fisher matrices

@@ -83,22 +83,26 @@ def class_basis(
         ones = torch.ones(k, 1, dtype=logits.dtype, device=logits.device)
         complement = torch.linalg.qr(torch.cat([ones, torch.eye(k, dtype=logits.dtype, device=logits.device)], 1))[0]
         return complement[:, 1:k].expand(n, k, k - 1), 0.0
-    p = logits.softmax(1)
-    columns = [] if labels is None else [(p - F.one_hot(labels, k).to(p))[:, :, None]]
+    p, exactly = logits.softmax(1), logits.double().softmax(1)
+    columns = [] if labels is None else [(exactly - F.one_hot(labels, k)).to(p)[:, :, None]]
     exact = probes - len(columns) - (signs is not None)  # leading eigenvectors
-    top, classes = p.topk(min(k, max(SUPPORT, 2 * probes)), 1)
+    top, classes = exactly.topk(min(k, max(SUPPORT, 2 * probes)), 1)
     if exact > 0:
         fisher = torch.diag_embed(top) - top[:, :, None] * top[:, None, :]
-        leading = torch.linalg.eigh(fisher.double())[1][:, :, -exact:].flip(-1).to(p)
+        leading = torch.linalg.eigh(fisher)[1][:, :, -exact:].flip(-1).to(p)
         spread = torch.zeros(n, k, exact, dtype=p.dtype, device=p.device)
         columns.append(spread.scatter_(1, classes[:, :, None].expand_as(leading), leading))
     basis = torch.linalg.qr(torch.cat(columns, 2))[0] if columns else p.new_empty(n, k, 0)
-    kept = torch.einsum("nkr,nk,nkr->n", basis, p, basis) - torch.einsum("nk,nkr->nr", p, basis).square().sum(1)
-    tiny = torch.finfo(p.dtype).tiny
-    rest = 1 - (kept.sum() / (p.sum(1) - p.square().sum(1)).sum().clamp_min(tiny)).item()
+    trace = (1 - exactly.square().sum(1)).sum().clamp_min(torch.finfo(exactly.dtype).tiny)
+    rest = 1 - (_variance(p, basis).double().sum() / trace).item()
     if signs is None:
         return basis, rest
     return torch.cat([basis, _remainder(logits, basis, signs)[:, :, None]], 2), rest
+
+
+def _variance(p, values):
+    """[N, R] variances of values [N, K, R] under p [N, K]; those of a sure network are lost in E[v^2] - E[v]^2."""
+    return torch.einsum("nk,nkr->nr", p, (values - torch.bmm(p[:, None], values)).square())
 
 
 def _support(p, basis):
@@ -107,8 +111,9 @@ def _support(p, basis):
         return p, basis
     top, classes = p.topk(SUPPORT, 1)
     held = basis.gather(1, classes[:, :, None].expand(-1, -1, basis.shape[2]))
-    others = (1 - top.sum(1, keepdim=True)).clamp_min(torch.finfo(p.dtype).eps)
-    mean = (torch.einsum("nk,nkr->nr", p, basis) - torch.einsum("nk,nkr->nr", top, held)) / others
+    rest = p.scatter(1, classes, 0)  # one less the others has no digits where the network is sure
+    others = rest.sum(1, keepdim=True).clamp_min(torch.finfo(p.dtype).tiny)
+    mean = torch.einsum("nk,nkr->nr", rest, basis) / others
     return torch.cat([top, others], 1), torch.cat([held, mean[:, None]], 1)
 
 
@@ -125,8 +130,7 @@ def _remainder(logits, basis, signs):
     length = w.norm(dim=1, keepdim=True)
     q = w / length.clamp_min(tiny)
     some, values = _support(p, q[:, :, None])  # where `Directions.moments` takes its curvature
-    values = values.squeeze(2)
-    curvature = (some * values.square()).sum(1, keepdim=True) - (some * values).sum(1, keepdim=True).square()
+    curvature = _variance(some, values)
     return q * (length / curvature.clamp_min(tiny).sqrt()).clamp_max(p.shape[1] ** 0.5).sqrt()
 
 
@@ -135,17 +139,18 @@ class Expansion:
     """Derivatives of the loss of every sample along directions of its logits, at one point; each is computed once.
 
     Attributes:
-        p: [N, K] probabilities there. targets: [N, K] those that the loss compares with. basis: [N, K, R].
+        p: [N, K] probabilities there. slope: [N, K] of the loss in the logits, p less what it compares with, taken in double
+            precision: single has no digits of it where the network is sure. basis: [N, K, R].
     """
 
     p: Tensor
-    targets: Tensor
+    slope: Tensor
     basis: Tensor
 
     @cached_property
     def gradient(self) -> Tensor:
         """[N, R] first derivatives along the basis."""
-        return torch.bmm((self.p - self.targets)[:, None], self.basis).squeeze(1)
+        return torch.bmm(self.slope[:, None], self.basis).squeeze(1)
 
     @cached_property
     def centred(self) -> tuple[Tensor, Tensor]:
@@ -194,10 +199,10 @@ class Directions:
     own_targets: bool = False
 
     def targets(self) -> Tensor:
-        """[N, K] probabilities that the loss compares with."""
+        """[N, K] probabilities that the loss compares with, float64."""
         if self.own_targets:
-            return self.logits.softmax(1)
-        return F.one_hot(self.labels, self.logits.shape[1]).to(self.logits)
+            return self.logits.double().softmax(1)
+        return F.one_hot(self.labels, self.logits.shape[1]).double()
 
     def moments(
         self, shift: Tensor | None = None, units=None, order: int = 3
@@ -214,7 +219,8 @@ class Directions:
     def expansion(self, shift: Tensor | None = None) -> "Expansion":
         """The loss of every sample around the logits z - Q shift, with `shift` as in `moments`."""
         logits = self.logits if shift is None else self.logits - torch.bmm(self.basis, shift[:, :, None]).squeeze(2)
-        return Expansion(logits.softmax(1), self.targets(), self.basis)
+        p = logits.double().softmax(1)
+        return Expansion(p.to(logits), (p - self.targets()).to(logits), self.basis)
 
     def scores(self, order: int, shift: Tensor | None = None, units=None) -> Tensor:
         """[U'] mean over samples of the signed loss change of removing each unit alone at the shifted logits."""
@@ -254,5 +260,5 @@ class Directions:
     def loss_change_at(self, shift: Tensor) -> float:
         """Mean loss at the logits z - Q shift minus the loss at z, in nats."""
         targets = self.targets()
-        shifted = self.logits - torch.einsum("nkr,nr->nk", self.basis, shift)
-        return (F.cross_entropy(shifted, targets) - F.cross_entropy(self.logits, targets)).item()
+        logits, change = self.logits.double(), torch.einsum("nkr,nr->nk", self.basis, shift)
+        return (F.cross_entropy(logits - change, targets) - F.cross_entropy(logits, targets)).item()

@@ -23,7 +23,8 @@ class Classification(Task):
         return read_batch(batch, where, device)
 
     def loss(self, outputs: Tensor, batch) -> Tensor:
-        return F.cross_entropy(outputs, batch[1], reduction="none")
+        """In double precision, in which also the slope of a sure prediction has digits."""
+        return F.cross_entropy(outputs.double(), batch[1], reduction="none")
 
     def divergence(self, outputs: Tensor, dense_outputs: Tensor) -> Tensor:
         return kl_divergence(outputs, dense_outputs)
@@ -33,7 +34,7 @@ class Classification(Task):
 
     def statistics(self, outputs: Tensor, batch) -> Tensor:
         hits = outputs.topk(min(5, outputs.shape[1])).indices == batch[1][:, None]
-        loss = self.loss(outputs.double(), batch).sum()
+        loss = self.loss(outputs, batch).sum()
         return torch.stack([hits[:, 0].sum(), hits.sum(), loss, loss.new_tensor(len(batch[1]))])
 
     def metrics(self, sums: Tensor) -> dict[str, float]:

@@ -6,9 +6,11 @@ from test_taylor_scores import brute_force
 from watching import interrupted_at
 
 from EnhancedFilterPruner import EnhancedFilterPruner
+from GradientFlowAnalyzer import collect_flow
 from taylor_pruning.errors import InputError
 from taylor_pruning.memory import Portions
 from taylor_pruning.scoring import probes as probes_module
+from taylor_pruning.scoring.collecting import Wanted, collect_directions
 from taylor_pruning.scoring.probes import probe_derivatives, probed_second
 from taylor_pruning.surgery.graph import ChannelGraph
 from taylor_pruning.tasks.directions import SKEW
@@ -26,6 +28,23 @@ def test_probes_agree_with_brute_force_on_a_smooth_network(silu_network, images,
         z = (value - true) / error
         assert z.abs().max() < 4 and z.square().mean() < 2
         assert (error < true.abs().max()).all()
+
+
+def test_sure_predictions_have_their_derivatives_in_single_precision_too(silu_network, images, labels):
+    """All but 1e-8 of the probability is on one class: 1 - p has no digits in single precision."""
+    with torch.no_grad():
+        silu_network[-1].bias[0] += 20
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        model, batch = silu_network.to(dtype), (images.to(dtype), torch.zeros_like(labels))
+        graph = ChannelGraph(model, batch[0])
+        derivatives = probe_derivatives(model, graph, [batch], order=2, progress=False)
+        flow = collect_directions(model, graph, [batch], Wanted(1, curvature=False, flow=True), progress=False).flow
+        found.append(
+            [derivatives.phi, derivatives.h, flow.mean(0).double(), collect_flow(model, graph, [batch])[0].double()]
+        )
+    for single, double in zip(*found, strict=True):
+        torch.testing.assert_close(single, double, rtol=1e-3, atol=1e-3 * double.abs().max().item())
 
 
 def all_signs(units):

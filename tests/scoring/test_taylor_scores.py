@@ -1,5 +1,7 @@
 """phi, h, t against nested torch.func derivatives; the closed third order; the scores against really removing filters."""
 
+import math
+
 import pytest
 import torch
 from torch.func import grad
@@ -154,6 +156,26 @@ def test_the_random_direction_makes_the_curvature_right_on_the_mean(probes):
     held = Directions(coordinates[..., :-1], basis[..., :-1], logits, labels, 0.0).moments()[1]
     assert abs(h.mean() - true) < 4 * h.std() / draws**0.5 + 0.01 * true
     assert held.mean() < 0.8 * true
+
+
+@pytest.mark.parametrize(
+    "classes, probes, labelled", [(5, 4, True), (1000, 1, False), (100, 12, False), (1000, 12, True)]
+)
+def test_sure_predictions_have_their_derivatives_in_single_precision_too(classes, probes, labelled):
+    """All but 1e-8 of the probability is on one class: 1 - p has no digits in single precision."""
+    generator, samples = torch.Generator().manual_seed(0), 40
+    logits, v = (torch.randn(samples, classes, generator=generator) for _ in range(2))
+    logits[:, 0] += 20 + math.log(classes)
+    labels, found = torch.zeros(samples, dtype=torch.long), []
+    for dtype in (torch.float32, torch.float64):
+        exact = labels if labelled else None
+        basis, sampled = class_basis(logits.to(dtype), exact, probes, random_signs(samples, classes))
+        c = torch.einsum("nk,nkr->nr", v.to(dtype), basis)
+        directions = Directions(c[:, None], basis, logits.to(dtype), labels, sampled)
+        phi, h, _ = directions.moments(order=2)
+        phi = phi.mean() if labelled else torch.zeros(())
+        found.append([phi.item(), h.mean().item(), sampled, directions.loss_change_at(1e-3 * c)])
+    assert found[0] == pytest.approx(found[1], rel=2e-2, abs=0)
 
 
 def series(phi, h, t):
