@@ -33,7 +33,8 @@ class Rows:
 class RidgeSolver:
     """By normal equations: (C + ridge mean(diag C)) D = X^T R with C = X^T X, X and R centred.
 
-    Products are taken in the precision of the rows, of many rows at once, and summed in float64.
+    Products are taken in the precision of the rows, of many rows at once, and summed in float64. With an intercept the mean
+    of the first rows is taken off x before, so that large means cost no digits.
 
     Args:
         intercept: whether there is a b; without it nothing is centred.
@@ -46,7 +47,7 @@ class RidgeSolver:
 
         self.gram, self.cross = zeros(columns, columns), zeros(columns, outputs)
         self.sum_x, self.sum_r = zeros(1, columns), zeros(1, outputs)
-        self.rows, self.intercept, self.factor, self.pending = 0, intercept, None, []
+        self.rows, self.intercept, self.factor, self.pending, self.shift = 0, intercept, None, [], None
         self.precision = torch.promote_types(like.dtype, torch.float32)
 
     def add(self, part):
@@ -61,6 +62,9 @@ class RidgeSolver:
             return
         x, r = (torch.cat([getattr(part, name) for part in self.pending], 1) for name in ("x", "r"))
         self.pending = []
+        if self.intercept:
+            self.shift = x.mean(1, keepdim=True) if self.shift is None else self.shift
+            x = x - self.shift
         add_gram(self.gram, x.mT)
         self.cross += x.mT @ r
         self.sum_x += x.sum(1, keepdim=True)
@@ -88,7 +92,7 @@ class RidgeSolver:
             return torch.cholesky_solve(cross.to(self.factor), self.factor), torch.zeros_like(sum_r)
         cross = cross - self.sum_x.mT * (sum_r / self.rows)
         weights = torch.cholesky_solve(cross.to(self.factor), self.factor).to(cross)
-        return weights, (sum_r - self.sum_x @ weights) / self.rows
+        return weights, (sum_r - self.sum_x @ weights) / self.rows - self.shift.to(weights) @ weights
 
 
 class DualRidgeSolver:

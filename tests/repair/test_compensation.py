@@ -138,6 +138,21 @@ def test_linearly_dependent_channels_come_back(name):
     assert_comes_back(model, plan)
 
 
+def test_channels_with_large_means_come_back_in_single_precision():
+    """Their squares are 10,000 times their variances."""
+    torch.manual_seed(0)
+    model = randomised(
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.Flatten(), nn.Linear(150, 5))
+    )
+    make_dependent(model[0], (1, 6), (0, 3))
+    with torch.no_grad():
+        model[0].bias += 100
+        model[2].bias -= 100 * model[2].weight.sum((1, 2, 3))
+    smaller, kept = cut(model, {"0": [1, 6]})
+    report = compensate(model, smaller, images(150), kept, progress=False)
+    assert report.layers[0].name == "2" and report.layers[0].error_after < 1e-3 < report.layers[0].error_before
+
+
 def test_linear_layer_after_flatten_comes_back():
     torch.manual_seed(0)
     model = randomised(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(3), nn.Flatten(), nn.Linear(32, 5)))
