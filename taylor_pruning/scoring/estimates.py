@@ -145,7 +145,7 @@ class InputMoments:
         covariance.baddbmm_(mean, mean.mT, alpha=-1)
         diagonal = covariance.diagonal(dim1=1, dim2=2)
         ridge = (RIDGE + covariance.shape[1] / rows) * diagonal.mean(1)
-        ridge = ridge.clamp_min(torch.finfo(covariance.dtype).tiny ** 0.5)
+        ridge = ridge.clamp_min(2**20 * torch.finfo(covariance.dtype).tiny)  # the inverse stays finite
         diagonal += ridge[:, None]
         inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(covariance)[0])  # which reads the lower triangle
         return Precision(inverse, mean + self.shift.to(mean), ridge)

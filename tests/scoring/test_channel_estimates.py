@@ -77,6 +77,31 @@ def test_a_closed_channel_is_replaced_by_its_estimate(layers, images, labels):
     assert gone.sum() == (36 if reader.is_linear else 2 if reader.groups == 2 else 1)
 
 
+@pytest.mark.parametrize("scale", [2.0**-40, 2.0**40])
+def test_the_size_of_activations_changes_no_estimate(plain_network, images, labels, scale):
+    """Not in single precision either, where a channel's size is of no account to the layer that reads it."""
+    model, x = plain_network.float(), images.float()
+    graph, found = ChannelGraph(model, x), []
+    for factor in (1.0, scale):
+        with torch.no_grad():
+            model[1].weight *= factor
+            model[1].bias *= factor
+        estimate = channel_estimates(input_moments(model, graph, [(x, labels)]))["4"]
+        found.append((estimate.matrix, estimate.offset / factor))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
+def test_channels_that_never_vary_have_finite_estimates(plain_network, images, labels):
+    for model, x in ((plain_network, images), (copy.deepcopy(plain_network).float(), images.float())):
+        with torch.no_grad():
+            model[1].weight.zero_()
+        graph = ChannelGraph(model, x)
+        moments = input_moments(model, graph, [(x, labels)])
+        assert torch.isfinite(moments["4"].precision(dtype=torch.float64).matrix).all()
+        for estimate in channel_estimates(moments).values():
+            assert torch.isfinite(estimate.matrix).all() and torch.isfinite(estimate.offset).all()
+
+
 @pytest.mark.parametrize("kind", BLOCKS, ids=lambda kind: kind.__name__)
 def test_estimates_in_networks_of_all_kinds(kind):
     """They are finite, do nothing while gates are open, and are all that is added where gates close."""
