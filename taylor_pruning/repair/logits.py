@@ -110,21 +110,23 @@ class Logits:
         """
         mean = self.x.mean(0) if has_intercept else torch.zeros_like(self.x[0])
         centred = self.x - mean
-        penalty = ridge / 2 * centred.square().mean()
+        size = centred.square().mean().sqrt().clamp_min(torch.finfo(centred.dtype).tiny)
+        centred /= size  # so that the optimiser's tolerances mean the same for features of any size
         weight, bias = start or (
             self.x.new_zeros(self.x.shape[1], self.wanted.shape[1]),
             torch.zeros_like(self.wanted[0]),
         )
-        weight, bias = weight.clone().requires_grad_(), (bias + mean @ weight).requires_grad_(has_intercept)
+        bias = (bias + mean @ weight).requires_grad_(has_intercept)
+        weight = (weight * size).requires_grad_()
         free = [weight, bias] if has_intercept else [weight]
         optimiser = torch.optim.LBFGS(free, max_iter=STEPS, tolerance_change=ENOUGH, line_search_fn="strong_wolfe")
 
         def loss():
             optimiser.zero_grad()
-            value = self.divergences(weight, bias, centred).mean() + penalty * weight.square().sum()
+            value = self.divergences(weight, bias, centred).mean() + ridge / 2 * weight.square().sum()
             value.backward()
             return value
 
         optimiser.step(loss)
-        weight, bias = weight.detach(), bias.detach()
+        weight, bias = weight.detach() / size, bias.detach()
         return weight, bias - mean @ weight

@@ -38,6 +38,19 @@ def test_the_fit_is_the_least_of_what_the_text_says(ridge, monkeypatch):
     assert torch.allclose(again[0], weight, atol=1e-3)  # convex: it does not matter where the fit begins
 
 
+@pytest.mark.parametrize("size", [1e-3, 1e3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_size_of_features_changes_no_fit(size, dtype):
+    """Neither where it begins at zero nor where it goes on."""
+    torch.manual_seed(0)
+    one = Logits(*(part.to(dtype) for part in vars(rows(number=100)).values()))
+    reached = []
+    for found in (one, Logits(one.x * size, one.present, one.wanted)):
+        first = found.nearest(1e-1, None, True)
+        reached.append([found.divergence(*fit)[0] for fit in (first, found.nearest(1e-3, first, True))])
+    assert reached[1] == pytest.approx(reached[0], rel=1e-3)
+
+
 def test_without_a_bias_none_is_fitted(monkeypatch):
     torch.manual_seed(0)
     monkeypatch.setattr(logits, "ENOUGH", 1e-14)
