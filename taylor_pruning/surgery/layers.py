@@ -11,6 +11,7 @@ from taylor_pruning.surgery.recorded_calls import operation_name, sources_of
 
 # The dimension of a weight, by the attribute that counts the channels along it.
 DIMS = {"out_channels": 0, "out_features": 0, "in_channels": 1, "in_features": 1}
+RECURRENT = ("lstm", "gru", "rnn_")  # how operations begin that apply several weights at every step
 APPLIED = ("linear", "conv", "deform_conv")  # how operations begin that apply the weight that they are given second
 
 
@@ -28,7 +29,7 @@ class Layers:
     Attributes:
         filters: {layer: ids of its filters}, in order of execution. linear: those that are fully connected.
         settings: {module: ids of its channels} of norms and depthwise convs.
-        positions: {weight: output positions at which it is applied to one sample}.
+        positions: {weight: output positions at which it is applied to one sample; of a recurrent layer steps}.
         readers: {layer: (nodes, groups, linear)} of those with a parameter for a weight.
         idle: names of those whose results the outputs do not depend on.
         weights: {layer: (node of its weight, the weight's dimension along which its filters run, or None)}.
@@ -62,6 +63,15 @@ class Layers:
                 transposed = "transpose" in str(node.target)
                 shape = (node.all_input_nodes[0] if transposed else node).meta["shape"]
                 self.positions[weight.target] += math.prod(shape[2:])
+        for node in values:
+            if operation_name(node).startswith(RECURRENT):
+                self._use_recurrent(node, parameters)
+
+    def _use_recurrent(self, node, parameters):
+        steps = math.prod(node.all_input_nodes[0].meta["shape"][:-1]) // self.batch
+        for weight in node.all_input_nodes:
+            if weight.op == "get_attr" and weight.target in parameters and "weight_" in weight.target:
+                self.positions[weight.target] += steps
 
     def add_training(self, other):
         """Layers that only the forward in training mode uses: their inputs may shrink, their filters all stay."""

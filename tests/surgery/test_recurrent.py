@@ -8,7 +8,9 @@ from test_surgery import check_law
 from torch import nn
 from torch.nn.utils import parametrizations, weight_norm
 
+from taylor_pruning.selection.costs import CostModel
 from taylor_pruning.surgery.graph import ChannelGraph
+from taylor_pruning.training.profile import profile
 
 
 class Recurrent(nn.Module):
@@ -99,6 +101,20 @@ def test_a_recurrent_layer_with_weight_norm_reads_fewer_channels(normed):
     model(images)
     model.layer = normed(model.layer, "weight_ih_l0")
     assert ChannelGraph(model, images).remove({"b": [0, 3]}).layer.input_size == 16
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+def test_the_products_of_a_recurrent_layer_count_in_a_budget(kind):
+    torch.manual_seed(0)
+    images = torch.randn(1, 3, 8, 8)
+    model = Reads(kind, **({"num_layers": 2, "bidirectional": True} if issubclass(kind, nn.RNNBase) else {}))
+    model(images)
+    graph = ChannelGraph(model, images.expand(3, -1, -1, -1))
+    costs = CostModel(graph, "macs")
+    assert costs.total() == profile(model, images)["macs"]
+    (unit,) = (unit.index for unit in graph.units if ("b", 2) in unit.filters)
+    costs.remove(unit)
+    assert costs.total() == profile(graph.remove({"b": [2]}), images)["macs"]
 
 
 def test_channels_along_the_time_of_a_recurrent_layer_stay():
