@@ -148,7 +148,7 @@ def bernoulli_divergence(logits: Tensor, dense_logits: Tensor) -> Tensor:
     p = dense_logits.sigmoid()
     yes = F.logsigmoid(dense_logits) - F.logsigmoid(logits)
     no = F.logsigmoid(-dense_logits) - F.logsigmoid(-logits)
-    return p * yes + (1 - p) * no
+    return p * yes + (-dense_logits).sigmoid() * no
 
 
 def is_classification(task: Task) -> bool:

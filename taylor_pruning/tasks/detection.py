@@ -118,7 +118,7 @@ def _total(losses, samples):
 def _objectness(head):
     """[B, n] probability of an object at every anchor."""
     logits = head["logits"].detach()
-    return 1 - logits.softmax(2)[..., 0] if head["softmax"] else logits.sigmoid().amax(2)
+    return logits.softmax(2)[..., 1:].sum(2) if head["softmax"] else logits.sigmoid().amax(2)
 
 
 @contextmanager

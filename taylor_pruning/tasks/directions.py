@@ -68,8 +68,8 @@ def random_directions(logits: Tensor, signs: Tensor) -> Tensor:
 
 def bernoulli_directions(logits: Tensor, signs: Tensor) -> Tensor:
     """The same for logits of independent yes-or-no probabilities p, of any shape: F = diag(p (1 - p))."""
-    p = logits.sigmoid()
-    return (p * (1 - p)).sqrt() * signs.to(p)
+    p, others = logits.sigmoid(), (-logits).sigmoid()  # 1 - p has no digits in single precision where p is nearly 1
+    return (p * others).sqrt() * signs.to(p)
 
 
 def root_times(product: Callable[[Tensor], Tensor], signs: Tensor, steps: int = LANCZOS_STEPS) -> Tensor:

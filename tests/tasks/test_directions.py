@@ -5,9 +5,9 @@ import torch
 
 from taylor_pruning.errors import InputError
 from taylor_pruning.tasks import batches
-from taylor_pruning.tasks.classification import Classification, MultiLabel
+from taylor_pruning.tasks.classification import Classification, MultiLabel, bernoulli_divergence
 from taylor_pruning.tasks.dense import Regression, Segmentation
-from taylor_pruning.tasks.directions import random_signs, root_times
+from taylor_pruning.tasks.directions import bernoulli_directions, random_signs, root_times
 from taylor_pruning.tasks.task import Task, flatten
 
 OUTPUTS = torch.randn(2, 3, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -45,6 +45,18 @@ def test_directions_have_the_hessian_of_the_divergence_as_their_second_moment(na
     mean, error = products.mean(0), products.std(0) / len(w) ** 0.5
     assert ((mean - hessian(task, z)).abs() <= 5 * error + 1e-9).all()
     assert (error < 0.3 * hessian(task, z).abs().amax()).all()
+
+
+def test_sure_labels_have_directions_and_a_divergence_in_single_precision_too():
+    """From a logit of 17 on, a probability of 1 - p is none in single precision."""
+    logits, changed = torch.tensor([[20.0, -20.0, 15.0]]), torch.tensor([[16.0, -16.0, 18.0]])
+    signs, found = random_signs(0, 0, 1, 3), []
+    for dtype in (torch.float32, torch.float64):
+        own = logits.to(dtype)
+        found.append(
+            [*bernoulli_directions(own, signs)[0].tolist(), *bernoulli_divergence(changed.to(dtype), own)[0].tolist()]
+        )
+    assert found[0] == pytest.approx(found[1], rel=1e-4, abs=0)
 
 
 def test_the_root_of_a_hessian_is_exact():
