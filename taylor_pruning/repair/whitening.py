@@ -18,7 +18,7 @@ from taylor_pruning.distributed import all_reduce_sum, rank, world_size
 from taylor_pruning.gram import add_gram, symmetric
 
 DAMPING = 0.03  # added to second moments, relative to the mean of their diagonal
-SMALLEST = 1e-3  # root mean square of a tensor that is taken as that, so that biases of 0 move too
+SMALLEST = 1e-3  # root mean square that a smaller one counts as, so that biases of 0 move too
 WHITENED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
@@ -40,7 +40,8 @@ class Coordinates:
         if inverses:
             dtype = torch.promote_types(white.dtype, torch.float32)  # in half precision there is no inverse
             white = _product(white.to(dtype), *(torch.linalg.inv(inverse.to(dtype)) for inverse in inverses))
-        self.scale = max(white.square().mean().sqrt().item(), SMALLEST)
+        size = white.square().mean().sqrt().item()  # of weights that read large inputs it may be small
+        self.scale = size if inverses and size else max(size, SMALLEST)
         self.move = nn.Parameter(torch.zeros_like(self.first))
 
     def take_gradient(self) -> None:

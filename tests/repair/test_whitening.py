@@ -54,6 +54,20 @@ def test_a_gradient_in_white_coordinates_says_what_a_move_there_changes(layer):
     assert (found[0] - found[1]) / 2e-3 == pytest.approx(predicted, rel=1e-6)  # exact for a quadratic
 
 
+def test_a_step_changes_as_much_whatever_the_size_of_the_inputs(layer):
+    """Inputs 10,000 times as large are read by weights as much smaller. Biases of 0 and weights of 0 move all the same."""
+    module, x = layer
+    (weight, *_) = coordinates_of(module, x)
+    with torch.no_grad():
+        module.weight *= 1e-4
+    (small, *_) = coordinates_of(module, 1e4 * x)
+    assert small.scale == pytest.approx(1e-4 * weight.scale, rel=1e-6)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.zero_()
+    assert all(each.scale > 0 for each in coordinates_of(module, x))
+
+
 def test_without_a_move_the_parameters_stay_as_they_are(layer):
     module, x = layer
     before = module(x)
