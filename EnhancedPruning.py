@@ -17,7 +17,6 @@
 `result.model` is the smaller network, `result.as_dict()` what results.json holds.
 """
 
-import copy
 import dataclasses
 import time
 from collections.abc import Callable, Iterable
@@ -47,6 +46,7 @@ from taylor_pruning.scoring.curvature import check_scoring, no_third_order
 from taylor_pruning.scoring.oracle import judge_estimates
 from taylor_pruning.selection.greedy import check_reachable
 from taylor_pruning.selection.latency import with_times
+from taylor_pruning.surgery.copying import copy_of
 from taylor_pruning.surgery.wrappers import unwrapped
 from taylor_pruning.tasks.classification import is_classification, task_of
 from taylor_pruning.tasks.task import Task, example_of
@@ -248,7 +248,7 @@ class EnhancedPruning:
             )
         warmup = min(self.recipe.warmup_epochs, epochs / 2)
         recipe = dataclasses.replace(self.recipe, epochs=epochs, warmup_epochs=warmup)
-        start, model = time.perf_counter(), copy.deepcopy(result.model)
+        start, model = time.perf_counter(), copy_of(result.model)
         before = self.measuring.metrics_of(result.stages[-1])
         if self.settings.reestimate_batchnorm:
             reestimate_batchnorm(model, self.images.calibration, self.task)

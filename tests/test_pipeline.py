@@ -577,3 +577,14 @@ def test_the_trade_keeps_few_points_and_the_ends():
     assert list(found) == ["a"] and len(found["a"]["cost"]) == choices_module.TRADE_POINTS
     assert (found["a"]["filters"][0], found["a"]["filters"][-1]) == (400, 100)
     assert (found["a"]["cost"][0], found["a"]["cost"][-1]) == (0, 150)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+def test_a_result_that_was_run_with_gradients_is_fine_tuned(plain_network, images, labels):
+    """The weight that weight norm computed in that run has a history, which copy.deepcopy refuses."""
+    nn.utils.weight_norm(plain_network[4])
+    loader = make_loader(torch.utils.data.TensorDataset(images, labels), 6)
+    pruning = EnhancedPruning(plain_network, loader, loader, settings=PruningSettings(rounds=1), progress=False)
+    result = pruning.prune(30, 2)
+    result.model(images).sum().backward()
+    assert pruning.fine_tune(result, 1).stages[-1]["stage"] == "fine-tuned"

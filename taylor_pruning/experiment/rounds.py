@@ -1,6 +1,5 @@
 """One pruning round: train what came before, score, select, cut, compensate, measure. And the repair behind the last."""
 
-import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable
@@ -16,6 +15,7 @@ from taylor_pruning.memory import return_freed_memory
 from taylor_pruning.repair.network import repair_network, split
 from taylor_pruning.repair.parts import compensate_parts
 from taylor_pruning.selection.constraints import Ledger
+from taylor_pruning.surgery.copying import copy_of
 from taylor_pruning.surgery.parts import parts_of
 from taylor_pruning.tasks.classification import is_classification, kl_divergence
 from taylor_pruning.training.checkpoint import check_same_loss
@@ -177,7 +177,7 @@ class Rounds:
         steps = self.settings.fine_tune_between
         if not (state.rounds and steps):
             return state
-        seconds, last, model = Stopwatch(state.seconds), state.rounds[-1], copy.deepcopy(state.model)
+        seconds, last, model = Stopwatch(state.seconds), state.rounds[-1], copy_of(state.model)
         before = (last["after_compensation"] or last["after_selection"])["loss"]
         train_steps(model, self.train_loader, self.recipe, steps, loss_before=before, teacher=self.teacher,
                     task=self.rankings.task,
