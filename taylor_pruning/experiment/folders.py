@@ -235,37 +235,33 @@ def load_image_folder(path, *, image_size: int | None = None, weights=None, skip
         evaluation = train.with_transform(preset.evaluation(size, small))
         augmented = train.with_transform(preset.training(size, small))
         validation = val.with_transform(preset.evaluation(size, small))
+    listing, shared = _listing_and_shared(train, val)
     return ImageData(
         name=path.resolve().name, train=augmented, val=validation, evaluation_train=evaluation, classes=train.classes,
         num_classes=len(train.classes), image_size=size, imagenet_labels=imagenet_labels, skipped=skipped,
-        mean=preset.mean, std=preset.std, listing=_listing(train, val), shared=_shared(train, val),
+        mean=preset.mean, std=preset.std, listing=listing, shared=shared,
     )  # fmt: skip
 
 
-def _listing(train: FolderImages, val: FolderImages) -> dict:
-    """See ImageData.listing."""
+def _listing_and_shared(train: FolderImages, val: FolderImages) -> tuple[dict, list[str]]:
+    """See ImageData; every file is looked up once for both."""
     present = set(train.targets)
     classes = [name for name, label in train.class_to_idx.items() if label in present]
-    return {"classes": classes, "train": _names_and_sizes(train), "val": _names_and_sizes(val)}
+    (of_train, train_files), (of_val, val_files) = map(_names_and_sizes, (train, val))
+    known = set(train_files)
+    shared = [path for (path, _), file in zip(val.samples, val_files, strict=True) if file in known]
+    return {"classes": classes, "train": of_train, "val": of_val}, shared
 
 
-def _names_and_sizes(dataset: FolderImages) -> dict:
-    names, sizes = hashlib.sha256(), hashlib.sha256()
+def _names_and_sizes(dataset: FolderImages) -> tuple[dict, list[tuple[int, int]]]:
+    """What tells the images from others, and (device, inode) of every file."""
+    names, sizes, files = hashlib.sha256(), hashlib.sha256(), []
     for path, _ in dataset.samples:
+        file = os.stat(path)
         names.update(os.fsencode(os.path.relpath(path, dataset.root)) + b"\0")
-        sizes.update(b"%d\0" % os.stat(path).st_size)
-    return {"images": len(dataset), "names": names.hexdigest()[:16], "sizes": sizes.hexdigest()[:16]}
-
-
-def _shared(train: FolderImages, val: FolderImages) -> list[str]:
-    """See ImageData.shared."""
-
-    def identity(path):
-        found = os.stat(path)
-        return found.st_dev, found.st_ino
-
-    of_train = {identity(path) for path, _ in train.samples}
-    return [path for path, _ in val.samples if identity(path) in of_train]
+        sizes.update(b"%d\0" % file.st_size)
+        files.append((file.st_dev, file.st_ino))
+    return {"images": len(dataset), "names": names.hexdigest()[:16], "sizes": sizes.hexdigest()[:16]}, files
 
 
 def _scan(path: Path) -> tuple[FolderImages, FolderImages, bool]:
