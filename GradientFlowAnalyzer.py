@@ -30,7 +30,6 @@ from statistics import linear_regression, median
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
-from torch.nn import functional as F
 
 from taylor_pruning.checks import check_gradient_mode
 from taylor_pruning.errors import InputError
@@ -82,7 +81,7 @@ def collect_flow(model: nn.Module, graph: ChannelGraph, batches: Iterable) -> Te
         with frozen(model):
             batch, where = (images, labels), f"batch {number} of {name}"
             logits = gated_outputs(graph, task, batch, gates, where, on_gate=record)
-        loss = F.cross_entropy(logits.double(), labels, reduction="sum")
+        loss = task.loss(logits, batch).sum()
         flows.append(unit_gradient_norms(loss, gated, *gates.shape, retain_graph=False).cpu())
     return torch.cat(flows)
 

@@ -125,7 +125,7 @@ def _collect(graph, wanted, estimates, fisher, batch, where, first):
     )
     flow = None
     if wanted.flow:
-        flow = unit_gradient_norms(F.cross_entropy(logits.double(), labels, reduction="sum"), gated, *gates.shape)
+        flow = unit_gradient_norms(Classification().loss(logits, batch).sum(), gated, *gates.shape)
     columns, scale = [*basis.unbind(2)], None
     if part is not None and len(columns) == 1 and wanted.curvature != wanted.gradient and basis.shape[1] > 2:
         # the one direction is the vector but for its length, which matters to the Fisher matrices
