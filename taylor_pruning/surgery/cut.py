@@ -8,6 +8,7 @@ from torch import nn
 from taylor_pruning.errors import InputError
 from taylor_pruning.modes import modes_kept
 from taylor_pruning.surgery.copying import copy_of
+from taylor_pruning.surgery.layers import owner
 
 
 def cut(model, tensors, widths, settings, norms, stays):
@@ -43,7 +44,7 @@ def cut(model, tensors, widths, settings, norms, stays):
     smaller = copy_of(model, replaced)
     for (name, attribute, index), (units, factor) in widths.items():
         _set(smaller.get_submodule(name), attribute, index, int(int(stays[units].sum()) / factor))
-    for name in {_owner(key) for key in kept}:
+    for name in {owner(key) for key in kept}:
         _refresh(smaller.get_submodule(name))
     modules = dict(smaller.named_modules())
     for name, units in settings.items():
@@ -85,11 +86,6 @@ def _set(module, attribute, index, value):
     items = list(vars(module)[attribute])
     items[index] = value
     vars(module)[attribute] = type(vars(module)[attribute])(items)
-
-
-def _owner(tensor):
-    """Name of the module that applies a parameter or buffer, which may be an original of a parametrisation."""
-    return f".{tensor.rpartition('.')[0]}".partition(".parametrizations.")[0][1:]
 
 
 def _stored(module, *names):

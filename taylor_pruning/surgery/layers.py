@@ -15,12 +15,16 @@ RECURRENT = ("lstm", "gru", "rnn_")  # how operations begin that apply several w
 APPLIED = ("linear", "conv", "deform_conv")  # how operations begin that apply the weight that they are given second
 
 
+def owner(tensor):
+    """Name of the module that applies a parameter or buffer, which may be an original of a parametrisation."""
+    return f".{tensor.rpartition('.')[0]}".partition(".parametrizations.")[0][1:]
+
+
 def layer_name(parameter):
     """The layer to which a weight belongs: its module, or itself where a forward uses a parameter of another name."""
-    path, _, last = parameter.rpartition(".")
-    if ".parametrizations." in f".{parameter}":
-        return parameter.partition("parametrizations.")[0].rstrip(".")
-    return path if last in ("weight", "weight_v", "weight_g", "weight_orig") else parameter
+    computed = ".parametrizations." in f".{parameter}"
+    known = parameter.rpartition(".")[2] in ("weight", "weight_v", "weight_g", "weight_orig")
+    return owner(parameter) if computed or known else parameter
 
 
 class Layers:
