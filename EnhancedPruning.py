@@ -241,10 +241,10 @@ class EnhancedPruning:
         epochs = self.recipe.epochs if epochs is None else epochs
         if not epochs:
             return result
-        before, own = result.stages[0]["parameters"], sum(p.numel() for p in self.model.parameters())
-        if before != own:
+        dense, own = result.stages[0]["parameters"], sum(p.numel() for p in self.model.parameters())
+        if dense != own:
             raise InputError(
-                f"result is of another network, of {before:,} parameters instead of {own:,}; give one of this pruning"
+                f"result is of another network, of {dense:,} parameters instead of {own:,}; give one of this pruning"
             )
         warmup = min(self.recipe.warmup_epochs, epochs / 2)
         recipe = dataclasses.replace(self.recipe, epochs=epochs, warmup_epochs=warmup)
