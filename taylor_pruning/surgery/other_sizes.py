@@ -53,10 +53,11 @@ def at_size(trace, model, inputs, own):
 
     Raises InputError if the forward takes other steps there, or cannot be recorded.
     """
-    size, types = _without_batch(trace, [tensor.shape for tensor in inputs]), tuple(tensor.dtype for tensor in inputs)
-    own_types, example = types == trace.types, _example_size(trace)
-    if own_types and not trace.reads_sizes:
+    types = tuple(tensor.dtype for tensor in inputs)
+    if types == trace.types and not trace.reads_sizes:
         return AtSize(trace.output)
+    example = _example_size(trace)
+    size = _without_batch(trace, [tensor.shape for tensor in inputs]) if trace.reads_sizes else example
     if not trace.at_sizes:
         trace.at_sizes[example, trace.types] = AtSize(trace.output)
     if (size, types) not in trace.at_sizes:
@@ -64,7 +65,7 @@ def at_size(trace, model, inputs, own):
             del trace.at_sizes[list(trace.at_sizes)[1]]  # the first is the example's
         trace.at_sizes[size, types] = _found(trace, model, inputs, own)
     found = trace.at_sizes[size, types]
-    if found is None and not own_types and (size == example or not trace.reads_sizes):
+    if found is None and types != trace.types and size == example:
         return AtSize(trace.output)
     if found is None:
         raise InputError(

@@ -13,6 +13,7 @@ from torch import nn
 
 from taylor_pruning.errors import InputError
 from taylor_pruning.repair.paired_runs import refresh_batchnorms
+from taylor_pruning.surgery import other_sizes
 from taylor_pruning.surgery.graph import ChannelGraph
 
 
@@ -237,3 +238,17 @@ def test_where_another_type_is_computed_otherwise_the_steps_of_the_example_run_a
         for size in (12, 16):
             x = images(2, size, size)
             torch.testing.assert_close(model(x), model.fc(F.relu(model.b(F.relu(model.a(x)))).mean((2, 3))))
+
+
+def test_another_type_is_recorded_once_for_all_sizes_where_the_forward_reads_none(monkeypatch):
+    recorded, record = [], other_sizes.record
+    monkeypatch.setattr(other_sizes, "record", lambda *args: recorded.append(args) or record(*args))
+    graph = ChannelGraph(Around(lambda s, x: x).eval(), torch.zeros(1, 3, 8, 8), verify=False)
+    recorded.clear()
+    gates, model = torch.ones(len(graph.units)), graph.model.double()
+    for size in (8, 9, 10):
+        x = images(2, size, size)
+        with graph.gated(gates):
+            gated = model(x)
+        torch.testing.assert_close(gated, model(x))
+    assert len(recorded) == 1
