@@ -14,7 +14,7 @@ from taylor_pruning.experiment.command import Command
 from taylor_pruning.experiment.inputs import allow_repair
 from taylor_pruning.experiment.loaders import is_worker_failure
 from taylor_pruning.experiment.setup import choose_device, environment
-from taylor_pruning.experiment.streams import lasting_streams
+from taylor_pruning.experiment.streams import lasting_streams, silent_half_made_bars
 from taylor_pruning.files import remove_leftovers, user_path
 from taylor_pruning.memory import is_out_of_memory, keep_freed_memory
 from taylor_pruning.report.json_files import plain, read_json, write_json
@@ -45,7 +45,7 @@ def run_guarded(command: Command, run) -> int:
     killed, 130 interrupted.
     """
     folder = None
-    with lasting_streams():
+    with lasting_streams(), silent_half_made_bars():
         try:
             folder = results_folder(command)
             if fcntl is None:

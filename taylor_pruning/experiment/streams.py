@@ -1,6 +1,6 @@
-"""Standard output and error that a run outlives: closed ones, a pipe whose reader has gone, a full disk.
+"""Standard output and error that a run outlives: closed ones, a pipe whose reader has gone, a full disk; what Python adds.
 
-with lasting_streams():
+with lasting_streams(), silent_half_made_bars():
     print("...")            # never raises OSError
 """
 
@@ -10,6 +10,8 @@ import os
 import sys
 from collections.abc import Callable
 from typing import TextIO
+
+from tqdm import tqdm
 
 
 @contextlib.contextmanager
@@ -33,6 +35,22 @@ def lasting_streams():
             yield
         finally:
             output.flush()  # what is left would otherwise fail at the end of the process
+
+
+@contextlib.contextmanager
+def silent_half_made_bars():
+    """Within the block, a bar whose making was interrupted is deleted without the traceback that Python prints then."""
+    usual = sys.unraisablehook
+
+    def unless_of_a_bar(failure):
+        if failure.object is not tqdm.__del__:
+            usual(failure)
+
+    sys.unraisablehook = unless_of_a_bar
+    try:
+        yield
+    finally:
+        sys.unraisablehook = usual
 
 
 class LastingStream:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tqdm import tqdm
 
-from taylor_pruning.experiment.streams import lasting_streams
+from taylor_pruning.experiment.streams import lasting_streams, silent_half_made_bars
 
 
 @pytest.mark.parametrize("kind", ["pipe", "full disk"])
@@ -51,3 +51,22 @@ def test_closed_streams_are_written_to_nowhere(monkeypatch):
         print("error", file=sys.stderr)
         assert list(tqdm(range(3))) == [0, 1, 2]
         tqdm.write("epoch 1")
+
+
+class Fails:
+    def __del__(self):
+        raise ValueError("of another object")
+
+
+def test_a_bar_interrupted_as_it_is_made_says_nothing_more(monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    said = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda failure: said.append(str(failure.exc_value)))
+    monkeypatch.setattr(tqdm, "_get_free_pos", interrupted)
+    with silent_half_made_bars():
+        with pytest.raises(KeyboardInterrupt):
+            tqdm(range(3))
+        Fails()
+    assert said == ["of another object"]
