@@ -19,7 +19,7 @@ from torch import nn
 from taylor_pruning.errors import InputError
 from taylor_pruning.surgery.graph import ChannelGraph
 
-DRAWS = int(os.environ.get("RANDOM_NETWORKS", 40))
+DRAWS = int(os.environ.get("RANDOM_NETWORKS", 24))
 
 # A vector p [C] made to fit the map x [N, C, H, W], with numbers, types and devices read off x.
 CONSTANTS = {
