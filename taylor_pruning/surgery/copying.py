@@ -1,6 +1,7 @@
 """Copies a model: with tensors of its own, with the model's, or with smaller ones."""
 
 import copy
+import pickle
 from collections import OrderedDict
 
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 from taylor_pruning.errors import InputError
 from taylor_pruning.memory import raise_out_of_memory
 
-SHARED = (bool, int, float, str, type(None), torch.dtype)  # types of values that never change
+SHARED = (bool, int, float, str, type(None), torch.dtype, torch.jit.ScriptFunction)  # types of values that never change
 PROTOCOL = ("__new__", "__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__slots__")
 
 
@@ -27,7 +28,7 @@ def copy_of(model, replaced=None):
             memo.setdefault(id(tensor), tensor.detach().clone())
     try:
         return _copied(model, memo)
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, pickle.PickleError) as error:
         raise_out_of_memory(error)
         raise InputError(
             f"{type(model).__name__} cannot be copied ({str(error).splitlines()[0]}); make it hold no locks, "

@@ -79,7 +79,11 @@ class EqualDraws(TorchDispatchMode):
         self.device = device
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name, kwargs = function.overloadpacket.__name__, kwargs or {}
+        with torch._C.DisableTorchFunction():  # what is called here is no step of a forward that is recorded meanwhile
+            return self._equal(function, args, kwargs or {})
+
+    def _equal(self, function, args, kwargs):
+        name = function.overloadpacket.__name__
         if name == "native_dropout":
             return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
         if name in ("rrelu_with_noise", "rrelu_with_noise_"):

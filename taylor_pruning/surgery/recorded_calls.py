@@ -70,11 +70,36 @@ def called_function(func, name):
     return func
 
 
+CALL_SCRIPTED = torch.jit.ScriptFunction.__call__  # while a forward is recorded another function is in its place
+
+
+def compiled_from(function):
+    """The Python function of which one of torch.jit was compiled; None of a traced one, which did what it did in its trace."""
+    compiled = getattr(function, "__qualname__", None) == "torch.jit.ScriptFunction"
+    return getattr(function, "_torchdynamo_inline", None) if compiled else None
+
+
+class Scripted:
+    """A function of torch.jit; alike in all recordings."""
+
+    def __init__(self, function):
+        self.function, self.__name__ = function, function.name
+
+    def __call__(self, *args, **kwargs):
+        return CALL_SCRIPTED(self.function, *args, **kwargs)
+
+    def __repr__(self):
+        return f"{self.__name__} at {id(self.function)}"
+
+
 class Property:
-    """`x.T` and its kind as a function."""
+    """`x.T` and its kind as a function; alike in all recordings."""
 
     def __init__(self, name):
         self.__name__ = name
+
+    def __repr__(self):
+        return self.__name__
 
     def __call__(self, tensor):
         return getattr(tensor, self.__name__)

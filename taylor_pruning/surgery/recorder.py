@@ -7,13 +7,23 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 
 from taylor_pruning.surgery.autocasts import Autocasts
 from taylor_pruning.surgery.captured import captured_call
 from taylor_pruning.surgery.nested import map_tensors, tensors_in
 from taylor_pruning.surgery.numbers import is_tracked, number
-from taylor_pruning.surgery.recorded_calls import bare, called_function, is_in_place, pick, set_grad
+from taylor_pruning.surgery.recorded_calls import (
+    CALL_SCRIPTED,
+    Scripted,
+    bare,
+    called_function,
+    compiled_from,
+    is_in_place,
+    pick,
+    set_grad,
+)
 from taylor_pruning.surgery.sample_loops import takes_samples_apart
 from taylor_pruning.surgery.tensor_nodes import TensorNodes, Untraceable
 from taylor_pruning.surgery.threads import here
@@ -253,16 +263,12 @@ class Recorder(TorchFunctionMode):
 
     def _scripted_call(self):
         """The call of a function of torch.jit, whose operations are seen in part, and on later calls not at all."""
-        call = torch.jit.ScriptFunction.__call__
 
         def scripted_call(function, *args, **kwargs):
-            def scripted(*args, **kwargs):
-                return call(function, *args, **kwargs)
+            called = compiled_from(function) or self._whole_function(Scripted(function))
+            return called(*args, **kwargs)
 
-            scripted.__name__ = function.name
-            return self._whole_function(scripted)(*args, **kwargs)
-
-        return here(scripted_call, call)
+        return here(scripted_call, CALL_SCRIPTED)
 
     def _whole_function(self, function):
         return lambda *args, **kwargs: self.whole(self.graph.call_function, function, function, args, kwargs)
@@ -274,7 +280,8 @@ class Recorder(TorchFunctionMode):
         name = target if isinstance(target, str) else target.__name__
         if not self.on_values:
             raise Untraceable(f"{name} runs as a whole")
-        node = record(target, *self.nodes.as_nodes((args, kwargs)))
+        packed = map_tensors((args, kwargs), self.nodes.packed, PackedSequence)
+        node = record(target, *self.nodes.as_nodes(packed))
         node.meta.update(module=self.path[-1], constant=False, autocast=self.autocasts.now())
         self.apart = True
         try:

@@ -5,8 +5,9 @@ import weakref
 
 import torch
 from torch import fx
+from torch.nn.utils.rnn import PackedSequence
 
-from taylor_pruning.surgery.nested import map_tensors, tensors_in
+from taylor_pruning.surgery.nested import tensors_in
 from taylor_pruning.surgery.numbers import is_tracked, plain, product_of
 from taylor_pruning.surgery.recorded_calls import pick
 
@@ -26,6 +27,15 @@ class Untraceable(RuntimeError):
 def _storage(tensor):
     """What tells whether two tensors have the same values in memory; a sparse tensor shares none."""
     return tensor.untyped_storage()._cdata if tensor.layout == torch.strided else id(tensor)
+
+
+def _shapes(value):
+    """The shapes of tensors in nested tuples and lists, in plain tuples; numbers stay, and None is in the place of all else."""
+    if isinstance(value, torch.Tensor):
+        return tuple(map(int, value.shape))
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_shapes, value))
+    return value if isinstance(value, (int, float)) else None
 
 
 class TensorNodes:
@@ -149,7 +159,8 @@ class TensorNodes:
 
     def unpack(self, result, node):
         """Gives every tensor of a result of several, nested or not, a node of its own."""
-        node.meta["shapes"] = map_tensors(result, lambda t: tuple(map(int, t.shape)))
+        with torch._C.DisableTorchFunction():  # the shapes of what has no node yet are no steps
+            node.meta["shapes"] = _shapes(result)
         for i, item in enumerate(result):
             if not tensors_in(item):
                 continue
@@ -159,6 +170,11 @@ class TensorNodes:
                 self.bind(item, part)
             else:
                 self.unpack(item, part)
+
+    def packed(self, sequence):
+        """The node of a PackedSequence, which can be made of tensors alone."""
+        parts = (None if tensor is None else self.node_of(tensor) for tensor in sequence)
+        return self.graph.call_function(PackedSequence, tuple(parts))
 
     def as_nodes(self, value, sized=False, bounded=False):
         """Arguments of a call with nodes in the place of tensors and sizes.

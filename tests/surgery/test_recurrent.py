@@ -7,6 +7,7 @@ from conftest import randomise
 from test_surgery import check_law
 from torch import nn
 from torch.nn.utils import parametrizations, weight_norm
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from taylor_pruning.selection.costs import CostModel
 from taylor_pruning.surgery.graph import ChannelGraph
@@ -125,3 +126,29 @@ def test_channels_along_the_time_of_a_recurrent_layer_stay():
     model = Along(nn.GRU)
     model(torch.zeros(2, 3, 8, 8))
     assert ChannelGraph(model, torch.zeros(2, 3, 8, 8)).layers["a"].reason == "passes through gru (layer)"
+
+
+class Packed(nn.Module):
+    """A recurrent layer that reads samples of several lengths."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.a, self.b, self.layer, self.fc = nn.Conv1d(3, 8, 3), nn.Conv1d(8, 6, 1), kind(6, 5), nn.Linear(5, 4)
+
+    def forward(self, x, lengths):
+        x = self.b(F.relu(self.a(x))).permute(2, 0, 1)
+        x, _ = pad_packed_sequence(self.layer(pack_padded_sequence(x, lengths, enforce_sorted=False))[0])
+        return self.fc(x.mean(0))
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_what_a_recurrent_layer_reads_in_packed_samples_stays(kind):
+    torch.manual_seed(0)
+    model, example = Packed(kind).double(), (torch.randn(2, 3, 10).double(), torch.tensor([8, 5]))
+    graph = ChannelGraph(model, example)
+    assert graph.layers["b"].reason == "passes through _pack_padded_sequence"
+    smaller, gates = graph.remove({"a": [1, 4]}), torch.ones(len(graph.units))
+    gates[[1, 4]] = 0
+    with graph.gated(gates):
+        expected = model(*example)
+    assert torch.allclose(smaller(*example), expected, rtol=1e-9)

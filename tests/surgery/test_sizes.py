@@ -14,6 +14,7 @@ from torch import nn
 from taylor_pruning.errors import InputError
 from taylor_pruning.repair.paired_runs import refresh_batchnorms
 from taylor_pruning.surgery import other_sizes
+from taylor_pruning.surgery.draws import equal_draws
 from taylor_pruning.surgery.graph import ChannelGraph
 
 
@@ -252,3 +253,20 @@ def test_another_type_is_recorded_once_for_all_sizes_where_the_forward_reads_non
             gated = model(x)
         torch.testing.assert_close(gated, model(x))
     assert len(recorded) == 1
+
+
+@pytest.mark.parametrize(
+    "middle",
+    [
+        lambda s, x: x * torch.from_numpy(np.ones(1)) * x.shape[2],
+        lambda s, x: torch.fft.rfft2(x).real[..., : x.shape[-1] // 2],
+        lambda s, x: x.mT.reshape(x.shape),
+    ],
+)
+def test_a_forward_is_recorded_alike_at_every_size(middle):
+    """A proof records under `equal_draws`, where new tensors pass through a few more operations."""
+    model, x = around(middle), images(2, 8, 10)
+    graph = ChannelGraph(model, images(1), verify=False)
+    with torch.no_grad(), equal_draws(torch.device("cpu")), graph.gated(torch.ones(len(graph.units))):
+        found = model(x)
+    assert torch.allclose(found, model(x))

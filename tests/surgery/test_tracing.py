@@ -1,6 +1,7 @@
 """Forwards that look at buffers of one number, and functions whose operations are not seen."""
 
 import re
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -66,18 +67,38 @@ def scripted_swish(x):
     return x.mul(x.sigmoid())
 
 
+with warnings.catch_warnings(action="ignore"):
+    traced_swish = torch.jit.trace(lambda x: x.mul(x.sigmoid()), torch.ones(1))
+
+
 class Scripted(Plain):
+    """Calls a function of torch.jit."""
+
+    def __init__(self, c, called=scripted_swish):
+        super().__init__(c)
+        self.called = called
+
     def forward(self, x):
-        return self.b(scripted_swish(self.a(x)))
+        return self.b(self.called(self.a(x)))
 
 
-def test_a_scripted_function_protects_what_passes_through_it_in_every_call():
+def test_a_scripted_function_is_what_was_compiled():
+    torch.manual_seed(0)
+    graph = check_law(randomise(Net([Scripted]).double().eval()), images(), seeds=(0,))
+    assert all(info.removable.all() for info in graph.layers.values())
+
+
+def test_a_function_of_a_trace_protects_what_passes_through_it_in_every_call():
     torch.manual_seed(0)
     model = randomise(Net([Scripted]).double().eval())
-    for _ in range(3):  # the first calls of a scripted function run otherwise than later ones
+    model.blocks[0].called = traced_swish
+    for _ in range(3):  # the first calls of such a function run otherwise than later ones
         graph = check_law(model, images(), seeds=(0,))
-        assert graph.layers["blocks.0.a.0"].reason == "passes through scripted_swish (blocks.0)"
+        assert graph.layers["blocks.0.a.0"].reason == "passes through _lambda (blocks.0)"
         assert graph.layers["stem.0"].reason is None and graph.layers["blocks.0.b.0"].reason is None
+    with graph.gated(torch.ones(len(graph.units))):  # it is the same function where the forward is recorded again
+        found = model(images()[..., :8])
+    assert torch.allclose(found, model(images()[..., :8]))
 
 
 @torch.library.custom_op("taylor_pruning_tests::turned", mutates_args=())
@@ -114,6 +135,26 @@ def test_a_scripted_function_in_a_module_that_runs_as_a_whole():
     graph = ChannelGraph(model, images(1))
     assert "whose forward no graph can repeat" in graph.layers["blocks.0.b.0"].reason
     assert graph.layers["stem.0"].reason is None
+
+
+class SeveralUndecided(Undecided):
+    def forward(self, x):
+        return super().forward(x), (x.mean((2, 3)), None)
+
+
+class ReadsSeveral(Plain):
+    def forward(self, x):
+        first, (second, _) = self.undecided(self.a(x))
+        return self.b(first * second[..., None, None])
+
+
+def test_a_module_that_runs_as_a_whole_may_give_several_tensors():
+    torch.manual_seed(0)
+    model = randomise(Net([ReadsSeveral]).double().eval())
+    model.blocks[0].undecided = SeveralUndecided()
+    graph = check_law(model, images(), seeds=(0,), train=False)
+    assert "blocks.0.undecided, whose forward no graph can repeat" in graph.layers["blocks.0.a.0"].reason
+    assert graph.layers["blocks.0.b.0"].reason is None
 
 
 # -- loops over samples, and what refusals advise ----------------------------------------------------------------------

@@ -148,11 +148,12 @@ class Call:
         """A result without ids, in the structure that the trace saw."""
 
         def made(shape):
+            if not isinstance(shape, (tuple, list)):
+                return shape
             if shape and isinstance(shape[0], (tuple, list)):
                 return tuple(made(s) for s in shape)
             return Value(tuple(shape), (), reason)
 
         if "shapes" in self.node.meta:
-            shapes = self.node.meta["shapes"]
-            return tuple(made(s) if isinstance(s, (tuple, list)) else s for s in shapes)
+            return tuple(map(made, self.node.meta["shapes"]))
         return Value(self.shape, (), reason) if "shape" in self.node.meta else None
