@@ -77,6 +77,7 @@ class ChannelIds:
         self.choices = 0  # views that could follow their channels along more than one dimension
         self.norms = {}  # name of a weight that is normalised: (name of what scales it, the dimension that is not summed over)
         self.fixed = {}  # (module name, attribute, index): why it must not change
+        self.multiples = []  # [(ids, divisor, why)]: their number stays a multiple of the divisor
 
     def new(self, number):
         self.count += number
@@ -198,6 +199,11 @@ class ChannelIds:
         for width in number.widths:
             self.fixed.setdefault(width, reason)
 
+    def divides(self, number, divisor, reason):
+        """What is left of the channels that `number` counts stays a multiple of the divisor, as forwards ask in an `assert`."""
+        if is_tracked(number) and number.ids is not None and number.factor:
+            self.multiples.append((number.ids, int(divisor) * number.factor.denominator, reason))
+
     def issue(self, node, ids, linear):
         """`ids` are filters of the layer that the node applies."""
         self.issued.append((node, ids, linear))
@@ -217,7 +223,25 @@ class ChannelIds:
         for width, reason in self.fixed.items():
             for ids, _ in self.widths.get(width, ()):
                 self.protect(ids, reason)
+        for multiple in self.multiples:
+            self._keep_multiple(*multiple)
         return self.classes()
+
+    def _keep_multiple(self, ids, divisor, reason):
+        """Unites as many classes that may go as it takes for their number among `ids` to be a multiple; the rest stays."""
+        classes = self.classes()
+        kept = torch.cat([torch.zeros(0, dtype=torch.long), *(classes[some] for some, _ in self.reasons)])
+        roots, counts = classes[ids][~torch.isin(classes[ids], kept)].unique(return_counts=True)
+        open_roots, number = [], 0
+        for root, count in zip(roots, counts.tolist(), strict=True):
+            if count % divisor:
+                open_roots.append(root[None])
+                number += count
+                self.unite(open_roots[0], open_roots[-1])
+            if number % divisor == 0:
+                open_roots, number = [], 0
+        if open_roots:
+            self.protect(open_roots[0], reason)
 
     def classes(self):
         """[count] for every id the smallest id of its class: every edge hooks the larger label on the smaller one."""

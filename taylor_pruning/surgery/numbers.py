@@ -56,10 +56,11 @@ class Number(_Tracked, int):
     """An `int` that remembers."""
 
     def __int__(self):
-        """A plain number. If this was a product of sizes, a later size argument of its value is recorded as that product."""
+        """A plain number. If this was a product of sizes, or a number of channels or computed from one, a later size argument of
+        its value is recorded as that."""
         value = super().__int__()
         of_sizes = is_tracked(self) and self.node is not None
-        if of_sizes and (self.node.target is operator.mul or self.rounded and _of_channels(self.node)):
+        if of_sizes and (self.node.target is operator.mul or _of_channels(self.node)):
             _PRODUCTS[-1][value] = self.node
         return value
 
@@ -90,7 +91,7 @@ def _of_channels(node):
 
 ROUNDING = {"floor": math.floor, "ceil": math.ceil, "round": round, "trunc": math.trunc}
 _GRAPHS = [None]  # the last is the one that is recorded or propagated now
-_PRODUCTS = [{}]  # {plain number: node of the product of sizes, or share of channels, that it was} in each of them
+_PRODUCTS = [{}]  # {plain number: node of the product of sizes, or number of channels, that it was} in each of them
 
 
 @contextmanager
@@ -123,7 +124,7 @@ def _numbers_of(graph):
 
 
 def product_of(value):
-    """The node of the product of sizes, or of the share, that int() has made this number of; None if there is none."""
+    """The node of the product of sizes, or number of channels, that int() has made this number of; None if there is none."""
     return _PRODUCTS[-1].get(value)
 
 

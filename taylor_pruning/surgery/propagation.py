@@ -1,6 +1,7 @@
 """Runs the recorded graph on channel ids instead of data."""
 
 import math
+import operator
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -8,7 +9,7 @@ import torch
 from torch import fx
 
 from taylor_pruning.surgery.ids import Value, spread
-from taylor_pruning.surgery.numbers import is_tracked, number, numbers_of
+from taylor_pruning.surgery.numbers import is_tracked, number, numbers_of, plain
 from taylor_pruning.surgery.operations import RULES, Call, Info
 from taylor_pruning.surgery.operations.views import sizes_of
 from taylor_pruning.surgery.recorded_calls import operation_name
@@ -169,7 +170,10 @@ def _without_tensors(call):
     """Arithmetic on sizes, an item of a tuple, or a new tensor."""
     if "shape" not in call.node.meta:
         if call.name == "pick" or call.node.op == "call_function" and "shapes" not in call.node.meta:
-            return call.node.target(*call.args, **call.kwargs)
+            value = call.node.target(*call.args, **call.kwargs)
+            if call.node.target is operator.mod and value == 0:
+                call.ids.divides(*call.args, f"their number is to be divided by {plain(call.args[1])} in the forward")
+            return value
         return call.fill(f"passes through {call.where}")
     if call.name == "pick":
         return call.args[0][call.args[1]]

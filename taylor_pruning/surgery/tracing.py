@@ -5,6 +5,7 @@ subclass of Conv2d is then a `conv2d`, a BatchNorm that activates is a `batch_no
 operations that it runs. Control flow on shapes simply runs; sizes are `Number`s, so that the graph holds for every batch size.
 """
 
+import operator
 import traceback
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -162,7 +163,8 @@ def _record(recorder, model, args, kwargs, training):
     structure, found = _returned(recorder, model, output)
     recorder.graph.output(found)
     idle = _idle_layers(recorder.graph, set(recorder.nodes.names.values()))
-    recorder.graph.eliminate_dead_code(_has_effect)
+    divided = _divided(recorder.graph)
+    recorder.graph.eliminate_dead_code(lambda node: _has_effect(node) or node in divided)
     counter = iter(range(len(slots)))
     return Trace(
         recorder.graph,
@@ -211,15 +213,32 @@ def _returned(recorder, model, output):
     return structure, tuple(found)
 
 
+def _live(graph):
+    """The nodes that the output depends on, and what does more than give its result."""
+    live = set()
+    for node in reversed(graph.nodes):
+        if node in live or _has_effect(node):
+            live.update((node, *node.all_input_nodes))
+    return live
+
+
+def _divided(graph):
+    """The remainders of sizes of live tensors: a forward may ask in an `assert` that there is none."""
+    found, known = set(), _live(graph)
+    for node in graph.nodes:
+        if "shape" not in node.meta and node.all_input_nodes and known.issuperset(node.all_input_nodes):
+            known.add(node)
+            if node.target is operator.mod:
+                found.add(node)
+    return found
+
+
 def _idle_layers(graph, names):
     """What applies parameters or buffers of these names although the output does not depend on it, as a graph; else None.
 
     Such layers run in a cut network too, so that their tensors must fit, also where results of theirs meet others.
     """
-    live, stored, idle, behind = set(), set(), set(), set()
-    for node in reversed(graph.nodes):
-        if node in live or _has_effect(node):
-            live.update((node, *node.all_input_nodes))
+    live, stored, idle, behind = _live(graph), set(), set(), set()
     for node in graph.nodes:
         read = set(node.all_input_nodes)
         if node.op == "get_attr" and node.target in names or read and read <= stored:

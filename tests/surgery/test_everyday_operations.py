@@ -202,6 +202,7 @@ HALVES = {
     "int": lambda c: int(c / 2),
     "int of a half": lambda c: int(c // 2),
     "int of a share": lambda c: int(c * 0.5),
+    "int of a quotient of a width": lambda c, block: int(c // block.parts),
 }
 
 
@@ -209,11 +210,37 @@ HALVES = {
 def test_half_of_the_channels(name):
     def swapped(s, x):
         y = s.a(x)
-        first, second = y.split(HALVES[name](y.shape[1]), 1)
+        half = HALVES[name]
+        first, second = y.split(half(y.shape[1], s) if "width" in name else half(y.shape[1]), 1)
         return s.b(torch.cat([second, first], 1) * round(y.shape[2] / 7, 2))
 
-    graph = check_law(around(Block(swapped)), images(), seeds=(0,))
+    graph = check_law(around(Block(swapped, parts=2)), images(), seeds=(0,))
     assert graph.layers["block.a"].removable.all() and graph.layers["stem.0"].removable.all()
+
+
+def test_sizes_in_plain_numbers():
+    def viewed(s, x):
+        n, c, h, w = map(int, (y := s.a(x)).shape)
+        return s.b(torch.cat([y.view(n, c, h * w).view(n, c, h, w), torch.zeros(n, c, h, w).to(y)], 1)[:, :c])
+
+    graph = check_law(around(Block(viewed)), images(), seeds=(0,))
+    assert graph.layers["block.a"].removable.all()
+
+
+@pytest.mark.parametrize(("share", "divisor"), [(1, 4), (1, 2), (2, 2), (2, 4), (1, 3)])
+def test_a_number_of_channels_that_must_be_divided_stays_so(share, divisor):
+    """As many channels go together as the forward asks for; `share`: of the halves, which go in pairs."""
+
+    def paired(s, x):
+        y = s.a(x)
+        channels = y.shape[1] // share
+        assert channels % divisor == 0 or divisor == 3
+        return s.b(torch.cat(y.chunk(2, 1)[::-1], 1))
+
+    graph = check_law(around(Block(paired)), images(), seeds=(0,))
+    sizes = {len(unit.filters) for unit in graph.units if unit.filters[0][0] == "block.a"}
+    together = 2 if divisor == 3 else max(2, share * divisor)
+    assert sizes == ({together} if together < C else set())
 
 
 def test_why_filters_of_a_weight_of_fixed_size_stay():
