@@ -6,6 +6,7 @@ and one for its input channels. After a cut an element exists if and only if all
 concatenations act on a layer as they act on data.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -78,6 +79,7 @@ class ChannelIds:
         self.norms = {}  # name of a weight that is normalised: (name of what scales it, the dimension that is not summed over)
         self.fixed = {}  # (module name, attribute, index): why it must not change
         self.multiples = []  # [(ids, divisor, why)]: their number stays a multiple of the divisor
+        self.sums = []  # [(ids, ((ids, factor), ...), why)]: their number stays that sum
 
     def new(self, number):
         self.count += number
@@ -155,6 +157,9 @@ class ChannelIds:
             if number.whole and len(number.ids) == len(ids) and not number.widths:
                 self.unite(number.ids, ids)
                 return True
+            if number.terms:
+                self.sums.append((ids, number.terms, reason))
+                return True
             self.protect(number.ids, reason)
         elif len(number.widths) == 1 and number.factor is not None and number.factor > 0:
             self.bind_width(number.widths[0], ids, number.factor, reason)
@@ -223,9 +228,19 @@ class ChannelIds:
         for width, reason in self.fixed.items():
             for ids, _ in self.widths.get(width, ()):
                 self.protect(ids, reason)
+        for some in self.sums:
+            self._keep_sum(*some)
         for multiple in self.multiples:
             self._keep_multiple(*multiple)
         return self.classes()
+
+    def _keep_sum(self, ids, terms, reason):
+        """Protects the classes without which the number of `ids` would no longer be the sum."""
+        classes, left = self.classes(), Counter()
+        for some, factor in ((ids, -1), *terms):
+            for root, count in zip(*(t.tolist() for t in classes[some].unique(return_counts=True)), strict=True):
+                left[root] += factor * count
+        self.protect(torch.tensor([root for root, number in left.items() if number], dtype=torch.long), reason)
 
     def _keep_multiple(self, ids, divisor, reason):
         """Unites as many classes that may go as it takes for their number among `ids` to be a multiple; the rest stays."""

@@ -27,10 +27,11 @@ class _Tracked:
         widths: ((module name, attribute, index or None), ...) that it was read from.
         factor: its value over that of its one source (a dimension or an attribute); None: computed in another way.
         rounded: what of the factor comes from quotients, which another number of channels may round.
+        terms: ((ids, factor), ...) whose sum it is, where it adds up several numbers of channels.
     """
 
     graph = node = ids = None
-    widths = ()
+    widths = terms = ()
     factor, rounded = Fraction(1), 0
 
     def __deepcopy__(self, memo):
@@ -56,8 +57,8 @@ class Number(_Tracked, int):
     """An `int` that remembers."""
 
     def __int__(self):
-        """A plain number. If this was a product of sizes, or a number of channels or computed from one, a later size argument of
-        its value is recorded as that."""
+        """A plain number. If this was a product of sizes, or a number of channels or computed from one, a later size argument
+        of its value is recorded as that."""
         value = super().__int__()
         of_sizes = is_tracked(self) and self.node is not None
         if of_sizes and (self.node.target is operator.mul or _of_channels(self.node)):
@@ -183,6 +184,21 @@ def _of_one_source(a, b):
     return bool(a.widths) if a.ids is None else torch.equal(a.ids, b.ids)
 
 
+def _terms(name, a, b=None):
+    """The `terms` of a sum or difference of two numbers of channels, or of such sums; () of all else."""
+    if name not in ("add", "sub"):
+        return ()
+    found = []
+    for operand, sign in ((a, 1), (b, 1 if name == "add" else -1)):
+        counts = is_tracked(operand) and operand.ids is not None and not operand.widths
+        exact = counts and operand.factor is not None and not operand.rounded
+        own = counts and (operand.terms or exact and ((operand.ids, operand.factor),))
+        if not own:
+            return ()
+        found += [(ids, sign * factor) for ids, factor in own]
+    return tuple(found)
+
+
 def _arithmetic(name, reflected):
     function = ROUNDING.get(name) or getattr(operator, name)
     unary = name == "neg" or name in ROUNDING
@@ -209,7 +225,10 @@ def _arithmetic(name, reflected):
         named = tracked if ids else counted  # C // self.groups follows C as long as self.groups stays
         widths = tuple(dict.fromkeys(w for o in named for w in o.widths))
         ids = torch.cat(ids) if len(ids) > 1 else ids[0] if ids else None
-        return number(value, node, ids, widths, factor, rounded)
+        result = number(value, node, ids, widths, factor, rounded)
+        if factor is None and (terms := _terms(name, *operands)):
+            result.terms = terms
+        return result
 
     return method
 

@@ -11,6 +11,7 @@ from torch import fx
 from taylor_pruning.surgery.ids import Value, spread
 from taylor_pruning.surgery.numbers import is_tracked, number, numbers_of, plain
 from taylor_pruning.surgery.operations import RULES, Call, Info
+from taylor_pruning.surgery.operations.elementwise import align
 from taylor_pruning.surgery.operations.views import sizes_of
 from taylor_pruning.surgery.recorded_calls import operation_name
 
@@ -128,7 +129,10 @@ def _call(node, info, result, ids, ways):
             operands.append((source, value))
         return value
 
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), fetch)
+    given, out = dict(node.kwargs), node.kwargs.get("out")
+    if isinstance(out, fx.Node):  # it is written to
+        del given["out"]
+    args, kwargs = fx.node.map_arg((node.args, given), fetch)
     name = operation_name(node)
     inputs = [source for source in node.all_input_nodes if source in result.infos and _is_tensor(env[source])]
     if name in LIKE:  # of the others only the shape or the type matters
@@ -152,9 +156,16 @@ def _call(node, info, result, ids, ways):
     if rule is None:
         return call.unknown()
     try:
-        return rule(call)
+        made = rule(call)
+        return _written(call, made, env[out]) if isinstance(out, fx.Node) else made
     except RULE_ERRORS:  # what the rule has united so far can only protect more
         return call.unknown(f"passes through {call.where}, called in a form that is not known")
+
+
+def _written(call, made, out):
+    """The result of an operation that is written to the tensor `out`, whose channels are those of the result."""
+    axes, reason = align(call.ids, [made, out], call.shape, call.where)
+    return call.ids.value(call.shape, [axis.layer for axis in axes], reason or made.reason)
 
 
 def _is_tensor(value):
@@ -201,7 +212,8 @@ def _factory(call):
             multiple = size.factor and size.factor.denominator == 1 and not size.rounded
             if size.ids is not None and multiple and len(size.ids) * size.factor == shape[d]:
                 layers.append(spread(size.ids.repeat(int(size.factor)), d, shape))
-            elif size.ids is None and not call.info.source and shape[d] > 1:  # zeros, as a recurrent state begins
+            elif shape[d] > 1 and (size.terms or size.ids is None and not call.info.source):
+                # channels that fill up to another number, or are written later; zeros, as a recurrent state begins
                 along = call.ids.new(shape[d])
                 call.ids.bind(size, along, f"their number is the size of a new tensor in {call.where}")
                 layers.append(spread(along, d, shape))

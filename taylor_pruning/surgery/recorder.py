@@ -168,6 +168,8 @@ class Recorder(TorchFunctionMode):
         node.meta.update(module=self.path[-1], constant=constant, autocast=self.autocasts.now())
         if isinstance(result, torch.Tensor):
             self.nodes.bind(result, node)
+            if is_in_place(name, kwargs):
+                self.nodes.rebind(kwargs.get("out", args[0] if args else None), node)
         elif made:
             self.sizes_read = True
             self.nodes.unpack(result, node)

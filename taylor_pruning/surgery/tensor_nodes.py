@@ -100,6 +100,11 @@ class TensorNodes:
         node.meta.setdefault("shape", tuple(map(int, tensor.shape)))
         node.meta["real"] = tensor.is_floating_point()
 
+    def rebind(self, tensor, node):
+        """What is read of a new tensor from now on is what the node has written to it."""
+        if isinstance(tensor, torch.Tensor) and self.is_computed(tensor):
+            self.bind(tensor, node)
+
     def node_of(self, tensor):
         """The tensor's node; one that reads it where it is a parameter, a buffer or a constant.
 

@@ -107,6 +107,36 @@ def one_and_a_half(s, x):
     return s.b(room[:, :c])
 
 
+def joined_in_place(s, x):
+    """One beside the other in a tensor that was made before."""
+    y, z = s.a(x), s.b(x).narrow(1, 0, x.size(1))
+    room = torch.empty(y.size(0), y.size(1) + z.size(1), *y.shape[2:], dtype=y.dtype)
+    with torch.no_grad():
+        torch.cat([y, z], 1, out=room)
+    return s.c(room[:, : y.size(1) + z.size(1)])
+
+
+def accumulated(s, x):
+    room = torch.zeros(x.size(0), s.a.out_channels, *x.shape[2:], dtype=x.dtype)
+    room += s.a(x)
+    room.add_(s.b(x))
+    return room
+
+
+def filled_up(s, x):
+    """The shortcut gets as many channels of zeros as it lacks, in front or behind."""
+    y = torch.cat([s.a(x), s.b(x)], 1)
+    z = F.pad(x, (0, 0, 0, 0, 0, y.size(1) - x.size(1)))
+    return s.c(y + z + torch.cat([x.new_zeros(x.size(0), y.size(1) - x.size(1), *x.shape[2:]), x], 1))
+
+
+def filled_up_by_others(s, x):
+    """More than what one lacks of another: the zeros are those of no channels."""
+    y = torch.cat([s.a(x), s.b(x)], 1)
+    zeros = x.new_zeros(x.size(0), y.size(1) + x.size(1), *x.shape[2:])
+    return s.b(x + zeros.sum(1, keepdim=True)) + zeros[:, 8:16] * zeros.shape[1]
+
+
 def angles(s, x):
     """The angle of a closed channel is 0 or pi, by the sign that its zero has kept."""
     return s.b(torch.complex(s.a(x), s.a(x.flip(3)) + 0.1).angle())
@@ -126,6 +156,10 @@ BLOCKS = {  # name: (block, removable filters of the stem, of a, of b)
     "correlated channels": (Block(correlated), 8, 8, 8),
     "two halves": (Block(two_halves, c=conv(2 * C, C, 1)), 8, 0, 0),
     "room for more": (Block(one_and_a_half), 0, 0, 8),
+    "joined in place": (Block(joined_in_place, c=conv(2 * C, C, 1)), 8, 8, 8),
+    "accumulated": (Block(accumulated), 8, 8, 8),
+    "filled up": (Block(filled_up, c=conv(2 * C, C, 1)), 8, 8, 8),
+    "filled up by others": (Block(filled_up_by_others), 0, 0, 0),
     "angles": (Block(angles), 8, 8, 8),
 }
 

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from taylor_pruning.surgery.ids import Value, varying
+from taylor_pruning.surgery.ids import Value, spread, varying
 from taylor_pruning.surgery.numbers import is_tracked
 from taylor_pruning.surgery.operations.elementwise import align
 from taylor_pruning.surgery.operations.registry import rule
@@ -89,29 +89,43 @@ def pad(call):
     x, sizes = call.values()[0], list(call.get("pad", 1))
     value, mode = call.get("value", 3 if call.name == "pad" else 2), call.get("mode", 2, "constant")
     rank, layers = len(x.shape), []
-    padded = {rank - 1 - i // 2 for i, size in enumerate(sizes) if size != 0}
-    for size in sizes:
-        call.ids.keep_number(size, f"their number is a padding in {call.where}")
+    ends = [(rank - 1 - i // 2, i % 2 == 0, size) for i, size in enumerate(sizes)]  # (dimension, whether before, size)
+    padded = {d for d, _, size in ends if size != 0}
+    for d, _, size in ends:
+        if not (is_tracked(size) and size.terms and any(d in varying(layer) for layer in x.layers)):
+            call.ids.keep_number(size, f"their number is a padding in {call.where}")
     for layer in x.layers:
         along = [d for d in varying(layer) if d in padded]
         small = layer
         for d in range(rank):
             if d not in varying(layer):
                 small = small.narrow(d, 0, 1)
-        if not along:
-            layers.append(small.expand(call.shape))
-        elif mode != "constant" and call.name == "pad":
+        if along and mode != "constant" and call.name == "pad":
             call.protect(layer, "passes through")
-        else:
-            fixed = call.ids.new(1)
-            call.protect(fixed, "meets padding in")
-            own = []
-            for i, size in enumerate(sizes):
-                own.append(int(size) if rank - 1 - i // 2 in along else 0)
-            layers.append(torch.nn.functional.pad(small, own, value=int(fixed)).expand(call.shape))
+            continue
+        for d, before, size in ends:
+            if d in along:
+                small = _padded(call, small, d, before, size)
+        layers.append(small.expand(call.shape))
     # what a maximum never takes is no new value; a gate there would make nan of it
     call.info.source = bool(value) and math.isfinite(value)
     return call.result(layers)
+
+
+def _padded(call, layer, dim, before, size):
+    """The layer with `size` more channels at one end of a dimension, or fewer; as many as fill up to another number may go."""
+    number, length = int(size), layer.shape[dim]
+    if number < 0:
+        return layer.narrow(dim, -number if before else 0, length + number)
+    if is_tracked(size) and size.terms:
+        more = call.ids.new(number)
+        call.ids.bind(size, more, f"their number is a padding in {call.where}")
+    else:
+        more = call.ids.new(1).expand(number)
+        call.protect(more, "meets padding in")
+    shape = [number if d == dim else n for d, n in enumerate(layer.shape)]
+    more = spread(more, dim, shape)
+    return torch.cat([more, layer] if before else [layer, more], dim)
 
 
 @rule("split chunk tensor_split split_with_sizes", linear=True)

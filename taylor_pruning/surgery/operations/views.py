@@ -195,7 +195,7 @@ def _follow(call, layer, before, new, dim, size, free):
     if free or not is_tracked(size):
         return
     along = new[tuple(slice(None) if d == dim else 0 for d in range(new.dim()))]
-    if size.ids is None or size.whole and not size.widths and len(size.ids) == len(along):
+    if size.ids is None or size.terms or size.whole and not size.widths and len(size.ids) == len(along):
         ids.bind(size, along, reason)
         return
     vector = (
