@@ -206,8 +206,10 @@ class ChannelIds:
 
     def divides(self, number, divisor, reason):
         """What is left of the channels that `number` counts stays a multiple of the divisor, as forwards ask in an `assert`."""
-        if is_tracked(number) and number.ids is not None and number.factor:
-            self.multiples.append((number.ids, int(divisor) * number.factor.denominator, reason))
+        if is_tracked(number) and number.ids is not None:
+            factors = {factor for _, factor in number.terms} or {number.factor}  # ids of a sum are those of all terms
+            if len(factors) == 1 and (factor := factors.pop()):
+                self.multiples.append((number.ids, int(divisor) * factor.denominator, reason))
 
     def issue(self, node, ids, linear):
         """`ids` are filters of the layer that the node applies."""

@@ -72,8 +72,8 @@ class Recorder(TorchFunctionMode):
         self.hooks = 0  # forward hooks that run now
         self.looked = False  # one of them has looked at values
         self.apart = False  # whether one of these runs now, of which nothing is recorded
-        self.opaque = ()  # names of modules that run as one operation each
-        self.failed = None  # name of the innermost module in which an error arose
+        self.opaque = ()  # names of modules, and functions of torch.jit, that run as one operation each
+        self.failed = None  # the innermost of them in which an error arose
         self.mode_read = False  # whether the forward asks for the mode in which its modules are
         self.sizes_read = False  # whether it asks for a size, or for the parts of a tensor, of which there may be more
 
@@ -267,8 +267,14 @@ class Recorder(TorchFunctionMode):
         """The call of a function of torch.jit, whose operations are seen in part, and on later calls not at all."""
 
         def scripted_call(function, *args, **kwargs):
-            called = compiled_from(function) or self._whole_function(Scripted(function))
-            return called(*args, **kwargs)
+            called = compiled_from(function)
+            if called is None or function in self.opaque:
+                return self._whole_function(Scripted(function))(*args, **kwargs)
+            try:
+                return called(*args, **kwargs)
+            except TRACE_ERRORS:
+                self.failed = self.failed or function
+                raise
 
         return here(scripted_call, CALL_SCRIPTED)
 

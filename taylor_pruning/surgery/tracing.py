@@ -26,7 +26,7 @@ from taylor_pruning.surgery.draws import fixed_draws, unchecked_distributions
 from taylor_pruning.surgery.nested import Slot, map_tensors, tensors_in
 from taylor_pruning.surgery.numbers import numbers_of, wrap_widths
 from taylor_pruning.surgery.outliving import forget
-from taylor_pruning.surgery.recorded_calls import set_grad, writes
+from taylor_pruning.surgery.recorded_calls import pick, set_grad, writes
 from taylor_pruning.surgery.recorder import TRACE_ERRORS, Recorder, watched
 from taylor_pruning.surgery.tensor_nodes import Untraceable
 
@@ -223,13 +223,22 @@ def _live(graph):
 
 
 def _divided(graph):
-    """The remainders of sizes of live tensors: a forward may ask in an `assert` that there is none."""
-    found, known = set(), _live(graph)
+    """The remainders of numbers of channels of live tensors: a forward may ask in an `assert` that there is none.
+
+    Those of other sizes are left out: where how many it takes depends on a size, they would be other steps there.
+    """
+    found, numbers, live = set(), set(), _live(graph)
     for node in graph.nodes:
-        if "shape" not in node.meta and node.all_input_nodes and known.issuperset(node.all_input_nodes):
-            known.add(node)
-            if node.target is operator.mod:
-                found.add(node)
+        if "shape" in node.meta or not node.all_input_nodes:
+            continue
+        source = node.all_input_nodes[0]
+        if node.target is pick and source.target is getattr:  # a size of a tensor
+            counts = node.args[1] == 1 and live.issuperset(source.all_input_nodes)
+        else:
+            counts = numbers.issuperset(node.all_input_nodes)
+        if counts:
+            numbers.add(node)
+            found.update({node} if node.target is operator.mod else ())
     return found
 
 

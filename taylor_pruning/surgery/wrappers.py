@@ -4,6 +4,7 @@ import copy
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.optim.swa_utils import AveragedModel
 
 from taylor_pruning.errors import InputError
@@ -64,11 +65,17 @@ def _places(network):
 
 
 def check_example(example) -> None:
-    """Raises InputError if an example input holds no tensors, or is one without a batch."""
+    """Raises InputError if an example input holds no tensors, or some without a batch."""
     if not tensors_in(example):
         raise InputError(
             f"example_input is of type {type(example).__name__}; give a tensor of images, a tuple of several inputs, or a "
             "dict of named ones"
+        )
+    given = example.values() if isinstance(example, dict) else example if type(example) is tuple else [example]
+    if any(isinstance(item, PackedSequence) for item in given):
+        raise InputError(
+            "example_input holds a PackedSequence, whose samples cannot be told apart; let the forward take the padded tensor "
+            "and its lengths, and pack them"
         )
     if isinstance(example, Tensor) and (example.dim() < 2 or not len(example)):
         raise InputError(f"example_input is {[*example.shape]}; give images [N, C, H, W] with their batch dimension")

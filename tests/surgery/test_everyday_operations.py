@@ -9,7 +9,7 @@ from conftest import randomise
 from test_operations import Block, C, around, conv, images, parameter
 from test_surgery import check_law
 from torch import nn
-from torchvision.ops import DeformConv2d
+from torchvision.ops import DeformConv2d, roi_align
 
 from taylor_pruning.surgery.graph import ChannelGraph
 
@@ -23,6 +23,11 @@ def transformed(s, x):
 def weighed(s, x):
     y = s.a(x)
     return s.b(s.d(y, s.places(x), s.weights(x).sigmoid()))
+
+
+def windows(s, x):
+    box = torch.tensor([1.0, 2.0, 9.0, 8.0], dtype=x.dtype).expand(x.shape[0], 4)
+    return s.b(roi_align(s.a(x), torch.cat([torch.arange(x.shape[0], dtype=x.dtype)[:, None], box], 1), 6))
 
 
 def broadcast(s, x):
@@ -95,6 +100,9 @@ BLOCKS = {  # name: (block, its output channels, removable filters of the stem, 
                          weights=conv(C, 9, 3, padding=1)), C, 8, 8, 8),
     "deformable in groups": (Block(lambda s, x: s.b(s.d(s.a(x), s.places(x))), places=conv(C, 18, 3, padding=1),
                                    d=DeformConv2d(C, C, 3, padding=1, groups=2, bias=False)), C, 8, 8, 8),
+    "deformable at places of groups": (Block(lambda s, x: s.b(s.d(s.a(x), s.places(x))), places=conv(C, 36, 3, padding=1),
+                                             d=DeformConv2d(C, C, 3, padding=1)), C, 8, 8, 8),
+    "windows": (Block(windows), C, 8, 8, 8),
     "numpy's names": (Block(named_as_in_numpy), C + 4, 8, 8, 8),
     "einsum of all other dimensions": (
         Block(lambda s, x: s.b(torch.einsum("dc,bc...->bd...", s.w, torch.einsum("...hw,...w->...hw", s.a(x), x.mean(2)))),
@@ -241,6 +249,17 @@ def test_a_number_of_channels_that_must_be_divided_stays_so(share, divisor):
     sizes = {len(unit.filters) for unit in graph.units if unit.filters[0][0] == "block.a"}
     together = 2 if divisor == 3 else max(2, share * divisor)
     assert sizes == ({together} if together < C else set())
+
+
+def test_a_sum_of_numbers_of_channels_that_must_be_divided_stays_so():
+    def joined(s, x):
+        y, z = s.a(x), s.b(x)
+        assert (y.shape[1] + z.shape[1]) % 4 == 0
+        return torch.cat([y, z], 1)
+
+    graph = check_law(around(Block(joined), 2 * C), images(), seeds=(0,))
+    sizes = [len(unit.filters) for unit in graph.units if unit.filters[0][0].startswith("block")]
+    assert sizes == [4, 4, 4, 4]
 
 
 def test_why_filters_of_a_weight_of_fixed_size_stay():

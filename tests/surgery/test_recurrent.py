@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, weight_norm
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from taylor_pruning.errors import InputError
 from taylor_pruning.selection.costs import CostModel
 from taylor_pruning.surgery.graph import ChannelGraph
 from taylor_pruning.training.profile import profile
@@ -152,3 +153,9 @@ def test_what_a_recurrent_layer_reads_in_packed_samples_stays(kind):
     with graph.gated(gates):
         expected = model(*example)
     assert torch.allclose(smaller(*example), expected, rtol=1e-9)
+
+
+def test_packed_samples_as_an_example_are_refused():
+    packed = pack_padded_sequence(torch.zeros(10, 2, 6), [8, 5], enforce_sorted=False)
+    with pytest.raises(InputError, match="holds a PackedSequence.*let the forward take the padded tensor"):
+        ChannelGraph(nn.GRU(6, 5), packed)

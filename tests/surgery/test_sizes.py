@@ -255,9 +255,17 @@ def test_another_type_is_recorded_once_for_all_sizes_where_the_forward_reads_non
     assert len(recorded) == 1
 
 
+def by_largest_divisor(s, x):
+    divisor = 7
+    while x.shape[2] % divisor:
+        divisor -= 1
+    return x * divisor
+
+
 @pytest.mark.parametrize(
     "middle",
     [
+        by_largest_divisor,
         lambda s, x: x * torch.from_numpy(np.ones(1)) * x.shape[2],
         lambda s, x: torch.fft.rfft2(x).real[..., : x.shape[-1] // 2],
         lambda s, x: x.mT.reshape(x.shape),

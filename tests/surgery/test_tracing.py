@@ -137,6 +137,20 @@ def test_a_scripted_function_in_a_module_that_runs_as_a_whole():
     assert graph.layers["stem.0"].reason is None
 
 
+@torch.jit.script
+def scripted_decision(x):
+    return 2 * x if bool(x.sum() > 0) else x
+
+
+def test_a_scripted_function_that_decides_by_values_runs_as_a_whole():
+    torch.manual_seed(0)
+    model = randomise(Net([Scripted]).double().eval())
+    model.blocks[0].called = scripted_decision
+    graph = check_law(model, images(), seeds=(0,))
+    assert graph.layers["blocks.0.a.0"].reason == "passes through scripted_decision (blocks.0)"
+    assert graph.layers["blocks.0.b.0"].reason is None
+
+
 class SeveralUndecided(Undecided):
     def forward(self, x):
         return super().forward(x), (x.mean((2, 3)), None)

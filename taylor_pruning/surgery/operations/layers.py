@@ -108,7 +108,7 @@ def _whole_groups(call, inputs, outputs, own, groups):
 def deform_conv(call):
     """A convolution that reads at places computed from the input (torchvision), and may weigh them."""
     x, weight, *places, bias = call.args[:5]
-    ids, groups = call.ids, call.args[11]
+    ids, groups, of_places = call.ids, call.args[11], int(call.args[12])
     inputs = ids.vector(x, 1)
     for value in (x, *places):
         for layer in value.layers:
@@ -117,6 +117,7 @@ def deform_conv(call):
     if inputs is not None and 1 < len(inputs) == int(groups):
         return call.unknown()
     outputs = _mixing(call, x, inputs, (ids.vector(weight, 0), ids.vector(weight, 1)), weight, groups, False)
+    _of_one_group(ids, inputs, of_places)  # channels read at places of their own group
     ids.attach(bias, outputs, f"meets a tensor of fixed size in {call.where}")
     call.info.source = True
     return call.result([] if outputs is None else [spread(outputs, 1, call.shape)])

@@ -40,6 +40,21 @@ def grid_sample(call):
     return spatial(call)
 
 
+@rule("roi_align", linear=True)
+def roi_align(call):
+    """Pooled windows of the maps, whose places depend on no channels."""
+    if not call.is_constant(1):
+        call.info.nonlinear = call.name
+    for layer in call.values()[1].layers:
+        call.protect(layer, "enters")
+    call.info.mains = (call.operands[0][0],)
+    layers = [layer for layer in call.values()[0].layers if varying(layer) == [1]]
+    for layer in call.values()[0].layers:
+        if varying(layer) != [1]:
+            call.protect(layer, "passes through")
+    return call.result([layer[:1, :, :1, :1].expand(call.shape) for layer in layers])
+
+
 @rule("affine_grid", linear=True)
 def affine_grid(call):
     """Places of the pixels of a size, in which the number of channels does not matter."""
