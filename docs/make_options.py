@@ -39,7 +39,8 @@ def page() -> str:
 def _row(field, python: bool = False) -> str:
     about = field.metadata["option"]
     name = f"`{field.name}`" if python else f"`{flag(field)}`"
-    cells = [name, value_text(field), default_text(field) or "-", about.help, about.when]
+    when = " ".join([*(f"With {needed}." for needed in about.needs), about.when])
+    cells = [name, value_text(field), default_text(field) or "-", about.help, when]
     return f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |"
 
 

@@ -56,7 +56,8 @@ def new_parser(task: type[ExperimentTask] | type[SweepTask], description: str) -
 
 def _add(group, part: str, field: dataclasses.Field):
     kind, several, _ = value_type(field)
-    properties = {"dest": f"{part}.{field.name}", "default": field.default, "help": _help(field).replace("%", "%%")}
+    # without a default: what is in the namespace was given
+    properties = {"dest": f"{part}.{field.name}", "default": argparse.SUPPRESS, "help": _help(field).replace("%", "%%")}
     if kind is bool:
         action = argparse.BooleanOptionalAction if field.default else "store_true"
         group.add_argument(flag(field), action=action, **properties)
@@ -150,19 +151,47 @@ def parse(task: type[ExperimentTask] | type[SweepTask], description: str, argv: 
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         parser.error(_unknown(unknown, task))
-    given = vars(given)
+    given = wanted = vars(given)
     try:
-        if folder := given["run.resume"]:
-            _check_one_folder(folder, given["run.output_dir"])
+        if folder := given.get("run.resume"):
+            _check_one_folder(folder, given.get("run.output_dir"))
             parser.set_defaults(**_options_of_run(user_path(folder), task))
-            given = vars(parser.parse_args(argv))
+            wanted = vars(parser.parse_args(argv))
         values = {part: {} for part in parts_of(task)}
-        for destination, value in given.items():
+        for destination, value in wanted.items():
             part, name = destination.split(".")
             values[part][name] = tuple(value) if isinstance(value, list) else value
-        return Command(**{part: settings(**values[part]) for part, settings in parts_of(task).items()})
+        command = Command(**{part: settings(**values[part]) for part, settings in parts_of(task).items()})
+        _check_effects(command, given, task)
+        return command
     except InputError as error:
         parser.error(str(error))
+
+
+def _check_effects(command: Command, given: dict, task: type) -> None:
+    """Raises InputError at an option of the command line that asks for something and has no effect."""
+    values = {flag(f): getattr(getattr(command, part), f.name) for part, f in shown_options(task)}
+    for part, f in shown_options(task):
+        asked = given.get(f"{part}.{f.name}") not in (None, 0, "auto")  # False is 0: what is off asks for nothing
+        for needed in f.metadata["option"].needs if asked else ():
+            known = [text for text in needed.split(" or ") if _positive(text.split()[0]) in values]
+            if not any(_holds(text, values) for text in known):
+                raise InputError(
+                    f"{flag(f)} needs {' or '.join(known)} and has no effect without; give both, or leave {flag(f)} out"
+                )
+
+
+def _positive(name: str) -> str:
+    return name.replace("--no-", "--", 1)
+
+
+def _holds(text: str, values: dict) -> bool:
+    """Whether the options have what `Option.needs` says between two "or"."""
+    name, *allowed = text.split()
+    value = values[_positive(name)]
+    if allowed:
+        return any(str(item) in allowed for item in (value if isinstance(value, tuple) else [value]))
+    return bool(value) == (name == _positive(name))
 
 
 def _check_one_folder(resume: str, output_dir: str | None) -> None:

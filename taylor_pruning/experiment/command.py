@@ -98,21 +98,24 @@ class SweepTask(Task):
     baselines: tuple[str, ...] | None = option(
         None,
         "published criteria under the same budget; without repair they prune in one step",
-        "With --compare-baseline.",
+        "To compare with more than the default.",
         choices=tuple(sorted(BASELINES)),
         default_text="molchanov2017",
+        needs=("--compare-baseline",),
     )
     baseline_widths: tuple[str, ...] | None = option(
         None,
         "widths of the baselines: own, by their scores in all layers; uniform, the same share of every layer",
-        "With --compare-baseline. Uniform widths are what most papers report, and often the stronger baseline.",
+        "Uniform widths are what most papers report, and often the stronger baseline.",
         choices=WIDTHS,
         default_text="own",
+        needs=("--compare-baseline",),
     )
     compensate_baselines: bool = option(
         False,
         "also run the baselines with the repair, in as many rounds as the orders",
-        "With --compare-baseline. It shows how much of a lead is the scores' and how much is the repair's.",
+        "It shows how much of a lead is the scores' and how much is the repair's.",
+        needs=("--compare-baseline",),
     )
     seeds: tuple[int, ...] | None = option(
         None,
@@ -127,8 +130,6 @@ class SweepTask(Task):
         if self.compare_baseline:
             object.__setattr__(self, "baselines", self.baselines or ("molchanov2017",))
             object.__setattr__(self, "baseline_widths", self.baseline_widths or ("own",))
-        elif given := [n for n in ("baselines", "baseline_widths", "compensate_baselines") if getattr(self, n)]:
-            raise InputError(f"--{given[0].replace('_', '-')} needs --compare-baseline; give both or none")
 
 
 @dataclass(frozen=True)
@@ -172,6 +173,7 @@ class DataSettings(Checked):
         False,
         "leave out images that cannot be decoded",
         "For collected data sets; results.json lists what was left out.",
+        needs=("--data-path",),
     )
     batch_size: int = option(
         64,
@@ -193,6 +195,7 @@ class DataSettings(Checked):
         "Give more where layers have more channels than a few hundred images can determine.",
         low=1,
         default_text="as --calibration-samples",
+        needs=("--compensate or --compensate-baselines",),
     )
     train_epochs: int | None = option(
         None,

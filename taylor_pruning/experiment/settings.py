@@ -90,6 +90,7 @@ class PruningSettings(Constraints):
         "exact where the network is piecewise linear",
         "hvp suits networks with SiLU, GELU or sigmoids. With --compensate directions of the outputs suit all networks.",
         choices=CURVATURES,
+        needs=("--no-compensate or --oracle-samples",),
     )
     class_probes: int | None = option(
         None,
@@ -97,6 +98,7 @@ class PruningSettings(Constraints):
         "More of them make the curvature of many classes exact and cost time: give 12 where there are few images.",
         low=1,
         default_text="12; 1 at order 2 with --compensate",
+        needs=("--taylor-order 2 3 or --taylor-orders 2 3 or --oracle-samples",),
     )
     hessian_probes: int = option(
         8,
@@ -132,6 +134,7 @@ class PruningSettings(Constraints):
         True,
         "repair the following layers by least squares after every round",
         "Leave it on; turn it off to compare criteria as published.",
+        needs=("--repair auto layer network",),
     )
     repair: str = option(
         "auto",
@@ -146,17 +149,20 @@ class PruningSettings(Constraints):
         "passes over the compensation images of --repair network",
         "More passes gain more, where time does not matter.",
         low=1,
+        needs=("--repair network",),
     )
     correct_levels: bool = option(
         False,
         "measure each layer's predicted cost on held-out images and choose again",
         "Where the calibration images say little about each class: on a MobileNetV2 with one photograph a class it gained "
         "5 points. On a ResNet-32 with five rounds it gained nothing. It costs every round as much as scoring 500 images.",
+        needs=("--compensate", "--selection auto joint"),
     )
     guard: bool = option(
         True,
         "stop before a round whose network predicts held-out images worse than a constant answer; smaller ones are tried first",
         "Turn it off where long training follows that will make up for any cut.",
+        needs=("--compensate",),
     )
     fine_tune_between: int = option(
         0,

@@ -134,7 +134,19 @@ def prepare(command, folder, device, percentages=()):
         check_reachable(graph, percentage, settings.constraints)
     if built.new_head or built.weights == "none":
         train_dense(experiment, folder)
+    else:
+        warn_of_no_training(command.data, built)
     return experiment
+
+
+def warn_of_no_training(settings: DataSettings, built: BuiltModel) -> None:
+    """Warns where options ask for a training of the dense network, which has weights for the task."""
+    for name in (name for name in ("train_epochs", "train_lr") if is_main() and getattr(settings, name)):
+        print(
+            f"--{name.replace('_', '-')} has no effect: {built.name} has its weights from {built.weights} and is not trained "
+            "before pruning",
+            file=sys.stderr,
+        )
 
 
 def warn_of_chance(dense, data):

@@ -77,6 +77,7 @@ class Constraints:
         "images of the forward whose time a budget of latency counts",
         "Give the batch size at which the network will be used.",
         low=1,
+        needs=("--budget latency or --target-latency",),
     )
     latency_table: str | None = option(
         None,
@@ -84,6 +85,7 @@ class Constraints:
         "To keep the times of several devices apart, or to take them along. With one file a run can be repeated; "
         "remove it to measure anew.",
         default_text="one in the user's cache folder",
+        needs=("--budget latency or --target-latency",),
         metavar="FILE",
     )
     times: NetworkLatency | None = field(default=None, repr=False, compare=False)

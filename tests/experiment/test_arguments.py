@@ -147,12 +147,61 @@ def test_a_config_that_cannot_be_read_is_named(kind, tmp_path, monkeypatch, caps
         (ExperimentTask, "--repair network --compensation-samples 1", "give more --compensation-samples"),
         (SweepTask, "--repair network --calibration-samples 1", "give more --compensation-samples"),
         (ExperimentTask, "photos", "photos belongs to no option"),
+        (ExperimentTask, "--repair-passes 2", "--repair-passes needs --repair network and has no effect without"),
+        (ExperimentTask, "--repair layer --repair-passes 5", "--repair-passes needs --repair network"),
+        (ExperimentTask, "--latency-table t.json", "--latency-table needs --budget latency or --target-latency"),
+        (SweepTask, "--budget macs --latency-batch 4", "--latency-batch needs --budget latency"),
+        (ExperimentTask, "--no-compensate --compensation-samples 9", "--compensation-samples needs --compensate and"),
+        (SweepTask, "--no-compensate --compensation-samples 9", "needs --compensate or --compensate-baselines"),
+        (ExperimentTask, "--no-compensate --correct-levels", "--correct-levels needs --compensate"),
+        (ExperimentTask, "--correct-levels --selection independent", "--correct-levels needs --selection auto joint"),
+        (ExperimentTask, "--guard --repair none", "--guard needs --compensate"),
+        (ExperimentTask, "--compensate --repair none", "--compensate needs --repair auto layer network"),
+        (ExperimentTask, "--curvature exact", "--curvature needs --no-compensate or --oracle-samples"),
+        (
+            ExperimentTask,
+            "--taylor-order 1 --class-probes 3",
+            "--class-probes needs --taylor-order 2 3 or --oracle-samples",
+        ),
+        (SweepTask, "--taylor-orders 1 --class-probes 3", "--class-probes needs --taylor-orders 2 3 and"),
+        (ExperimentTask, "--skip-corrupt", "--skip-corrupt needs --data-path"),
     ],
 )
 def test_options_that_contradict_or_do_nothing_are_refused(task, words, message, capsys):
     with pytest.raises(SystemExit) as exit:
         parse(task, "", words.split())
     assert exit.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("task", "words"),
+    [
+        (ExperimentTask, "--repair network --repair-passes 5"),
+        (ExperimentTask, "--target-latency 50% --latency-table t.json --latency-batch 4"),
+        (SweepTask, "--no-compensate --compare-baseline --compensate-baselines --compensation-samples 9"),
+        (ExperimentTask, "--curvature exact --oracle-samples 3"),
+        (SweepTask, "--taylor-orders 1 3 --class-probes 3"),
+        (ExperimentTask, "--no-compensate --no-guard --curvature hvp"),
+        (ExperimentTask, "--curvature auto --oracle-samples 0 --fine-tune-epochs 0 --lr 0.1"),
+    ],
+)
+def test_options_that_have_an_effect_or_ask_for_nothing_pass(task, words, tmp_path):
+    """Also when the run goes on, whose config.json names every option."""
+    command = parse(task, "", words.split())
+    write_json(tmp_path / "config.json", {"arguments": command.as_dict()})
+    for more in ([], words.split()):
+        assert dataclasses.replace(parse(task, "", ["--resume", str(tmp_path), *more]), run=command.run) == command
+
+
+@pytest.mark.parametrize("task", RUNNERS)
+def test_what_options_need_are_options(task):
+    known = {flag(f).removeprefix("--"): f for kind in RUNNERS for _, f in shown_options(kind)}
+    for _, field in shown_options(task):
+        for text in " or ".join(field.metadata["option"].needs).split(" or "):
+            name, *values = text.split() or ["--model"]
+            needed = known[name.removeprefix("--").removeprefix("no-")]
+            choices = needed.metadata["option"].choices or ()
+            assert set(values) <= set(map(str, choices)), field.name
 
 
 def test_defaults_that_depend_on_other_options_come_back_from_the_config(tmp_path):

@@ -7,9 +7,9 @@ import torch
 
 from taylor_pruning.errors import InputError
 from taylor_pruning.experiment.arguments import parse
-from taylor_pruning.experiment.command import ExperimentTask
+from taylor_pruning.experiment.command import DataSettings, ExperimentTask
 from taylor_pruning.experiment.models import build_model
-from taylor_pruning.experiment.setup import check_compiler, dense_training, prepare
+from taylor_pruning.experiment.setup import check_compiler, dense_training, prepare, warn_of_no_training
 
 CASES = {
     "from scratch with BatchNorm": ("vgg7_bn", False, [], (12, 0.1, 64)),
@@ -33,6 +33,14 @@ def test_a_dense_network_is_trained_without_a_teacher():
     built = dataclasses.replace(build_model("vgg7_bn", 10, image_size=32), new_head=False)
     recipe, _ = dense_training(parse(ExperimentTask, "", ["--distillation-weight", "0.9"]), built, 3000)
     assert recipe.distillation_weight == 0
+
+
+def test_options_of_a_training_that_is_not_needed_are_named(capsys):
+    built = dataclasses.replace(build_model("vgg7_bn", 10, image_size=32), weights="mine.pth")
+    warn_of_no_training(DataSettings(train_epochs=30), built)
+    assert capsys.readouterr().err.startswith("--train-epochs has no effect: vgg7_bn has its weights from mine.pth")
+    warn_of_no_training(DataSettings(train_epochs=0), built)
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("device", "variable"), [("cpu", "CXX"), ("cuda", "CC")])
