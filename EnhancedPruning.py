@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from EnhancedFilterPruner import ChannelGraph, Rankings
 from taylor_pruning.distributed import is_main
 from taylor_pruning.errors import InputError, instance_of, one_of
-from taylor_pruning.experiment.checkpoint import RoundsCheckpoint, RoundsState
+from taylor_pruning.experiment.checkpoint import RoundsCheckpoint, RoundsState, fingerprint_of
 from taylor_pruning.experiment.choices import BaselineChoice, TaylorChoice, TimedChoice
 from taylor_pruning.experiment.images import PruningImages
 from taylor_pruning.experiment.outcome import pruning_result, with_flow
@@ -241,11 +241,8 @@ class EnhancedPruning:
         epochs = self.recipe.epochs if epochs is None else epochs
         if not epochs:
             return result
-        dense, own = result.stages[0]["parameters"], sum(p.numel() for p in self.model.parameters())
-        if dense != own:
-            raise InputError(
-                f"result is of another network, of {dense:,} parameters instead of {own:,}; give one of this pruning"
-            )
+        if result.dense not in (None, fingerprint_of(self.graph)):  # None: of an older version
+            raise InputError("result is of another dense network, or of other weights of it; give one of this pruning")
         warmup = min(self.recipe.warmup_epochs, epochs / 2)
         recipe = dataclasses.replace(self.recipe, epochs=epochs, warmup_epochs=warmup)
         start, model = time.perf_counter(), copy_of(result.model)
@@ -257,8 +254,8 @@ class EnhancedPruning:
         with seeded(self.settings.seed, device_of(model)):
             history = fine_tune(model, self.train_loader, self.measuring.validation, recipe, teacher=self.teacher,
                                 before=before, monitor=self.measuring.monitor, checkpoint=checkpoint, resume=resume,
-                                memory_limit=self.settings.memory_bytes, task=self.task,
-                                progress=self.progress)  # fmt: skip
+                                memory_limit=self.settings.memory_bytes, task=self.task, progress=self.progress,
+                                start=result.identity)  # fmt: skip
         stages = [*result.stages, self.measuring.stage("fine-tuned", model, time.perf_counter() - start, history.best)]
         flow = result.gradient_flow and with_flow(result.gradient_flow, "fine-tuned", self.rankings, model)
         return dataclasses.replace(

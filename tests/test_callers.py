@@ -271,12 +271,33 @@ def test_a_baseline_of_no_percentage_is_no_unpruned_network(percentage):
         pipeline().prune_by_baseline("magnitude", percentage)
 
 
+def test_a_checkpoint_of_other_filters_is_refused(tmp_path):
+    """Its weights fit: as many filters of every layer were removed."""
+    pruning, file = pipeline(), tmp_path / "run.pt"
+    first, other = (
+        pruning.prune_by_baseline(lambda graph, sign=sign: sign * torch.arange(len(graph.units)), widths="uniform")
+        for sign in (1, -1)
+    )
+    assert [p.shape for p in first.model.parameters()] == [p.shape for p in other.model.parameters()]
+    pruning.fine_tune(first, 1, checkpoint=file)
+    pruning.fine_tune(first, 1, checkpoint=file, resume=True)
+    with pytest.raises(
+        InputError, match=r"run.pt is of another fine-tuning: the removed filters \('\w+' there, '\w+' here\)"
+    ):
+        pruning.fine_tune(other, 1, checkpoint=file, resume=True)
+
+
 def test_what_is_no_result_is_not_fine_tuned():
     pruning = pipeline()
     with pytest.raises(InputError, match="result is of type Sequential; give an instance of PruningResult"):
         pruning.fine_tune(pruning.model, 1)
-    wider = pipeline(model=nn.Sequential(nn.Conv2d(3, 3, 1), *network())).prune(30)
-    with pytest.raises(InputError, match=r"result is of another network, of \d+ parameters instead of \d+; give one"):
-        pruning.fine_tune(wider, 1)
+    other = network()
+    torch.nn.init.normal_(other[0].weight)
+    for result in (
+        pipeline(model=other).prune(30),
+        pipeline(model=nn.Sequential(nn.Conv2d(3, 3, 1), *network())).prune(30),
+    ):
+        with pytest.raises(InputError, match="result is of another dense network, or of other weights of it; give one"):
+            pruning.fine_tune(result, 1)
     with pytest.raises(InputError, match="samples must be at least 1, not -1"):  # not all filters but one
         pruning.oracle(-1)

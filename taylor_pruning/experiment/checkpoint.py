@@ -55,9 +55,8 @@ class RoundsCheckpoint:
 
     def __init__(self, path: Path | str, graph: ChannelGraph, images: dict, settings: dict):
         self.path, self.graph = Path(path), graph
-        fixed = [tensor for name, tensor in stored(graph.model).items() if name not in graph.written]
         self.identity = {
-            "the dense network": fingerprint(fixed),
+            "the dense network": fingerprint_of(graph),
             **{
                 f"the {what} images": fingerprint(x for batch in batches for x in tensors_in(batch))
                 for what, batches in images.items()
@@ -91,6 +90,11 @@ class RoundsCheckpoint:
         model = self.graph.remove(removed(self.graph, content["kept"]))
         restore(model, content["model"])
         return RoundsState(**content | {"model": model})
+
+
+def fingerprint_of(graph: ChannelGraph) -> str:
+    """The fingerprint of the weights of the graph's network, without what its forward writes."""
+    return fingerprint(tensor for name, tensor in stored(graph.model).items() if name not in graph.written)
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> str:

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from taylor_pruning.experiment.checkpoint import RoundsState
+from taylor_pruning.experiment.checkpoint import RoundsState, fingerprint_of
 from taylor_pruning.experiment.results import PruningResult, flow_with_kept, flow_with_stage, layer_table, removed
 from taylor_pruning.selection.latency import latency_report
 from taylor_pruning.training.measuring import Measuring
@@ -28,7 +28,8 @@ def pruning_result(state: RoundsState, rankings, measuring: Measuring, notes: tu
         stages.append(measuring.stage(STAGES[step], state.model, seconds[step]))
     result = PruningResult(
         state.model, stages, state.rounds, layer_table(graph, state.kept), plan, seconds,
-        notes=list(notes), repair=repair, stopped=state.stopped, latency=_latency(state, rankings), **state.ranking,
+        notes=list(notes), repair=repair, stopped=state.stopped, latency=_latency(state, rankings),
+        dense=fingerprint_of(graph), **state.ranking,
     )  # fmt: skip
     if result.gradient_flow:
         flow = flow_with_kept(result.gradient_flow, graph, state.kept)

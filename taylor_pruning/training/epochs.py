@@ -87,11 +87,12 @@ class Training:
         monitor: list | None = None,
         task: Task | None = None,
         memory_limit: int | None = None,
+        start: dict | None = None,
     ):
         self.model, self.checkpoint, self.task, self.memory_limit = model, checkpoint, task_of(task), memory_limit
         self.device = next(model.parameters()).device
         self.recipe = recipe = recipe.resolved(self.device, teacher is not None)
-        self.identity = {**asdict(recipe), "batches per epoch": batches, "processes": world_size()}
+        self.identity = {**asdict(recipe), "batches per epoch": batches, "processes": world_size(), **(start or {})}
         self.batches = batches
         self.steps_per_epoch = math.ceil(batches / recipe.accumulate)
         total, warmup = (self.steps_per_epoch * epochs for epochs in (recipe.epochs, recipe.warmup_epochs))

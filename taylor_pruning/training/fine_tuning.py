@@ -44,6 +44,7 @@ def fine_tune(
     memory_limit: int | None = None,
     checkpoint: Path | None = None,
     resume: bool = False,
+    start: dict | None = None,
     description: str = "fine-tune",
     progress: bool = True,
 ) -> History:
@@ -57,9 +58,10 @@ def fine_tune(
     process's share. With an EMA, its weights are the ones validated and kept. `memory_limit`: bytes within which validation
     stays, see training.evaluation.evaluate; training itself takes what a batch needs.
 
-    `checkpoint` is written after every epoch. `resume=True` continues from it (from the start if there is no such file),
-    on CPU with the same bits as an unbroken run if the loader has `set_epoch`. Under torch.distributed each process calls
-    this with its own shard of equally many batches; rank 0 writes and prints.
+    `checkpoint` is written after every epoch. `resume=True` continues from it (from the start if there is no such file), on
+    CPU with the same bits as an unbroken run if the loader has `set_epoch`. Weights come from the checkpoint, so that those
+    of the given model do not matter; `start`, plain values that say where they come from, must be those of the checkpoint.
+    Under torch.distributed each process calls this with its own shard of equally many batches; rank 0 writes and prints.
 
     Raises InputError (settings, data, a checkpoint of another run, GPU memory), TrainingDiverged, and Interrupted on
     Ctrl-C; in each case the model holds the best weights so far.
@@ -69,7 +71,7 @@ def fine_tune(
     checkpoint = checkpoint_file(checkpoint, resume)
     with modes_kept(model), _teaching(teacher, model):
         run = Training(model, recipe, teacher, len(train_loader), checkpoint, monitor=monitor, task=task,
-                       memory_limit=memory_limit)  # fmt: skip
+                       memory_limit=memory_limit, start=start)  # fmt: skip
         try:
             if resume and checkpoint and checkpoint.exists():
                 run.load(before)
