@@ -48,10 +48,10 @@ def run(command: Command, folder: Path, device: torch.device) -> int:
     """Runs what is not yet in the folder, writes the tables and plots; 1 if a cell failed."""
     before = read_json(folder / "results.json", {"cells": [CELL]}) if command.run.resume else None
     barrier()
-    if before and all(cell["status"] == "done" for cell in before["cells"]):
+    if before and all(map(is_final, before["cells"])):
         if is_main():
             print(f"the sweep in {folder} is finished; nothing was changed")
-        return 0
+        return outcome(before["cells"], folder)
     methods = [f"order {order}" for order in sorted(set(command.task.taylor_orders))]
     methods += baseline_methods(command.task) if command.task.compare_baseline else []
     percentages = sorted(set(command.task.pruning_percentages))
@@ -92,6 +92,11 @@ def read_cell(folder: Path, method: str, percentage: float, seed: int) -> dict |
     return cell
 
 
+def is_final(cell: dict | None) -> bool:
+    """Whether a cell is not computed again: it is finished, or has diverged, which the same numbers would do again."""
+    return bool(cell) and (cell["status"] == "done" or cell.get("diverged", False))
+
+
 class Sweep:
     """The cells of one seed, in `folder`."""
 
@@ -108,7 +113,7 @@ class Sweep:
 
     def cell(self, method: str, percentage: float) -> None:
         """Prunes, fine-tunes and writes one cell, unless it is finished. A failure is recorded; the other cells run."""
-        if (read_cell(self.folder, method, percentage, self.seed) or {}).get("status") == "done":
+        if is_final(read_cell(self.folder, method, percentage, self.seed)):
             return
         try:
             result = self.fine_tuned(method, percentage, self.pruned(method, percentage))
@@ -116,8 +121,8 @@ class Sweep:
         except CELL_ERRORS as error:
             allow_repair(self.folder.parent, error)
             # a failed cell keeps no checkpoint
-            reason = error.reason if isinstance(error, TrainingDiverged) else error
-            content = {"status": "failed", "error": str(reason)}
+            diverged = isinstance(error, TrainingDiverged)
+            content = {"status": "failed", "error": str(error.reason if diverged else error), "diverged": diverged}
         self.write(method, percentage, content)
 
     def pruned(self, method: str, percentage: float) -> PruningResult:
@@ -177,10 +182,20 @@ def report(command: Command, experiment: Experiment, folder: Path, dense: dict, 
     write_sweep(sweep, folder)
     print(sweep_table(sweep))
     print(f"\n{sweep_closing(sweep, folder)}")
-    failed = sum(cell["status"] == "failed" for cell in cells)
-    if failed:
-        again = f"--resume {shlex.quote(str(folder))} tries them again"
-        print(f"{failed} of {len(cells)} cells failed; results.md names them, {again}", file=sys.stderr)
+    return outcome(cells, folder)
+
+
+def outcome(cells: list[dict], folder: Path) -> int:
+    """The exit code; prints how many cells failed, and what can be done."""
+    failed = [cell for cell in cells if cell["status"] == "failed"]
+    diverged = sum(map(is_final, failed))
+    advice = {
+        "diverged": (diverged, "start another sweep of these percentages and methods with a lower --lr"),
+        "failed": (len(failed) - diverged, f"--resume {shlex.quote(str(folder))} tries them again"),
+    }
+    for what, (count, remedy) in advice.items():
+        if count and is_main():
+            print(f"{count} of {len(cells)} cells {what}; results.md names them, {remedy}", file=sys.stderr)
     return 1 if failed else 0
 
 

@@ -1,9 +1,10 @@
 """What the cells of a sweep say: means and deviations over seeds, before and after fine-tuning.
 
 A sweep holds "dense" (the stage of the unpruned network), "cells", "arguments" and "environment". A cell has "percentage",
-"method" (a key of report.figures.METHODS), "seed", "status" ("done" or "failed") and "error" (CELL); a finished one also has
-"stages", "layers" and "fine_tuning", as in the results of one experiment (DONE_CELL). Percentages count what the argument
-"budget" says, filters where there is none. Failed cells enter no mean.
+"method" (a key of report.figures.METHODS), "seed", "status" ("done" or "failed") and "error" (CELL); a failed one has
+"diverged", whether training did; a finished one also has "stages", "layers" and "fine_tuning", as in the results of one
+experiment (DONE_CELL). Percentages count what the argument "budget" says, filters where there is none. Failed cells enter
+no mean.
 """
 
 import math

@@ -331,4 +331,9 @@ def test_a_failed_cell_is_recorded_and_the_rest_goes_on(image_folder, tmp_path, 
     cells = json.loads((tmp_path / "run" / "results.json").read_text())["cells"]
     failed = [cell for cell in cells if cell["status"] == "failed"]
     assert [(c["method"], c["percentage"], c["error"]) for c in failed] == [("order 2", 40, "loss is NaN in step 3")]
-    assert len(cells) == 2 and "1 of 2 cells failed" in capsys.readouterr().err
+    said = "1 of 2 cells diverged; results.md names them, start another sweep of these"
+    assert len(cells) == 2 and said in capsys.readouterr().err
+    monkeypatch.setattr(run_enhanced_pruning, "prepare", None)  # the same numbers would diverge again
+    before = (tmp_path / "run" / "results.json").read_bytes()
+    assert run_enhanced_pruning.main(["--resume", str(tmp_path / "run")]) == 1
+    assert said in capsys.readouterr().err and before == (tmp_path / "run" / "results.json").read_bytes()
