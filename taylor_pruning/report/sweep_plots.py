@@ -33,6 +33,7 @@ from taylor_pruning.report.sweep_steps import mean_curve, steps_to_reach
 from taylor_pruning.report.tables import cost_unit, numbers
 
 LEGEND_ROWS, LEGEND_ROW = 4, 0.16  # rows for which a figure has room, and inches that each further one takes
+MOST_ROWS = 8  # of a narrow figure, whose legend would else be taller than its plot
 DODGE = 0.007  # distance of neighbouring methods, as a share of the range of x
 DODGED = 0.7  # largest distance of the first method from the last, as a share of the smallest gap in x
 LABEL_ROOM = 0.08  # of a percentage under the x axis, as a share of the range of x
@@ -74,6 +75,10 @@ def _shared_legend(figure, panels):
             break
         legend.remove()
         rows = math.ceil(len(handles) / (columns - 1))
+    if rows > MOST_ROWS and figure.get_figwidth() < TEXT_WIDTH:
+        legend.remove()
+        figure.set_figwidth(TEXT_WIDTH)
+        return _shared_legend(figure, panels)
     figure.set_figheight(figure.get_figheight() + LEGEND_ROW * max(0, rows - LEGEND_ROWS))
 
 

@@ -376,6 +376,17 @@ def test_many_methods_fit_into_their_picture_beside_their_percentage(tmp_path, m
         assert all(min(abs(x - p) for p in (0.5, 90, 97)) < 3.5 for x in places)
 
 
+def test_the_legend_of_many_methods_is_no_taller_than_the_plot(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: [figures.append(figure), Path(path).touch()])
+    with careful_plots():
+        SweepPlots._plot_size(make_sweep((30, 50), tuple(METHODS)), [tmp_path / "a.png"])
+        (figure,) = figures
+        figure.draw_without_rendering()
+        legend, whole = figure.legends[0].get_window_extent(), figure.bbox
+        assert legend.height < whole.height / 2 and whole.x0 <= legend.x0 < legend.x1 <= whole.x1
+
+
 def test_a_plot_that_fails_in_the_middle_leaves_nothing_behind(tmp_path, monkeypatch):
     def half(self, path, **options):
         Path(path).write_bytes(b"\x89PNG")
