@@ -25,7 +25,7 @@ class ImageData:
     image_size: int  # pixels; a batch is [B, 3, image_size, image_size]
     imagenet_labels: bool  # labels are positions in ImageNet's 1,000 classes
     skipped: list[Path] = field(default_factory=list)  # corrupt files that were left out
-    shared: list[str] = field(default_factory=list)  # validation images that are the files of training images, by links
+    shared: list[str] = field(default_factory=list)  # validation images that are training images too: links or copies
     mean: tuple[float, ...] = IMAGENET_MEAN  # of the normalisation: (value in [0, 1] - mean) / std
     std: tuple[float, ...] = IMAGENET_STD
     # What tells these images from others, cheaply, in plain values; None where they cannot change. {"classes": folder names

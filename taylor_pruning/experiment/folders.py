@@ -6,7 +6,6 @@ Small images (shorter side up to 64 pixels) are decoded once into one uint8 tens
 """
 
 import copy
-import hashlib
 import io
 import os
 import stat
@@ -28,6 +27,7 @@ from tqdm import tqdm
 
 from taylor_pruning.errors import InputError
 from taylor_pruning.experiment.data import IMAGENET_MEAN, IMAGENET_STD, SMALL_IMAGE, ImageData, TensorImages
+from taylor_pruning.experiment.listing import listing_and_shared
 from taylor_pruning.files import user_path
 
 # Also those that this Pillow may be unable to read: they are refused by name, and not left out in silence.
@@ -235,33 +235,12 @@ def load_image_folder(path, *, image_size: int | None = None, weights=None, skip
         evaluation = train.with_transform(preset.evaluation(size, small))
         augmented = train.with_transform(preset.training(size, small))
         validation = val.with_transform(preset.evaluation(size, small))
-    listing, shared = _listing_and_shared(train, val)
+    listing, shared = listing_and_shared(train, val)
     return ImageData(
         name=path.resolve().name, train=augmented, val=validation, evaluation_train=evaluation, classes=train.classes,
         num_classes=len(train.classes), image_size=size, imagenet_labels=imagenet_labels, skipped=skipped,
         mean=preset.mean, std=preset.std, listing=listing, shared=shared,
     )  # fmt: skip
-
-
-def _listing_and_shared(train: FolderImages, val: FolderImages) -> tuple[dict, list[str]]:
-    """See ImageData; every file is looked up once for both."""
-    present = set(train.targets)
-    classes = [name for name, label in train.class_to_idx.items() if label in present]
-    (of_train, train_files), (of_val, val_files) = map(_names_and_sizes, (train, val))
-    known = set(train_files)
-    shared = [path for (path, _), file in zip(val.samples, val_files, strict=True) if file in known]
-    return {"classes": classes, "train": of_train, "val": of_val}, shared
-
-
-def _names_and_sizes(dataset: FolderImages) -> tuple[dict, list[tuple[int, int]]]:
-    """What tells the images from others, and (device, inode) of every file."""
-    names, sizes, files = hashlib.sha256(), hashlib.sha256(), []
-    for path, _ in dataset.samples:
-        file = os.stat(path)
-        names.update(os.fsencode(os.path.relpath(path, dataset.root)) + b"\0")
-        sizes.update(b"%d\0" % file.st_size)
-        files.append((file.st_dev, file.st_ino))
-    return {"images": len(dataset), "names": names.hexdigest()[:16], "sizes": sizes.hexdigest()[:16]}, files
 
 
 def _scan(path: Path) -> tuple[FolderImages, FolderImages, bool]:

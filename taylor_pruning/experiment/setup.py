@@ -214,8 +214,8 @@ def load_data(settings: DataSettings) -> ImageData:
         print(f"{len(data.skipped)} corrupt image(s) left out")
     if data.shared and is_main():
         print(
-            f"{len(data.shared)} of {len(data.val)} validation images are training images too, as {data.shared[0]}, so that "
-            "accuracies are not those of new images; give others in val/",
+            f"at least {len(data.shared)} of {len(data.val)} validation images are training images too, as {data.shared[0]}, "
+            "so that accuracies are not those of new images; give others in val/",
             file=sys.stderr,
         )
     return data

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import zlib
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from torchvision.models import EfficientNet_B1_Weights, VGG16_Weights
 from torchvision.transforms import v2
 
 from taylor_pruning.errors import InputError
-from taylor_pruning.experiment import folders
+from taylor_pruning.experiment import folders, listing
 from taylor_pruning.experiment.command import DataSettings
 from taylor_pruning.experiment.data import IMAGENET_STD, TensorImages
 from taylor_pruning.experiment.folders import load_image_folder, read_image
@@ -330,6 +331,22 @@ def test_validation_images_that_are_training_images_are_said(tmp_path, capsys):
     data = load_data(DataSettings(data_path=str(root)))
     assert data.shared == [str(root / "val" / "cat" / "x.png"), str(root / "val" / "dog" / "y.png")]
     assert (
-        f"2 of {len(data.val)} validation images are training images too, as {data.shared[0]}"
+        f"at least 2 of {len(data.val)} validation images are training images too, as {data.shared[0]}"
         in capsys.readouterr().err
     )
+
+
+def test_copies_of_training_images_in_the_validation_folder_are_found(tmp_path, monkeypatch):
+    """By their content: neither by name, nor by size or a part of it."""
+    for name, content in {"t/1": b"a" * 9000, "t/2": b"b" * 9000, "t/3": b"c", "v/1": b"a" * 9000,
+                          "v/2": b"x" + b"a" * 8999, "v/3": b"d", "v/4": b"other"}.items():  # fmt: skip
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    train, val = ({str(p): p.stat().st_size for p in sorted((tmp_path / s).iterdir())} for s in "tv")
+    assert listing.copies(train, val) == {str(tmp_path / "v" / "1")}
+    monkeypatch.setattr(listing, "READ_AT_MOST", 1)
+    assert listing.copies(train, val) == {str(tmp_path / "v" / "1")}, "one training image of its size is read"
+    root = write_folder(tmp_path / "data")
+    monkeypatch.undo()
+    shutil.copy(root / "train" / "cat" / "0.png", root / "val" / "cat" / "other name.png")
+    assert load_image_folder(root).shared == [str(root / "val" / "cat" / "other name.png")]
