@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import Residual
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -150,6 +151,14 @@ def test_new_weights_beyond_the_range_of_half_precision_are_named():
     batches = [(3e4 * x.half(), y) for x, y in BATCHES]
     with pytest.raises(InputError, match="new values of 1.weight are beyond the range of its type; .* model.float()"):
         pipeline(batches, network().half()).prune(30)
+
+
+def test_cuts_are_verified_on_numbers_as_large_as_the_images():
+    """Once it is repaired, a network for such images gives the same for all of usual size."""
+    batches = [(1e10 * (images - 0.5), labels) for images, labels in BATCHES]
+    settings = PruningSettings(rounds=2, repair="network", guard=False)
+    pruning = pipeline(batches, Residual().eval(), settings=settings, calibration_samples=16)
+    assert sum(map(len, pruning.prune(40).plan.values())) > 0
 
 
 def test_a_single_image_does_not_repair_a_network():

@@ -59,6 +59,8 @@ class CutProof:
         self.examples, self.scales = examples, {}
         tensor = typical_tensor(model, next(tensors_of(self.examples[-1])))
         self.dtype, self.device = tensor.dtype, tensor.device
+        sizes = [t.abs().amax().item() for t in tensors_of(examples[-1]) if t.is_floating_point() and t.numel()]
+        self.largest = tuple(size for size in sizes if SCALES[-1] < size < math.inf)  # the last scales to be tried
 
     def failure(self, units: Sequence) -> str | None:
         """Why removing the units is wrong; None if it is right. Half precision is compared in float32.
@@ -192,6 +194,7 @@ class CutProof:
         first, best = next(tensors_of(x)), (-1,)
         kind = training, first.dtype, first.shape
         scales = SCALES if any(t.is_floating_point() for t in tensors_of(x)) else SCALES[:1]
+        scales += self.largest
         for scale in self.scales.get(kind, scales):
             scaled = map_tensors(x, lambda t, scale=scale: t * scale if t.is_floating_point() else t)
             try:
