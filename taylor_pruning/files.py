@@ -56,8 +56,10 @@ def atomic_file(path):
 def user_path(text: str | Path) -> Path:
     """The path with the home folder for ~, also where the shell leaves it, as in --output-dir=~/runs.
 
-    Raises InputError where there is no such user.
+    Raises InputError where there is no such user, and for what no path can hold.
     """
+    if "\0" in str(text):
+        raise InputError(f"{text!r} is no path: it holds a zero byte; give the path of a file or folder")
     try:
         return Path(text).expanduser()
     except RuntimeError as error:

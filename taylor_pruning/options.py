@@ -107,7 +107,8 @@ def problem(field: dataclasses.Field, value, text: str) -> str | None:
     if about.choices is not None and value not in about.choices:
         return f"must be one of {', '.join(map(str, about.choices))}, not {text}"
     if kind in (int, float) and not _in_range(about, value):
-        return f"must be {range_text(about)}, not {text}"
+        finite = "finite and " if value == math.inf else ""
+        return f"must be {finite}{range_text(about)}, not {text}"
     return None
 
 

@@ -20,6 +20,8 @@ def test_a_tilde_that_the_shell_leaves_is_the_home_folder(tmp_path, monkeypatch)
     assert LatencyTable("~/times.json", "cpu", "1").path == tmp_path / "times.json"
     with pytest.raises(InputError, match="no home folder for ~; write ./~nobody-of-that-name"):
         user_path("~nobody-of-that-name")
+    with pytest.raises(InputError, match="is no path: it holds a zero byte"):
+        user_path("a\0b")
 
 
 def test_ctrl_c_while_a_file_is_written_stays_ctrl_c(tmp_path):

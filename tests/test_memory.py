@@ -30,7 +30,8 @@ PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("4GB", 4 * 2**30), ("500 mb", 500 * 2**20), ("2.5G", 5 * 2**29), ("64", 64)]
+    ("text", "value"),
+    [("4GB", 4 * 2**30), ("500 mb", 500 * 2**20), ("2.5G", 5 * 2**29), ("64", 64), ("4GiB", 4 * 2**30)],
 )
 def test_limits_in_words(text, value):
     assert parse_bytes(text) == value

@@ -38,7 +38,7 @@ class Example:
         ("kinds", ("a", "c"), "kinds must be one of a, b, not 'c'"),
         ("kinds", "a", "kinds must be a list, not 'a'"),
         ("quiet", 1, "quiet must be True or False, not 1"),
-        ("layer_bound", float("inf"), "layer_bound must be at least 1, not inf"),
+        ("layer_bound", float("inf"), "layer_bound must be finite and at least 1, not inf"),
     ],
 )
 def test_values_outside_are_named(name, value, message):

@@ -13,6 +13,7 @@ from taylor_pruning.files import user_path
 from taylor_pruning.options import NAMES, flag, option_name, options, problem, range_text, value_type
 from taylor_pruning.training.recipe import Recipe
 
+UNITS = ("%", "B", "kB", "KB", "MB", "GB", "TB", "k", "K", "M", "G", "us", "ms", "s")  # of targets and of memory
 TITLES = {
     "task": "more about the task",
     "data": "images and dense network",
@@ -203,6 +204,8 @@ def _check_one_folder(resume: str, output_dir: str | None) -> None:
 def _unknown(words: list[str], task: type) -> str:
     """What is wrong with words that no option takes, and which options may have been meant."""
     names = [word.split("=")[0] for word in words if word.startswith("--")]
+    if not names and words[0] in UNITS:
+        return f"{words[0]} belongs to no option; write it behind its number without a space, as 50% or 4GB"
     if not names:
         return f"{words[0]} belongs to no option; put the option before it, as --data-path {words[0]}"
     close = difflib.get_close_matches(names[0], [flag(field) for _, field in shown_options(task)], n=3)

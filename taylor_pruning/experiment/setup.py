@@ -152,7 +152,11 @@ def warn_of_no_training(settings: DataSettings, built: BuiltModel) -> None:
 def warn_of_chance(dense, data):
     """Warns where the dense network (its stage in `dense`) is no better than always answering the most frequent label."""
     chance = max(Counter(map(int, data.val.targets)).values()) / len(data.val)
-    if is_main() and dense["top1"] / 100 <= chance + 2 * math.sqrt(chance * (1 - chance) / len(data.val)):
+    if is_main() and chance == 1:
+        print(
+            "all validation images are of one class, so that accuracies say nothing; give others too", file=sys.stderr
+        )
+    elif is_main() and dense["top1"] / 100 <= chance + 2 * math.sqrt(chance * (1 - chance) / len(data.val)):
         print(
             f"the dense network is no better than chance (top-1 {dense['top1']:.1f} %), so that nothing can be learnt from "
             "pruning it; pass --weights, or train it longer with --train-epochs",

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from taylor_pruning.distributed import on_main
 from taylor_pruning.errors import InputError
 from taylor_pruning.files import cache_folder
+from taylor_pruning.memory import is_out_of_memory
 from taylor_pruning.modes import frozen
 from taylor_pruning.selection.costs import LatencyCosts
 from taylor_pruning.selection.latency_table import LatencyTable, LayerTimes, NetworkLatency
@@ -61,12 +62,19 @@ def measure_latency(
         progress: called with a line of text while layers are timed.
 
     Raises:
-        InputError: the graph is of parts of a network, the table cannot be read, or one image and the batch give different
-            graphs.
+        InputError: the graph is of parts of a network, the table cannot be read, one image and the batch give different
+            graphs, or memory does not hold the batch.
     """
     if isinstance(graph, PartsGraph):
         raise InputError("parts of a network cannot be timed, only whole networks; give a budget of macs or params")
-    return on_main(lambda: _measured(graph, example, batch_size, table, round_to, progress))
+    try:
+        return on_main(lambda: _measured(graph, example, batch_size, table, round_to, progress))
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise InputError(
+            f"out of memory while layers are timed on {batch_size} images; lower --latency-batch"
+        ) from error
 
 
 def with_times(

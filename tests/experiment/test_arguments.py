@@ -93,6 +93,8 @@ def test_the_options_of_a_run_come_back_from_its_config(tmp_path):
         ("--target-macs 50% --target-params 50%", "give one target, --target-macs, --target-params or"),
         ("--repair layer --no-compensate", "--repair layer and --no-compensate contradict each other"),
         ("--export onnx,pt2", "must be one of onnx, pt2, not onnx,pt2; separate several by spaces"),
+        ("--lr inf", "--lr: must be finite and above 0, not inf"),
+        ("--target-macs 50 %", "% belongs to no option; write it behind its number without a space, as 50%"),
         ("--layer-bound nan", "--layer-bound: must be at least 1, not nan"),
         ("--budget flops", "--budget: must be one of filters, params, macs, latency, not flops"),
         ("--export pt2 jit", "--export: must be one of onnx, pt2, not jit"),

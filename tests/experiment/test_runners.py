@@ -103,6 +103,15 @@ def test_a_dense_network_at_chance_is_pointed_out(top1, warns, image_folder, cap
     assert ("no better than chance" in capsys.readouterr().err) == warns
 
 
+def test_validation_images_of_one_class_are_pointed_out(image_folder, capsys):
+    data = load_image_folder(image_folder)
+    data.val.targets[:] = 1
+    warn_of_chance({"top1": 100.0}, data)
+    assert capsys.readouterr().err == (
+        "all validation images are of one class, so that accuracies say nothing; give others too\n"
+    )
+
+
 @pytest.mark.parametrize(("samples", "said"), [(17, None), (40, "only 17 are left"), (100, "none is left")])
 def test_too_few_images_to_judge_the_rounds_are_pointed_out(samples, said, capsys):
     warn_of_few_images(57, DataSettings(calibration_samples=17, compensation_samples=samples))

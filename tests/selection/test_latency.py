@@ -344,3 +344,12 @@ def test_slow_layers_go_first(counted, images):
     chosen = select_by_score(Selection(graph, 25, constraints), torch.ones(len(graph.units)).double())
     saved = LatencyCosts(graph, constraints.times).savings()
     assert graph.units[chosen[0]].filters[0][0] == ("0" if saved[0] > saved[5] else "4")
+
+
+def test_a_batch_that_memory_does_not_hold_is_named(images):
+    """10^15 images: no machine has the memory, and none of it is touched."""
+    graph = ChannelGraph(randomise(plain()), images[:2])
+    with pytest.raises(
+        InputError, match=r"out of memory while layers are timed on 1000000000000000 .*lower --latency-batch"
+    ):
+        measure_latency(graph, images[:1], batch_size=10**15)
