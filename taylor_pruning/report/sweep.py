@@ -147,7 +147,7 @@ def _markdown(sweep):
     ]  # fmt: skip
     if steps := list(_steps_rows(sweep)):
         header = [removed_label(sweep), "top-1 to reach", *(METHODS[method].label for method in methods_of(sweep))]
-        parts[4:4] = ["## Training steps until a method has what the best order has before training",
+        parts[5:5] = ["## Training steps until a method has what the best order has before training",
                       _markdown_table(header, steps),
                       "Means over seeds, on at most 500 validation images, at 0, 10, 30, 100, 300, ... steps."]  # fmt: skip
     failed = [cell for cell in sweep["cells"] if cell["status"] != "done"]

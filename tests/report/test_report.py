@@ -467,6 +467,11 @@ def test_labels_say_what_the_percentages_count(budget, counted, tmp_path, monkey
 def test_markdown_numbers_are_means_and_sample_deviations(written):
     sweep, folder, _ = written
     text = (folder / "results.md").read_text(encoding="utf-8")
+    places = [
+        text.index(part)
+        for part in ("Dense network: ", "## Training steps until", "Means over seeds", "## All numbers")
+    ]
+    assert places == sorted(places)
     reference, _, full = markdown_tables(text)
     assert reference[0][:4] == ["filters removed", "order 1", "order 2", "order 3"]
     assert reference[0][-1] == "size reduction" and [row[0] for row in reference[1:]] == ["10 %", "30 %", "50 %"]
