@@ -28,9 +28,9 @@ class Option:
     low, high: range of a number, ends included unless `open_low` or `open_high` is set.
     infinite: whether infinity is a value. choices: the allowed values. default_text: what a default of None stands for.
     flag: name on the command line, if it is not the field's. metavar: placeholder of its value there.
-    needs: what it has no effect without, as on the command line: "--compensate", "--repair network", with the values that will
-        do behind the option; " or " stands between options of which one will do. What fine-tuning needs is left out: it is off
-        only where --fine-tune-epochs 0 says so.
+    needs: what it has no effect without, as on the command line: "--compensate", "--repair layer/network"; " or " stands
+        between options of which one will do. What fine-tuning needs is left out: it is off only where --fine-tune-epochs 0
+        says so.
     common: one of the few that `--help` shows first. command_line: False for an option that only Python has.
     """
 

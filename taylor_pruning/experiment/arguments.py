@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from taylor_pruning.errors import InputError
@@ -163,23 +164,20 @@ def parse(task: type[ExperimentTask] | type[SweepTask], description: str, argv: 
             part, name = destination.split(".")
             values[part][name] = tuple(value) if isinstance(value, list) else value
         command = Command(**{part: settings(**values[part]) for part, settings in parts_of(task).items()})
-        _check_effects(command, given, task)
-        return command
+        return dataclasses.replace(command, notes=tuple(_without_effect(command, given, task)))
     except InputError as error:
         parser.error(str(error))
 
 
-def _check_effects(command: Command, given: dict, task: type) -> None:
-    """Raises InputError at an option of the command line that asks for something and has no effect."""
+def _without_effect(command: Command, given: dict, task: type) -> Iterator[str]:
+    """A line on every option of the command line that asks for something and has no effect."""
     values = {flag(f): getattr(getattr(command, part), f.name) for part, f in shown_options(task)}
     for part, f in shown_options(task):
         asked = given.get(f"{part}.{f.name}") not in (None, 0, "auto")  # False is 0: what is off asks for nothing
         for needed in f.metadata["option"].needs if asked else ():
             known = [text for text in needed.split(" or ") if _positive(text.split()[0]) in values]
             if not any(_holds(text, values) for text in known):
-                raise InputError(
-                    f"{flag(f)} needs {' or '.join(known)} and has no effect without; give both, or leave {flag(f)} out"
-                )
+                yield f"{flag(f)} has no effect without {' or '.join(known)}"
 
 
 def _positive(name: str) -> str:
@@ -188,10 +186,10 @@ def _positive(name: str) -> str:
 
 def _holds(text: str, values: dict) -> bool:
     """Whether the options have what `Option.needs` says between two "or"."""
-    name, *allowed = text.split()
+    name, _, allowed = text.partition(" ")
     value = values[_positive(name)]
     if allowed:
-        return any(str(item) in allowed for item in (value if isinstance(value, tuple) else [value]))
+        return any(str(item) in allowed.split("/") for item in (value if isinstance(value, tuple) else [value]))
     return bool(value) == (name == _positive(name))
 
 

@@ -1,7 +1,7 @@
 """The settings of one command besides pruning and fine-tuning: the task, the data and network, and the run itself."""
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 from taylor_pruning.errors import InputError
 from taylor_pruning.experiment.choices import WIDTHS
@@ -130,6 +130,8 @@ class SweepTask(Task):
         if self.compare_baseline:
             object.__setattr__(self, "baselines", self.baselines or ("molchanov2017",))
             object.__setattr__(self, "baseline_widths", self.baseline_widths or ("own",))
+        elif given := [n for n in ("baselines", "baseline_widths", "compensate_baselines") if getattr(self, n)]:
+            raise InputError(f"--{given[0].replace('_', '-')} needs --compare-baseline; give both or none")
 
 
 @dataclass(frozen=True)
@@ -245,13 +247,14 @@ class RunSettings(Checked):
 
 @dataclass(frozen=True)
 class Command:
-    """All settings of one command line."""
+    """All settings of one command line, and notes on those of them that have no effect."""
 
     task: ExperimentTask | SweepTask
     data: DataSettings
     pruning: PruningSettings
     recipe: Recipe
     run: RunSettings
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self):
         if self.pruning.repair == "network" and self.data.compensation_samples < 2:
@@ -271,7 +274,7 @@ class Command:
 
         Infinity, which JSON does not know, is "inf".
         """
-        parts = [getattr(self, f.name) for f in fields(self)]
+        parts = [getattr(self, f.name) for f in fields(self) if f.name != "notes"]
         values = {
             option_name(f): getattr(part, f.name)
             for part in parts

@@ -54,6 +54,8 @@ def run_guarded(command: Command, run) -> int:
                 )
             keep_freed_memory()
             device = init_distributed(choose_device(command.run.device))
+            for note in command.notes if is_main() else ():
+                print(note, file=sys.stderr)
             with open_folder(folder, command):
                 return run(command, folder, device)
         except EXPLAINED as error:

@@ -98,7 +98,7 @@ class PruningSettings(Constraints):
         "More of them make the curvature of many classes exact and cost time: give 12 where there are few images.",
         low=1,
         default_text="12; 1 at order 2 with --compensate",
-        needs=("--taylor-order 2 3 or --taylor-orders 2 3 or --oracle-samples",),
+        needs=("--taylor-order 2/3 or --taylor-orders 2/3 or --oracle-samples",),
     )
     hessian_probes: int = option(
         8,
@@ -134,7 +134,7 @@ class PruningSettings(Constraints):
         True,
         "repair the following layers by least squares after every round",
         "Leave it on; turn it off to compare criteria as published.",
-        needs=("--repair auto layer network",),
+        needs=("--repair auto/layer/network",),
     )
     repair: str = option(
         "auto",
@@ -156,7 +156,7 @@ class PruningSettings(Constraints):
         "measure each layer's predicted cost on held-out images and choose again",
         "Where the calibration images say little about each class: on a MobileNetV2 with one photograph a class it gained "
         "5 points. On a ResNet-32 with five rounds it gained nothing. It costs every round as much as scoring 500 images.",
-        needs=("--compensate", "--selection auto joint"),
+        needs=("--compensate", "--selection auto/joint"),
     )
     guard: bool = option(
         True,

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import torch
 
-from taylor_pruning.experiment.command import DEVICES
+from taylor_pruning.experiment.arguments import parse
+from taylor_pruning.experiment.command import DEVICES, ExperimentTask
+from taylor_pruning.experiment.run import run_guarded
 from taylor_pruning.experiment.setup import choose_device
 
 ROOT = Path(__file__).parents[2]
@@ -30,3 +32,9 @@ def test_a_platform_without_file_locks_is_named(tmp_path):
     assert ended.stderr.decode() == 2 * (
         "error: the command line runs on Linux and macOS; on Windows use WSL, or EnhancedPruning from Python\n"
     )
+
+
+def test_an_option_without_effect_is_said_as_the_run_begins(tmp_path, capsys):
+    command = parse(ExperimentTask, "", ["--output-dir", str(tmp_path / "run"), "--repair-passes", "3"])
+    assert run_guarded(command, lambda *_: 0) == 0
+    assert capsys.readouterr().err == "--repair-passes has no effect without --repair network\n"
