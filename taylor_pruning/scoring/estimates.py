@@ -3,7 +3,7 @@
 The layers that read removed channels are refitted (repair.compensation). A removal then costs not the channel x_u but its
 residual after least squares on the other channels, over calibration images and positions:
 
-    x_u - e_u = [P (x - mean)]_u / P_uu,        P = (C + ridge mean(diag C) I)^-1,   C = Cov(x)
+    x_u - e_u = [P (x - mean)]_u / P_uu,        P = (C + diag(ridge))^-1,   C = Cov(x)
 
 (the inverse of Optimal Brain Surgeon, Hassibi & Stork 1993, on activations; of a unit that has several channels in one
 layer, the block of P takes the place of P_uu). `ChannelGraph.gated(..., estimates=...)` puts e_u where a gate closes.
@@ -11,10 +11,16 @@ layer, the block of P takes the place of P_uu). `ChannelGraph.gated(..., estimat
 Estimates are cross-fitted: an image is scored with estimates that were fitted on the other folds (scoring.folds). A layer
 with few rows a channel (a classifier after pooling has one row an image) explains almost everything on the images that
 fitted it, and would be emptied.
+
+The ridge of a channel is RIDGE and more times the variance at which it would have the mean share in the layer's outputs. A
+network may hold any channel in another scale, which the weights on both sides of a ReLU make up for: scores do not depend on
+it. A channel that is rarely active has a small share and a ridge far above its variance. With a share of its own variance
+in that place, a single image on which it is active would decide the estimates of all others.
 """
 
 import itertools
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -30,7 +36,11 @@ from taylor_pruning.tasks import batches as samples
 from taylor_pruning.tasks.classification import Classification
 from taylor_pruning.tasks.portions import in_portions
 
-RIDGE = 1e-2  # relative to the mean variance; the ratio of channels to rows is added
+RIDGE = 1e-2  # relative to the variance of a channel of mean share; the ratio of channels to rows is added
+TINY = torch.finfo(torch.float64).tiny
+LEAST_SHARE = (
+    1e-9  # in the outputs, relative to the mean: as little as this counts for a channel that is read with less
+)
 ROWS_PER_CHANNEL = 32  # and `positions.ENOUGH_ROWS` at least, where the images have as many positions
 FEW_POSITIONS = 32  # up to which reading the matrix once for every image would take longer than the products
 
@@ -95,7 +105,9 @@ def applied(matrix, rows):
 
 
 class Precision(NamedTuple):
-    """P = (C + ridge)^-1 [groups, channels, channels], mean [groups, channels, 1] and ridge [groups] of a reader's inputs."""
+    """Of a reader's inputs: P = (C + ridge)^-1 [groups, channels, channels], mean [groups, channels, 1] and ridge
+    [groups, channels].
+    """
 
     matrix: torch.Tensor
     mean: torch.Tensor
@@ -107,7 +119,7 @@ class InputMoments:
     """Moments of a reader's inputs over (image, position) pairs, one set a fold.
 
     Attributes:
-        reader: surgery.graph.Reader.
+        reader: surgery.graph.Reader. weight: of its layer.
         shift: [groups, channels, 1], subtracted from the inputs first, so that large means cost no digits.
         total: [folds, groups, channels] sums over pairs. products: [folds, groups, channels, channels] sums over pairs, the
             lower triangle.
@@ -115,17 +127,18 @@ class InputMoments:
     """
 
     reader: object
+    weight: torch.Tensor
     shift: torch.Tensor
     total: torch.Tensor
     products: torch.Tensor
     rows: list = field(default_factory=lambda: [0] * FOLDS)
 
     @classmethod
-    def empty(cls, reader, rows):
+    def empty(cls, reader, weight, rows):
         """No moments yet; the shift is the mean of these rows [images, groups, channels, positions]."""
         shift = rows.mean((0, 3))[..., None]
         total = rows.new_zeros(FOLDS, *shift.shape[:2])
-        return cls(reader, shift, total, total.new_zeros(*total.shape, total.shape[-1]))
+        return cls(reader, weight, shift, total, total.new_zeros(*total.shape, total.shape[-1]))
 
     def add(self, fold, rows):
         """Adds rows [images, groups, channels, positions] of a fold."""
@@ -144,11 +157,37 @@ class InputMoments:
         mean = total[:, :, None]
         covariance.baddbmm_(mean, mean.mT, alpha=-1)
         diagonal = covariance.diagonal(dim1=1, dim2=2)
-        ridge = (RIDGE + covariance.shape[1] / rows) * diagonal.mean(1)
-        ridge = ridge.clamp_min(2**20 * torch.finfo(covariance.dtype).tiny)  # the inverse stays finite
-        diagonal += ridge[:, None]
+        # A channel that never varies has a variance of rounding, against which its ridge has to be large.
+        rounding = 2**10 * torch.finfo(self.total.dtype).eps * total.double().square()
+        usual, limits = self._usual(diagonal.double().clamp_min(0) + rounding), torch.finfo(covariance.dtype)
+        ridge = (RIDGE + covariance.shape[1] / rows) * usual
+        ridge = ridge.clamp(2**20 * limits.tiny, limits.max / 2**20).to(covariance)  # the inverse stays finite
+        diagonal += ridge
         inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(covariance)[0])  # which reads the lower triangle
         return Precision(inverse, mean + self.shift.to(mean), ridge)
+
+    @cached_property
+    def effects(self):
+        """[groups, outputs, channels] squared weights that the reader has for a channel, up to a factor of every output."""
+        weight = self.weight.detach()
+        weight = weight.reshape(len(weight), -1, self.reader.positions) if self.reader.is_linear else weight.flatten(2)
+        norms = torch.linalg.vector_norm(weight, dim=2, dtype=torch.float64)
+        norms = norms / norms.amax(1, keepdim=True).clamp_min(TINY)
+        return norms.square().float().unflatten(0, (self.reader.groups, -1))
+
+    def _usual(self, variances):
+        """[groups, channels]: the variance at which each channel would have the mean share in the variance of the outputs.
+
+        Outputs count alike, whatever their size, and channels as uncorrelated.
+
+        Args:
+            variances: [groups, channels] that they have, float64.
+        """
+        effects = self.effects.double()
+        spread = effects @ variances[:, :, None]
+        shares = torch.where(spread > 0, effects / spread, 0.0).sum(1)  # of a variance of 1
+        mean = (shares * variances).mean(1, keepdim=True)
+        return mean / torch.maximum(shares, LEAST_SHARE * mean / variances.clamp_min(TINY)).clamp_min(TINY)
 
 
 def in_single(values):
@@ -179,7 +218,7 @@ def input_moments(model, graph, batches, portions=None, task=None):
             rows = drawn_positions(rows, numbers.repeat_interleave(several), images_in_all, wanted)
             calls[reader.layer] += 1
             if reader.layer not in found:
-                found[reader.layer] = InputMoments.empty(reader, rows)
+                found[reader.layer] = InputMoments.empty(reader, weights[reader.layer], rows)
             for fold, part in enumerate(rows.split([count * several for count in counts])):
                 if len(part):
                     found[reader.layer].add(fold, part)
@@ -187,6 +226,7 @@ def input_moments(model, graph, batches, portions=None, task=None):
 
         return read
 
+    weights = {reader.layer: model.get_parameter(f"{reader.layer}.weight".lstrip(".")) for reader in graph.readers}
     reads = {node: record(reader, node) for reader in graph.readers for node in reader.nodes}
     device = next(model.parameters()).device
     portions = portions or Portions(device, backward=False)

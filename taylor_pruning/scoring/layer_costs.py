@@ -7,14 +7,14 @@ A reader (a layer that reads the channels of units) has channels x and outputs W
     change v of the outputs; for logits, w = A s with A A^T = diag(p) - p p^T and random signs s. At order 1 w.z is the
     loss with labels: the empirical Fisher matrix, the same in expectation where labels are drawn from p.
 
-With P = (Cov(x) + ridge)^-1 and Q = sum over kernel offsets o of W_o^T G W_o, removing the channels S and refitting W on
-those that stay by least squares leaves a residual of covariance (P_SS)^-1 - ridge, and costs
+With P = (Cov(x) + diag(ridge))^-1 and Q = sum over kernel offsets o of W_o^T G W_o, removing the channels S and refitting W on
+those that stay by least squares leaves a residual of covariance (P_SS)^-1 - ridge_S, and costs
 
-    cost(S) = 1/2 tr(Q_SS ((P_SS)^-1 - ridge))                                                              [nats]
+    cost(S) = 1/2 tr(Q_SS ((P_SS)^-1 - ridge_S))                                                            [nats]
 
 (Optimal Brain Surgeon, Hassibi & Stork 1993, of a layer's inputs in the Fisher metric). The ridge is no variance of the
 channels: left in, it would hide how their residuals go together. One set T after the other: with b = -(P_TT)^-1 P_T., the
-cost is 1/2 tr(Q_TT (P_TT)^-1) less 1/2 ridge tr(Q_TT) of the Q before any removal, then
+cost is 1/2 tr(Q_TT (P_TT)^-1) less 1/2 tr(Q_TT ridge_T) of the Q before any removal, then
 
     Q <- Q + b^T Q_T. + Q_.T b + b^T Q_TT b,     P <- P + P_.T b,     rows and columns T vanish.
 
@@ -137,7 +137,7 @@ class ReaderCosts:
 
     Args:
         places: [(units [n], their channels [n, m])], see surgery.units.Reader.
-        precision, output_cost: P and Q [groups, channels, channels], float64. ridge: [groups] that P contains.
+        precision, output_cost: P and Q [groups, channels, channels], float64. ridge: [groups, channels] that P contains.
     """
 
     def __init__(self, places, precision, output_cost, ridge):
@@ -150,7 +150,7 @@ class ReaderCosts:
         # P_T., b and Q_T. + Q_TT b / 2 of removed channels that the matrices do not show yet: [3, groups, rows, channels]
         self.pending, self.filled = np.empty((3, len(self.p), rows, self.p.shape[2])), 0
         self.diagonals = [np.diagonal(matrix, axis1=1, axis2=2).copy() for matrix in (self.p, self.q)]
-        self.of_ridge = (1 - RIDGE_LEFT) * ridge.cpu().numpy() @ self.diagonals[1]  # [channels]
+        self.of_ridge = (1 - RIDGE_LEFT) * (ridge.cpu().numpy() * self.diagonals[1]).sum(0)  # [channels]
         self.singles = [(units, at[:, 0]) for units, at in places if at.shape[1] == 1]
         self.kinds = []  # units of several channels: their indices, channels [n, m], blocks of P and Q
         for units, at in places:

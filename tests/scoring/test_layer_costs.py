@@ -84,7 +84,7 @@ def no_ridge(monkeypatch):
         rows = sum(self.rows)
         mean = (self.total.sum(0) / rows)[:, :, None]
         inverse = torch.linalg.inv(self.products.sum(0) / rows - mean @ mean.mT)
-        return estimates.Precision(inverse, mean + self.shift, mean.new_zeros(len(mean)))
+        return estimates.Precision(inverse, mean + self.shift, mean.new_zeros(mean.shape[:2]))
 
     monkeypatch.setattr(estimates.InputMoments, "precision", precision)
 
@@ -246,10 +246,46 @@ def test_the_ridge_is_no_variance_of_the_channels(many, monkeypatch):
         costs.remove(unit)
     rows = reader.to_rows(inputs_of(model, reader.layer, many)).movedim(1, 3).flatten(2).movedim(1, 0).flatten(1)
     c = torch.cov(rows, correction=0)
-    ridge = (3.0 + len(c) / rows.shape[1]) * c.diagonal().mean()
-    inner = torch.linalg.solve(c[3:, 3:] + ridge * torch.eye(len(c) - 3, dtype=c.dtype), c[3:, :3])
-    q = layer_costs.output_costs(reader, model.get_submodule(reader.layer).weight, fisher[reader.layer])[0, :3, :3]
+    weight = model.get_submodule(reader.layer).weight.detach()
+    parts = weight.square().sum((2, 3)) * c.diagonal()  # [outputs, channels] of the variance of the outputs
+    shares = (parts / parts.sum(1, keepdim=True)).mean(0)
+    ridge = (3.0 + len(c) / rows.shape[1]) * c.diagonal() * shares.mean() / shares
+    inner = torch.linalg.solve(c[3:, 3:] + ridge[3:].diag(), c[3:, :3])
+    q = layer_costs.output_costs(reader, weight, fisher[reader.layer])[0, :3, :3]
     assert costs.total == pytest.approx((q * (c[:3, :3] - c[:3, 3:] @ inner)).sum().item() / 2, rel=1e-6)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_the_scale_of_channels_is_of_no_account(many, order):
+    """What a ReLU lets through may be held in any scale: the weights behind it make up for it."""
+    torch.manual_seed(0)
+    model = randomise(pooled(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3, groups=2), nn.ReLU(), width=6))
+    batches, found = [(many, torch.arange(len(many)) % 4)], []
+    for size in (0, 6):
+        with torch.no_grad():
+            for layer, reader in ((model[0], model[2]), (model[2], model[6])):
+                scales = 10 ** (torch.rand(len(layer.bias), dtype=torch.float64) * 2 * size - size)
+                layer.weight.mul_(scales.view(-1, 1, 1, 1))
+                layer.bias.mul_(scales)
+                into = reader.weight.unflatten(0, (getattr(reader, "groups", 1), -1))
+                into.div_(scales.view(len(into), 1, -1, *(1,) * (into.dim() - 3)))
+        pruner = EnhancedFilterPruner(model, many, order, progress=False, budget="macs").rank(batches, batches)
+        found.append((pruner.levels(), pruner.get_pruning_plan(50)))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-6, atol=1e-12)
+    assert found[0][1] == found[1][1]
+
+
+def test_channels_that_are_rarely_active_do_not_decide_the_estimates():
+    """As they would if each had a ridge in proportion to its own variance, on the images that fitted the estimates."""
+    torch.manual_seed(3)
+    model = randomise(pooled(nn.Conv2d(3, 40, 3, stride=2), nn.ReLU(), nn.Conv2d(40, 20, 3), nn.ReLU(), width=20))
+    with torch.no_grad():
+        model[0].bias -= 1.5 * (0.3 + torch.rand(40))
+    images = torch.randn(140, 3, 9, 9, dtype=torch.float64) * (0.5 + torch.rand(140, 1, 1, 1))
+    few, fresh = ([(part, torch.zeros(len(part)).long())] for part in (images[:40], images[40:]))
+    pruner = EnhancedFilterPruner(model, images, 2, progress=False, class_probes=3)
+    from_few, from_many = (pruner.rank(fresh, part).scores()[:40].sum() for part in (few, fresh))
+    assert from_few < 1.5 * from_many
 
 
 def test_a_unit_that_no_layer_reads_keeps_its_level():
@@ -272,7 +308,7 @@ def test_a_unit_whose_readers_have_hardly_any_weight_keeps_its_level(many, size)
         model.get_submodule(reader.layer).weight[:, reader.units == unit] *= size
     levels = torch.full((len(graph.units),), 5.0)
     costs = costs_of(model, graph, many, levels)
-    assert torch.equal(costs.marginal, levels.double())
+    assert torch.allclose(costs.marginal, levels.double()) and costs.marginal[unit] == 5
     costs.remove(int(reader.units[1]))
     assert costs.marginal[unit] == 5
 

@@ -163,7 +163,7 @@ def test_where_layers_times_do_not_add_up_the_network_is_timed_and_chosen_again(
     rounds, keeps, counted, images, labels, tmp_path, monkeypatch
 ):
     """A network that is not uniform takes longer than its layers: the choice aims lower, and the asked time is met."""
-    torch.manual_seed(0)
+    torch.manual_seed(5)  # its first choices are none of the uniform networks
     model, batches = randomise(inverted()), [(images, labels)]
     uniform = {tuple(p.shape for p in m.parameters()) for m in uniform_networks(ChannelGraph(model, images))}
     timer = latency_module.network_milliseconds
