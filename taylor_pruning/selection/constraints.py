@@ -247,12 +247,14 @@ class Selection:
                 "larger target, or lower --min-filters"
             )
 
-    def done(self):
-        """True if removing the smallest open unit would leave the budget further from its goal."""
+    def fitting(self):
+        """[units] which open units bring the budget closer to its goal: a large one goes further beyond it than is missing."""
         missing = self.missing()
-        if missing <= 0 or missing >= self.largest / 2 or not self.open.any():
-            return missing <= 0
-        return bool(missing < self.savings(self.open).min() / 2)
+        return self.open if missing >= self.largest / 2 else self.open & (self.savings() <= 2 * missing)
+
+    def done(self):
+        """True if the goal is reached, or removing any open unit would leave the budget further from it."""
+        return self.missing() <= 0 or bool(self.open.any() and not self.fitting().any())
 
     def book(self, unit, number):
         """Counts so many units like this one as removed, or as put back where it is negative."""

@@ -29,7 +29,8 @@ def select_by_score(selection, scores):
         for unit in order.tolist():
             if not selection.open[unit] or selection.done():
                 break
-            selection.take(unit)
+            if selection.fitting()[unit]:
+                selection.take(unit)
     round_widths(selection, scores)
     return selection.chosen
 
@@ -53,7 +54,7 @@ def select_uniformly(selection, scores):
         for unit in ranks.masked_fill(~selection.open, torch.inf).argsort().tolist():
             if not selection.open[unit] or selection.done():
                 break
-            if selection.savings(unit) <= 2 * selection.missing():  # else the budget is nearer without it
+            if selection.fitting()[unit]:
                 selection.take(unit)
     round_widths(selection, ranks)
     return selection.chosen
@@ -72,8 +73,9 @@ def select_behind_repair(selection, costs):
     """
     while not selection.done():
         selection.close_if_unreachable()
-        unit = int(selection.per_saving(costs.marginal).masked_fill(~selection.open, torch.inf).argmin())
-        if selection.take(unit):
+        fitting = selection.fitting()
+        unit = int(selection.per_saving(costs.marginal).masked_fill(~fitting, torch.inf).argmin())
+        if fitting[unit] and selection.take(unit):
             costs.remove(unit)
     round_widths(selection, costs.marginal)
     return selection.chosen
@@ -114,7 +116,9 @@ def select_jointly(selection, directions, order, correction=None, weights=None):
 
     while not selection.done():
         selection.close_if_unreachable()
-        units = selection.open.nonzero().flatten()
+        units = selection.fitting().nonzero().flatten()
+        if not len(units):
+            continue  # the layer bound has yielded, and no unit is small enough
         note(units, directions.scores(order, shift, units))
         values, ranks = selection.per_saving(last[units], units).sort()
         # Savings shrink as units go, which raises what the others count, whatever their sign: the bound stays below them.
@@ -123,12 +127,13 @@ def select_jointly(selection, directions, order, correction=None, weights=None):
         coordinates = directions.coordinates[:, pool].transpose(0, 1).contiguous()  # a unit's are read together
         known, expansion = torch.ones(len(pool), dtype=torch.bool), None
         while not selection.done():
-            values = selection.per_saving(last[pool], pool).masked_fill(~selection.open[pool], math.inf)
+            fitting = selection.fitting()[pool]
+            values = selection.per_saving(last[pool], pool).masked_fill(~fitting, math.inf)
             lowest = values.argsort()[:WINDOW]
             first = lowest[0]
-            if not selection.open[pool[first]] or values[first] > bound:
+            if not fitting[first] or values[first] > bound:
                 break
-            unknown = lowest[~known[lowest] & selection.open[pool[lowest]]]
+            unknown = lowest[~known[lowest] & fitting[lowest]]
             if len(unknown):
                 expansion = expansion or directions.expansion(shift)
                 moments = expansion.moments(coordinates[unknown].transpose(0, 1), order)

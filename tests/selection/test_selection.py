@@ -121,7 +121,7 @@ def test_a_unit_is_weighed_per_filter(resnet):
     narrow = next(unit for unit in graph.units if len(unit.filters) == 1)
     scores = torch.full((len(graph.units),), 10.0, dtype=torch.float64)
     scores[wide.index], scores[narrow.index] = 2.0, 1.0
-    chosen = select_by_score(Selection(graph, 0.15, Constraints()), scores)
+    chosen = select_by_score(Selection(graph, 1, Constraints()), scores)
     assert chosen[0] == wide.index
 
 
