@@ -206,7 +206,9 @@ class ReaderCosts:
 class RemovalCosts:
     """[units] `marginal`: cost (nats) of removing each unit next, updated by every removal.
 
-    `total` is the cost of all removals so far, `history` [(unit, its cost)].
+    `total` is the cost of all removals so far, `history` [(unit, its cost)]. From few images the closed form may say that a
+    removal lowers the cost, because the repair's penalty on the weights of that channel falls away. On other images the cost
+    does not fall on the mean, so that such a removal counts as free; `total` is then above the closed form of the whole set.
 
     Args:
         readers: ReaderCosts of all layers. units: number of units.
