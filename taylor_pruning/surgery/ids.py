@@ -8,10 +8,11 @@ concatenations act on a layer as they act on data.
 
 from collections import Counter
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 
-from taylor_pruning.surgery.numbers import is_tracked
+from taylor_pruning.surgery.numbers import is_tracked, plain
 
 LONGEST = 100_000  # a longer dimension of a parameter is a flattened weight, which is left as it is
 
@@ -78,7 +79,7 @@ class ChannelIds:
         self.choices = 0  # views that could follow their channels along more than one dimension
         self.norms = {}  # name of a weight that is normalised: (name of what scales it, the dimension that is not summed over)
         self.fixed = {}  # (module name, attribute, index): why it must not change
-        self.multiples = []  # [(ids, divisor, why)]: their number stays a multiple of the divisor
+        self.multiples = []  # [(ids, divisor, attributes that it is read from, why)]: their number stays a multiple of it
         self.sums = []  # [(ids, ((ids, factor), ...), why)]: their number stays that sum
 
     def new(self, number):
@@ -205,11 +206,16 @@ class ChannelIds:
             self.fixed.setdefault(width, reason)
 
     def divides(self, number, divisor, reason):
-        """What is left of the channels that `number` counts stays a multiple of the divisor, as forwards ask in an `assert`."""
-        if is_tracked(number) and number.ids is not None:
+        """What is left of the channels that `number` counts stays a multiple of the divisor, as forwards ask in an `assert`.
+
+        A divisor that may change with a cut, as the groups of a depthwise convolution do, asks for nothing.
+        """
+        tracked = is_tracked(divisor)
+        if is_tracked(number) and number.ids is not None and not (tracked and divisor.ids is not None):
             factors = {factor for _, factor in number.terms} or {number.factor}  # ids of a sum are those of all terms
             if len(factors) == 1 and (factor := factors.pop()):
-                self.multiples.append((number.ids, int(divisor) * factor.denominator, reason))
+                whole = Fraction(plain(divisor)).numerator * factor.denominator
+                self.multiples.append((number.ids, whole, divisor.widths if tracked else (), reason))
 
     def issue(self, node, ids, linear):
         """`ids` are filters of the layer that the node applies."""
@@ -232,8 +238,10 @@ class ChannelIds:
                 self.protect(ids, reason)
         for some in self.sums:
             self._keep_sum(*some)
-        for multiple in self.multiples:
-            self._keep_multiple(*multiple)
+        layers = {name.rpartition(".")[0] for name, _ in self.tensors}  # what they hold may change with their weights
+        for some, divisor, widths, reason in self.multiples:
+            if not any(name in layers for name, *_ in widths):
+                self._keep_multiple(some, divisor, reason)
         return self.classes()
 
     def _keep_sum(self, ids, terms, reason):

@@ -262,6 +262,18 @@ def test_a_sum_of_numbers_of_channels_that_must_be_divided_stays_so():
     assert sizes == [4, 4, 4, 4]
 
 
+def test_a_divisor_that_changes_with_a_cut_asks_for_nothing():
+    """Nor does a number of which every whole one is a multiple."""
+
+    def read_in_whole(s, x):
+        y = s.d(s.a(x))
+        assert y.shape[1] % s.d.groups == y.shape[1] % s.d.in_channels == y.shape[1] % x.shape[1] == y.shape[1] % 0.5 == 0
+        return s.b(x + y)
+
+    graph = check_law(around(Block(read_in_whole, d=conv(C, C, 3, padding=1, groups=C))), images(), seeds=(0,))
+    assert sum(unit.filters[0][0] in ("stem.0", "block.a") for unit in graph.units) == C
+
+
 def test_why_filters_of_a_weight_of_fixed_size_stay():
     block = Block(lambda s, x: s.b(s.a(x)), b=KernelOfEverySample(number=lambda weight: C))
     reason = ChannelGraph(around(block), images()).layers["block.b"].reason
