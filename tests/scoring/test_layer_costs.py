@@ -275,6 +275,23 @@ def test_the_scale_of_channels_is_of_no_account(many, order):
     assert found[0][1] == found[1][1]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_a_layer_without_weights_has_estimates(many, dtype):
+    """As a new head of zeros has them, where some of its inputs are equal."""
+    torch.manual_seed(0)
+    model = randomise(pooled(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.ReLU(), width=6))
+    with torch.no_grad():
+        model[0].weight[1], model[0].bias[1] = model[0].weight[0], model[0].bias[0]
+        model[2].weight.zero_()
+    model, images = model.to(dtype), many.to(dtype)
+    graph = ChannelGraph(model, images[:1])
+    moments = estimates.input_moments(model, graph, [(images, torch.arange(len(images)) % 4)])["2"]
+    inverse, _, ridge = moments.precision(dtype=torch.float64)
+    covariance = torch.linalg.inv(inverse[0].tril() + inverse[0].tril(-1).mT) - ridge[0].diag()
+    assert torch.allclose(ridge[0] / ridge[0, 0], torch.ones(8, dtype=torch.float64))
+    assert ridge[0, 0] > estimates.RIDGE * covariance.diagonal().mean() > 0
+
+
 def test_channels_that_are_rarely_active_do_not_decide_the_estimates():
     """As they would if each had a ridge in proportion to its own variance, on the images that fitted the estimates."""
     torch.manual_seed(3)
