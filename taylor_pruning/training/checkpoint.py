@@ -1,6 +1,7 @@
 """The checkpoint of a training: written whole, refused by another training."""
 
 import pickle
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -46,17 +47,18 @@ def read_identified(path: Path, device: str | torch.device, kind: str) -> dict:
     return content
 
 
-def read_checkpoint(path: Path, identity: dict, tensors: dict[str, Tensor]) -> dict:
+def read_checkpoint(path: Path, identity: dict, tensors: dict[str, Tensor], newer: Collection[str] = ()) -> dict:
     """The state in the file. Raises InputError if it is no checkpoint, or that of another recipe, loader or network.
 
-    identity: {name: value} that the state's "identity" must have. tensors: the network's, whose shapes must be those of
-    the state's "model".
+    identity: {name: value} that the state's "identity" must have. newer: those names that checkpoints of older versions
+    lack. tensors: the network's, whose shapes must be those of the state's "model".
     """
     state = read_identified(path, "cpu", "training checkpoint")
+    there = state["identity"]
     differing = [
-        f"{name} ({state['identity'].get(name)!r} there, {value!r} here)"
+        f"{name} ({there.get(name)!r} there, {value!r} here)"
         for name, value in identity.items()
-        if state["identity"].get(name) != value
+        if there.get(name) != value and (name in there or name not in newer)
     ]
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     if shapes != {name: tensor.shape for name, tensor in state["model"].items()}:

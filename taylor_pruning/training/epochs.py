@@ -92,7 +92,8 @@ class Training:
         self.model, self.checkpoint, self.task, self.memory_limit = model, checkpoint, task_of(task), memory_limit
         self.device = next(model.parameters()).device
         self.recipe = recipe = recipe.resolved(self.device, teacher is not None)
-        self.identity = {**asdict(recipe), "batches per epoch": batches, "processes": world_size(), **(start or {})}
+        self.start = start or {}
+        self.identity = {**asdict(recipe), "batches per epoch": batches, "processes": world_size(), **self.start}
         self.batches = batches
         self.steps_per_epoch = math.ceil(batches / recipe.accumulate)
         total, warmup = (self.steps_per_epoch * epochs for epochs in (recipe.epochs, recipe.warmup_epochs))
@@ -220,7 +221,7 @@ class Training:
 
         Raises InputError if the state is of another recipe, loader, network or of other validation images.
         """
-        state = read_checkpoint(self.checkpoint, self.identity, stored(self.model))
+        state = read_checkpoint(self.checkpoint, self.identity, stored(self.model), newer=self.start)
         if before is not None:
             self._check_start(state["history"][0], figures(before))
         self.history = History(state["history"], state["best_epoch"], state["curve"])
