@@ -241,7 +241,7 @@ class EnhancedPruning:
         epochs = self.recipe.epochs if epochs is None else epochs
         if not epochs:
             return result
-        if result.dense not in (None, fingerprint_of(self.graph)):  # None: of an older version
+        if result.dense_fingerprint not in (None, fingerprint_of(self.graph)):  # None: of an older version
             raise InputError("result is of another dense network, or of other weights of it; give one of this pruning")
         warmup = min(self.recipe.warmup_epochs, epochs / 2)
         recipe = dataclasses.replace(self.recipe, epochs=epochs, warmup_epochs=warmup)

@@ -55,7 +55,7 @@ def raise_out_of_memory(error: BaseException) -> None:
 
 def parse_bytes(text: str) -> int:
     """Bytes of "4GB", "500MB" or "2.5G" (powers of 1,024). Raises InputError for anything else."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B?\s*", text.upper().replace("IB", "B"))
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:I?B)?\s*", text.upper())
     if not found or not float(found[1]):
         raise InputError(f"--memory-limit must be a number of bytes such as 4GB or 500MB, not {text}")
     return int(float(found[1]) * UNITS[found[2]])

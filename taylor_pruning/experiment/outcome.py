@@ -29,7 +29,7 @@ def pruning_result(state: RoundsState, rankings, measuring: Measuring, notes: tu
     result = PruningResult(
         state.model, stages, state.rounds, layer_table(graph, state.kept), plan, seconds,
         notes=list(notes), repair=repair, stopped=state.stopped, latency=_latency(state, rankings),
-        dense=fingerprint_of(graph), **state.ranking,
+        dense_fingerprint=fingerprint_of(graph), **state.ranking,
     )  # fmt: skip
     if result.gradient_flow:
         flow = flow_with_kept(result.gradient_flow, graph, state.kept)

@@ -54,7 +54,7 @@ class PruningResult:
             round that was not taken}; else None.
         latency: where the budget was one, milliseconds of a forward of `batch_size` images on `device`: "dense_ms" and
             "pruned_ms" as measured at the end, in turn, "asked_ms", and "predicted_ms" from the layers' times.
-        dense: fingerprint of the dense network's weights, by which a result of another one is told apart.
+        dense_fingerprint: of the dense network's weights, by which a result of another one is told apart.
         notes: one line on each kind of wrapper (DataParallel, torch.compile, ...) that was taken off the network.
     """
 
@@ -75,13 +75,14 @@ class PruningResult:
     notes: list = field(default_factory=list)
     latency: dict | None = None
     stopped: dict | None = None
-    dense: str | None = None
+    dense_fingerprint: str | None = None
 
     @property
     def identity(self) -> dict:
         """Plain values by which the network is told apart from others, for checkpoints."""
         plan = json.dumps(sorted(self.plan.items()))
-        return {"the dense network": self.dense, "the removed filters": hashlib.sha256(plan.encode()).hexdigest()[:12]}
+        filters = hashlib.sha256(plan.encode()).hexdigest()[:12]
+        return {"the dense network": self.dense_fingerprint, "the removed filters": filters}
 
     def as_dict(self) -> dict:
         """All but the model, as values that JSON knows: NaN and infinities are None."""
