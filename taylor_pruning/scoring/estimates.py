@@ -186,7 +186,7 @@ class InputMoments:
         effects = self.effects.double()
         spread = effects @ variances[:, :, None]
         shares = torch.where(spread > 0, effects / spread, 0.0).sum(1)  # of a variance of 1
-        shares = torch.where(shares.any(1, keepdim=True), shares, 1.0)  # channels of which the layer makes nothing count alike
+        shares = torch.where(shares.any(1, keepdim=True), shares, 1.0)  # else they count alike
         mean = (shares * variances).mean(1, keepdim=True)
         return mean / torch.maximum(shares, LEAST_SHARE * mean / variances.clamp_min(TINY)).clamp_min(TINY)
 

@@ -130,6 +130,17 @@ def filled_up(s, x):
     return s.c(y + z + torch.cat([x.new_zeros(x.size(0), y.size(1) - x.size(1), *x.shape[2:]), x], 1))
 
 
+def filled_up_in_front(s, x):
+    y = torch.cat([s.a(x), s.b(x)], 1)
+    return s.c(y + F.pad(x, (0, 0, 0, 0, y.size(1) - x.size(1), 0)))
+
+
+def widened(s, x):
+    """As many columns more as one has channels more than another."""
+    y = torch.cat([s.a(x), s.b(x)], 1)
+    return s.c(F.pad(y, (0, y.size(1) - x.size(1))))
+
+
 def filled_up_by_others(s, x):
     """More than what one lacks of another: the zeros are those of no channels."""
     y = torch.cat([s.a(x), s.b(x)], 1)
@@ -159,6 +170,8 @@ BLOCKS = {  # name: (block, removable filters of the stem, of a, of b)
     "joined in place": (Block(joined_in_place, c=conv(2 * C, C, 1)), 8, 8, 8),
     "accumulated": (Block(accumulated), 8, 8, 8),
     "filled up": (Block(filled_up, c=conv(2 * C, C, 1)), 8, 8, 8),
+    "filled up in front": (Block(filled_up_in_front, c=conv(2 * C, C, 1)), 8, 8, 8),
+    "widened": (Block(widened, c=conv(2 * C, C, 1)), 0, 0, 0),
     "filled up by others": (Block(filled_up_by_others), 0, 0, 0),
     "angles": (Block(angles), 8, 8, 8),
 }
