@@ -275,6 +275,18 @@ def test_the_scale_of_channels_is_of_no_account(many, order):
     assert found[0][1] == found[1][1]
 
 
+@pytest.mark.parametrize("size", [1, 1e-30])
+def test_a_channel_counts_with_all_weights_that_read_it(many, size):
+    """Behind a flatten several features are one channel, and every output counts in proportion to its largest weight."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(20, 4))
+    model = randomise(model)
+    model[4].weight.data *= size
+    moments = estimates.input_moments(model, ChannelGraph(model, many[:1]), [(many, torch.zeros(len(many)).long())])["4"]
+    squares = model[4].weight.detach().view(4, 5, 4).div(size).square().sum(2)
+    assert torch.allclose(moments.effects[0], (squares / squares.amax(1, keepdim=True)).float())
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_a_layer_without_weights_has_estimates(many, dtype):
     """As a new head of zeros has them, where some of its inputs are equal."""
