@@ -323,11 +323,12 @@ def test_one_pixel_images_load(tmp_path):
     assert images.shape == (6, 3, 1, 1)
 
 
-def test_validation_images_that_are_training_images_are_said(tmp_path, capsys):
+def test_validation_images_that_are_training_images_are_said(tmp_path, monkeypatch, capsys):
     root = write_folder(tmp_path)
     assert load_data(DataSettings(data_path=str(root))).shared == [] and not capsys.readouterr().err
     os.symlink(root / "train" / "cat" / "0.png", root / "val" / "cat" / "x.png")
     os.link(root / "train" / "dog" / "0.png", root / "val" / "dog" / "y.png")
+    monkeypatch.setattr(listing, "READ_AT_MOST", 0)  # links are found without reading
     data = load_data(DataSettings(data_path=str(root)))
     assert data.shared == [str(root / "val" / "cat" / "x.png"), str(root / "val" / "dog" / "y.png")]
     assert (
@@ -346,6 +347,8 @@ def test_copies_of_training_images_in_the_validation_folder_are_found(tmp_path, 
     assert listing.copies(train, val) == {str(tmp_path / "v" / "1")}
     monkeypatch.setattr(listing, "READ_AT_MOST", 1)
     assert listing.copies(train, val) == {str(tmp_path / "v" / "1")}, "one training image of its size is read"
+    monkeypatch.setattr(listing, "READ_AT_MOST", 0)
+    assert not listing.copies(train, val)
     root = write_folder(tmp_path / "data")
     monkeypatch.undo()
     shutil.copy(root / "train" / "cat" / "0.png", root / "val" / "cat" / "other name.png")

@@ -353,3 +353,12 @@ def test_a_batch_that_memory_does_not_hold_is_named(images):
         InputError, match=r"out of memory while layers are timed on 1000000000000000 .*lower --latency-batch"
     ):
         measure_latency(graph, images[:1], batch_size=10**15)
+
+
+def test_other_errors_while_layers_are_timed_are_not_those_of_memory(images, monkeypatch):
+    def failing(*_):
+        raise RuntimeError("of another kind")
+
+    monkeypatch.setattr(latency_module, "_measured", failing)
+    with pytest.raises(RuntimeError, match="of another kind"):
+        measure_latency(ChannelGraph(randomise(plain()), images[:2]), images[:1])
