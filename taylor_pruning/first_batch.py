@@ -18,7 +18,7 @@ from taylor_pruning.memory import raise_out_of_memory
 from taylor_pruning.modes import frozen
 from taylor_pruning.surgery.copying import copy_of
 from taylor_pruning.surgery.nested import map_tensors, tensors_in
-from taylor_pruning.tasks.batches import lengths, select, size
+from taylor_pruning.tasks.batches import lengths, select, size, spread_rows
 from taylor_pruning.tasks.classification import is_classification, task_of
 from taylor_pruning.tasks.task import Task
 
@@ -84,7 +84,7 @@ class Batches:
 
     @property
     def spread(self):
-        """A method that picks evenly spread images: the loader's, or of an unshuffled DataLoader without reading the others.
+        """A method that picks images all over the set: the loader's, or of an unshuffled DataLoader without reading the others.
 
         Raises AttributeError for other loaders.
         """
@@ -96,7 +96,7 @@ class Batches:
 
     def _of_data_set(self, samples):
         loader, images = self.loader, self.loader.dataset
-        chosen = Subset(images, range(0, len(images), max(1, len(images) // samples)))
+        chosen = Subset(images, spread_rows(len(images), samples).tolist())
         return DataLoader(chosen, loader.batch_size, collate_fn=loader.collate_fn)
 
     def set_epoch(self, epoch: int) -> None:

@@ -235,6 +235,6 @@ def test_the_monitored_images_of_a_plain_loader_are_read_alone():
 
     loader = torch.utils.data.DataLoader(Images(), batch_size=8)
     batches = spread_images(Batches(loader, "the validation loader", torch.device("cpu")), 10)
-    assert read == list(range(0, 50, 5))
+    assert [index // 5 for index in read] == list(range(10))  # one of every five
     assert torch.cat([labels for _, labels in batches]).tolist() == [index % 4 for index in read]
     assert torch.cat([images for images, _ in batches])[:, 0, 0, 0].tolist() == read

@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from taylor_pruning.errors import InputError
 from taylor_pruning.experiment.data import ImageData, TensorImages
 from taylor_pruning.generators import seeded
+from taylor_pruning.tasks.batches import spread_rows
 
 FLOATS_AT_ONCE = 2**23  # normalised pixels that are made at once: 32 MiB
 
@@ -59,8 +60,8 @@ class EpochBatches:
         return np.array_split(order[: self.share * world][rank::world], len(self))
 
     def spread(self, samples: int) -> tuple[list[int], "EpochBatches"]:
-        """About `samples` positions, evenly spread, and the batches of them alone, in order."""
-        rows = list(range(0, self.length, max(1, self.length // samples)))
+        """About `samples` positions (tasks.batches.spread_rows), and the batches of them alone, in order."""
+        rows = spread_rows(self.length, samples).tolist()
         return rows, EpochBatches(len(rows), self.batch_size, shuffle=False, seed=self.seed, shard=self.shard)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
@@ -105,7 +106,7 @@ class BatchLoader:
             yield from zip(images.split(sizes), data.targets[index].split(sizes), strict=True)
 
     def spread(self, samples: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Batches of about `samples` images spread evenly over the set, which may be sorted by class; reads no others."""
+        """Batches of about `samples` images spread over the set (tasks.batches.spread_rows); reads no others."""
         rows, plan = self.plan.spread(samples)
         data = replace(self.dataset, images=self.dataset.images[rows], targets=self.dataset.targets[rows])
         return list(BatchLoader(data, plan, self.device))

@@ -100,3 +100,15 @@ def _pick(field, index):
     if isinstance(index, slice):
         return field[index]
     return field[index.to(field.device)] if isinstance(field, Tensor) else [field[i] for i in index.tolist()]
+
+
+def spread_rows(number: int, samples: int) -> torch.Tensor:
+    """About `samples` of `number` positions, ascending: one drawn from each of so many stretches of equal length, the first 0.
+
+    Images may be sorted by class, or go through the classes in turn: at equal distances these would miss some classes.
+    """
+    length = max(1, number // samples)
+    starts = torch.arange(0, number, length)
+    drawn = torch.randint(length, starts.shape, generator=torch.Generator().manual_seed(0))
+    drawn[:1] = 0  # which also a loader has that gives only a part of its data set
+    return (starts + drawn).clamp_max(number - 1)

@@ -1,11 +1,11 @@
-"""Few batches that represent a loader: the first images, or images spread evenly over it."""
+"""Few batches that represent a loader: the first images, or images spread over it."""
 
 from collections.abc import Iterable
 
 import torch
 
 from taylor_pruning.errors import InputError
-from taylor_pruning.tasks.batches import select, size
+from taylor_pruning.tasks.batches import select, size, spread_rows
 
 HELD_OUT = 100  # images that neither score nor repair, on which a round is judged
 
@@ -37,19 +37,22 @@ def split_images(batches: list, samples: int) -> tuple[list, list]:
 
 
 def spread_images(loader: Iterable, samples: int) -> list:
-    """About `samples` images at equal distances, because a loader may be sorted by class. Raises InputError if empty.
+    """About `samples` images at the places of `spread_rows`. Raises InputError if the loader is empty.
 
-    A loader that can pick them out (`loader.spread`) reads no others; any other loader is read from beginning to end.
+    A loader that can pick them out (`loader.spread`) reads no others; any other loader is read from beginning to end. One
+    without a length of its data set is taken whole.
     """
     if hasattr(loader, "spread"):
         return loader.spread(samples)
     batches, seen = [], 0
-    stride = max(1, len(loader.dataset) // samples) if hasattr(loader, "dataset") else 1
+    rows = spread_rows(len(loader.dataset), samples) if hasattr(loader, "dataset") else None
     for batch in loader:
-        first, count = -seen % stride, size(batch)
-        seen += count
-        if first < count:
-            batches.append(select(batch, torch.arange(first, count, stride)))
+        here = torch.arange(size(batch))
+        if rows is not None:
+            here = rows[(rows >= seen) & (rows < seen + len(here))] - seen
+        seen += size(batch)
+        if len(here):
+            batches.append(select(batch, here))
     if not batches:
         raise InputError("there are no validation images")
     return batches

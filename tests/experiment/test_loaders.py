@@ -23,6 +23,7 @@ from taylor_pruning.experiment.loaders import (
     make_loader,
 )
 from taylor_pruning.experiment.run import explained
+from taylor_pruning.tasks.batches import spread_rows
 
 
 def epoch_of(loader, epoch):
@@ -243,7 +244,7 @@ def test_spread_reads_its_images_alone(kind, shard):
     plan = EpochBatches(10, 2, shuffle=False, seed=0, shard=shard)
     device = torch.device("cpu")
     loader = BatchLoader(dataset, plan, device) if kind == "tensor" else WorkerLoader(Reads(), plan, device, 0)
-    rows = [0, 3, 6, 9][shard[0] :: shard[1]]
+    rows = spread_rows(10, 3).tolist()[shard[0] :: shard[1]]
     batches = loader.spread(3)
     assert [len(labels) for _, labels in batches] == [2] * (len(rows) // 2)
     assert torch.cat([labels for _, labels in batches]).tolist() == dataset.targets[rows].tolist()
