@@ -79,7 +79,7 @@ def plot(results, path):
             axis.set_ylabel(f"top-1, {label} (%)", fontsize=8)
     for axis in axes[-1]:
         axis.set_xlabel("images that score")
-    axes[0, 0].legend(fontsize=7, loc="lower right")
+    axes[0, 0].legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)
@@ -121,7 +121,7 @@ def plot_trade_off(results, path):
             axis.set_xlabel(f"left of the {'MACs' if cost == 'macs' else 'latency of one image'} (%)")
             axis.set_ylabel(f"top-1, {label} (%)")
             axis.set_title(network, fontsize=9)
-    axes[0, 0].legend(fontsize=7, loc="lower right")
+    axes[0, 1].legend(fontsize=7, loc="lower left")  # times reach less far down than shares of the MACs
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)
