@@ -11,6 +11,8 @@ from collections import Counter
 
 from tqdm import tqdm
 
+from taylor_pruning.distributed import is_main
+
 READ_AT_MOST = 10_000  # training images
 BLOCK = 4096  # bytes from the middle of a file, by which most files of equal size differ
 
@@ -22,10 +24,12 @@ def listing_and_shared(train, val) -> tuple[dict, list[str]]:
     (of_train, train_files), (of_val, val_files) = map(_names_and_sizes, (train, val))
     known = {_place(file) for file in train_files.values()}
     shared = {path for path, file in val_files.items() if _place(file) in known}
-    sizes = [
-        {path: file.st_size for path, file in files.items() if path not in shared} for files in (train_files, val_files)
-    ]
-    shared |= copies(*sizes)
+    if is_main():  # which says so
+        sizes = [
+            {path: file.st_size for path, file in files.items() if path not in shared}
+            for files in (train_files, val_files)
+        ]
+        shared |= copies(*sizes)
     return {"classes": classes, "train": of_train, "val": of_val}, [path for path, _ in val.samples if path in shared]
 
 

@@ -141,7 +141,8 @@ def prepare(command, folder, device, percentages=()):
 
 def warn_of_no_training(settings: DataSettings, built: BuiltModel) -> None:
     """Warns where options ask for a training of the dense network, which has weights for the task."""
-    for name in (name for name in ("train_epochs", "train_lr") if is_main() and getattr(settings, name)):
+    given = [name for name in ("train_epochs", "train_lr") if getattr(settings, name)]
+    for name in given if is_main() else ():
         print(
             f"--{name.replace('_', '-')} has no effect: {built.name} has its weights from {built.weights} and is not trained "
             "before pruning",
