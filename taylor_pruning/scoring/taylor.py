@@ -152,6 +152,10 @@ class Expansion:
         """[N, R] first derivatives along the basis."""
         return torch.bmm(self.slope[:, None], self.basis).squeeze(1)
 
+    def mean_slopes(self, c: Tensor) -> Tensor:
+        """[U] mean over samples of phi, float64 on the CPU, of the directions with coordinates c [U, N, R]."""
+        return (c.flatten(1) @ self.gradient.flatten()).double().cpu() / len(self.gradient)
+
     @cached_property
     def centred(self) -> tuple[Tensor, Tensor]:
         """[N, K'] probabilities of the most probable classes and of the others together, [N, K', R] the basis less its mean."""

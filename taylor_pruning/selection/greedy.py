@@ -11,7 +11,6 @@ from taylor_pruning.selection.rounding import round_widths
 from taylor_pruning.surgery.units import by_layers
 
 POOL = 256  # units of which a joint selection chooses before it scores all units again
-WINDOW = 8  # units of the pool that are scored together
 
 
 def select_by_score(selection, scores):
@@ -90,10 +89,11 @@ def select_jointly(selection, directions, order, correction=None, weights=None):
     """Greedy on the marginal loss change at the logits that the units chosen so far leave, one unit after the other.
 
     The logits without a set S are, to first order in the network, z - sum of v_u over S. All open units are scored there,
-    and the `POOL` lowest are chosen from, until what is left of them is no better than the best outside of them was.
-    After every choice the `WINDOW` lowest of the pool are scored anew, and again until the lowest all are (lazy greedy,
-    Minoux 1978). (Units that are taken together, on scores from before, are those that move the logits the same way:
-    each alone lowers the loss, and together they overshoot.)
+    and the `POOL` lowest are chosen from, until what is left of them is no better than the best outside of them was. A choice
+    changes the slopes of the loss most, and these are cheap: they are computed anew for the whole pool. What the orders
+    beyond the first say is computed anew for the lowest unit only, until that is the lowest still (lazy greedy, Minoux 1978).
+    (Units that are taken together, on scores from before, are those that move the logits the same way: each alone lowers the
+    loss, and together they overshoot.)
 
     Args:
         directions: scoring.taylor.Directions on the selection's graph.
@@ -109,7 +109,6 @@ def select_jointly(selection, directions, order, correction=None, weights=None):
 
     def note(units, changes):
         """Keeps the loss change of removing each unit too, from what the directions say of it."""
-        changes = changes.double().cpu()
         if correction is not None:
             changes = changes + correction[units]
         last[units] = changes if weights is None else weigh(changes, weights[units])
@@ -119,28 +118,30 @@ def select_jointly(selection, directions, order, correction=None, weights=None):
         units = selection.fitting().nonzero().flatten()
         if not len(units):
             continue  # the layer bound has yielded, and no unit is small enough
-        note(units, directions.scores(order, shift, units))
+        changes = directions.scores(order, shift, units).double().cpu()
+        note(units, changes)
         values, ranks = selection.per_saving(last[units], units).sort()
         # Savings shrink as units go, which raises what the others count, whatever their sign: the bound stays below them.
         bound = values[POOL] if len(units) > POOL else math.inf
         pool = units[ranks[:POOL]]
         coordinates = directions.coordinates[:, pool].transpose(0, 1).contiguous()  # a unit's are read together
-        known, expansion = torch.ones(len(pool), dtype=torch.bool), None
+        expansion, current = directions.expansion(shift), torch.ones(len(pool), dtype=torch.bool)
+        slopes = expansion.mean_slopes(coordinates)
+        higher = changes[ranks[:POOL]] + slopes  # what the orders beyond the first say
         while not selection.done():
             fitting = selection.fitting()[pool]
             values = selection.per_saving(last[pool], pool).masked_fill(~fitting, math.inf)
-            lowest = values.argsort()[:WINDOW]
-            first = lowest[0]
+            first = values.argmin()
             if not fitting[first] or values[first] > bound:
                 break
-            unknown = lowest[~known[lowest] & fitting[lowest]]
-            if len(unknown):
-                expansion = expansion or directions.expansion(shift)
-                moments = expansion.moments(coordinates[unknown].transpose(0, 1), order)
-                note(pool[unknown], loss_change(order, *moments).mean(0))
-                known[unknown] = True
+            if not current[first]:
+                moments = expansion.moments(coordinates[first][:, None], order)
+                higher[first] = loss_change(order, *moments).mean().double().cpu() + slopes[first]
+                current[first] = True
             elif selection.take(int(pool[first])):
                 shift += coordinates[first]
-                known[:], expansion = False, None
+                expansion = directions.expansion(shift)
+                slopes, current[:] = expansion.mean_slopes(coordinates), False
+            note(pool, higher - slopes)
     round_widths(selection, last)
     return selection.chosen
