@@ -31,7 +31,8 @@ class Layers:
     """The layers that the propagation met, by name.
 
     Attributes:
-        filters: {layer: ids of its filters}, in order of execution. linear: those that are fully connected.
+        filters: {layer: ids of its filters}, in order of execution. linear: those that are fully connected wherever they are used
+            (a conv's kernel may be mixed of several by a matrix product).
         settings: {module: ids of its channels} of norms and depthwise convs.
         positions: {weight: output positions at which it is applied to one sample; of a recurrent layer steps}.
         readers: {layer: (nodes, groups, linear)} of those with a parameter for a weight.
@@ -43,7 +44,7 @@ class Layers:
         """Args: ids and values {node: ids.Value} of the propagation; parameters and buffers by name; samples of the trace."""
         self.batch = batch
         self.ids, self.filters, self.linear, self.positions, self.readers = ids, {}, set(), defaultdict(int), {}
-        self.weights, self.idle = {}, set()
+        self.weights, self.idle, convs = {}, set(), set()
         self.settings = dict(ids.settings)
         for node, along, linear in ids.issued:
             parameter = _parameter_of(_weight_of(node), parameters)
@@ -57,9 +58,9 @@ class Layers:
             if name not in self.filters:
                 self.filters[name], weight = along, _weight_of(node)
                 self.weights[name] = weight, _dimension_of(along, values[weight])
-            if linear:
-                self.linear.add(name)
+            (self.linear if linear else convs).add(name)
             self._use(node, name, parameter, linear)
+        self.linear -= convs
         for node, along in ids.depthwise:
             weight = _weight_of(node)
             if weight.op == "get_attr" and weight.target in parameters:

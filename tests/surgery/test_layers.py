@@ -50,6 +50,23 @@ class Coverage(nn.Module):
         return self.fc((x * 9 / seen).mean((2, 3)))
 
 
+class Mixed(nn.Module):
+    """The kernel of every image is mixed of three by a matrix product (CondConv)."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.route, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(8, 3), nn.Linear(6, 4)
+        self.kernels, self.shifts = nn.Parameter(torch.randn(3, 6, 8, 3, 3)), nn.Parameter(torch.randn(3, 6))
+
+    def forward(self, x):
+        x = F.relu(self.a(x))
+        b, _, h, w = x.shape
+        route = self.route(x.mean((2, 3))).sigmoid()
+        kernels, shifts = torch.einsum("be,eoikl->boikl", route, self.kernels), route @ self.shifts
+        y = F.conv2d(x.reshape(1, -1, h, w), kernels.flatten(0, 1), shifts.flatten(), padding=1, groups=b)
+        return self.fc(F.relu(y.view(b, -1, h, w)).mean((2, 3)))
+
+
 def images(size=9):
     return torch.randn(3, 3, size, size, dtype=torch.double, generator=torch.Generator().manual_seed(size))
 
@@ -61,6 +78,12 @@ def test_a_kernel_that_samples_scale_has_its_own_filters():
         "a": (8, 8), "scale": (8, 8), "kernel": (6, 6)
     }  # fmt: skip
     assert graph.positions["kernel"] == 7 * 7
+
+
+def test_kernels_that_are_mixed_by_a_product_are_those_of_a_conv():
+    torch.manual_seed(0)
+    graph = check_law(randomise(Mixed()), images(), seeds=(0,))
+    assert {name: int(info.removable.sum()) for name, info in graph.layers.items()} == {"a": 8, "kernels": 6, "shifts": 6}
 
 
 def test_features_and_windows_are_no_layers():
