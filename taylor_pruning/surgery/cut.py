@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from taylor_pruning.errors import InputError
-from taylor_pruning.modes import modes_kept
+from taylor_pruning.modes import modes_kept, set_mode
 from taylor_pruning.surgery.copying import copy_of
 from taylor_pruning.surgery.layers import owner
 
@@ -50,8 +50,8 @@ def cut(model, tensors, widths, settings, norms, stays):
     for name, units in settings.items():
         if name in modules:
             _refresh_settings(modules[name], int(stays[units].sum()), len(units))
-    with modes_kept(smaller):  # what a network keeps for evaluation has the dense shapes
-        smaller.train()
+    with modes_kept(smaller):  # what a network keeps for evaluation has the dense shapes until it is computed anew
+        set_mode(smaller, model.training)
     return smaller
 
 

@@ -129,9 +129,14 @@ class Execution:
         return self.constant(name, named, at) if value is None else value
 
     def constant(self, name, named, at=None):
-        """A tensor of the trace that is neither parameter nor buffer, on the device of the `named` ones."""
+        """A tensor that is neither parameter nor buffer, on the device of the `named` ones: as the model holds it now, else that
+        of the trace."""
         constants = at.constants if at is not None and name in at.constants else self.trace.constants
         tensor = constants[name]
+        if name in self.trace.held:
+            module, attribute = self.trace.held[name]
+            now = vars(self.model.get_submodule(module)).get(attribute)
+            tensor = now if isinstance(now, torch.Tensor) and now.shape == tensor.shape else tensor
         device = next((t.device for t in named.values()), tensor.device)
         if tensor.device != device and tensor.device.type == "cpu" and tensor.dim():
             tensor = constants[name] = tensor.to(device)

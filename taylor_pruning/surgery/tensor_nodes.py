@@ -52,6 +52,8 @@ class TensorNodes:
         stand_ins: {id of a real tensor: (its stand-in, tensor)}.
         settings: {id of a buffer of one number: its version before the forward}.
         constants: {name: tensor} that are neither inputs nor parameters nor buffers. storages: {name: id of its storage}.
+        holders: {id of a tensor that is a plain attribute: (name of the module, attribute, tensor)}. held: {name of a constant:
+            (name of the module, attribute)}.
         path: names of the modules that run now, the innermost last.
         written: ids of the storages to which calls have written.
         varied: ids of those to which they have written what depends on the input, parameters or buffers.
@@ -61,7 +63,7 @@ class TensorNodes:
     def __init__(self, names, on_values):
         self.graph, self.names, self.on_values, self.batch = fx.Graph(), names, on_values, None
         self.nodes, self.stand_ins, self.constants, self.storages, self.path = {}, {}, {}, {}, [""]
-        self.settings = {}
+        self.settings, self.holders, self.held = {}, {}, {}
         self.written, self.varied, self.given = set(), set(), set()
 
     def stand_in(self, tensor):
@@ -120,6 +122,8 @@ class TensorNodes:
             name = f"constant {len(self.constants)}"
             self.constants[name] = tensor.detach().clone()  # as it is before the forward writes to it
             self.storages[name] = _storage(tensor)
+            if id(tensor) in self.holders:
+                self.held[name] = self.holders[id(tensor)][:2]
         self.given.add(id(tensor))
         node = self.graph.create_node("get_attr", name)
         node.meta["module"] = self.path[-1]

@@ -37,7 +37,8 @@ class Trace:
 
     Attributes:
         graph: fx.Graph. Every tensor node has its `shape` and the name of the `module` that ran it in `meta`.
-        constants: {name: tensor} that the forward uses and that are neither parameters nor buffers.
+        constants: {name: tensor} that the forward uses and that are neither parameters nor buffers. held: {name: (module,
+            attribute)} of those that a module holds, which it may have computed from parameters.
         inputs: the example with a `Slot` in the place of every tensor.
         output: what the forward returned, with a `Slot` in the place of every tensor, and of every size that is read off one.
         batch: the size of the batch in the shapes of the nodes.
@@ -65,6 +66,7 @@ class Trace:
     rewritten: list = field(default_factory=list)
     caches: list = field(default_factory=list)
     idle: fx.Graph | None = None
+    held: dict = field(default_factory=dict)
     types: tuple = ()
     at_sizes: dict = field(default_factory=dict)
 
@@ -143,6 +145,12 @@ def _record(recorder, model, args, kwargs, training):
     for named in (copied.named_buffers, copied.named_parameters):
         recorder.nodes.names.update((id(tensor), name) for name, tensor in named())
     single = [tensor for tensor in copied.buffers() if tensor.numel() == 1 and not tensor.is_inference()]
+    recorder.nodes.holders = {
+        id(value): (name, attribute, value)
+        for name, module in copied.named_modules()
+        for attribute, value in vars(module).items()
+        if isinstance(value, torch.Tensor)
+    }
     recorder.nodes.settings = {id(tensor): tensor._version for tensor in single}
     slots = []
 
@@ -179,6 +187,7 @@ def _record(recorder, model, args, kwargs, training):
         _written(recorder, model, copied),
         recorder.nodes.written_constants(),
         idle=idle,
+        held=recorder.nodes.held,
         types=tuple(slot.dtype for slot in slots),
     )
 

@@ -64,3 +64,38 @@ def test_the_mode_is_recorded_where_it_is_asked_for(name, monkeypatch):
         with graph.gated(gates):
             torch.testing.assert_close(model(x), expected)
     assert torch.nn.Module.__getattr__ is before
+
+
+class Indexed(nn.Module):
+    """Keeps for evaluation what it computes from a parameter, and drops it in training (LeViT, TinyViT, EfficientFormer)."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.table = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1), nn.Parameter(torch.zeros(5))
+        self.register_buffer("places", torch.arange(16) % 5)
+
+    @torch.no_grad()
+    def train(self, mode=True):
+        super().train(mode)
+        if mode and hasattr(self, "kept"):
+            del self.kept
+        else:
+            self.kept = self.table[self.places]
+        return self
+
+    def forward(self, x):
+        kept = self.table[self.places] if self.training else self.kept
+        return self.b((self.a(x) * kept.view(4, 4)).relu()).mean((2, 3))
+
+
+def test_what_a_module_keeps_for_evaluation_is_that_of_its_parameters_now():
+    torch.manual_seed(0)
+    model, x = randomise(Indexed()), torch.randn(2, 3, 4, 4, dtype=torch.double)
+    graph = ChannelGraph(model, x)
+    assert len(graph.units) == 8
+    model.table.data = torch.randn(5).double()
+    gates = torch.arange(8).double() % 2
+    smaller = graph.remove(graph.units[::2])
+    with graph.gated(gates):
+        torch.testing.assert_close(model.eval()(x), smaller(x))
+    assert not smaller.training
