@@ -31,8 +31,8 @@ class Layers:
     """The layers that the propagation met, by name.
 
     Attributes:
-        filters: {layer: ids of its filters}, in order of execution. linear: those that are fully connected wherever they are used
-            (a conv's kernel may be mixed of several by a matrix product).
+        filters: {layer: ids of its filters}, in order of execution. linear: those that are fully connected wherever they are
+            used (a conv's kernel may be mixed of several by a matrix product).
         settings: {module: ids of its channels} of norms and depthwise convs.
         positions: {weight: output positions at which it is applied to one sample; of a recurrent layer steps}.
         readers: {layer: (nodes, groups, linear)} of those with a parameter for a weight.

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from taylor_pruning.surgery.autocasts import Autocasts
 from taylor_pruning.surgery.captured import captured_call
 from taylor_pruning.surgery.nested import map_tensors, tensors_in
-from taylor_pruning.surgery.numbers import is_tracked, number
+from taylor_pruning.surgery.numbers import is_tracked, made_plain, number
 from taylor_pruning.surgery.recorded_calls import (
     CALL_SCRIPTED,
     Scripted,
@@ -134,7 +134,12 @@ class Recorder(TorchFunctionMode):
             return torch.Size([sized(i, s) for i, s in enumerate(value)])
         if name in ("size", "__len__"):
             dim = (args[1:] or tuple(kwargs.values()) or (0,))[0] if name == "size" else 0
-            return sized(int(dim) % args[0].ndim, value)
+            size = sized(int(dim) % args[0].ndim, value)
+            if (
+                name == "__len__" and id(args[0]) in self.nodes.names
+            ):  # of a tensor of the network; else that of a batch
+                made_plain(value, size.node)
+            return size
         return number(int(value), self.graph.call_method("numel", (self.nodes.node_of(args[0]),)))
 
     def record(self, func, name, args, kwargs, tensors):

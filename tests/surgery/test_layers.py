@@ -83,7 +83,11 @@ def test_a_kernel_that_samples_scale_has_its_own_filters():
 def test_kernels_that_are_mixed_by_a_product_are_those_of_a_conv():
     torch.manual_seed(0)
     graph = check_law(randomise(Mixed()), images(), seeds=(0,))
-    assert {name: int(info.removable.sum()) for name, info in graph.layers.items()} == {"a": 8, "kernels": 6, "shifts": 6}
+    assert {name: int(info.removable.sum()) for name, info in graph.layers.items()} == {
+        "a": 8,
+        "kernels": 6,
+        "shifts": 6,
+    }
 
 
 def test_features_and_windows_are_no_layers():

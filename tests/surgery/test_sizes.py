@@ -167,6 +167,23 @@ def test_a_literal_that_is_a_product_of_sizes_is_protected():
     assert graph.layers["a"].reason.startswith("removing them makes the network fail") and len(graph.units) == 6
 
 
+def test_the_length_of_a_parameter_follows():
+    def middle(block, x):
+        return block.scale.view(-1, len(block.scale), 1, 1) * x  # as YOLOv12's blocks scale their branch
+
+    assert len(check_law(around(middle, scale=nn.Parameter(torch.randn(8))), images(), seeds=(0,)).units) == 14
+
+
+def test_a_size_with_which_is_computed_is_no_literal_of_the_same_value():
+    def middle(block, x):
+        rows = x.transpose(1, 2)
+        return rows[:, : rows.shape[1] - 1].transpose(1, 2) * block.scale.view(12, 1).mean()
+
+    model = around(middle, scale=nn.Parameter(torch.randn(12)))
+    graph = check_law(model, images(3, 16, 12), seeds=(0,), example=images(1))
+    assert len(graph.units) == 14
+
+
 def by_stride(network, x):
     return x * 2 if x.stride(2) > 9 else x
 
