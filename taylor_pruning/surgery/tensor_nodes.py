@@ -25,7 +25,14 @@ class Untraceable(RuntimeError):
 
 
 def _storage(tensor):
-    """What tells whether two tensors have the same values in memory; a sparse tensor shares none."""
+    """What tells whether two tensors have the same values in memory; a sparse tensor shares none.
+
+    Raises Untraceable inside of a transform such as `torch.func.vmap`, where a tensor stands for others.
+    """
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        raise Untraceable(
+            "torch.func transforms the calls", "Move the transform into a module of its own, which then stays as it is"
+        )
     return tensor.untyped_storage()._cdata if tensor.layout == torch.strided else id(tensor)
 
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_surgery import Net, Plain, check_law, images, randomise
 from torch import nn
 
@@ -281,3 +282,27 @@ def test_reentrant_checkpoints_are_named_where_no_gradient_comes_through():
 
     with pytest.raises(InputError, match="checkpoints with use_reentrant=True"), pytest.warns(UserWarning):
         EnhancedFilterPruner(Given(run).double().eval(), images()).rank([(images(), torch.arange(3))])
+
+
+class Ensemble(nn.Module):
+    """Several heads at once, as torch.func runs an ensemble."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 4, 8))
+
+    def forward(self, x):
+        return torch.func.vmap(lambda weight: F.linear(x, weight))(self.weight).mean(0)
+
+
+class Pooled(nn.Sequential):
+    def forward(self, x):
+        return Ensemble.forward(self[1], self[0](x).mean((2, 3)))
+
+
+def test_a_transform_of_calls_runs_as_a_whole_in_a_module_and_is_named_elsewhere():
+    conv, head, x = nn.Conv2d(3, 8, 1), Ensemble(), torch.zeros(1, 3, 4, 4)
+    graph = ChannelGraph(nn.Sequential(conv, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head), x)
+    assert graph.layers["0"].reason == "passes through 3, whose forward no graph can repeat"
+    with pytest.raises(InputError, match=r"torch.func transforms the calls\). Move the transform into a module"):
+        ChannelGraph(Pooled(conv, head), x)
