@@ -50,6 +50,17 @@ def gathered(s, x):
     return s.b(y.transpose(1, 2).unflatten(2, (3, 3)))
 
 
+def unpooled(s, x):
+    """Other filters' values at the places of a pool (SegNet)."""
+    y, places = F.max_pool2d(s.a(x), 2, return_indices=True)
+    return F.max_unpool2d(s.b(y), places, 2, output_size=x.size())
+
+
+def unpooled_rows(s, x):
+    y, places = F.max_pool1d(s.a(x).flatten(2), 2, return_indices=True)
+    return F.max_unpool1d(s.b(y[..., None]).squeeze(3), places, 2).unflatten(2, x.shape[2:])
+
+
 def likeness(s, x):
     """Of two activations, over space and over channels."""
     y, z = s.a(x), s.b(x)
@@ -126,6 +137,8 @@ BLOCKS = {  # name: (block, its output channels, removable filters of the stem, 
     "places of the strongest": (Block(lambda s, x: s.b(s.a(x).flatten(2).topk(4, 2).indices.double()[..., None])),
                                 C, 8, 0, 8),
     "gathered": (Block(gathered), C, 8, 8, 8),
+    "unpooled": (Block(unpooled), C, 8, 8, 8),
+    "unpooled rows": (Block(unpooled_rows), C, 8, 8, 8),
     "gathered at as many places": (Block(lambda s, x: s.b(s.a(x).gather(2, torch.arange(12).view(1, 1, -1, 1).expand(
         len(x), C, 12, 12)))), C, 8, 0, 8),
     "cosine": (Block(likeness), C, 8, 8, 8),

@@ -3,17 +3,18 @@
 import torch
 
 from taylor_pruning.surgery.ids import varying
+from taylor_pruning.surgery.operations.elementwise import align
 from taylor_pruning.surgery.operations.registry import rule
 from taylor_pruning.surgery.operations.views import moved
 
 _DIMENSIONS = "1d 2d 3d".split()
-_KINDS = "max_pool avg_pool adaptive_max_pool adaptive_avg_pool".split()
-POOLS = " ".join(f"{kind}{d}" for kind in _KINDS for d in _DIMENSIONS)
+_KINDS = "max_pool{} adaptive_max_pool{} avg_pool{} adaptive_avg_pool{}"
+_KINDS += " max_pool{}_with_indices adaptive_max_pool{}_with_indices"
+POOLS = " ".join(_KINDS.replace("{}", d) for d in _DIMENSIONS)
 
 
 @rule("lp_pool1d lp_pool2d lp_pool3d")
-@rule(POOLS + " interpolate upsample adaptive_max_pool2d_with_indices max_pool2d_with_indices"
-      " max_unpool2d fractional_max_pool2d", linear=True)  # fmt: skip
+@rule(POOLS + " interpolate upsample fractional_max_pool2d", linear=True)
 def spatial(call):
     """Pooling and resizing of space: the same channels at another size."""
     x = call.values()[0]
@@ -30,6 +31,17 @@ def spatial(call):
     if "shapes" in call.node.meta:
         return tuple(_resized(call, kept, shape, first) for shape in call.node.meta["shapes"])
     return _resized(call, kept, call.shape, first)
+
+
+@rule("max_unpool1d max_unpool2d max_unpool3d", linear=True)
+def unpool(call):
+    """Values at the places that a max-pool found, in the same channels, perhaps of other filters (SegNet)."""
+    values, size = call.values()[:2], call.get("output_size", 5) or ()
+    align(call.ids, values, values[0].shape, call.where)
+    call.info.mains = (call.operands[0][0],)
+    if len(size) == len(values[0].shape):  # what it names besides space is not looked at
+        call.args, call.kwargs = call.args[:5], {**call.kwargs, "output_size": size[2:]}
+    return spatial(call)
 
 
 @rule("grid_sample", linear=True)
