@@ -27,7 +27,9 @@ def copy_of(model, replaced=None):
         if tensor.grad_fn is not None:  # autograd refuses to copy it
             memo.setdefault(id(tensor), tensor.detach().clone())
     try:
-        return _copied(model, memo)
+        copied = _copied(model, memo)
+        _keep_what_is_lost(model, copied, memo)
+        return copied
     except (RuntimeError, TypeError, pickle.PickleError) as error:
         raise_out_of_memory(error)
         raise InputError(
@@ -54,6 +56,19 @@ def _copied(value, memo):
         copied.__setstate__({name: _copied(item, memo) for name, item in vars(value).items()})
         return copied
     return copy.deepcopy(value, memo)
+
+
+def _keep_what_is_lost(model, copied, memo):
+    """Gives a copy the modes and forward hooks, which a `torch.fx.GraphModule` does not copy."""
+    of_name = dict(model.named_modules())
+    for name, module in copied.named_modules():
+        own, kept = vars(of_name.get(name, module)), vars(module)
+        lost = [
+            hooks for hooks in own if "forward" in hooks and "hooks" in hooks and own[hooks] and not kept.get(hooks)
+        ]
+        kept.update((hooks, _copied(own[hooks], memo)) for hooks in lost)
+        if own.get("training") not in (None, kept.get("training")):
+            module.training = own["training"]
 
 
 def _is_shared(value):

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from conftest import randomise
-from torch import nn
+from torch import fx, nn
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from taylor_pruning.surgery import graph as graphs
 from taylor_pruning.surgery.graph import ChannelGraph
@@ -99,3 +100,42 @@ def test_what_a_module_keeps_for_evaluation_is_that_of_its_parameters_now():
     with graph.gated(gates):
         torch.testing.assert_close(model.eval()(x), smaller(x))
     assert not smaller.training
+
+
+class Extracted(nn.Module):
+    """Features of two layers, and a head."""
+
+    def __init__(self):
+        super().__init__()
+        layers = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 1), nn.BatchNorm2d(6)
+        self.body = create_feature_extractor(nn.Sequential(*layers), {"2": "low", "4": "high"})
+        self.head = nn.Conv2d(14, 4, 1)
+
+    def forward(self, x):
+        return self.head(torch.cat([*self.body(x).values()], 1)).mean((2, 3))
+
+
+def test_a_cut_network_is_in_the_mode_of_the_dense_one_where_a_copy_by_torch_is_not():
+    torch.manual_seed(0)
+    model, x = randomise(Extracted()), torch.randn(5, 3, 4, 4, dtype=torch.double)
+    graph = ChannelGraph(model, x)
+    smaller = graph.remove(graph.units[::2])
+    assert not any(module.training for module in smaller.modules())
+    with graph.gated(torch.arange(14).double() % 2):
+        torch.testing.assert_close(smaller(x), model(x))
+    model.train()
+    assert all(module.training for module in graph.remove(graph.units[::2]).modules())
+
+
+def test_hooks_of_a_graph_module_count_in_the_graph_and_in_the_cut_network():
+    torch.manual_seed(0)
+    model = fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1)))
+    model.register_forward_hook(lambda module, args, output: output * 2)
+    x = torch.randn(2, 3, 4, 4)
+    graph = ChannelGraph(model, x)
+    smaller = graph.remove(graph.units[::2])
+    with graph.gated(torch.arange(8) % 2.0):
+        torch.testing.assert_close(smaller(x), model(x))
+    with graph.gated(torch.ones(8)):
+        gated = model(x)
+    torch.testing.assert_close(gated, model(x))
