@@ -62,7 +62,7 @@ class Number(_Tracked, int):
         value = super().__int__()
         of_sizes = is_tracked(self) and self.node is not None
         if of_sizes and (self.node.target is operator.mul or _of_channels(self.node)):
-            made_plain(value, self.node)
+            _PRODUCTS[-1][value] = self.node
         return value
 
     def __reduce__(self):
@@ -76,7 +76,7 @@ class Real(_Tracked, float):
         """A plain number. If this was a share of a number of channels, a later bound of its value is recorded as that share."""
         value = super().__int__()
         if is_tracked(self) and self.node is not None and _of_channels(self.node):
-            made_plain(value, self.node.graph.call_function(math.trunc, (self.node,)))
+            _PRODUCTS[-1][value] = self.node.graph.call_function(math.trunc, (self.node,))
         return value
 
     def __reduce__(self):
@@ -124,14 +124,8 @@ def _numbers_of(graph):
         _PRODUCTS.pop()
 
 
-def made_plain(value, node):
-    """A later size or bound of this value is recorded as the size of that node, of which Python makes a plain number."""
-    _PRODUCTS[-1][value] = node
-
-
 def product_of(value):
-    """The node of the product of sizes, or number of channels, that int() or len() has made this number of; None if there is
-    none."""
+    """The node of the product of sizes, or number of channels, that int() has made this number of; None if there is none."""
     return _PRODUCTS[-1].get(value)
 
 

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from taylor_pruning.surgery.autocasts import Autocasts
 from taylor_pruning.surgery.captured import captured_call
 from taylor_pruning.surgery.nested import map_tensors, tensors_in
-from taylor_pruning.surgery.numbers import is_tracked, made_plain, number
+from taylor_pruning.surgery.numbers import is_tracked, number
 from taylor_pruning.surgery.recorded_calls import (
     CALL_SCRIPTED,
     Scripted,
@@ -135,10 +135,8 @@ class Recorder(TorchFunctionMode):
         if name in ("size", "__len__"):
             dim = (args[1:] or tuple(kwargs.values()) or (0,))[0] if name == "size" else 0
             size = sized(int(dim) % args[0].ndim, value)
-            if (
-                name == "__len__" and id(args[0]) in self.nodes.names
-            ):  # of a tensor of the network; else that of a batch
-                made_plain(value, size.node)
+            if name == "__len__" and id(args[0]) in self.nodes.names:  # else that of a batch
+                self.nodes.lengths[id(args[0])] = value, size.node
             return size
         return number(int(value), self.graph.call_method("numel", (self.nodes.node_of(args[0]),)))
 
@@ -149,7 +147,8 @@ class Recorder(TorchFunctionMode):
             kwargs = {OF_NUMPY.get(key, key): value for key, value in kwargs.items()}
         if "device" in kwargs and kwargs["device"] is None:
             kwargs = {k: v for k, v in kwargs.items() if k != "device"}
-        arguments, options = self.nodes.as_nodes((args, kwargs), bare(name) in SIZED, name in BOUNDED)
+        length = self.nodes.lengths.get(id(args[0])) if args and bare(name) in SIZED else None
+        arguments, options = self.nodes.as_nodes((args, kwargs), bare(name) in SIZED, name in BOUNDED, length)
         if on_constants or self.on_values:
             result = func(*args, **kwargs)
         else:

@@ -61,6 +61,7 @@ class TensorNodes:
         constants: {name: tensor} that are neither inputs nor parameters nor buffers. storages: {name: id of its storage}.
         holders: {id of a tensor that is a plain attribute: (name of the module, attribute, tensor)}. held: {name of a constant:
             (name of the module, attribute)}.
+        lengths: {id of a parameter or buffer: (its length, node)} of those of which the forward has taken len().
         path: names of the modules that run now, the innermost last.
         written: ids of the storages to which calls have written.
         varied: ids of those to which they have written what depends on the input, parameters or buffers.
@@ -70,7 +71,7 @@ class TensorNodes:
     def __init__(self, names, on_values):
         self.graph, self.names, self.on_values, self.batch = fx.Graph(), names, on_values, None
         self.nodes, self.stand_ins, self.constants, self.storages, self.path = {}, {}, {}, {}, [""]
-        self.settings, self.holders, self.held = {}, {}, {}
+        self.settings, self.holders, self.held, self.lengths = {}, {}, {}, {}
         self.written, self.varied, self.given = set(), set(), set()
 
     def stand_in(self, tensor):
@@ -192,12 +193,13 @@ class TensorNodes:
         parts = (None if tensor is None else self.node_of(tensor) for tensor in sequence)
         return self.graph.call_function(PackedSequence, tuple(parts))
 
-    def as_nodes(self, value, sized=False, bounded=False):
+    def as_nodes(self, value, sized=False, bounded=False, length=None):
         """Arguments of a call with nodes in the place of tensors and sizes.
 
         Args:
             sized: the arguments are sizes; a multiple of the batch, which `len(x)` gives as a plain number, is taken for one.
             bounded: they are positions or numbers of channels.
+            length: (plain number, node) of the tensor that is called, where the forward has taken it.
         """
 
         def convert(item):
@@ -206,6 +208,8 @@ class TensorNodes:
             if is_tracked(item):
                 return item if item.node is None else item.node
             item = plain(item)
+            if length and type(item) is int and item == length[0]:
+                return length[1]
             if (sized or bounded) and type(item) is int and (product := product_of(item)) is not None:
                 return product
             if sized and type(item) is int and self.batch and item and item % self.batch == 0:

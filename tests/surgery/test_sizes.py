@@ -174,6 +174,18 @@ def test_the_length_of_a_parameter_follows():
     assert len(check_law(around(middle, scale=nn.Parameter(torch.randn(8))), images(), seeds=(0,)).units) == 14
 
 
+def test_the_length_of_a_parameter_is_no_literal_of_the_same_value_elsewhere():
+    def middle(block, x):
+        shares = block.shares.softmax(0)
+        x = sum(shares[i] * x for i in range(len(block.shares)))
+        q, k, v = block.qkv(x).reshape(len(x), 3, 2, -1, x[0, 0].numel()).unbind(1)
+        return ((q.mT @ k).softmax(-1) @ v.mT).mT.reshape(len(x), -1, *x.shape[2:])
+
+    more = {"shares": nn.Parameter(torch.randn(3)), "qkv": nn.Conv2d(8, 24, 1)}
+    graph = check_law(around(middle, **more), images(), seeds=(0,))
+    assert graph.layers["qkv"].reason is None
+
+
 def test_a_size_with_which_is_computed_is_no_literal_of_the_same_value():
     def middle(block, x):
         rows = x.transpose(1, 2)
