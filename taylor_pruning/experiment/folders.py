@@ -33,8 +33,11 @@ from taylor_pruning.files import user_path
 # Also those that this Pillow may be unable to read: they are refused by name, and not left out in silence.
 SUFFIXES = (*IMG_EXTENSIONS, ".avif", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jxl")
 MEMORY_LIMIT = 2**30  # bytes of uint8 pixels that may be held decoded
-# What Pillow's decoders raise on broken files; struct and zlib errors come from damaged PNG and TIFF chunks.
-DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+# What Pillow's decoders raise on broken files: AVIF's RuntimeError; struct and zlib errors on damaged PNG and TIFF chunks.
+DECODING_ERRORS = (
+    *(OSError, SyntaxError, ValueError, EOFError, RuntimeError),
+    *(struct.error, zlib.error, Image.DecompressionBombError),
+)
 LAYOUT = "expected PATH/train/CLASS/*.jpg and PATH/val/CLASS/*.jpg (or PATH/test/...), one folder a class"
 
 

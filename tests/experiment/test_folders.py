@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from image_files import break_image, normalised, write_folder, write_image
-from PIL import Image
+from PIL import Image, features
 from torchvision.models import EfficientNet_B1_Weights, VGG16_Weights
 from torchvision.transforms import v2
 
@@ -173,6 +173,18 @@ def test_broken_png_is_named(tmp_path):
     (tmp_path / "a.png").write_bytes(content)
     with pytest.raises(InputError, match=r"cannot decode .*a\.png"):
         read_image(tmp_path / "a.png")
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow cannot write AVIF")
+def test_a_broken_avif_is_named_or_skipped(tmp_path):
+    """Its decoder raises another error than the others."""
+    root = write_folder(tmp_path)
+    bad = root / "val" / "dog" / "bad.avif"
+    write_image(bad)
+    bad.write_bytes(bad.read_bytes()[:-40])
+    with pytest.raises(InputError, match=r"cannot decode .*bad\.avif: .*--skip-corrupt"):
+        load_image_folder(root)
+    assert load_image_folder(root, skip_corrupt=True).skipped == [bad]
 
 
 def test_unreadable_file_is_an_error_even_when_corrupt_ones_are_skipped(tmp_path):
