@@ -1,6 +1,7 @@
 """How every plot looks: sizes, colours, a style for each method, axes for layers and for values of many magnitudes.
 
 Figures are made with matplotlib's object-oriented interface: they need no display and leave no figure or setting behind.
+They look alike whatever the user's matplotlibrc says: `text.usetex` would need LaTeX, and a dark style would hide black lines.
 """
 
 import math
@@ -9,7 +10,7 @@ import re
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-import matplotlib
+import matplotlib.style
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
@@ -91,7 +92,7 @@ PLOT_SETTINGS = {
 @contextmanager
 def saved_figure(*paths, width=COLUMN_WIDTH, height=2.6):
     """Yield a figure of `width` x `height` inches; save it under every path when the block ends without error."""
-    with matplotlib.rc_context(PLOT_SETTINGS):
+    with matplotlib.style.context(["default", PLOT_SETTINGS]):
         figure = Figure(figsize=(width, height))
         yield figure
         for path in paths:

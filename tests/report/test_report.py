@@ -338,6 +338,17 @@ def test_settings_of_matplotlib_come_back(tmp_path):
     assert dict(matplotlib.rcParams) == before and not list(tmp_path.iterdir())
 
 
+def test_settings_of_the_user_change_no_plot(tmp_path):
+    """LaTeX may be missing, and takes the sign of per cent for a comment; black lines would be lost on a dark ground."""
+    import matplotlib
+
+    others = {"text.usetex": True, "axes.facecolor": "black", "font.size": 30, "axes.formatter.use_locale": True}
+    for name, settings in {"plain.png": {}, "other.png": others}.items():
+        with drawn_plots(), matplotlib.rc_context(settings), saved_figure(tmp_path / name) as figure:
+            figure.subplots().set_title("top-1 %")
+    assert (tmp_path / "plain.png").read_bytes() == (tmp_path / "other.png").read_bytes()
+
+
 def test_labels_lie_inside_of_the_picture(tmp_path):
     with careful_plots(), saved_figure(tmp_path / "a.png") as figure:
         axes = figure.subplots()
