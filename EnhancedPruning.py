@@ -178,6 +178,7 @@ class EnhancedPruning:
         check_scoring(self.task, self.settings, self.settings.compensate, use_gradient_flow)
         if oracle_samples:  # whose estimates are of removing without a repair
             check_scoring(self.task, self.settings, repairs=False, use_gradient_flow=False)
+        taylor_order = int(taylor_order)  # a checkpoint holds no numbers of NumPy
         method = {"taylor_order": taylor_order, "use_gradient_flow": use_gradient_flow}
         state, store = RoundsState(self.model, all_filters(self.graph)), None
         if checkpoint := checkpoint_file(checkpoint, resume):

@@ -62,6 +62,15 @@ def test_numbers_of_numpy_are_numbers(kind):
     assert result.plan == pipeline(settings=settings).prune(30, 2).plan and len(result.fine_tuning) == 1
 
 
+def test_a_run_with_numbers_of_numpy_goes_on(tmp_path):
+    """A checkpoint can hold none, and 1,000,003 times a seed of 32 bits overflows."""
+    settings = PruningSettings(rounds=np.int32(2), guard=False, seed=np.int32(5000), layer_bound=np.float32(2))
+    assert repr(settings) == repr(PruningSettings(rounds=2, guard=False, seed=5000, layer_bound=2.0))
+    run = {"checkpoint": tmp_path / "rounds"}
+    plan = pipeline(settings=settings).prune(np.float32(30), np.int64(2), **run).plan
+    assert pipeline(settings=settings).prune(30, 2, **run, resume=True).plan == plan
+
+
 @pytest.mark.parametrize("value", ["30", True, None, float("nan")])
 def test_what_is_no_percentage_is_shown(value):
     with pytest.raises(InputError, match=f"number between 0 and 100 .both excluded., not {value!r}"):
