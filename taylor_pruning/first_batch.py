@@ -96,7 +96,10 @@ class Batches:
 
     def _of_data_set(self, samples):
         loader, images = self.loader, self.loader.dataset
-        chosen = Subset(images, spread_rows(len(images), samples).tolist())
+        read = min(
+            len(loader.sampler), len(loader) * loader.batch_size
+        )  # not all with a sampler of a part, or drop_last
+        chosen = Subset(images, spread_rows(read, samples).tolist())
         return DataLoader(chosen, loader.batch_size, collate_fn=loader.collate_fn)
 
     def set_epoch(self, epoch: int) -> None:

@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler, TensorDataset
 
 from EnhancedFilterPruner import Rankings
 from EnhancedPruning import EnhancedPruning, PruningSettings
@@ -238,3 +238,11 @@ def test_the_monitored_images_of_a_plain_loader_are_read_alone():
     assert [index // 5 for index in read] == list(range(10))  # one of every five
     assert torch.cat([labels for _, labels in batches]).tolist() == [index % 4 for index in read]
     assert torch.cat([images for images, _ in batches])[:, 0, 0, 0].tolist() == read
+
+
+@pytest.mark.parametrize("part", [{"sampler": SequentialSampler(range(24))}, {"drop_last": True, "batch_size": 24}])
+def test_no_image_is_monitored_that_the_loader_never_gives(part):
+    data = TensorDataset(torch.arange(40.0)[:, None, None, None].expand(40, 3, 2, 2), torch.zeros(40).long())
+    loader = DataLoader(data, **{"batch_size": 8, **part})
+    batches = spread_images(Batches(loader, "the validation loader", CPU), 10)
+    assert max(batch[0].max() for batch in batches) < 24
