@@ -128,6 +128,7 @@ UNUSABLE = {
         lambda w: torch.quantize_per_tensor(w, 0.01, 0, torch.qint8),
         "features.0.weight quantised, sparse or",
     ),
+    "float8": (lambda w: w.to(torch.float8_e4m3fn), "features.0.weight quantised, sparse or"),
     "sparse": (lambda w: w.to_sparse(), "features.0.weight quantised, sparse or without values"),
     "without values": (lambda w: w.to("meta"), "features.0.weight quantised, sparse or without values"),
 }
