@@ -216,6 +216,23 @@ def test_metrics_of_a_task_are_plain_numbers_with_names_of_their_own():
         pipeline(task=Own("error", "macs")).prune(30)
 
 
+def test_a_run_whose_task_gives_numbers_of_numpy_goes_on(tmp_path):
+    """A checkpoint that holds some could not be read again."""
+
+    class OfNumPy(Own):
+        def evaluate(self, model, loader):
+            error = super().evaluate(model, loader)["error"].numpy()
+            return {"error": np.mean(error), "each": {"first": [np.float32(error)]}, "all": torch.full((2,), 1.0)}
+
+    def run(resume):
+        run = {"checkpoint": tmp_path / "run", "resume": resume}
+        return pipeline(task=OfNumPy("error")).run_full_pruning(30, fine_tune_epochs=1, **run).as_dict()["stages"]
+
+    first, second = run(False), run(True)
+    assert type(first[0]["error"]) is float and first[0]["all"] == [1.0, 1.0]
+    assert [stage["error"] for stage in second] == [stage["error"] for stage in first]
+
+
 def test_another_default_device_is_named():
     """Here one without values; a GPU refuses the draws of the CPU's generator."""
     model = network()

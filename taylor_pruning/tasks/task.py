@@ -14,9 +14,11 @@
 Ready-made tasks: Classification, MultiLabel, Segmentation, Regression, Detection (taylor_pruning.tasks.*).
 """
 
+import math
 from collections.abc import Mapping
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -156,18 +158,18 @@ class Task:
         """Raises InputError if the network's last step gives another kind of outputs, as probabilities in place of logits."""
 
     def evaluated(self, model: nn.Module, loader, where: str = "the evaluation") -> dict:
-        """What `evaluate` gives, single numbers as Python's. Raises InputError if the main metric is not among them."""
+        """What `evaluate` gives, numbers as Python's. Raises InputError if the main metric is not among them."""
         found = self.evaluate(model, loader)
         if not isinstance(found, Mapping):
             raise InputError(f"evaluate of the task {self.name} gives {describe(found)}; give {{metric: number}}")
-        metrics = {k: v.item() if isinstance(v, Tensor) and v.numel() == 1 else v for k, v in found.items()}
+        metrics = _python_values(found)
         if self.main not in metrics:
             raise InputError(
                 f"evaluate of the task {self.name} gives {', '.join(map(str, metrics))} for {where}, but its main metric is "
                 f"{self.main}"
             )
         if not has_type(metrics[self.main], float):
-            raise InputError(f"{self.main} of the task {self.name} is {describe(metrics[self.main])}; give a number")
+            raise InputError(f"{self.main} of the task {self.name} is {describe(found[self.main])}; give a number")
         return metrics
 
     @contextmanager
@@ -183,6 +185,17 @@ class Task:
         return InputError(
             f"the task {self.name} does not define {name}, which {purpose}; define it in a Task of your own (tasks.task)"
         )
+
+
+def _python_values(value):
+    """Numbers of torch and NumPy as Python's: a checkpoint could not be read again with NumPy's, nor JSON hold torch's."""
+    if isinstance(value, Mapping):
+        return {name: _python_values(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_python_values(item) for item in value]
+    if isinstance(value, (Tensor, np.ndarray, np.generic)):
+        return value.item() if math.prod(value.shape) == 1 else value.tolist()
+    return value
 
 
 def example_of(task: Task, batch):
