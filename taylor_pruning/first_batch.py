@@ -215,7 +215,8 @@ def _check_losses(task, outputs, batch, where):
     with torch.enable_grad():
         found = {name: getattr(task, name) for name in ("loss", "divergence") if task.defines(name)}
         others = {"loss": batch, "divergence": map_tensors(outputs, Tensor.detach)}
-        values = {name: f(copied(), others[name]) for name, f in found.items()}
+        copies = {name: copied() for name in found}
+        values = {name: f(copies[name], others[name]) for name, f in found.items()}
     for name, losses in values.items():
         if not isinstance(losses, Tensor) or losses.shape != (size(batch),) or not losses.is_floating_point():
             given = f"{losses.dtype} {[*losses.shape]}" if isinstance(losses, Tensor) else describe(losses)
@@ -228,8 +229,21 @@ def _check_losses(task, outputs, batch, where):
             raise InputError(
                 f"{name} of the task {task.name} has no gradient in the outputs; compute it from them by torch, without detach"
             )
-    if "divergence" in values and (values["divergence"].abs() > TINY).any():
+    if "divergence" in values:
+        _check_smallest(task, values["divergence"], copies["divergence"])
+
+
+def _check_smallest(task, divergence, outputs):
+    """Raises InputError if the divergence of outputs from themselves is not 0, or has no gradient in them."""
+    if (divergence.abs() > TINY).any():
         raise InputError(f"divergence of the task {task.name} is not 0 where both outputs are the same; let it be")
+    sources = [tensor for tensor in tensors_in(outputs) if tensor.requires_grad]
+    gradients = torch.autograd.grad(divergence.sum(), sources, allow_unused=True)
+    if any(gradient is not None and not gradient.isfinite().all() for gradient in gradients):
+        raise InputError(
+            f"divergence of the task {task.name} has no gradient where both outputs are the same, as a square root has none at "
+            "0; give its square"
+        )
 
 
 def check_training(model: nn.Module, loader: Batches) -> None:

@@ -64,6 +64,11 @@ WRONG = {
         lambda self, a, b: (a - b).mean(1),
         "no second derivative; take one that is",
     ),
+    "a root as divergence": (
+        "divergence",
+        lambda self, a, b: (a - b).square().mean(1).sqrt(),
+        "divergence of the task own has no gradient where both outputs are the same, .*; give its square",
+    ),
     "metrics in a list": (
         "evaluate",
         lambda *args: [1.0],
