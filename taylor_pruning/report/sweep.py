@@ -27,6 +27,7 @@ from taylor_pruning.report.sweep_numbers import (
     percentages_of,
     reduction_of,
     removed_label,
+    stopped_cells,
 )
 from taylor_pruning.report.sweep_plots import write_sweep_plots
 from taylor_pruning.report.sweep_steps import steps_to_reach
@@ -145,9 +146,12 @@ def _markdown(sweep):
              *(f"{name} saved" for name in COSTS.values()), "seeds"], list(_full_rows(sweep)), labels=2),
         "All in per cent but the number of seeds. Saved: against the dense network.",
     ]  # fmt: skip
+    if stopped := stopped_cells(sweep):
+        parts.insert(3, f"**Warning:** {stopped}")
     if steps := list(_steps_rows(sweep)):
         header = [removed_label(sweep), "top-1 to reach", *(METHODS[method].label for method in methods_of(sweep))]
-        parts[5:5] = ["## Training steps until a method has what the best order has before training",
+        place = parts.index("## All numbers")
+        parts[place:place] = ["## Training steps until a method has what the best order has before training",
                       _markdown_table(header, steps),
                       "Means over seeds, on at most 500 validation images, at 0, 10, 30, 100, 300, ... steps."]  # fmt: skip
     failed = [cell for cell in sweep["cells"] if cell["status"] != "done"]

@@ -75,6 +75,18 @@ def finished_cells(sweep):
     return [cell for cell in sweep["cells"] if cell["status"] == "done"]
 
 
+def stopped_cells(sweep) -> str:
+    """Which networks lost less than the percentage that their row names, in a sentence; "" where none did."""
+    stopped = [
+        f"{METHODS[cell['method']].label} at {cell['percentage']:g} % with seed {cell['seed']} after "
+        f"{cell['stopped']['reached']:.3g} %"
+        for cell in finished_cells(sweep)
+        if cell.get("stopped")
+    ]
+    text = "stopped before a round that would have destroyed the network, and compared with others that lost more: "
+    return f"{text}{'; '.join(stopped)}. Give more calibration images or rounds, or --no-guard." if stopped else ""
+
+
 def cells_by_method(sweep):
     """{(percentage, method): finished cells}, by percentage and then in the order of METHODS."""
     order = {method: place for place, method in enumerate(METHODS)}

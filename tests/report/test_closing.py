@@ -101,6 +101,14 @@ def test_a_sweep_names_the_best_of_every_percentage(stages, tmp_path):
     assert all(len(line) <= 80 for line in text.splitlines()[:-1])
 
 
+def test_a_sweep_names_the_networks_that_lost_less_than_their_row_says(stages, tmp_path):
+    cell = {"status": "done", "percentage": 99.0, "method": "order 3", "stages": stages}
+    cells = [{**cell, "seed": 0, "stopped": None}, {**cell, "seed": 7, "stopped": {"asked": 99.0, "reached": 74.25}}]
+    text = " ".join(sweep_closing({"cells": cells}, tmp_path).split())
+    assert text.startswith("WARNING: stopped before a round that would have destroyed the network")
+    assert "lost more: order 3 at 99 % with seed 7 after 74.2 %. Give" in text and "seed 0" not in text
+
+
 def test_a_sweep_of_several_seeds_names_the_best_mean(stages, tmp_path):
     lucky = [*stages[:3], {**stages[3], "top1": 95.0}]
     unlucky = [*stages[:3], {**stages[3], "top1": 93.0}]
