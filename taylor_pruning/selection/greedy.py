@@ -24,12 +24,7 @@ def select_by_score(selection, scores):
     """
     while not selection.done():
         selection.close_if_unreachable()
-        order = selection.per_saving(scores).masked_fill(~selection.open, torch.inf).argsort()
-        for unit in order.tolist():
-            if not selection.open[unit] or selection.done():
-                break
-            if selection.fitting()[unit]:
-                selection.take(unit)
+        _take_lowest(selection, selection.per_saving(scores))
     round_widths(selection, scores)
     return selection.chosen
 
@@ -50,13 +45,18 @@ def select_uniformly(selection, scores):
     while not selection.done() and len(selection.chosen) != taken:
         selection.close_if_unreachable()
         taken = len(selection.chosen)
-        for unit in ranks.masked_fill(~selection.open, torch.inf).argsort().tolist():
-            if not selection.open[unit] or selection.done():
-                break
-            if selection.fitting()[unit]:
-                selection.take(unit)
+        _take_lowest(selection, ranks)
     round_widths(selection, ranks)
     return selection.chosen
+
+
+def _take_lowest(selection, values):
+    """Chooses open units that fit, the lowest value first, until the selection is done."""
+    for unit in values.masked_fill(~selection.open, torch.inf).argsort().tolist():
+        if not selection.open[unit] or selection.done():
+            break
+        if selection.fitting()[unit]:
+            selection.take(unit)
 
 
 def select_behind_repair(selection, costs):
