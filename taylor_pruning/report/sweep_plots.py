@@ -59,8 +59,9 @@ def _method_lines(axes, sweep, x_of, y_of, dodge=0.0, methods=None):
                       capsize=1.5, elinewidth=0.8, zorder=3 if method.startswith("order") else 2)  # fmt: skip
 
 
-def _exactly(percentage, cells):
-    return Estimate(percentage, math.nan, len(cells))
+def _removed(percentage, cells):
+    """Per cent of the budget that the networks lost: less than was asked where the guard ended the rounds."""
+    return Estimate.of(cell["stopped"]["reached"] if cell.get("stopped") else percentage for cell in cells)
 
 
 def _shared_legend(figure, panels):
@@ -107,7 +108,7 @@ def _plot_accuracy(sweep, paths):
         panels = figure.subplots(rows, len(moments), squeeze=False, sharex=True, height_ratios=[3, 2][:rows])
         for column, when in enumerate(moments):
             upper, lowest = panels[0, column], panels[-1, column]
-            _method_lines(upper, sweep, _exactly, lambda _, cells, at=when: estimate_of(cells, "top1", at), dodge)
+            _method_lines(upper, sweep, _removed, lambda _, cells, at=when: estimate_of(cells, "top1", at), dodge)
             if dense is not None:
                 upper.axhline(dense, color=DENSE, linestyle="--", linewidth=0.8, label="dense")
             if rows == 2:
@@ -116,7 +117,7 @@ def _plot_accuracy(sweep, paths):
                     top1 = estimate_of(cells, "top1", at)
                     return Estimate(top1.mean - dense, top1.sd, top1.seeds)
 
-                _method_lines(lowest, sweep, _exactly, difference, dodge, orders)
+                _method_lines(lowest, sweep, _removed, difference, dodge, orders)
                 lowest.axhline(0, color=DENSE, linestyle="--", linewidth=0.8)
             end_accuracies(upper)
             _percentage_axis(lowest, sweep)
@@ -160,8 +161,8 @@ def _plot_size(sweep, paths):
 
     with saved_figure(*paths, height=4.4) as figure:
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
-        _method_lines(upper, sweep, _exactly, reduction)
-        _method_lines(lower, sweep, _exactly, excess)
+        _method_lines(upper, sweep, _removed, reduction)
+        _method_lines(lower, sweep, _removed, excess)
         upper.plot(percentages, percentages, color=DENSE, linewidth=0.7, label=removed_label(sweep), zorder=1)
         lower.axhline(0, color=DENSE, linewidth=0.7)
         _percentage_axis(lower, sweep)

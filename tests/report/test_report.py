@@ -340,6 +340,15 @@ def test_a_page_names_the_networks_that_lost_less_than_their_row_says(tmp_path):
     assert page.index("## Training steps") < page.index("## All numbers")
 
 
+def test_a_network_that_lost_less_is_drawn_at_what_it_lost(tmp_path, monkeypatch):
+    """One of two seeds stopped at 12 % instead of 30 %."""
+    monkeypatch.chdir(tmp_path)
+    sweep = make_sweep((10, 30), ("order 2",), (0, 1))
+    sweep["cells"][-1]["stopped"] = {"asked": 30.0, "reached": 12.0}
+    axes = drawn_axes(monkeypatch, SweepPlots._plot_accuracy, sweep)
+    assert [10, 21] in [list(line.get_xdata()) for line in axes[0].lines]
+
+
 def test_settings_of_matplotlib_come_back(tmp_path):
     import matplotlib
 
