@@ -246,9 +246,9 @@ class EnhancedFilterPruner:
 
         A joint selection goes by the signed loss change given the units chosen already; others, and order 1, go by
         `criterion`. After `rank` with compensation a joint selection, of any order, goes by the closed form of
-        scoring.layer_costs, which starts from `levels`, and where `rank` had held-out images once more after a trial of
-        every group of layers (selection.corrected). `chosen.predicted_loss_change` (nats) is what is predicted for the
-        whole plan: the change of the cross-entropy with the labels or, after `rank` with compensation, the divergence from
+        scoring.layer_costs, which starts from `levels`. With `correct_levels` and held-out images it is made once more after
+        a trial of every group of layers (selection.corrected). `chosen.predicted_loss_change` (nats) is what is predicted for
+        the whole plan: the change of the cross-entropy with the labels or, after `rank` with compensation, the divergence from
         `model`. It is None where the criterion predicts none, as for order 1 without the closed form.
 
         Args:

@@ -179,7 +179,7 @@ class DataSettings(Checked):
     )
     batch_size: int = option(
         64,
-        "images a step",
+        "images in a batch",
         "Lower it when memory runs out. Training from scratch takes fewer where a network without BatchNorm would make fewer "
         "than 400 steps an epoch, but not below 16.",
         low=1,

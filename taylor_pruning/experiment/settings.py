@@ -35,7 +35,8 @@ class PruningSettings(Constraints):
             Gauss-Newton part); "hvp": from random probes (scoring.probes); "auto": exact where the network is piecewise linear.
             With it, directions of the outputs give them in any network.
         class_probes: class directions of every sample; at most classes - 1 are used. None: 12, but one random direction at
-            order 2 with `compensate`, whose time is better spent on more images. Order 1 then takes one in any case.
+            order 2 with `compensate`, whose time is better spent on more images. Order 1 then takes one in any case. With
+            `compensate`, tasks other than classification take random directions of the outputs, 4 where this is None.
         hessian_probes: random probes of every sample where the curvature is "hvp", and at order 3 of another task.
         budget, layer_bound, min_filters, round_to, min_share, latency_batch, latency_table, times: see
             selection.constraints.Constraints. A `layer_bound` of None is no bound

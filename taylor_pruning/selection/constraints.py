@@ -47,10 +47,10 @@ class Constraints:
     layer_bound: float | None = option(
         None,
         "no layer loses more than this multiple of the target share of its filters, inf: no bound",
-        "A budget in filters without --compensate needs it, or cheap filters of few layers all go.",
+        "A budget in filters needs it with --no-compensate, or cheap filters of few layers all go.",
         low=1,
         infinite=True,
-        default_text="1.03 for a budget in filters without --compensate, else inf",
+        default_text="1.03 for a budget in filters with --no-compensate or --selection independent, else inf",
     )
     min_filters: int = option(
         1,

@@ -1,7 +1,7 @@
 """Measured times: of the layers of one network, and a file of them for every device.
 
 The file holds {device: {number format and torch version: {layer: {"inputs x outputs": milliseconds}}}}, and in the place of a
-layer also whole networks, with the per cent of the filters that are left.
+layer also whole networks, by a hash of their operations and widths: {"whole": milliseconds}.
 """
 
 import json

@@ -107,7 +107,7 @@ class Recipe:
     )
     amp_validation: bool = option(
         False,
-        "validate in that precision too",
+        "validate in the precision of amp too",
         "Where validation on a GPU takes long.",
         command_line=False,
     )
@@ -118,7 +118,7 @@ class Recipe:
     )
     accumulate: int = option(
         1,
-        "batches a step",
+        "batches for one optimiser step",
         "To keep the steps of a large batch where memory allows a small one.",
         low=1,
     )
