@@ -13,9 +13,9 @@ from matplotlib import pyplot as plt  # noqa: E402
 
 STAGES = [
     ("trace", "which filters must\ngo together", "surgery/"),
-    ("score", "loss change of removing\na unit, orders 1 to 3", "scoring/"),
+    ("score", "what removing a unit\ncosts, orders 1 to 3", "scoring/"),
     ("select", "the cheapest units\nfor the budget", "selection/"),
-    ("cut", "remove and check:\ngated = removed", "surgery/"),
+    ("cut", "remove the filters,\ncheck the outputs", "surgery/"),
     ("repair", "refit the layers behind\nin closed form", "repair/"),
     ("fine-tune", "train, keep the\nbest epoch", "training/"),
 ]
