@@ -160,7 +160,7 @@ class DataSettings(Checked):
     )
     head: str = option(
         "keep",
-        "classes of an ImageNet network on synset folders: keep all 1,000, or those present in the data",
+        "classes of an ImageNet network on synset folders: keep all 1,000, or only those present in the data",
         "present, to specialise a network for the classes that you have. No label and no training is needed.",
         choices=HEADS,
     )
@@ -208,7 +208,7 @@ class DataSettings(Checked):
     )
     train_lr: float | None = option(
         None,
-        "largest learning rate of that training",
+        "largest learning rate when the dense network or its new head is trained",
         "Lower it when that training diverges.",
         low=0,
         open_low=True,

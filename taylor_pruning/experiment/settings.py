@@ -87,23 +87,23 @@ class PruningSettings(Constraints):
     )
     curvature: str = option(
         "auto",
-        "second and third derivatives without --compensate: exact, from class directions; hvp, from random probes; auto: "
-        "exact where the network is piecewise linear",
-        "hvp suits networks with SiLU, GELU or sigmoids. With --compensate directions of the outputs suit all networks.",
+        "second and third derivatives without --compensate: exact, from directions of the logits; hvp, from Hessian-vector "
+        "products; auto: exact where the network is piecewise linear",
+        "hvp suits networks with SiLU, GELU or sigmoids. With --compensate, directions of the outputs suit all networks.",
         choices=CURVATURES,
         needs=("--no-compensate or --oracle-samples",),
     )
     class_probes: int | None = option(
         None,
-        "class directions of every sample",
-        "More of them make the curvature of many classes exact and cost time: give 12 where there are few images.",
+        "directions of the logits for each image, each a backward pass",
+        "More of them estimate the curvature better and cost time: give 12 where there are few images.",
         low=1,
         default_text="12; 1 at order 2 with --compensate",
         needs=("--taylor-order 2/3 or --taylor-orders 2/3 or --oracle-samples",),
     )
     hessian_probes: int = option(
         8,
-        "random probes of every sample with curvature hvp",
+        "random probes for each image with curvature hvp",
         "More of them reduce the noise and cost time.",
         low=1,
         command_line=False,
@@ -111,7 +111,7 @@ class PruningSettings(Constraints):
     exclude: tuple[str, ...] = option(
         (),
         "layers whose filters all stay, by name or pattern, as 'features.*'",
-        "To protect layers that other programs read. results.json lists the names under layers.",
+        "To protect layers that other programs read. results.json lists all names under layers.",
         metavar="PATTERN",
     )
     prune_modules: tuple[str, ...] = option(
@@ -154,15 +154,16 @@ class PruningSettings(Constraints):
     )
     correct_levels: bool = option(
         False,
-        "measure each layer's predicted cost on held-out images and choose again",
+        "measure on held-out images what the cut of each layer costs, correct the predicted costs and choose again",
         "Where the calibration images say little about each class: on a MobileNetV2 with one photograph a class it gained "
         "5 points. On a ResNet-32 with five rounds it gained nothing. It costs every round as much as scoring 500 images.",
         needs=("--compensate", "--selection auto/joint"),
     )
     guard: bool = option(
         True,
-        "stop before a round whose network predicts held-out images worse than a constant answer; smaller ones are tried first",
-        "Turn it off where long training follows that will make up for any cut.",
+        "do not take a round that leaves a network worse than a constant answer on held-out images; smaller rounds are tried "
+        "first",
+        "Turn it off if long training follows, which makes up for any cut.",
         needs=("--compensate",),
     )
     fine_tune_between: int = option(

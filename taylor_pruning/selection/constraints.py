@@ -31,7 +31,7 @@ class Constraints:
             only some of their filters with others (grouped or concatenated channels) are cut as the scores say.
         min_share: share of its filters that every layer keeps at least; like the layer bound it yields where the target
             cannot be met otherwise.
-        latency_batch: images of the forward whose time a budget of latency counts.
+        latency_batch: batch size of the forward that a budget of latency times.
         latency_table: file in which measured times are kept. None: one in the user's cache folder.
         times: NetworkLatency that a budget of latency counts with (selection.latency); EnhancedPruning and
             EnhancedFilterPruner measure it where it is None.
@@ -46,7 +46,7 @@ class Constraints:
     )
     layer_bound: float | None = option(
         None,
-        "no layer loses more than this multiple of the target share of its filters, inf: no bound",
+        "a layer loses at most this multiple of the target share of its filters; inf: no bound",
         "A budget in filters needs it with --no-compensate, or cheap filters of few layers all go.",
         low=1,
         infinite=True,
@@ -74,7 +74,7 @@ class Constraints:
     )
     latency_batch: int = option(
         1,
-        "images of the forward whose time a budget of latency counts",
+        "batch size of the forward that a budget of latency times",
         "Give the batch size at which the network will be used.",
         low=1,
         needs=("--budget latency or --target-latency",),
