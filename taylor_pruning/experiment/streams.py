@@ -18,7 +18,7 @@ from tqdm import tqdm
 def lasting_streams():
     """Within the block, what cannot be printed is dropped; where standard output fails, standard error says so once.
 
-    The results of hours are in files. They must not hang on whether a terminal or `head` still reads along.
+    The results of hours are in files. They must not depend on whether a terminal or `head` still reads along.
     """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass  # it takes the place of a closed one, or the next file of the run would get what is printed

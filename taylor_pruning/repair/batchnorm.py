@@ -19,8 +19,8 @@ class BatchNorm:
 def update_statistics(norm, count, total, squares):
     """Gives a BatchNorm the statistics of its present inputs, and the scale and shift with which its outputs stay.
 
-    Fitted layers answer with other variances than those that the running statistics still hold. Training, which normalises
-    by the batch, would undo at its first step what the fits have done.
+    The outputs of fitted layers have other variances than the running statistics say. Training normalises by the batch, so
+    that without this update its first step would undo the fits.
 
     Args:
         count: inputs a channel. total, squares: [channels] float64 sums of them and of their squares.

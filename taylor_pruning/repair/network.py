@@ -5,7 +5,7 @@ end, a few passes of Adam lower the divergence of the network's outputs from the
 layers were fitted to; a classifier's are also mirrored. BatchNorms keep their statistics meanwhile. Steps are made in
 coordinates in which a layer's inputs are white (repair.whitening), and are a share of the weights there, so that one rate
 suits all networks; rates fall to zero along half a cosine. Other images judge: the weights that diverge least on them are
-kept, if the gain over the first weights exceeds two of its standard errors. So few images do no harm.
+kept, if the gain over the first weights exceeds two of its standard errors. So a repair on few images does no harm.
 """
 
 import functools
@@ -33,10 +33,10 @@ from taylor_pruning.tasks.task import Task, flatten
 
 PASSES = 2  # over the images
 IMAGES_A_STEP = 8
-# Largest learning rate of Adam for each pass, relative to the root mean square of each tensor, and of many passes. The first
-# steps lead away from the closed form, and the more follow, the further they may.
+# The largest learning rate of Adam is RATE_A_PASS times the number of passes, but at most LARGEST_RATE, relative to the root
+# mean square of each tensor. The first steps lead away from the closed form; with more steps to follow they may lead further.
 RATE_A_PASS, LARGEST_RATE = 0.001, 0.005
-WARM_UP = 0.1  # share of the steps; the first of Adam go by a single gradient each
+WARM_UP = 0.1  # share of the steps: Adam's averages of the gradient begin with a single one
 HELD_OUT, MOST_HELD_OUT = 0.2, 500  # share of the images that judges, and its largest number
 JUDGED = 10  # times in all
 SURE = 2.0  # standard errors by which a gain must exceed zero

@@ -29,8 +29,8 @@ class PairedRuns:
     """Runs both networks over all batches, layer after layer, from activations held since the last layer.
 
     States are held of as many batches as fit the budget together; on the others the networks run again from the last
-    layer at which theirs did. On the way the inputs of BatchNorms are summed up, of images enough for
-    STATISTICS_ROWS positions; what counts is the last run on every batch, when all layers before have been fitted.
+    layer at which theirs did. The runs also sum up the inputs of BatchNorms, of as many images as give
+    STATISTICS_ROWS positions. Every rerun of a batch overwrites its sums, so that they end up measured after all fits.
     """
 
     def __init__(self, plan, inputs, budget):
@@ -69,7 +69,7 @@ class PairedRuns:
             del held, states
 
     def _fits(self, batch, size):
-        """Whether a state of so many bytes may be held in the place of the batch's present one."""
+        """Whether a state of `size` bytes may be held in place of the batch's present one."""
         return sum(held.bytes for held in self.held) - self.held[batch].bytes + size <= self.budget
 
     def _next(self, layer):

@@ -150,7 +150,7 @@ class RepairPlan:
         return fixed and self._tensor(mean) is not None and len(mean.users) == 1
 
     def _is_updated(self, node):
-        """Whether it is one whose scale, too, belongs to that layer alone."""
+        """Whether it is a BatchNorm whose scale and shift, too, belong to one layer alone."""
         if not self._folds(node):
             return False
         weight, bias = argument(node, "weight", 3), argument(node, "bias", 4)

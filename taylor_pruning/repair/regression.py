@@ -16,7 +16,7 @@ LAST_RIDGE = 1.0  # tried where the first is of no use
 HELD_OUT = 0.2  # share of the images that chooses the ridge, drawn: their order may follow the classes
 AGREES = 1e-5  # largest deviation from the targets, relative to the largest of them, that counts as none
 ROWS_PER_COLUMN = 2
-GRAM_COST = 2**34  # multiply-adds of a Gram matrix, up to which a layer gets that many
+GRAM_COST = 2**34  # multiply-adds of a Gram matrix, up to which a layer gets ENOUGH_ROWS rows
 WEAK = 1e-2  # relative to the mean scale of the channels
 TRIAL_OUTPUTS = 64  # of each group, on which ridges are compared
 LARGEST_MATRIX = 6144  # columns; above, the dual problem is solved on at most as many rows
@@ -26,7 +26,7 @@ LARGEST_MATRIX = 6144  # columns; above, the dual problem is solved on at most a
 class LayerFit:
     """How one layer was refitted. Errors are of the held-out images, relative to the spread of the dense outputs.
 
-    Of the predictions they are the roots of the mean divergence over that of a constant answer.
+    Where the fit is to predictions, they are the roots of the mean divergence over that of a constant answer.
     """
 
     name: str

@@ -88,7 +88,7 @@ class Collected:
         return score.cpu()
 
     def correction(self, order: int) -> Tensor | None:
-        """[units] or None: what the probes add to the directions' h and t, the curvature of the network itself."""
+        """[units] nats that the curvature of the network itself adds to scores from directions, by the probes; None without."""
         if self.directions is None or not self._needs_probes(order):
             return None
         _, h, t = self.directions.moments(order=order)

@@ -24,7 +24,7 @@ from taylor_pruning.tasks.classification import Classification, is_classificatio
 from taylor_pruning.tasks.directions import random_directions, random_signs
 from taylor_pruning.tasks.task import Task
 
-CLASS_PROBES = 12  # directions of every sample that keep what three orders need of up to 1,000 classes
+CLASS_PROBES = 12  # directions of every sample: enough for three orders with up to 1,000 classes
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Wanted:
     Attributes:
         probes: R, directions a sample. `gradient`, `curvature`: the basis holds the gradient of the cross-entropy,
             the curvature of the predictions (scoring.taylor.class_basis).
-        flow: also collect the gradient flow (one more backward pass).
+        flow: also collect the gradient flow, by one more backward pass.
         seed: of the random directions.
     """
 

@@ -12,10 +12,10 @@ Estimates are cross-fitted: an image is scored with estimates that were fitted o
 with few rows a channel (a classifier after pooling has one row an image) explains almost everything on the images that
 fitted it, and would be emptied.
 
-The ridge of a channel is RIDGE and more times the variance at which it would have the mean share in the layer's outputs. A
-network may hold any channel in another scale, which the weights on both sides of a ReLU make up for: scores do not depend on
-it. A channel that is rarely active has a small share and a ridge far above its variance. With a share of its own variance
-in that place, a single image on which it is active would decide the estimates of all others.
+The ridge of a channel is RIDGE, or more where rows are few, times the variance at which the channel would have the mean share
+in the layer's outputs. So scores stay as they are if the weights before a ReLU are multiplied by a positive number and those
+behind it are divided by it. A channel that is rarely active has a small share and a ridge far above its variance. If the
+ridge were a share of its own variance, a single image on which it is active would decide the estimates of all others.
 """
 
 import itertools
@@ -36,13 +36,11 @@ from taylor_pruning.tasks import batches as samples
 from taylor_pruning.tasks.classification import Classification
 from taylor_pruning.tasks.portions import in_portions
 
-RIDGE = 1e-2  # relative to the variance of a channel of mean share; the ratio of channels to rows is added
+RIDGE = 1e-2  # relative to the variance of a channel of mean share; the number of channels over that of rows is added
 TINY = torch.finfo(torch.float64).tiny
-LEAST_SHARE = (
-    1e-9  # in the outputs, relative to the mean: as little as this counts for a channel that is read with less
-)
-ROWS_PER_CHANNEL = 32  # and `positions.ENOUGH_ROWS` at least, where the images have as many positions
-FEW_POSITIONS = 32  # up to which reading the matrix once for every image would take longer than the products
+LEAST_SHARE = 1e-9  # in the outputs, relative to the mean share; a smaller one is raised to it
+ROWS_PER_CHANNEL = 32  # but at least `positions.ENOUGH_ROWS` in all, as far as the images have so many positions
+FEW_POSITIONS = 32  # up to here reading the matrix once an image would take longer than the products: images are joined
 
 
 class ChannelEstimate:

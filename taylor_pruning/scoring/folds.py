@@ -1,4 +1,4 @@
-"""Samples in folds, by what the network reads of them: a sample has one fold in every pass and batch."""
+"""Splits samples into folds by a hash of what the network reads: a sample has the same fold in every pass and batch."""
 
 from collections import defaultdict
 
@@ -23,9 +23,8 @@ def fold_of(inputs, count: int | None = None) -> Tensor:
             dictionaries.
         count: B; None: the length of the inputs, a tensor. A tensor of another length counts for nothing.
     """
-    return (
-        _hashes(inputs, len(inputs) if count is None else count) % PRIME % FOLDS
-    )  # the prime mixes all bits: those of rounded pixels end in zeros
+    hashes = _hashes(inputs, len(inputs) if count is None else count)
+    return hashes % PRIME % FOLDS  # the prime mixes all bits: those of rounded pixels end in zeros
 
 
 def _hashes(inputs, count):

@@ -1,4 +1,4 @@
-"""Scores from few images, pulled towards what the closed form says of them by the share of their spread that is noise."""
+"""Shrinks noisy scores towards the closed form, by the share of their spread that is noise."""
 
 from collections.abc import Iterable, Sequence
 

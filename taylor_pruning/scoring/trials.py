@@ -40,7 +40,7 @@ def trial_divergences(
     """The mean divergence of the outputs from the network's own when each set of units alone is removed and repaired.
 
     It takes one forward of the images for every set, and one more. Of many images some at equal distances are taken, so that
-    there are FORWARDS in all, but LEAST of every set.
+    all sets together take about FORWARDS forwards of one image; every set takes at least LEAST.
 
     Args:
         moments: scoring.estimates.input_moments of the model; layers without an entry are not repaired.
@@ -77,7 +77,7 @@ def trial_divergences(
 
 
 def _some_of(batches, count):
-    """So many samples of the batches at equal distances, all of them where they are fewer."""
+    """`count` samples of the batches at equal distances, all of them where they are fewer."""
     sizes = [samples.size(batch) for batch in batches]
     total = sum(sizes)
     drawn = torch.arange(total) * count % total < count

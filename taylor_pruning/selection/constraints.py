@@ -139,7 +139,7 @@ class Ledger:
         return cls(removable, sum(removable.values()) if costs is None else costs.total())
 
     def record(self, plan):
-        """Books a plan {layer: filters} as removed."""
+        """Counts a plan {layer: filters} as removed."""
         for name, filters in plan.items():
             self.removed[name] = self.removed.get(name, 0) + len(filters)
 
@@ -204,8 +204,7 @@ class Selection:
         """[units] what a greedy choice goes by, lowest first: a score against what the unit saves.
 
         Scores are divided by the savings where they are positive, multiplied where they are not (scoring.flow.weigh): of two
-        units the one that scores lower and saves more comes first, whatever the signs. A loss that falls by as much for a
-        smaller saving is no bargain.
+        units the one that scores lower and saves more comes first, whatever the signs.
 
         Args:
             scores: [units] of the given units, low ones may go.
@@ -248,7 +247,7 @@ class Selection:
             )
 
     def fitting(self):
-        """[units] which open units bring the budget closer to its goal: a large one goes further beyond it than is missing."""
+        """[units] whether a unit is open and does not overshoot the goal by more than is missing now."""
         missing = self.missing()
         return self.open if missing >= self.largest / 2 else self.open & (self.savings() <= 2 * missing)
 
@@ -257,13 +256,13 @@ class Selection:
         return self.missing() <= 0 or bool(self.open.any() and not self.fitting().any())
 
     def book(self, unit, number):
-        """Counts so many units like this one as removed, or as put back where it is negative."""
+        """Counts `number` units like this one as removed, or as put back if it is negative."""
         if self.costs is not None:
             self.costs.remove(unit, number)
         self.removed += number * float(self.sizes[unit])
 
     def missing_without(self, unit, number):
-        """How much of the budget would be missing without so many units like this one."""
+        """How much of the budget would be missing if `number` units like this one were removed."""
         self.book(unit, number)
         missing = self.missing()
         self.book(unit, -number)

@@ -40,7 +40,7 @@ class Costs:
         return (self.slopes().float() @ self.counts)[self.kind[units]]
 
     def remove(self, unit: int, number: int = 1) -> None:
-        """Takes out a unit, or so many that shrink the same dimensions as this one; puts them back where it is negative."""
+        """Takes out `number` units that shrink the same dimensions as this one; puts them back if it is negative."""
         self.alive -= number * self.counts[:, self.kind[unit]]
 
 

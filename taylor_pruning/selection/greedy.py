@@ -90,9 +90,9 @@ def select_jointly(selection, directions, order, correction=None, weights=None):
 
     The logits without a set S are, to first order in the network, z - sum of v_u over S. All open units are scored there,
     and the `POOL` lowest are chosen from, until what is left of them is no better than the best outside of them was. A choice
-    changes the slopes of the loss most, and these are cheap: they are computed anew for the whole pool. What the orders
-    beyond the first say is computed anew for the lowest unit only, until that is the lowest still (lazy greedy, Minoux 1978).
-    (Units that are taken together, on scores from before, are those that move the logits the same way: each alone lowers the
+    changes the slopes of the loss most, and these are cheap: they are computed anew for the whole pool. The terms of
+    orders 2 and 3 are computed anew for the lowest unit only, until it stays the lowest (lazy greedy, Minoux 1978).
+    (Several units chosen at once by the same scores would be those that move the logits the same way: each alone lowers the
     loss, and together they overshoot.)
 
     Args:
@@ -108,7 +108,7 @@ def select_jointly(selection, directions, order, correction=None, weights=None):
     last = torch.zeros(len(selection.graph.units), dtype=torch.float64)
 
     def note(units, changes):
-        """Keeps the loss change of removing each unit too, from what the directions say of it."""
+        """Stores in `last` the loss change of removing each unit next, from `changes` by the directions."""
         if correction is not None:
             changes = changes + correction[units]
         last[units] = changes if weights is None else weigh(changes, weights[units])
@@ -127,7 +127,7 @@ def select_jointly(selection, directions, order, correction=None, weights=None):
         coordinates = directions.coordinates[:, pool].transpose(0, 1).contiguous()  # a unit's are read together
         expansion, current = directions.expansion(shift), torch.ones(len(pool), dtype=torch.bool)
         slopes = expansion.mean_slopes(coordinates)
-        higher = changes[ranks[:POOL]] + slopes  # what the orders beyond the first say
+        higher = changes[ranks[:POOL]] + slopes  # the change less its first order, -slopes
         while not selection.done():
             fitting = selection.fitting()[pool]
             values = selection.per_saving(last[pool], pool).masked_fill(~fitting, math.inf)

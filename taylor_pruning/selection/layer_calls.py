@@ -42,7 +42,7 @@ class LayerCall:
         return tuple(_points(width, step) if shrinks else (width,) for width, shrinks, step in found)
 
     def key(self, batch_size: int) -> str:
-        """All that its time depends on but the widths."""
+        """All that the time of the call depends on, except the widths."""
         node, weight = self.node, self.node.all_input_nodes[1].meta["shape"]
         fixed = [operation_name(node), *literals(node), "x".join(map(str, self._space())), f"batch {batch_size}"]
         kernel = "x".join(map(str, weight[2:]))

@@ -4,11 +4,11 @@ from collections import Counter
 
 
 def round_widths(selection, scores):
-    """Makes the widths of cut layers multiples of `round_to`, by units more or fewer, so that the budget is met best.
+    """Removes more units, or gives some back, until cut layers have multiples of `round_to` and the budget is met best.
 
-    Units that share all their layers form a cohort; one whose layers also belong to other units (grouped or
-    concatenated channels) stays as it is. The cohorts of the largest savings come first, so that smaller ones can make up
-    for them. What is added has low `scores`, what is given back was chosen last.
+    Units that share all their layers form a cohort. A cohort whose layers also belong to other units (grouped or
+    concatenated channels) stays as it is. Cohorts with the largest savings come first, so that smaller ones can make up
+    for them. Units with the lowest `scores` are removed first, and those chosen last are given back first.
     """
     step, chosen = selection.constraints.round_to, set(selection.chosen)
     cut = [units for units in _cohorts(selection) if not chosen.isdisjoint(units)] if step > 1 else []
@@ -44,13 +44,13 @@ def _to_multiples(step, width, least, filters):
 
 
 def _steps(step, width, least, filters, change):
-    """The same from one multiple to the next ones, after `change`."""
+    """The possible further changes after `change`: none, or to the next multiple above or below."""
     width -= change
     return [0] + [number for number in (-step, step) if width % step == 0 and least <= width - number <= filters]
 
 
 def _nearest(selection, units, numbers):
-    """That of the numbers with which the budget is met best; it is booked."""
+    """The one of `numbers` with which the budget is met best; the selection counts it as removed."""
     best = min(numbers, key=lambda number: abs(selection.missing_without(units[0], number)))
     selection.book(units[0], best)
     return best
