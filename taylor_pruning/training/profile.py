@@ -33,8 +33,22 @@ def _attention(queries, keys, values, *_, **__) -> int:
     return 2 * math.prod(queries[:-1]) * keys[-2] * (queries[-1] + values[-1])
 
 
-# Fused calls that PyTorch's counter takes for nothing.
+def _vector(factor, *_, **__) -> int:
+    """Operations of a product with a vector; shape of the other factor."""
+    return 2 * math.prod(factor)
+
+
+def _deformed(images, weight, *_, out_shape, **__) -> int:
+    """Operations of a deformable convolution (torchvision), without those that read between pixels."""
+    return 2 * math.prod((*out_shape, *weight[1:]))
+
+
+# Calls that PyTorch's counter takes for nothing.
 FUSED = {
+    torch.ops.aten.mv: _vector,
+    torch.ops.aten.dot: _vector,
+    torch.ops.aten.vdot: _vector,
+    torch.ops.aten.addmv: lambda added, *factors, **_: _vector(*factors),
     torch.ops.aten.mkldnn_rnn_layer: _layer_of_mkldnn,
     torch.ops.aten._cudnn_rnn: _layers_of_cudnn,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
@@ -66,10 +80,12 @@ def profile(model: nn.Module, example: Tensor) -> dict:
 
 def _multiply_accumulates(model: nn.Module, example) -> int:
     """Multiply-accumulates of a forward. Encoders run step by step: as a single call the counter takes them for nothing."""
+    deformable = getattr(torch.ops.torchvision, "deform_conv2d", None)  # there once torchvision is imported
+    counted = FUSED | ({} if deformable is None else {deformable: _deformed})
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with FlopCounterMode(display=False, custom_mapping=FUSED) as counter:
+        with FlopCounterMode(display=False, custom_mapping=counted) as counter:
             call(model, example)
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)

@@ -45,3 +45,12 @@ def test_the_recurrent_call_of_a_gpu_is_counted_from_shapes():
     count = FUSED[torch.ops.aten._cudnn_rnn]
     weights = [tensor.shape for tensor in nn.LSTM(DIM, INNER, num_layers=2).parameters()]
     assert count((5, 3, DIM), weights, 4) == 2 * 15 * 4 * INNER * (DIM + INNER + 2 * INNER)
+
+
+def test_products_with_vectors_are_counted():
+    class Vectors(nn.Module):
+        def forward(self, x):
+            x = x.flatten(2)[0]
+            return (x @ x[0]).sum() + torch.addmv(x[:, 0], x, x[1]).sum() + torch.dot(x[0], x[1])
+
+    assert profile(Vectors(), torch.randn(1, 3, 4, 4))["macs"] == 2 * 3 * 16 + 16
