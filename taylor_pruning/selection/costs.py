@@ -49,14 +49,20 @@ class CostModel(Costs):
 
     def __init__(self, graph: ChannelGraph, kind: str):
         terms = graph.cost_terms()
-        self.scale = torch.tensor([float(getattr(t, {"params": "parameters"}.get(kind, kind))) for t in terms])
-        widest = max(len(term.sizes) for term in terms)
-        dims = [torch.tensor([-1])]  # entry 0, of one channel that stays, pads terms of fewer dimensions
+        name = {"params": "parameters"}.get(kind, kind)
+        terms = [(scale, term.dims) for term in graph.cost_terms() if (scale := getattr(term, name))]
+        self.scale = torch.tensor([scale for scale, _ in terms], dtype=torch.float64)
+        widest = max((len(own) for _, own in terms), default=0)
+        # Entry 0, of one channel that stays, pads terms of fewer dimensions. Equal dimensions are counted once.
+        dims, places = [torch.tensor([-1])], {}
         self.rows = torch.zeros(len(terms), widest, dtype=torch.long)
-        for row, term in zip(self.rows, terms, strict=True):
-            for d, unit_of in enumerate(term.dims):
-                row[d] = len(dims)
-                dims.append(unit_of)
+        for row, (_, own) in zip(self.rows, terms, strict=True):
+            for d, unit_of in enumerate(own):
+                key = unit_of.numpy().tobytes()
+                if key not in places:
+                    places[key] = len(dims)
+                    dims.append(unit_of)
+                row[d] = places[key]
         super().__init__(dims, len(graph.units))
 
     def total(self):

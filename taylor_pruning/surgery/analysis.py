@@ -39,7 +39,7 @@ class Analysis:
         self.ids, self.places, self.blocks = ChannelIds(), {}, {}
         parameters = {**dict(model.named_buffers()), **dict(model.named_parameters())}
         for mode, trace in traces.items():
-            self.ids.issued, self.ids.depthwise = [], []
+            self.ids.issued, self.ids.depthwise, self.ids.products = [], [], []
             found = propagate(trace, self.ids, parameters, ways)
             layers = Layers(self.ids, found.env, parameters, trace.batch)
             if mode:
@@ -48,11 +48,11 @@ class Analysis:
                 self.layers = layers
                 self.nonlinear = {info.nonlinear for info in found.infos.values() if info.nonlinear}
             self.places[mode] = list(self._places(mode, found, layers))
-        for trace in traces.values():
+        for mode, trace in traces.items():
             if trace.idle is not None:
-                self.ids.issued, self.ids.depthwise = [], []
+                self.ids.issued, self.ids.depthwise, self.ids.products = [], [], []
                 found = propagate(trace, self.ids, parameters, ways, idle=True)
-                self.layers.add_idle(Layers(self.ids, found.env, parameters, trace.batch))
+                self.layers.add_idle(Layers(self.ids, found.env, parameters, trace.batch), mode)
         self.layers.follow_widths(model)
 
     @property

@@ -54,6 +54,8 @@ class ChannelGraph:
         sites: tuple of `GateSite`. Closing the gates of units there gives the output of removing them.
         readers: tuple of `Reader`s. Depthwise and transposed convs, functional ones and layers without units are none.
         tensors: {(parameter or buffer name, dim): [length] unit index or -1}, every tensor dimension that can shrink.
+        products: [(multiply-accumulates of one sample, [[n] unit index or -1 along each of their dimensions])] of every
+            operation.
         smooth_operations: names of operations that are not piecewise linear, () if the network is.
         left_whole: {} (surgery.parts.PartsGraph: {part: why it cannot be pruned}).
 
@@ -108,10 +110,11 @@ class ChannelGraph:
 
     def _build(self, analysis, numbering=None):
         numbering = numbering or Numbering(analysis.ids, analysis.layers, *self._asked)
-        self.positions, self._weights = analysis.layers.positions, analysis.layers.weights
+        self._weights = analysis.layers.weights
         self.smooth_operations = tuple(sorted(analysis.nonlinear))
         self.units, self.layers, self.tensors = numbering.units, numbering.layers, numbering.tensors
         self._widths, self._settings, self._norms = numbering.widths, numbering.settings, analysis.ids.norms
+        self.products = [(n, [numbering.unit_of_id[ids] for ids in dims]) for n, dims in analysis.layers.products]
         places = analysis.places.items()
         self.gate_sites = {mode: gate_sites(of_mode, numbering.unit_of_id) for mode, of_mode in places}
         self.readers = tuple(readers_of(analysis.layers, self.tensors, analysis.blocks[False]))
@@ -162,8 +165,8 @@ class ChannelGraph:
         return CutProof(self.model, self._trials, run_gated, cut_of, [*self.executions])
 
     def cost_terms(self):
-        """Every parameter as a `CostTerm`; a layer's multiply-accumulates are counted at its weight."""
-        return cost_terms(self.model, self.tensors, self.positions)
+        """Every parameter of the network and every product of its forward as a `CostTerm`."""
+        return cost_terms(self.model.named_parameters(), self.tensors, self.products)
 
     def filter_weights(self):
         """{layer: its weight [filters, ...] as the forward computes it} of the layers with filters that may be removed.

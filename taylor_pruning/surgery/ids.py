@@ -57,6 +57,12 @@ def normal(layer):
     return small.expand(layer.shape)
 
 
+def flat(layer):
+    """The ids of a normal layer along all dimensions in which they vary, as one vector."""
+    dims = varying(layer)
+    return layer[tuple(slice(None) if d in dims else 0 for d in range(layer.dim()))].flatten()
+
+
 def spread(vector, dim, shape):
     """The ids of `vector` along dimension `dim` of a layer of the given shape."""
     return vector.view([-1 if d == dim % len(shape) else 1 for d in range(len(shape))]).expand(shape)
@@ -72,6 +78,7 @@ class ChannelIds:
         self.tensors = {}  # (parameter or buffer name, dim): ids along that dimension
         self.issued = []  # (node, ids, linear): filters of a conv or fully connected layer, where it is used
         self.depthwise = []  # (node, ids of the outputs)
+        self.products = []  # (node, number of its multiply-accumulates, [ids along each of their dimensions])
         self.settings = {}  # module with one setting a channel: ids of its channels
         self.widths = {}  # (module name, attribute, index): [(ids, factor)], the attribute is their number over factor
         self.heads = []  # ids of whole heads: a view splits each into a block of channels

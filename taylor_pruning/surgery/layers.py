@@ -1,7 +1,5 @@
 """Which conv and linear layers a graph applies: their names, filters, and where they are used."""
 
-import math
-from collections import defaultdict
 from fractions import Fraction
 
 import torch
@@ -11,7 +9,6 @@ from taylor_pruning.surgery.recorded_calls import operation_name, sources_of
 
 # The dimension of a weight, by the attribute that counts the channels along it.
 DIMS = {"out_channels": 0, "out_features": 0, "in_channels": 1, "in_features": 1}
-RECURRENT = ("lstm", "gru", "rnn_")  # how operations begin that apply several weights at every step
 APPLIED = ("linear", "conv", "deform_conv")  # how operations begin that apply the weight that they are given second
 
 
@@ -34,7 +31,7 @@ class Layers:
         filters: {layer: ids of its filters}, in order of execution. linear: those that are fully connected wherever they are
             used (a conv's kernel may be mixed of several by a matrix product).
         settings: {module: ids of its channels} of norms and depthwise convs.
-        positions: {weight: output positions at which it is applied to one sample; of a recurrent layer steps}.
+        products: [(multiply-accumulates of one sample, [ids along each of their dimensions])] of every operation that has some.
         readers: {layer: (nodes, groups, linear)} of those with a parameter for a weight.
         idle: names of those whose results the outputs do not depend on.
         weights: {layer: (node of its weight, the weight's dimension along which its filters run, or None)}.
@@ -43,7 +40,9 @@ class Layers:
     def __init__(self, ids, values, parameters, batch):
         """Args: ids and values {node: ids.Value} of the propagation; parameters and buffers by name; samples of the trace."""
         self.batch = batch
-        self.ids, self.filters, self.linear, self.positions, self.readers = ids, {}, set(), defaultdict(int), {}
+        self.ids, self.filters, self.linear, self.readers = ids, {}, set(), {}
+        own = (product for product in ids.products if not product[0].meta.get("live"))  # else counted in another graph
+        self.products = [(_of_a_sample(number, batch), dims) for _, number, dims in own]
         self.weights, self.idle, convs = {}, set(), set()
         self.settings = dict(ids.settings)
         for node, along, linear in ids.issued:
@@ -65,18 +64,6 @@ class Layers:
             weight = _weight_of(node)
             if weight.op == "get_attr" and weight.target in parameters:
                 self.settings[layer_name(weight.target)] = along
-                transposed = "transpose" in str(node.target)
-                shape = (node.all_input_nodes[0] if transposed else node).meta["shape"]
-                self.positions[weight.target] += math.prod(shape[2:])
-        for node in values:
-            if operation_name(node).startswith(RECURRENT):
-                self._use_recurrent(node, parameters)
-
-    def _use_recurrent(self, node, parameters):
-        steps = math.prod(node.all_input_nodes[0].meta["shape"][:-1]) // self.batch
-        for weight in node.all_input_nodes:
-            if weight.op == "get_attr" and weight.target in parameters and "weight_" in weight.target:
-                self.positions[weight.target] += steps
 
     def add_training(self, other):
         """Layers that only the forward in training mode uses: their inputs may shrink, their filters all stay."""
@@ -86,9 +73,10 @@ class Layers:
                 self.ids.protect(along, "used in training only")
         self._join(other)
 
-    def add_idle(self, other):
+    def add_idle(self, other, training):
         """Layers that run although the outputs do not depend on them: their tensors must fit, but nothing is scored there."""
         idle = {name: along for name, along in other.filters.items() if name not in self.filters}
+        self.products += [] if training else other.products
         self.idle.update(idle)
         self.filters |= idle
         self._join(other)
@@ -125,15 +113,17 @@ class Layers:
 
     def _use(self, node, name, parameter, linear):
         transposed = "transpose" in str(node.target)
-        shape = node.all_input_nodes[0].meta["shape"] if transposed else node.meta["shape"]
-        filters = shape[1] if transposed else len(self.filters[name])
-        self.positions[parameter.target] += math.prod(shape) // self.batch // filters
         plain = linear and "linear" in str(node.target) or operation_name(node).startswith("conv") and not transposed
         if _weight_of(node) is parameter and plain and parameter.target == (f"{name}.weight" if name else "weight"):
             columns = parameter.meta["shape"][1]
             inputs = node.all_input_nodes[0].meta["shape"]
             groups = 1 if linear else inputs[1] // columns
             self.readers.setdefault(name, ([], groups, linear))[0].append(node)
+
+
+def _of_a_sample(number, batch):
+    """What one sample has of a number that a batch has; what is computed of parameters alone has no samples."""
+    return number if number % batch else number // batch
 
 
 def kept_classes(ids, layers, roots, prune_linear, prune_heads):

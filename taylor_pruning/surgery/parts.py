@@ -35,7 +35,7 @@ class PartsGraph:
     Attributes:
         parts: {name: ChannelGraph} in the order in which the forward calls them.
         left_whole: {name: reason} of parts that cannot be pruned.
-        units, layers, readers, tensors, positions, smooth_operations, notes: see ChannelGraph; costs are those of the parts.
+        units, layers, readers, tensors, products, smooth_operations, notes: see ChannelGraph; costs are those of the parts.
 
     Raises:
         InputError: a name is of no submodule, no part can be traced, or a pattern matches no layer of them.
@@ -73,7 +73,7 @@ class PartsGraph:
                 raise InputError(f"prune_modules: {name} lies in another module of the list; name one of them")
 
     def _merge(self):
-        self.units, self.layers, self.tensors, self.positions, self.readers = (), {}, {}, {}, ()
+        self.units, self.layers, self.tensors, self.products, self.readers = (), {}, {}, [], ()
         self.offsets, smooth = {}, set()
         for name, part in self.parts.items():
             self.offsets[name] = offset = len(self.units)
@@ -90,7 +90,7 @@ class PartsGraph:
             tensors = {(_joined(name, tensor), dim): units for (tensor, dim), units in part.tensors.items()}
             shared = {id(units): shifted(units) for units in tensors.values()}
             self.tensors |= {key: shared[id(units)] for key, units in tensors.items()}
-            self.positions |= {_joined(name, tensor): count for tensor, count in part.positions.items()}
+            self.products += [(number, [shifted(units) for units in dims]) for number, dims in part.products]
             self.readers += tuple(
                 replace(reader, layer=_joined(name, reader.layer), units=shifted(reader.units))
                 for reader in part.readers
@@ -105,7 +105,9 @@ class PartsGraph:
 
     def cost_terms(self):
         """As of ChannelGraph, of the parts alone."""
-        return cost_terms(self.model, self.tensors, self.positions)
+        parameters = self.model.named_parameters()
+        own = [(name, p) for name, p in parameters if any(name.startswith(f"{part}.") for part in self.parts)]
+        return cost_terms(own, self.tensors, self.products)
 
     def filter_weights(self):
         """As of ChannelGraph, of the parts."""

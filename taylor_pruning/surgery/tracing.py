@@ -269,6 +269,8 @@ def _idle_layers(graph, names):
         return None
     copied, places = fx.Graph(), {}
     copied.graph_copy(graph, places)
+    for node in live & places.keys():
+        places[node].meta["live"] = True
     copied.output(())
     layers = {places[node] for node in idle}
     copied.eliminate_dead_code(lambda node: node in layers or node.op in ("placeholder", "output"))

@@ -94,10 +94,10 @@ class Reader:
 
 @dataclass(frozen=True)
 class CostTerm:
-    """A tensor's share of the costs: `parameters` and `macs` for every element of the product of its dimensions."""
+    """A share of the costs: `parameters` and `macs` for every element of the product of the dimensions."""
 
-    parameters: int
-    macs: int
+    parameters: float
+    macs: float
     sizes: tuple  # full length of every dimension that can shrink
     dims: tuple  # for each of them: [length] unit index or -1
 
@@ -173,21 +173,22 @@ def readers_of(layers, tensors, blocks):
         )
 
 
-def cost_terms(model, tensors, positions):
-    """Every parameter of the model as a `CostTerm`; a layer's multiply-accumulates are counted at its weight.
+def cost_terms(parameters, tensors, products):
+    """Every parameter and every product of the forward as a `CostTerm`.
 
     Args:
-        tensors: as in ChannelGraph. positions: {weight: output positions at which it is applied to one sample}.
+        parameters: {name: parameter}. tensors, products: as in ChannelGraph.
     """
     dims = defaultdict(list)
     for (name, _), units in tensors.items():
         dims[name].append(units)
     terms = []
-    for name, parameter in model.named_parameters():
-        if name not in dims:
-            continue
-        sizes = tuple(len(units) for units in dims[name])
-        constant = parameter.numel() // max(1, torch.Size(sizes).numel())
-        macs = constant * positions.get(name, 0)
-        terms.append(CostTerm(constant, macs, sizes, tuple(dims[name])))
+    for number, macs, along in (
+        *((parameter.numel(), 0, dims[name]) for name, parameter in parameters),
+        *((0, number, along) for number, along in products),
+    ):
+        shrinking = tuple(units for units in along if (units >= 0).any())
+        sizes = tuple(map(len, shrinking))
+        elements = math.prod(sizes)
+        terms.append(CostTerm(number / elements, macs / elements, sizes, shrinking))
     return terms

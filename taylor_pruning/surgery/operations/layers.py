@@ -1,5 +1,7 @@
 """Convolutions and fully connected layers, functional, with any weight."""
 
+import math
+
 from taylor_pruning.surgery.ids import spread, varying
 from taylor_pruning.surgery.operations.products import contract
 from taylor_pruning.surgery.operations.registry import rule
@@ -31,6 +33,8 @@ def conv(call):
         ids.attach(bias, outputs, bias.reason or f"meets a tensor of fixed size in {call.where}")
     info.source = info.source or bias is not None
     call.info.constant = call.info.constant and constant
+    positions = x.shape if transposed else call.shape
+    call.multiplies(math.prod((*positions, *weight.shape[1:])), (inputs if transposed else outputs, by_column))
     layers = [] if outputs is None else [spread(outputs, channel_dim, call.shape)]
     return call.result(layers, None if outputs is not None else weight.reason)
 
@@ -109,14 +113,15 @@ def deform_conv(call):
     """A convolution that reads at places computed from the input (torchvision), and may weigh them."""
     x, weight, *places, bias = call.args[:5]
     ids, groups, of_places = call.ids, call.args[11], int(call.args[12])
-    inputs = ids.vector(x, 1)
+    inputs, by_row, by_column = ids.vector(x, 1), ids.vector(weight, 0), ids.vector(weight, 1)
     for value in (x, *places):
         for layer in value.layers:
             if value is not x or varying(layer) != [1]:
                 call.protect(layer, "enters")
     if inputs is not None and 1 < len(inputs) == int(groups):
         return call.unknown()
-    outputs = _mixing(call, x, inputs, (ids.vector(weight, 0), ids.vector(weight, 1)), weight, groups, False)
+    outputs = _mixing(call, x, inputs, (by_row, by_column), weight, groups, False)
+    call.multiplies(math.prod((*call.shape, *weight.shape[1:])), (outputs, by_column))
     _of_one_group(ids, inputs, of_places)  # channels read at places of their own group
     ids.attach(bias, outputs, f"meets a tensor of fixed size in {call.where}")
     call.info.source = True
@@ -143,7 +148,12 @@ def linear(call):
 def recurrent(call):
     """The first layer's weights follow the channels that they read; hidden channels stay."""
     x, weights = call.args[0], call.args[2]
-    if isinstance(call.args[3], (tuple, list)):  # samples of several lengths
+    several = isinstance(call.args[3], (tuple, list))  # samples of several lengths
+    steps = math.prod(x.shape[:-1])
+    for weight in call.args[2:4] if call.name.endswith("cell") else call.args[3] if several else weights:
+        if len(weight.shape) == 2:
+            call.multiplies(steps * math.prod(weight.shape), weight.layers)
+    if several:
         return call.unknown()
     if call.name.endswith("cell"):
         first = [weights]

@@ -1,5 +1,7 @@
 """Contractions: matrix products, einsum, attention."""
 
+import math
+
 import torch
 
 from taylor_pruning.surgery.ids import Value, varying
@@ -24,6 +26,7 @@ def contract(call, operands, out, linear=False, source=False):
     shape = tuple(sizes[label] for label in labels)
     aligned = [_spread(value, own, labels) for value, own in operands]
     axes, reason = align(ids, aligned, shape, call.where)
+    _count(call, [own for _, own in operands], out, sizes, axes)
     kept, summed = [], {labels.index(label) for label in labels if label not in out}
     for axis in axes:
         along = set(varying(axis.layer))
@@ -51,6 +54,23 @@ def contract(call, operands, out, linear=False, source=False):
         layer = layer.permute(*order, *sorted(summed))
         layers.append(layer.reshape(layer.shape[: len(out)]) if summed else layer)
     return call.result([layer.expand(call.shape) for layer in layers], reason)
+
+
+def _count(call, terms, out, sizes, axes):
+    """Counts the products of a contraction: of two terms (lists of labels) at a time, first summed over what no other has.
+
+    Args:
+        sizes: {label: size}, all labels in the order of the dimensions of the `axes`.
+    """
+    held = set(terms[0])
+    for i, own in enumerate(terms[1:], start=1):
+        later = set(out).union(*terms[i + 1 :])
+        met = {label for label in held.union(own) if label in later or label in held and label in own}
+        if not met <= later:  # a product that sums nothing is one of single elements
+            dims = {d for d, label in enumerate(sizes) if label in met}
+            layers = [axis.layer for axis in axes if dims.issuperset(varying(axis.layer))]
+            call.multiplies(math.prod(sizes[label] for label in met), layers)
+        held = met & later
 
 
 def _spread(value, own, labels):
@@ -180,6 +200,9 @@ def attention(call):
         own = [*batch[rank - (len(mask.shape) - 2) :], "l", "s"]
         values.append(_spread(mask, own, labels))
     axes, reason = align(ids, values, tuple(sizes), call.where)
+    terms, lengths = [own for _, own in parts], dict(zip(labels, sizes, strict=True))
+    _count(call, terms[:2], [*batch, "l", "s"], lengths, axes)
+    _count(call, [[*batch, "l", "s"], terms[2]], [*batch, "l", "e"], lengths, axes)
     call.info.reads = True
     call.info.mains = (call.operands[2][0],)
     layers, d = [], labels.index("d")

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from taylor_pruning.surgery.ids import ChannelIds, Value
+from taylor_pruning.surgery.ids import ChannelIds, Value, flat
 from taylor_pruning.surgery.numbers import is_tracked
 from taylor_pruning.surgery.ways import Ways
 
@@ -114,6 +114,10 @@ class Call:
         reason = f"{reason} {self.where}"
         self.why = self.why or reason
         self.ids.protect(ids, reason)
+
+    def multiplies(self, number, layers):
+        """Notes the number of multiply-accumulates; `layers`: ids, or None, along the dimensions of what is multiplied."""
+        self.ids.products.append((self.node, number, [flat(layer) for layer in layers if layer is not None]))
 
     def keep_numbers(self):
         """Protects channels whose number is among the arguments, because it changes the result."""
