@@ -1,12 +1,15 @@
-"""Tensors that Python objects of any type hold."""
+"""Tensors that Python objects of any type hold, and what modules keep under names."""
 
+import copy
 import dataclasses
 import gc
 import types
+from argparse import Namespace
+from collections import OrderedDict
 from collections.abc import Iterator
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 PLAIN = (dict, list, tuple)
 WITHOUT = (type, types.ModuleType, types.CodeType, fx.Node, fx.Graph, str, bytes, int, float)  # hold none of interest
@@ -30,6 +33,30 @@ def held_tensors(value, without: tuple = ()) -> Iterator[tuple[torch.Tensor, obj
         if holder is None and type(item) not in PLAIN and not dataclasses.is_dataclass(item):
             holder = item
         found.extend((inner, holder) for inner in _referents(item))
+
+
+def public_values(module: nn.Module) -> dict[str, tuple[dict, str]]:
+    """{name: (dictionary, key)}: where a module keeps its values; those of its dictionaries and settings as "settings.dim"."""
+    found: dict[str, tuple[dict, str]] = {}
+    for name, value in vars(module).items():
+        if name.startswith("_") or name == "training":
+            continue
+        found[name] = vars(module), name
+        inner = value if type(value) in (dict, OrderedDict) else vars(value) if _has_values(value) else {}
+        keys = (key for key in inner if type(key) is str and not key.startswith("_"))
+        found.update((f"{name}.{key}", (inner, key)) for key in keys)
+    return found
+
+
+def _has_values(item):
+    """Whether it is an object with attributes that `copy.deepcopy` copies one by one."""
+    kind = type(item)
+    if kind in (types.SimpleNamespace, Namespace):
+        return True
+    if isinstance(item, (type, nn.Module)) or kind in copy._deepcopy_dispatch or not hasattr(item, "__dict__"):
+        return False
+    protocol = ("__new__", "__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__")
+    return all(getattr(kind, name, None) == getattr(object, name, None) for name in protocol)
 
 
 def _referents(item):

@@ -16,7 +16,7 @@ from taylor_pruning.errors import InputError, instance_of
 from taylor_pruning.experiment.models import check_name, network, parameters_on_meta
 from taylor_pruning.experiment.weights import PRUNED_FORMAT, first_names, read_tensors
 from taylor_pruning.files import atomic_file, input_file, output_file
-from taylor_pruning.held import held_tensors
+from taylor_pruning.held import held_tensors, public_values
 from taylor_pruning.options import check_argument
 from taylor_pruning.surgery.trial_inputs import FORWARD_ERRORS
 from taylor_pruning.surgery.wrappers import check_values, without_wrappers
@@ -188,12 +188,12 @@ def _slots(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
 
 
 def _attributes(module: nn.Module) -> dict[str, int | tuple | list]:
-    """The integers (and booleans, and sequences of integers) among a module's own public attributes."""
+    """The integers (and booleans, and sequences of integers) among what a module keeps under public names."""
 
     def plain(value):
         return type(value) in (int, bool) or (type(value) in (tuple, list) and all(type(i) is int for i in value))
 
-    return {k: v for k, v in vars(module).items() if plain(v) and not k.startswith("_") and k != "training"}
+    return {name: held[key] for name, (held, key) in public_values(module).items() if plain(held[key])}
 
 
 def _check_same_network(model: nn.Module, content: dict, complaint: str):
@@ -204,6 +204,7 @@ def _check_same_network(model: nn.Module, content: dict, complaint: str):
         f"{key}.{attribute}": key in modules and attribute in vars(modules[key])
         for key, values in content["attributes"].items()
         for attribute in values
+        if "." not in attribute  # what a dictionary holds may be of a run
     }
     wrong = {
         "missing in the file": [key for key in needed if key not in tensors]
@@ -218,8 +219,11 @@ def _check_same_network(model: nn.Module, content: dict, complaint: str):
 def _restore(model: nn.Module, content: dict):
     modules = dict(model.named_modules(remove_duplicate=False))
     for key, values in content["attributes"].items():
+        places = public_values(modules[key])
         for attribute, value in values.items():
-            setattr(modules[key], attribute, value)
+            if attribute in places:
+                held, name = places[attribute]
+                held[name] = value
     slots, shared = _slots(model), {}
     for key, tensor in (content["state_dict"] | content["buffers"]).items():
         module, attribute = slots[key]

@@ -5,6 +5,7 @@ from types import CodeType, FunctionType, MethodType
 
 from torch import nn
 
+from taylor_pruning.held import public_values
 from taylor_pruning.surgery.nested import map_tensors, tensors_in
 
 LEAST = 41  # on tensors without values, where a large batch costs nothing
@@ -24,7 +25,8 @@ def batch_size(model: nn.Module, example, least: int = LEAST) -> int:
     for tensor in tensors:
         sizes.update(tensor.shape[1:] if tensor.dim() and len(tensor) == rows else tensor.shape)
     for module in model.modules():
-        held = chain.from_iterable(v if isinstance(v, (tuple, list)) else [v] for v in vars(module).values())
+        values = (held[key] for held, key in public_values(module).values())
+        held = chain.from_iterable(v if isinstance(v, (tuple, list)) else [v] for v in values)
         sizes.update(value for value in held if type(value) is int)
     sizes.update(_literals(model))
     sizes.discard(0)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from taylor_pruning.errors import InputError
+from taylor_pruning.held import public_values
 from taylor_pruning.modes import modes_kept, set_mode
 from taylor_pruning.surgery.copying import copy_of
 from taylor_pruning.surgery.layers import owner
@@ -80,12 +81,13 @@ def _memory_format(tensor):
 
 
 def _set(module, attribute, index, value):
+    held, key = public_values(module)[attribute]
     if index is None:
-        vars(module)[attribute] = value
+        held[key] = value
         return
-    items = list(vars(module)[attribute])
+    items = list(held[key])
     items[index] = value
-    vars(module)[attribute] = type(vars(module)[attribute])(items)
+    held[key] = type(held[key])(items)
 
 
 def _stored(module, *names):

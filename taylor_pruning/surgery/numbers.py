@@ -13,6 +13,7 @@ from fractions import Fraction
 import numpy as np
 import torch
 
+from taylor_pruning.held import public_values
 from taylor_pruning.surgery.recorded_calls import pick
 from taylor_pruning.surgery.threads import ONE_AT_A_TIME
 
@@ -260,13 +261,13 @@ def is_tracked(value):
 
 
 def wrap_widths(model):
-    """Replace, in place, every int that a module holds (alone or in a tuple or list) by a Number that knows it."""
+    """Replace, in place, every int that a module holds (alone or in a tuple, list, dictionary or settings) by a Number that
+    knows it."""
     for name, module in model.named_modules():
-        for attribute, value in list(vars(module).items()):
-            if attribute.startswith("_") or attribute == "training":
-                continue
+        for attribute, (held, key) in public_values(module).items():
+            value = held[key]
             if type(value) is int:
-                vars(module)[attribute] = number(value, widths=((name, attribute, None),))
+                held[key] = number(value, widths=((name, attribute, None),))
             elif type(value) in (tuple, list) and value and all(type(v) is int for v in value):
                 items = (number(v, widths=((name, attribute, i),)) for i, v in enumerate(value))
-                vars(module)[attribute] = type(value)(items)
+                held[key] = type(value)(items)

@@ -212,8 +212,8 @@ def _factory(call):
             multiple = size.factor and size.factor.denominator == 1 and not size.rounded
             if size.ids is not None and multiple and len(size.ids) * size.factor == shape[d]:
                 layers.append(spread(size.ids.repeat(int(size.factor)), d, shape))
-            elif shape[d] > 1 and (size.terms or size.ids is None and not call.info.source):
-                # channels that fill up to another number, or are written later; zeros, as a recurrent state begins
+            elif shape[d] > 1 and (size.terms or size.ids is None):
+                # channels that fill up to another number, are written later, or are as many as an attribute says
                 along = call.ids.new(shape[d])
                 call.ids.bind(size, along, f"their number is the size of a new tensor in {call.where}")
                 layers.append(spread(along, d, shape))

@@ -1,0 +1,99 @@
+"""Numbers of channels that modules keep in dictionaries and settings follow a cut, and those of which tensors are made anew."""
+
+import types
+from dataclasses import dataclass
+
+import pytest
+import torch
+from test_operations import Block, C, around, images
+from test_surgery import check_law
+from torch import nn
+
+from taylor_pruning.experiment.pruned_file import load_pruned, save_pruned
+from taylor_pruning.surgery.graph import ChannelGraph
+
+
+@dataclass(frozen=True)
+class Config:
+    dim: int = C
+    heads: int = 2
+
+
+def by_dictionary(s, x):
+    return s.b(s.a(x).view(x.shape[0], s.settings["dim"], -1).view_as(x))
+
+
+def by_attribute(s, x):
+    return s.b(s.a(x).view(x.shape[0], s.settings.dim, -1).view_as(x))
+
+
+def split(s, x):
+    first, second = torch.split(s.a(x), s.settings["parts"], 1)
+    return s.b(torch.cat([second, first], 1))
+
+
+def by_both(s, x):
+    """Both convs have the width that the settings of one of them say."""
+    y = s.a(x).view(x.shape[0], s.settings.dim, -1).view_as(x)
+    return s.last(s.b(y).view(x.shape[0], s.inner.settings.dim, -1).view_as(x))
+
+
+def with_ones(s, x):
+    return s.b(s.a(x) + torch.ones(s.a.out_channels, dtype=x.dtype)[:, None, None])
+
+
+def sharing():
+    inner, settings = nn.Identity(), Config()
+    inner.settings = settings
+    return {"settings": settings, "inner": inner, "last": nn.Conv2d(C, C, 1)}
+
+
+BLOCKS = {
+    "dictionary": (by_dictionary, lambda: {"settings": {"dim": C, "act": "relu"}}),
+    "dataclass": (by_attribute, lambda: {"settings": Config()}),
+    "namespace": (by_attribute, lambda: {"settings": types.SimpleNamespace(dim=C)}),
+    "parts": (split, lambda: {"settings": {"parts": [3, 5]}}),
+    "shared": (by_both, sharing),
+    "ones": (with_ones, dict),
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_widths_follow(name, tmp_path):
+    def build():
+        return around(Block(function, **held()))
+
+    function, held = BLOCKS[name]
+    model = build()
+    graph = check_law(model, images(), seeds=(0, 1))
+    assert graph.layers["block.a"].reason is None
+    before = repr(getattr(model.block, "settings", None))
+    smaller = graph.remove(graph.units[::3])
+    assert repr(getattr(model.block, "settings", None)) == before
+    save_pruned(tmp_path / "small.pt", smaller)
+    loaded = load_pruned(tmp_path / "small.pt", factory=build)
+    torch.testing.assert_close(loaded(images()), smaller(images()))
+    assert repr(getattr(loaded.block, "settings", None)) == repr(getattr(smaller.block, "settings", None))
+
+
+def test_settings_with_which_is_computed_stay():
+    def scaled(s, x):
+        y = s.a(x) * s.settings["dim"] ** -0.5
+        return s.b(y.view(len(x), s.settings["dim"], -1).view_as(x))
+
+    graph = ChannelGraph(around(Block(scaled, settings={"dim": C})), images(1))
+    assert graph.layers["block.a"].reason == "their number enters mul (block)"
+
+
+def test_an_object_that_copies_share_stays_as_it_is():
+    class Single:
+        def __init__(self):
+            self.dim = C
+
+        def __deepcopy__(self, memo):
+            return self
+
+    model = around(Block(by_attribute, settings=Single()))
+    assert (
+        not ChannelGraph(model, images(1)).layers["block.a"].removable.any() and type(model.block.settings.dim) is int
+    )
