@@ -16,6 +16,7 @@ from taylor_pruning.errors import InputError
 from taylor_pruning.experiment.data import ImageData, TensorImages
 from taylor_pruning.experiment.folders import FolderImages
 from taylor_pruning.experiment.models import BuiltModel, head_name
+from taylor_pruning.surgery.copying import copy_of
 
 
 def present_classes(data: ImageData, built: BuiltModel) -> tuple[ImageData, BuiltModel]:
@@ -54,7 +55,7 @@ def relabelled(dataset: Dataset, labels: dict[int, int]) -> Dataset:
 
 def reduced_head(model: nn.Module, classes: list[int]) -> nn.Module:
     """A copy of the network whose classifying layer has the outputs `classes` alone."""
-    model = copy.deepcopy(model)
+    model = copy_of(model)
     head = model.get_submodule(head_name(model))
     head.weight = nn.Parameter(head.weight.detach()[classes].clone(), requires_grad=head.weight.requires_grad)
     if head.bias is not None:

@@ -11,6 +11,7 @@ from taylor_pruning.checks import check_default_device, check_weights
 from taylor_pruning.errors import InputError
 from taylor_pruning.options import check_argument
 from taylor_pruning.surgery.analysis import Analysis, steps
+from taylor_pruning.surgery.copying import copy_of
 from taylor_pruning.surgery.cut import cut
 from taylor_pruning.surgery.execution import Execution
 from taylor_pruning.surgery.gating import gated_run
@@ -136,7 +137,9 @@ class ChannelGraph:
         return graph
 
     def __deepcopy__(self, memo):
-        return self.on(copy.deepcopy(self.model, memo))
+        if id(self.model) not in memo:
+            memo[id(self.model)] = copy_of(self.model, memo)
+        return self.on(memo[id(self.model)])
 
     def _protect_faults(self, analysis):
         """Protects the units of which a trial shows that they cannot be removed, also among those that come in their place."""

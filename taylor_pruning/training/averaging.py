@@ -1,11 +1,12 @@
 """An exponential moving average of a model's weights and buffers."""
 
 import itertools
-from copy import deepcopy
 
 import torch
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from taylor_pruning.surgery.copying import copy_of
 
 
 class WeightAverage:
@@ -16,7 +17,7 @@ class WeightAverage:
     """
 
     def __init__(self, model: nn.Module, decay: float):
-        self.model = deepcopy(model)
+        self.model = copy_of(model)
         self._average = get_ema_multi_avg_fn(decay)
 
     @torch.no_grad()

@@ -1,8 +1,6 @@
 """One optimiser step: forward, backward, clipping, SGD, averaging, without waiting for the device."""
 
-import itertools
 from contextlib import nullcontext
-from copy import deepcopy
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +11,7 @@ from taylor_pruning.checks import check_logits
 from taylor_pruning.distributed import world_size
 from taylor_pruning.errors import InputError
 from taylor_pruning.stored import restore, stored
+from taylor_pruning.surgery.copying import structure_of
 from taylor_pruning.surgery.nested import map_tensors
 from taylor_pruning.tasks.batches import size
 from taylor_pruning.tasks.classification import is_classification, kl_divergence, task_of
@@ -83,9 +82,7 @@ class OptimiserSteps:
         if world_size() > 1:
             if self.recipe.sync_batchnorm:
                 # Other modules around the same tensors, so that the caller's model keeps its plain BatchNorm.
-                tensors = itertools.chain(self.model.parameters(), self.model.buffers())
-                network = deepcopy(self.model, {id(tensor): tensor for tensor in tensors})
-                network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+                network = nn.SyncBatchNorm.convert_sync_batchnorm(structure_of(self.model))
             ids = [self.device.index] if self.device.type == "cuda" else None
             network = DistributedDataParallel(network, device_ids=ids)
             sync_off = network.no_sync

@@ -1,14 +1,18 @@
 """The forward is recorded a second time, in training mode, only where it asks for the mode."""
 
+import copy
+
 import pytest
 import torch
 from conftest import randomise
 from torch import fx, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
+from taylor_pruning.experiment.head import reduced_head
 from taylor_pruning.surgery import graph as graphs
 from taylor_pruning.surgery.graph import ChannelGraph
 from taylor_pruning.surgery.recording import record
+from taylor_pruning.training.averaging import WeightAverage
 
 
 class Doubling(nn.Module):
@@ -139,3 +143,28 @@ def test_hooks_of_a_graph_module_count_in_the_graph_and_in_the_cut_network():
     with graph.gated(torch.ones(8)):
         gated = model(x)
     torch.testing.assert_close(gated, model(x))
+
+
+COPIES = {
+    "average of training": lambda model, graph: WeightAverage(model, 0.9).model,
+    "fewer classes": lambda model, graph: reduced_head(model, [0, 1, 2, 3]),
+    "graph": lambda model, graph: copy.deepcopy(graph).model,
+}
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_other_copies_keep_hooks_and_the_mode_of_a_graph_module_too(name):
+    torch.manual_seed(0)
+    model, x = Extracted().eval(), torch.randn(5, 3, 4, 4)
+    model.body.register_forward_hook(lambda module, args, out: {key: value * 2 for key, value in out.items()})
+    copied = COPIES[name](model, ChannelGraph(model, x, verify=False))
+    assert copied is not model and not any(module.training for module in copied.modules())
+    torch.testing.assert_close(copied(x), model(x))
+
+
+def test_a_copy_of_a_graph_and_its_model_is_of_one_model():
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    graph = ChannelGraph(model, torch.randn(1, 3, 4, 4))
+    for both in ((model, graph), (graph, model)):
+        first, second = copy.deepcopy(both)
+        assert getattr(first, "model", first) is getattr(second, "model", second) is not model
