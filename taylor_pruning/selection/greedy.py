@@ -41,10 +41,8 @@ def select_uniformly(selection, scores):
     ranks = torch.empty(len(scores), dtype=torch.float64)
     for units in by_layers(selection.graph.units).values():
         ranks[units] = (scores[units].argsort().argsort().double() + 0.5) / len(units)
-    taken = None
-    while not selection.done() and len(selection.chosen) != taken:
+    while not selection.done():
         selection.close_if_unreachable()
-        taken = len(selection.chosen)
         _take_lowest(selection, ranks)
     round_widths(selection, ranks)
     return selection.chosen

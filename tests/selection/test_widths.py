@@ -1,4 +1,4 @@
-"""Widths that are multiples: what happens where a layer has none."""
+"""Widths that are multiples, or alike: what happens where a layer has none."""
 
 import math
 
@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from taylor_pruning.errors import InputError
+from taylor_pruning.errors import InputError, OutOfReachError
 from taylor_pruning.selection.constraints import Constraints, Selection
-from taylor_pruning.selection.greedy import select_by_score
+from taylor_pruning.selection.greedy import select_by_score, select_uniformly
 from taylor_pruning.surgery.graph import ChannelGraph
 
 
@@ -71,3 +71,11 @@ def test_filters_that_must_stay_count_in_the_width():
 def test_a_multiple_above_every_layer_is_refused(graph):
     with pytest.raises(InputError, match="no layer has more than 40 filters.*multiple of 40; lower --round-to"):
         Selection(graph, 40, Constraints(round_to=40))
+
+
+def test_uniform_widths_that_reach_no_target_say_so(plain_network, images):
+    """The filters of an excluded layer stay, where the bound on layers yields in vain."""
+    graph = ChannelGraph(plain_network, images, exclude=["0"])
+    scores = torch.arange(len(graph.units), dtype=torch.float64)
+    with pytest.raises(OutOfReachError, match="at most"):
+        select_uniformly(Selection(graph, 95, Constraints("macs")), scores)
