@@ -48,7 +48,6 @@ class CostModel(Costs):
     """Parameters or multiply-accumulates, `kind` "params" or "macs"."""
 
     def __init__(self, graph: ChannelGraph, kind: str):
-        terms = graph.cost_terms()
         name = {"params": "parameters"}.get(kind, kind)
         terms = [(scale, term.dims) for term in graph.cost_terms() if (scale := getattr(term, name))]
         self.scale = torch.tensor([scale for scale, _ in terms], dtype=torch.float64)
