@@ -211,6 +211,26 @@ def test_closed_third_order_is_finite_and_continuous(dtype):
     assert wild.isfinite().all()
 
 
+@pytest.mark.parametrize("skewness", [0.0, -1.0, 30.0, -1e4])
+def test_closed_third_order_has_digits_where_the_network_is_sure(skewness):
+    """The first moment of the two-point law is zero; what is left of exp(-x) may be far below the rounding of 1."""
+    h = torch.logspace(-30, -12, 19, dtype=torch.float64)
+    t = skewness * h**1.5
+    found = closed_third_order(torch.zeros_like(h), h, t)
+    fourth = h.square() * (skewness**2 + 1)
+    torch.testing.assert_close(found, h / 2 - t / 6 + fourth / 24, rtol=1e-4, atol=0)
+
+
+def test_closed_third_order_of_large_steps_is_the_log_of_the_sum():
+    h = torch.logspace(-2, 8, 11, dtype=torch.float64)
+    for skewness in (0.0, -2.0, 2.0):
+        far = abs(skewness) / 2 + math.sqrt(1 + skewness**2 / 4)
+        points = h.sqrt() * math.copysign(far, skewness), -h.sqrt() / math.copysign(far, skewness)
+        logs = -points[0], -points[1] + 2 * math.log(far)
+        found = closed_third_order(torch.zeros_like(h), h, skewness * h**1.5)
+        torch.testing.assert_close(found, torch.logaddexp(*logs) - math.log1p(far**2), rtol=1e-9, atol=0)
+
+
 def test_closed_third_order_is_exact_for_two_classes():
     """With two classes v has two points, so that the closed form is the loss change itself."""
     logits = torch.randn(9, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
