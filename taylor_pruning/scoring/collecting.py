@@ -7,7 +7,6 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
-from torch.nn import functional as F
 
 from taylor_pruning.errors import InputError
 from taylor_pruning.first_batch import Batches, checked_batches, device_of
@@ -21,7 +20,7 @@ from taylor_pruning.scoring.taylor import Directions, class_basis
 from taylor_pruning.surgery.graph import ChannelGraph
 from taylor_pruning.tasks.batches import split
 from taylor_pruning.tasks.classification import Classification, is_classification
-from taylor_pruning.tasks.directions import random_directions, random_signs
+from taylor_pruning.tasks.directions import adding_to_zero, random_directions, random_signs
 from taylor_pruning.tasks.task import Task
 
 CLASS_PROBES = 12  # directions of every sample: enough for three orders with up to 1,000 classes
@@ -119,7 +118,7 @@ def _collect(graph, wanted, estimates, fisher, batch, where, first):
     if wanted.curvature:
         vector = random_directions(fixed, signs)
     else:  # in double precision: single has no digits of it where the network is sure
-        vector = (fixed.double().softmax(1) - F.one_hot(labels, fixed.shape[1])).to(fixed)
+        vector = adding_to_zero(fixed.double().softmax(1), labels).to(fixed)
     basis, sampled = class_basis(
         fixed, labels if wanted.gradient else None, wanted.probes, signs if wanted.curvature else None
     )

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from taylor_pruning.tasks.directions import random_directions
+from taylor_pruning.tasks.directions import adding_to_zero, random_directions
 
 SUPPORT = 32  # classes, most probable first, over which expectations are taken; all others count as one more
 PER_SAMPLE = ("coordinates", "basis", "logits", "labels", "flow")  # tensors of Directions
@@ -94,16 +94,19 @@ def class_basis(
         complement = torch.linalg.qr(torch.cat([ones, torch.eye(k, dtype=logits.dtype, device=logits.device)], 1))[0]
         return complement[:, 1:k].expand(n, k, k - 1), 0.0
     p, exactly = logits.softmax(1), logits.double().softmax(1)
-    columns = [] if labels is None else [(exactly - F.one_hot(labels, k)).to(p)[:, :, None]]
+    columns = [] if labels is None else [adding_to_zero(exactly, labels).to(p)[:, :, None]]
     exact = probes - len(columns) - (signs is not None)  # leading eigenvectors
     top, classes = exactly.topk(min(k, max(SUPPORT, 2 * probes)), 1)
+    first, others = classes[:, :1], exactly.scatter(1, classes[:, :1], 0.0).sum(1, keepdim=True)
+    diagonal = (exactly * (1 - exactly)).scatter(1, first, top[:, :1] * others)  # of a sure class 1 - p has no digits
     if exact > 0:
-        fisher = torch.diag_embed(top) - top[:, :, None] * top[:, None, :]
+        fisher = -top[:, :, None] * top[:, None, :]
+        fisher.diagonal(dim1=1, dim2=2).copy_(diagonal.gather(1, classes))
         leading = torch.linalg.eigh(fisher)[1][:, :, -exact:].flip(-1).to(p)
         spread = torch.zeros(n, k, exact, dtype=p.dtype, device=p.device)
         columns.append(spread.scatter_(1, classes[:, :, None].expand_as(leading), leading))
     basis = torch.linalg.qr(torch.cat(columns, 2))[0] if columns else p.new_empty(n, k, 0)
-    trace = (1 - exactly.square().sum(1)).sum().clamp_min(torch.finfo(exactly.dtype).tiny)
+    trace = diagonal.sum().clamp_min(torch.finfo(exactly.dtype).tiny)
     rest = 1 - (_variance(p, basis).double().sum() / trace).item()
     if signs is None:
         return basis, rest
@@ -234,7 +237,8 @@ class Directions:
         """The loss of every sample around the logits z - Q shift, with `shift` as in `moments`."""
         logits = self.logits if shift is None else self.logits - torch.bmm(self.basis, shift[:, :, None]).squeeze(2)
         p = logits.double().softmax(1)
-        return Expansion(p.to(logits), (p - self.targets()).to(logits), self.basis)
+        slope = adding_to_zero(p - self.targets(), logits.argmax(1) if self.own_targets else self.labels)
+        return Expansion(p.to(logits), slope.to(logits), self.basis)
 
     def scores(self, order: int, shift: Tensor | None = None, units=None) -> Tensor:
         """[U'] mean over samples of the signed loss change of removing each unit alone at the shifted logits."""

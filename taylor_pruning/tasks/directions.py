@@ -63,7 +63,18 @@ def random_directions(logits: Tensor, signs: Tensor) -> Tensor:
     """
     p = logits.softmax(1)
     rooted = p.sqrt() * signs.to(p)
-    return rooted - p * rooted.sum(1, keepdim=True)
+    return adding_to_zero(rooted - p * rooted.sum(1, keepdim=True), logits.argmax(1))
+
+
+def adding_to_zero(values: Tensor, classes: Tensor) -> Tensor:
+    """Values [N, K, ...] whose sum over the classes is zero, with the entry at `classes` [N, ...] taken from all others.
+
+    An entry that is 1 - p, as a slope p - 1, has no digits where p is nearly 1. Without it a direction of a sure network would
+    take a change of all logits by one number for a change of the predictions.
+    """
+    at = classes.unsqueeze(1)
+    values = values.scatter(1, at, 0.0)
+    return values.scatter(1, at, -values.sum(1, keepdim=True))
 
 
 def bernoulli_directions(logits: Tensor, signs: Tensor) -> Tensor:

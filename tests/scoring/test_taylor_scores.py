@@ -161,11 +161,12 @@ def test_the_random_direction_makes_the_curvature_right_on_the_mean(probes):
 @pytest.mark.parametrize(
     "classes, probes, labelled", [(5, 4, True), (1000, 1, False), (100, 12, False), (1000, 12, True)]
 )
-def test_sure_predictions_have_their_derivatives_in_single_precision_too(classes, probes, labelled):
-    """All but 1e-8 of the probability is on one class: 1 - p has no digits in single precision."""
+@pytest.mark.parametrize("sureness", [20, 45])
+def test_sure_predictions_have_their_derivatives_in_single_precision_too(classes, probes, labelled, sureness):
+    """All but 1e-8 of the probability is on one class, or 1e-19: 1 - p has no digits in single precision."""
     generator, samples = torch.Generator().manual_seed(0), 40
     logits, v = (torch.randn(samples, classes, generator=generator) for _ in range(2))
-    logits[:, 0] += 20 + math.log(classes)
+    logits[:, 0] += sureness + math.log(classes)
     labels, found = torch.zeros(samples, dtype=torch.long), []
     for dtype in (torch.float32, torch.float64):
         exact = labels if labelled else None
@@ -176,6 +177,7 @@ def test_sure_predictions_have_their_derivatives_in_single_precision_too(classes
         phi = phi.mean() if labelled else torch.zeros(())
         found.append([phi.item(), h.mean().item(), sampled, directions.loss_change_at(1e-3 * c)])
     assert found[0] == pytest.approx(found[1], rel=2e-2, abs=0)
+    assert 0 <= found[1][2] <= 1
 
 
 def series(phi, h, t):

@@ -7,7 +7,7 @@ from taylor_pruning.errors import InputError
 from taylor_pruning.tasks import batches
 from taylor_pruning.tasks.classification import Classification, MultiLabel, bernoulli_divergence
 from taylor_pruning.tasks.dense import Regression, Segmentation
-from taylor_pruning.tasks.directions import bernoulli_directions, random_signs, root_times
+from taylor_pruning.tasks.directions import bernoulli_directions, random_directions, random_signs, root_times
 from taylor_pruning.tasks.task import Task, flatten
 
 OUTPUTS = torch.randn(2, 3, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -57,6 +57,21 @@ def test_sure_labels_have_directions_and_a_divergence_in_single_precision_too():
             [*bernoulli_directions(own, signs)[0].tolist(), *bernoulli_divergence(changed.to(dtype), own)[0].tolist()]
         )
     assert found[0] == pytest.approx(found[1], rel=1e-4, abs=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("sureness", [10, 30, 80])
+def test_sure_classes_have_directions_that_know_no_change_of_all_logits(sureness, dtype):
+    """The entry of the sure class is less than the rounding of 1 - p, and yet as large as all others together."""
+    logits = torch.tensor([[sureness, 0.0, 1.0, -1.0]] * 16, dtype=torch.float64)
+    signs = torch.cartesian_prod(*[torch.tensor([-1, 1])] * 4)  # all there are, so that the mean over them is exact
+    w = random_directions(logits.to(dtype), signs).double()
+    assert (w.sum(1).abs() <= 1e-6 * w.abs().amax(1)).all()
+    p = logits[0].softmax(0)
+    wanted = torch.diag(p) - p[:, None] * p
+    wanted[0] = wanted[:, 0] = -wanted[1:].sum(0)
+    wanted[0, 0] = -wanted[0, 1:].sum()
+    torch.testing.assert_close((w[:, :, None] * w[:, None, :]).mean(0), wanted, rtol=1e-4, atol=1e-5 * wanted.max())
 
 
 def test_the_root_of_a_hessian_is_exact():
