@@ -116,8 +116,9 @@ def _uniform(rounds: list) -> list[str]:
     if not any(record.get("uniform_widths") for record in rounds):
         return []
     text = (
-        "WARNING: the dense network answers nearly the same on all calibration images, so that costs do not compare between "
-        "layers: every layer lost the same share. Calibrate on images of the kind that the network is for."
+        "WARNING: the dense network answers nearly the same on all calibration images, or is so sure of all that no score is "
+        "above zero, so that costs do not compare between layers: every layer lost the same share. Calibrate on images of the "
+        "kind that the network is for."
     )
     return textwrap.wrap(text, LINE, subsequent_indent="  ")
 
