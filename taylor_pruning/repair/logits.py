@@ -17,6 +17,7 @@ import math
 import torch
 
 from taylor_pruning.repair.regression import LayerFit, LayerRegression, relative_error
+from taylor_pruning.repair.ridge import centre
 from taylor_pruning.scoring.probes import mean_and_error
 from taylor_pruning.tasks.classification import kl_divergence
 
@@ -108,7 +109,7 @@ class Logits:
         Args:
             start: such a pair from which to begin, or None. has_intercept: whether there is a bias, else it is 0.
         """
-        mean = self.x.mean(0) if has_intercept else torch.zeros_like(self.x[0])
+        mean = centre(self.x)[0] if has_intercept else torch.zeros_like(self.x[0])
         centred = self.x - mean
         size = centred.square().mean().sqrt().clamp_min(torch.finfo(centred.dtype).tiny)
         centred /= size  # so that the optimiser's tolerances mean the same for features of any size

@@ -63,7 +63,7 @@ class RidgeSolver:
         x, r = (torch.cat([getattr(part, name) for part in self.pending], 1) for name in ("x", "r"))
         self.pending = []
         if self.intercept:
-            self.shift = x.mean(1, keepdim=True) if self.shift is None else self.shift
+            self.shift = centre(x) if self.shift is None else self.shift
             x = x - self.shift
         add_gram(self.gram, x.mT)
         self.cross += x.mT @ r
@@ -110,7 +110,7 @@ class DualRidgeSolver:
 
     def _centred(self, rows):
         """(rows less their mean, the mean); the mean is 0 without an intercept."""
-        mean = rows.mean(1, keepdim=True) if self.intercept else torch.zeros_like(rows[:, :1])
+        mean = centre(rows) if self.intercept else torch.zeros_like(rows[:, :1])
         return rows - mean, mean
 
     def factorise(self, ridge):
@@ -123,6 +123,15 @@ class DualRidgeSolver:
         r, mean_r = self._centred(torch.cat([part.r[..., outputs] for part in self.parts], 1))
         weights = x.mT @ torch.cholesky_solve(r.double(), self.factor).to(x.dtype)
         return weights, mean_r - mean_x @ weights
+
+
+def centre(rows):
+    """[..., 1, columns] mean of the rows [..., n, columns]; of a column that never varies, the number that it holds.
+
+    Less a mean that is rounded, such a column is a tiny constant, to which a fit would give a weight of any size.
+    """
+    first = rows[..., :1, :]
+    return torch.where((rows == first).all(-2, keepdim=True), first, rows.mean(-2, keepdim=True))
 
 
 def _cholesky(gram, ridge, columns):

@@ -9,6 +9,7 @@ from taylor_pruning.repair import paired_runs, regression
 from taylor_pruning.repair.batchnorm import update_statistics
 from taylor_pruning.repair.compensation import compensate
 from taylor_pruning.repair.plan import RepairPlan
+from taylor_pruning.repair.ridge import DualRidgeSolver, RidgeSolver, Rows
 from taylor_pruning.surgery.graph import ChannelGraph
 
 
@@ -420,6 +421,23 @@ class Oddities(nn.Module):
     def forward(self, x):
         x = self.depthwise(self.stem(x).relu())
         return self.head(self.up(self.twice(self.twice(x).relu())).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dual", [False, True])
+def test_inputs_that_never_vary_leave_all_to_the_intercept(dual, dtype):
+    """Less a rounded mean they would be tiny constants, to which a fit would give weights of any size."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        x, r = (torch.randn(1, 1, n, generator=generator, dtype=torch.float64).to(dtype) for n in (5, 3))
+        rows = [Rows(x.expand(1, n, 5), r.expand(1, n, 3)) for n in (48, 5, 7)]
+        solver = DualRidgeSolver(True) if dual else RidgeSolver(1, 5, 3, True, x)
+        for part in rows:
+            solver.add(part)
+        for ridge in (0.1, 1e-3, 1e-8):
+            assert not solver.factorise(ridge)
+            weights, bias = solver.solve()
+            assert not weights.any() and rows[0].left(weights, bias).abs().max() < 10 * torch.finfo(dtype).eps
 
 
 def test_layers_left_alone_are_named():

@@ -51,6 +51,16 @@ def test_the_size_of_features_changes_no_fit(size, dtype):
     assert reached[1] == pytest.approx(reached[0], rel=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_features_that_never_vary_leave_all_to_the_bias(dtype):
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        x, present, wanted = (torch.randn(1, n, generator=generator, dtype=torch.float64).to(dtype) for n in (6, 5, 5))
+        found = logits.Logits(*(each.repeat(7, 1) for each in (x, present, wanted)))
+        weight, _ = found.nearest(1e-4, None, True)
+        assert not weight.any()
+
+
 def test_without_a_bias_none_is_fitted(monkeypatch):
     torch.manual_seed(0)
     monkeypatch.setattr(logits, "ENOUGH", 1e-14)
