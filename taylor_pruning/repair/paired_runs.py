@@ -9,6 +9,7 @@ from torch import fx, nn
 from taylor_pruning.positions import STEP
 from taylor_pruning.repair.batchnorm import update_statistics
 from taylor_pruning.repair.plan import RepairPlan
+from taylor_pruning.scoring.estimates import in_single
 from taylor_pruning.surgery.execution import evaluate
 from taylor_pruning.surgery.nested import map_tensors
 from taylor_pruning.surgery.recording import inputs_of
@@ -100,7 +101,7 @@ class PairedRuns:
         for position in range(start, end):
             node = plan.order[k][position]
             if k == 1 and node.name in self.sums:
-                x = self._some(value_of(node.all_input_nodes[0]), batch).movedim(1, 0).flatten(1)
+                x = in_single(self._some(value_of(node.all_input_nodes[0]), batch)).movedim(1, 0).flatten(1)
                 sums = (values.sum(1, dtype=torch.float64) for values in (x, x.square()))
                 self.sums[node.name][batch] = x.shape[1], *sums
             if node.op == "placeholder":

@@ -300,6 +300,18 @@ def test_a_batchnorm_that_shares_tensors_is_left_as_it_is(shared):
         torch.testing.assert_close(smaller[i].running_var, model[i].running_var, rtol=0, atol=0)
 
 
+def test_statistics_of_a_half_precision_network_whose_squares_are_beyond_its_range():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4)).eval()
+    model[0].weight.data = 100 + 10 * torch.randn(4, 3, 1, 1, generator=torch.Generator().manual_seed(0))
+    x = 1 + torch.rand(20, 3, 5, 5, generator=torch.Generator().manual_seed(1))
+    model, x = model.half(), x.half()
+    model[1].running_var.fill_(1e4)
+    values = model[0](x).double()
+    paired_runs.refresh_batchnorms(model, [x])
+    assert values.square().min() > torch.finfo(torch.float16).max
+    torch.testing.assert_close(model[1].running_var.double(), values.var((0, 2, 3), correction=0), rtol=1e-2, atol=0)
+
+
 def test_new_batchnorm_statistics_change_no_output():
     torch.manual_seed(0)
     norm, x = randomised(nn.BatchNorm2d(4)).double().eval(), torch.randn(8, 4, 5, 5, dtype=torch.float64)
