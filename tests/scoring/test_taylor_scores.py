@@ -216,7 +216,7 @@ def test_closed_third_order_is_finite_and_continuous(dtype):
 @pytest.mark.parametrize("skewness", [0.0, -1.0, 30.0, -1e4])
 def test_closed_third_order_has_digits_where_the_network_is_sure(skewness):
     """The first moment of the two-point law is zero; what is left of exp(-x) may be far below the rounding of 1."""
-    h = torch.logspace(-30, -12, 19, dtype=torch.float64)
+    h = torch.logspace(-22, -12, 11, dtype=torch.float64)
     t = skewness * h**1.5
     found = closed_third_order(torch.zeros_like(h), h, t)
     fourth = h.square() * (skewness**2 + 1)
