@@ -260,12 +260,15 @@ def is_tracked(value):
     return isinstance(value, _Tracked) and value.graph is _GRAPHS[-1]
 
 
-def wrap_widths(model):
-    """Replace, in place, every int that a module holds (alone or in a tuple, list, dictionary or settings) by a Number that
-    knows it."""
-    for name, module in model.named_modules():
+def wrap_widths(copied, model):
+    """Replace, in place, every int that a module of the copy holds (alone or in a tuple, list, dictionary or settings) by a
+    Number that knows it. What a copy shares with the model, as a module may that copies itself, stays as it is."""
+    shared = {id(held) for module in model.modules() for held, _ in public_values(module).values()}
+    for name, module in copied.named_modules():
         for attribute, (held, key) in public_values(module).items():
             value = held[key]
+            if id(held) in shared:
+                continue
             if type(value) is int:
                 held[key] = number(value, widths=((name, attribute, None),))
             elif type(value) in (tuple, list) and value and all(type(v) is int for v in value):

@@ -141,7 +141,7 @@ def _record(recorder, model, args, kwargs, training):
     for module in copied.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             hooks.update((key, watched(hook, recorder)) for key, hook in list(hooks.items()))
-    wrap_widths(copied)
+    wrap_widths(copied, model)
     for named in (copied.named_buffers, copied.named_parameters):
         recorder.nodes.names.update((id(tensor), name) for name, tensor in named())
     single = [tensor for tensor in copied.buffers() if tensor.numel() == 1 and not tensor.is_inference()]

@@ -85,6 +85,28 @@ def test_settings_with_which_is_computed_stay():
     assert graph.layers["block.a"].reason == "their number enters mul (block)"
 
 
+class Rebuilding(nn.Module):
+    """Copies itself by building itself again from its settings."""
+
+    def __init__(self, settings):
+        super().__init__()
+        self.settings, self.a, self.b = settings, nn.Conv2d(3, C, 1), nn.Conv2d(C, 4, 1)
+
+    def __deepcopy__(self, memo):
+        copied = Rebuilding(self.settings)
+        copied.load_state_dict(self.state_dict())
+        return copied
+
+    def forward(self, x):
+        return self.b(self.a(x).view(x.shape[0], self.settings["dim"], *x.shape[2:]))
+
+
+def test_settings_that_copies_of_a_module_share_stay_as_they_are():
+    settings = {"dim": C}
+    graph = ChannelGraph(Rebuilding(settings), torch.randn(1, 3, 4, 4))
+    assert not graph.layers["a"].removable.any() and settings == {"dim": C} and type(settings["dim"]) is int
+
+
 def test_an_object_that_copies_share_stays_as_it_is():
     class Single:
         def __init__(self):
