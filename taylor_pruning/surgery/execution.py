@@ -129,8 +129,8 @@ class Execution:
         return self.constant(name, named, at) if value is None else value
 
     def constant(self, name, named, at=None):
-        """A tensor that is neither parameter nor buffer, on the device of the `named` ones: as the model holds it now, else as
-        in the trace."""
+        """A tensor that is neither parameter nor buffer, on the device of the `named` ones: that of the trace, or what the
+        model holds now in its place if it computes it anew whenever its mode is set."""
         constants = at.constants if at is not None and name in at.constants else self.trace.constants
         tensor = constants[name]
         if name in self.trace.held:

@@ -59,8 +59,8 @@ class TensorNodes:
         stand_ins: {id of a real tensor: (its stand-in, tensor)}.
         settings: {id of a buffer of one number: its version before the forward}.
         constants: {name: tensor} that are neither inputs nor parameters nor buffers. storages: {name: id of its storage}.
-        holders: {id of a tensor that is a plain attribute: (name of the module, attribute, tensor)}. held: {name of a constant:
-            (name of the module, attribute)}.
+        holders: {id of a tensor that a module computes when its mode is set: (name of the module, attribute, tensor)}.
+            held: {name of a constant: (name of the module, attribute)}.
         lengths: {id of a parameter or buffer: (its length, node)} of those of which the forward has taken len().
         path: names of the modules that run now, the innermost last.
         written: ids of the storages to which calls have written.

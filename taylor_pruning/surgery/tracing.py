@@ -38,7 +38,7 @@ class Trace:
     Attributes:
         graph: fx.Graph. Every tensor node has its `shape` and the name of the `module` that ran it in `meta`.
         constants: {name: tensor} that the forward uses and that are neither parameters nor buffers. held: {name: (module,
-            attribute)} of those that a module holds, which it may have computed from parameters.
+            attribute)} of those that modules compute anew whenever their mode is set.
         inputs: the example with a `Slot` in the place of every tensor.
         output: what the forward returned, with a `Slot` in the place of every tensor, and of every size that is read off one.
         batch: the size of the batch in the shapes of the nodes.
@@ -137,7 +137,9 @@ def _recorder(model, rules, args, kwargs, on_values):
 
 def _record(recorder, model, args, kwargs, training):
     copied = copy_of(model) if recorder.on_values else structure_of(model)
-    set_mode(copied, training)
+    given = _plain_tensors(copied)
+    now = _plain_tensors(set_mode(copied, training)).items()
+    recorder.nodes.holders = {id(tensor): (*place, tensor) for place, tensor in now if tensor is not given.get(place)}
     for module in copied.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             hooks.update((key, watched(hook, recorder)) for key, hook in list(hooks.items()))
@@ -145,12 +147,6 @@ def _record(recorder, model, args, kwargs, training):
     for named in (copied.named_buffers, copied.named_parameters):
         recorder.nodes.names.update((id(tensor), name) for name, tensor in named())
     single = [tensor for tensor in copied.buffers() if tensor.numel() == 1 and not tensor.is_inference()]
-    recorder.nodes.holders = {
-        id(value): (name, attribute, value)
-        for name, module in copied.named_modules()
-        for attribute, value in vars(module).items()
-        if isinstance(value, torch.Tensor)
-    }
     recorder.nodes.settings = {id(tensor): tensor._version for tensor in single}
     slots = []
 
@@ -190,6 +186,16 @@ def _record(recorder, model, args, kwargs, training):
         held=recorder.nodes.held,
         types=tuple(slot.dtype for slot in slots),
     )
+
+
+def _plain_tensors(model):
+    """{(name of a module, attribute): tensor} of those that are neither parameters nor buffers."""
+    return {
+        (name, attribute): value
+        for name, module in model.named_modules()
+        for attribute, value in vars(module).items()
+        if isinstance(value, torch.Tensor)
+    }
 
 
 def _returned(recorder, model, output):

@@ -106,6 +106,29 @@ def test_what_a_module_keeps_for_evaluation_is_that_of_its_parameters_now():
     assert not smaller.training
 
 
+class Scaled(nn.Module):
+    """Keeps what it computes of the size of the images until they have another."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.rows = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1), None
+
+    def forward(self, x):
+        if self.rows != x.shape[2]:
+            self.rows, self.scale = x.shape[2], torch.tensor([float(x.shape[2])])
+        return self.b((self.a(x) * self.scale).relu()).mean((2, 3))
+
+
+def test_what_a_forward_keeps_of_other_images_counts_for_nothing():
+    torch.manual_seed(0)
+    model, x = Scaled(), torch.randn(2, 3, 4, 4)
+    expected = model(x)
+    graph = ChannelGraph(model, x)
+    model(torch.randn(2, 3, 6, 6))
+    with graph.gated(torch.ones(8)):
+        torch.testing.assert_close(model(x), expected)
+
+
 class Extracted(nn.Module):
     """Features of two layers, and a head."""
 
