@@ -18,6 +18,7 @@ from taylor_pruning.experiment.weights import PRUNED_FORMAT, first_names, read_t
 from taylor_pruning.files import atomic_file, input_file, output_file
 from taylor_pruning.held import held_tensors, public_values
 from taylor_pruning.options import check_argument
+from taylor_pruning.surgery.copying import structure_of
 from taylor_pruning.surgery.trial_inputs import FORWARD_ERRORS
 from taylor_pruning.surgery.wrappers import check_values, without_wrappers
 
@@ -140,6 +141,8 @@ def _known_device(device: str | torch.device) -> torch.device:
 
 def _restored(model: nn.Module, content: dict, path: str | Path) -> nn.Module:
     _check_same_network(model, content, f"{path} is not a pruned form of the network that was built for it")
+    if _changes_settings(model, content):  # the factory may give the same ones to other networks
+        model = structure_of(model)
     _restore(model, content)
     return model
 
@@ -214,6 +217,16 @@ def _check_same_network(model: nn.Module, content: dict, complaint: str):
     }
     if any(wrong.values()):
         raise InputError(f"{complaint}: {first_names(wrong)}; give the name or factory that it was built with")
+
+
+def _changes_settings(model: nn.Module, content: dict) -> bool:
+    """Whether dictionaries or settings of the network say other numbers than the file."""
+    return any(
+        "." in name and own.get(name) != value
+        for key, module in model.named_modules(remove_duplicate=False)
+        for own in [_attributes(module)]
+        for name, value in content["attributes"][key].items()
+    )
 
 
 def _restore(model: nn.Module, content: dict):

@@ -42,8 +42,8 @@ def with_ones(s, x):
     return s.b(s.a(x) + torch.ones(s.a.out_channels, dtype=x.dtype)[:, None, None])
 
 
-def sharing():
-    inner, settings = nn.Identity(), Config()
+def sharing(settings=None):
+    inner, settings = nn.Identity(), settings or Config()
     inner.settings = settings
     return {"settings": settings, "inner": inner, "last": nn.Conv2d(C, C, 1)}
 
@@ -105,6 +105,22 @@ def test_settings_that_copies_of_a_module_share_stay_as_they_are():
     settings = {"dim": C}
     graph = ChannelGraph(Rebuilding(settings), torch.randn(1, 3, 4, 4))
     assert not graph.layers["a"].removable.any() and settings == {"dim": C} and type(settings["dim"]) is int
+
+
+@pytest.mark.parametrize("settings", [Config(), types.SimpleNamespace(dim=C)])
+def test_a_file_leaves_the_settings_of_other_networks_alone(settings, tmp_path):
+    """A factory may give all networks that it builds the same settings."""
+
+    def build():
+        return around(Block(by_both, **sharing(settings)))
+
+    graph, before = ChannelGraph(build(), images(1)), repr(settings)
+    smaller = graph.remove(graph.units[::3])
+    save_pruned(tmp_path / "small.pt", smaller)
+    loaded = load_pruned(tmp_path / "small.pt", factory=build)
+    assert repr(settings) == before != repr(loaded.block.settings)
+    torch.testing.assert_close(loaded(images()), smaller(images()))
+    assert loaded.block.settings is loaded.block.inner.settings
 
 
 def test_an_object_that_copies_share_stays_as_it_is():
