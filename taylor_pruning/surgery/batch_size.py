@@ -25,7 +25,8 @@ def batch_size(model: nn.Module, example, least: int = LEAST) -> int:
     for tensor in tensors:
         sizes.update(tensor.shape[1:] if tensor.dim() and len(tensor) == rows else tensor.shape)
     for module in model.modules():
-        values = (held[key] for held, key in public_values(module).values())
+        public = (held[key] for held, key in public_values(module).values())
+        values = chain(vars(module).values(), public)  # private ones are sizes too
         held = chain.from_iterable(v if isinstance(v, (tuple, list)) else [v] for v in values)
         sizes.update(value for value in held if type(value) is int)
     sizes.update(_literals(model))

@@ -81,6 +81,9 @@ def test_the_batch_divides_no_size_of_network_and_inputs():
     model = nn.Sequential(nn.Conv2d(3, 82, 3), nn.BatchNorm2d(86))
     model.groups = [47, 3]
     assert batch_size(model, ((torch.zeros(41, 3, 53, 8), torch.zeros(59)), {})) == 61
+    model._heads, model.settings = 61, {"dim": 67}
+    assert batch_size(model, torch.zeros(41, 3, 53, 8)) == 59
+    assert batch_size(model, torch.zeros(41, 3, 53, 59)) == 71
     assert batch_size(nn.ReLU(), torch.zeros(41, 3), least=5) == 5
 
 
