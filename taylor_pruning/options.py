@@ -83,7 +83,7 @@ def value_type(field: dataclasses.Field) -> tuple[type, bool, bool]:
 def check(settings) -> None:
     """Raises InputError at the first field of `settings` whose value has the wrong type or lies outside its range.
 
-    Numbers of NumPy become Python's: a checkpoint holds no others, and those of few bits overflow.
+    Values of NumPy become Python's: a checkpoint holds no others, and numbers of few bits overflow.
     """
     for f in options(settings):
         value = getattr(settings, f.name)
@@ -95,13 +95,15 @@ def check(settings) -> None:
         for item in value if several else [value]:
             if found := problem(f, item, repr(item)):
                 raise InputError(f"{f.name} {found}")
-        plain = tuple(map(python_number, value)) if several else python_number(value)
+        plain = tuple(map(python_value, value)) if several else python_value(value)
         object.__setattr__(settings, f.name, plain)  # settings are frozen
 
 
-def python_number(value):
-    """A number of NumPy as Python's; every other value as it is."""
-    if isinstance(value, (bool, str)) or type(value) in (int, float):
+def python_value(value):
+    """A number or text of NumPy as Python's; every other value as it is."""
+    if isinstance(value, str):
+        return str.__str__(value)  # str() of an enumeration gives its name
+    if type(value) in (bool, int, float):
         return value
     return int(value) if isinstance(value, numbers.Integral) else float(value)
 

@@ -64,7 +64,8 @@ def test_numbers_of_numpy_are_numbers(kind):
 
 def test_a_run_with_numbers_of_numpy_goes_on(tmp_path):
     """A checkpoint can hold none, and 1,000,003 times a seed of 32 bits overflows."""
-    settings = PruningSettings(rounds=np.int32(2), guard=False, seed=np.int32(5000), layer_bound=np.float32(2))
+    numbers = {"rounds": np.int32(2), "seed": np.int32(5000), "layer_bound": np.float32(2)}
+    settings = PruningSettings(**numbers, guard=False, budget=np.str_("filters"))
     assert repr(settings) == repr(PruningSettings(rounds=2, guard=False, seed=5000, layer_bound=2.0))
     run = {"checkpoint": tmp_path / "rounds"}
     plan = pipeline(settings=settings).prune(np.float32(30), np.int64(2), **run).plan

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from taylor_pruning.errors import InputError, instance_of
 from taylor_pruning.memory import parse_bytes
-from taylor_pruning.options import check, option, options, python_number
+from taylor_pruning.options import check, option, options, python_value
 from taylor_pruning.repair.network import PASSES
 from taylor_pruning.selection.constraints import Constraints, check_percentage
 from taylor_pruning.selection.costs import cost_model
@@ -254,7 +254,7 @@ class PruningSettings(Constraints):
         if self.target:
             given = self.target.percentage(cost_model(graph, self.constraints).total())
         check_percentage(given)
-        return python_number(given)
+        return python_value(given)
 
     @property
     def memory_bytes(self) -> int | None:
