@@ -96,9 +96,8 @@ class Batches:
 
     def _of_data_set(self, samples):
         loader, images = self.loader, self.loader.dataset
-        read = min(
-            len(loader.sampler), len(loader) * loader.batch_size
-        )  # not all with a sampler of a part, or drop_last
+        # Not all images are read with a sampler of a part of them, or with drop_last.
+        read = min(len(loader.sampler), len(loader) * loader.batch_size)
         chosen = Subset(images, spread_rows(read, samples).tolist())
         return DataLoader(chosen, loader.batch_size, collate_fn=loader.collate_fn)
 

@@ -93,10 +93,8 @@ def _is_entry(item: tuple) -> bool:
 
 
 def _is_dense(value: Tensor) -> bool:
-    quantised = value.is_quantized or (
-        value.is_floating_point() and value.element_size() == 1
-    )  # float8 goes with scales
-    return value.layout == torch.strided and not (quantised or value.is_meta)
+    float8 = value.is_floating_point() and value.element_size() == 1  # which goes with scales
+    return value.layout == torch.strided and not (value.is_quantized or float8 or value.is_meta)
 
 
 def _without_prefix(state: dict[str, Tensor], expected: Collection[str], path: Path) -> dict[str, Tensor]:

@@ -63,10 +63,8 @@ def _keep_what_is_lost(model, copied, memo):
     of_name = dict(model.named_modules())
     for name, module in copied.named_modules():
         own, kept = vars(of_name.get(name, module)), vars(module)
-        lost = [
-            hooks for hooks in own if "forward" in hooks and "hooks" in hooks and own[hooks] and not kept.get(hooks)
-        ]
-        kept.update((hooks, _copied(own[hooks], memo)) for hooks in lost)
+        hooks = [key for key in own if "forward" in key and "hooks" in key and own[key] and not kept.get(key)]
+        kept.update((key, _copied(own[key], memo)) for key in hooks)
         if own.get("training") not in (None, kept.get("training")):
             module.training = own["training"]
 

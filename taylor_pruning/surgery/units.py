@@ -177,7 +177,7 @@ def cost_terms(parameters, tensors, products):
     """Every parameter and every product of the forward as a `CostTerm`.
 
     Args:
-        parameters: {name: parameter}. tensors, products: as in ChannelGraph.
+        parameters: (name, parameter) of each. tensors, products: as in ChannelGraph.
     """
     dims = defaultdict(list)
     for (name, _), units in tensors.items():
