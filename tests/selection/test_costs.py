@@ -36,6 +36,19 @@ def of_every_third(net, x):
     return F.conv2d(x, net.experts[1])
 
 
+def of_three_factors(net, x):
+    return torch.einsum("bchw,cr,ro->bohw", x, net.left, net.right)
+
+
+def squares(net, x):
+    """A product that sums nothing has none that count."""
+    return torch.einsum("bchw,bchw->bchw", x, x)
+
+
+def widens(net, x):
+    return net.conv(x)
+
+
 def attends(net, x):
     tokens = x.flatten(2).mT
     q, k, v = net.qkv(tokens).view(len(x), tokens.shape[1], 3, -1, HEAD).permute(2, 0, 3, 1, 4)
@@ -82,6 +95,9 @@ BLOCKS = {  # function: (the block's layers and parameters, its output channels)
     of_two_tensors: (lambda: {"first": parameter(6, 8, 3, 3), "second": parameter(4, 8, 3, 3)}, 10),
     of_low_rank: (lambda: {"left": parameter(10, 3), "right": parameter(3, 8)}, 10),
     of_every_third: (lambda: {"experts": parameter(4, 10, 8, 3, 3)}, 10),
+    of_three_factors: (lambda: {"left": parameter(8, 3), "right": parameter(3, 10)}, 10),
+    squares: (dict, 8),
+    widens: (lambda: {"conv": nn.ConvTranspose2d(8, 10, 3, stride=2)}, 10),
     attends: (lambda: {"qkv": nn.Linear(8, 3 * 3 * HEAD), "out": nn.Linear(3 * HEAD, 10)}, 10),
     attends_in_one_call: (lambda: {"qkv": nn.Linear(8, 3 * 3 * HEAD), "out": nn.Linear(3 * HEAD, 10)}, 10),
     meets_positions: (lambda: {name: nn.Conv2d(8, 6, 1) for name in ("query", "key", "value")}, 6),
