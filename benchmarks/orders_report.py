@@ -52,32 +52,40 @@ def print_tables(results):
 
 
 def plot(results, path):
-    """Top-1 against the number of images that score: one column a group of rows, before and after fine-tuning."""
+    """Top-1 against the number of images that score, if there are several: one column a group of rows, before and after
+    fine-tuning. Methods stand side by side."""
+    scoring = sorted({row["images"] for row in results["rows"]} - {None})
+    if len(scoring) < 2:
+        return
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    tables = [grouped(results["rows"], figure) for figure in ("top1", "tuned top1")]
-    columns = list(tables[0])
-    figure, axes = plt.subplots(2, len(columns), figsize=(3.2 * len(columns), 6), squeeze=False, sharex=True)
+    labels = {"top1": "no training", "tuned top1": "after fine-tuning"}
+    tables = {label: table for figure, label in labels.items() if (table := grouped(results["rows"], figure))}
+    columns = list(tables["no training"])
+    figure, axes = plt.subplots(
+        len(tables), len(columns), figsize=(3.2 * len(columns), 3 * len(tables)), squeeze=False, sharex=True
+    )
     lines = ["--", ":", "-.", (0, (1, 3)), (0, (5, 5))]
-    for row, (table, label) in enumerate(zip(tables, ("no training", "after fine-tuning"), strict=True)):
+    for row, (label, table) in enumerate(tables.items()):
         for axis, column in zip(axes[row], columns, strict=True):
             plain = iter(lines * 4)
-            for method, by_images in sorted(table.get(column, {}).items()):
+            for place, (method, by_images) in enumerate(sorted(table.get(column, {}).items())):
                 if None in by_images:  # a baseline that looks at weights alone
                     axis.axhline(statistics.mean(by_images[None]), color="grey", linestyle=next(plain), label=method)
                     continue
                 numbers = sorted(by_images)
                 means = [statistics.mean(by_images[n]) for n in numbers]
-                axis.errorbar(
-                    numbers, means, [spread(by_images[n]) for n in numbers], marker="o", capsize=3, label=method
-                )
+                beside, deviations = [n * 1.05**place for n in numbers], [spread(by_images[n]) for n in numbers]
+                axis.errorbar(beside, means, deviations, marker="o", capsize=3, label=method)
             axis.set_xscale("log")
             axis.set_title(str(column).replace(", ", "\n", 1), fontsize=8)
             axis.set_ylabel(f"top-1, {label} (%)", fontsize=8)
     for axis in axes[-1]:
+        axis.set_xticks(scoring, map(str, scoring))
+        axis.minorticks_off()
         axis.set_xlabel("images that score")
     axes[0, 0].legend(fontsize=7)
     figure.tight_layout()
