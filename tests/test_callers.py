@@ -159,7 +159,9 @@ def test_numbers_whose_squares_overflow_are_named_with_their_layer(method):
 
 def test_new_values_beyond_the_range_of_half_precision_are_named():
     batches = [(3e4 * x.half(), y) for x, y in BATCHES]
-    with pytest.raises(InputError, match="new values of 1.running_var are beyond the range of its type; .* model.float()"):
+    with pytest.raises(
+        InputError, match="new values of 1.running_var are beyond the range of its type; .* model.float()"
+    ):
         pipeline(batches, network().half()).prune(30)
 
 

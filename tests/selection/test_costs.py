@@ -8,6 +8,7 @@ from torchvision.ops import deform_conv2d
 
 from taylor_pruning.selection.costs import CostModel
 from taylor_pruning.surgery.graph import ChannelGraph
+from taylor_pruning.surgery.parts import PartsGraph
 from taylor_pruning.training.profile import profile
 
 HEAD = 4
@@ -140,3 +141,23 @@ def test_a_budget_counts_what_the_network_has(block):
             assert model.total() == pytest.approx(cost[key], rel=1e-9)
         saved = CostModel(graph, budget).savings()[gone[0].index].item()
         assert saved == pytest.approx(costs[0][key] - costs[1][key], rel=0.1)
+
+
+@pytest.mark.parametrize("budget, key", [("macs", "macs"), ("params", "parameters")])
+def test_a_budget_of_parts_counts_those_alone(budget, key):
+    torch.manual_seed(0)
+    images = torch.randn(2, 3, 11, 11)
+
+    def part(inputs):
+        return nn.Sequential(nn.Conv2d(inputs, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+
+    model = nn.Sequential(part(3), nn.Conv2d(4, 5, 1), part(5)).eval()
+    graph = PartsGraph(model, ["0", "2"], lambda network: network(images), len(images))
+    costs, gone = CostModel(graph, budget), graph.units[1::3]
+    dense, cut = (profile(network, images[:1])[key] for network in (model, graph.remove(gone)))
+    total = costs.total()
+    between = profile(model[1], model[0](images[:1]))[key]
+    assert total == dense - between
+    for unit in gone:
+        costs.remove(unit.index)
+    assert total - costs.total() == dense - cut
