@@ -12,6 +12,7 @@ import torch
 from torch import fx, nn
 
 PLAIN = (dict, list, tuple)
+PROTOCOL = ("__new__", "__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__")  # how an object is copied
 WITHOUT = (type, types.ModuleType, types.CodeType, fx.Node, fx.Graph, str, bytes, int, float)  # hold none of interest
 
 
@@ -55,8 +56,12 @@ def _has_values(item):
         return True
     if isinstance(item, (type, nn.Module)) or kind in copy._deepcopy_dispatch or not hasattr(item, "__dict__"):
         return False
-    protocol = ("__new__", "__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__")
-    return all(getattr(kind, name, None) == getattr(object, name, None) for name in protocol)
+    return copies_like(kind, object, "__setstate__")
+
+
+def copies_like(kind: type, base: type, *more: str) -> bool:
+    """Whether `copy.deepcopy` copies the type as it does its base: it overrides no method that says how, nor one of `more`."""
+    return all(getattr(kind, name, None) == getattr(base, name, None) for name in (*PROTOCOL, *more))
 
 
 def _referents(item):

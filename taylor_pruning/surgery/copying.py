@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from taylor_pruning.errors import InputError
+from taylor_pruning.held import copies_like
 from taylor_pruning.memory import raise_out_of_memory
 
 SHARED = (bool, int, float, str, type(None), torch.dtype, torch.jit.ScriptFunction)  # types of values that never change
-PROTOCOL = ("__new__", "__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__slots__")
 
 
 def copy_of(model, replaced=None):
@@ -51,7 +51,7 @@ def _copied(value, memo):
         copied = memo[id(value)] = kind()
         copied.update((copy.deepcopy(key, memo), _copied(item, memo)) for key, item in value.items())
         return copied
-    if isinstance(value, nn.Module) and all(getattr(kind, n, None) == getattr(nn.Module, n, None) for n in PROTOCOL):
+    if isinstance(value, nn.Module) and copies_like(kind, nn.Module, "__slots__"):
         copied = memo[id(value)] = kind.__new__(kind)
         copied.__setstate__({name: _copied(item, memo) for name, item in vars(value).items()})
         return copied
