@@ -37,11 +37,8 @@ class Analysis:
     def __init__(self, model, traces, examples, ways):
         self.model, self.traces, self.examples, self.ways = model, traces, examples, ways
         self.ids, self.places, self.blocks = ChannelIds(), {}, {}
-        parameters = {**dict(model.named_buffers()), **dict(model.named_parameters())}
         for mode, trace in traces.items():
-            self.ids.issued, self.ids.depthwise, self.ids.products = [], [], []
-            found = propagate(trace, self.ids, parameters, ways)
-            layers = Layers(self.ids, found.env, parameters, trace.batch)
+            found, layers = self._propagated(trace)
             if mode:
                 self.layers.add_training(layers)
             else:
@@ -50,10 +47,15 @@ class Analysis:
             self.places[mode] = list(self._places(mode, found, layers))
         for mode, trace in traces.items():
             if trace.idle is not None:
-                self.ids.issued, self.ids.depthwise, self.ids.products = [], [], []
-                found = propagate(trace, self.ids, parameters, ways, idle=True)
-                self.layers.add_idle(Layers(self.ids, found.env, parameters, trace.batch), mode)
+                self.layers.add_idle(self._propagated(trace, idle=True)[1], mode)
         self.layers.follow_widths(model)
+
+    def _propagated(self, trace, idle=False):
+        """The propagation through a trace, or through what runs there without effect on the outputs, and its Layers."""
+        self.ids.issued, self.ids.depthwise, self.ids.products = [], [], []
+        parameters = {**dict(self.model.named_buffers()), **dict(self.model.named_parameters())}
+        found = propagate(trace, self.ids, parameters, self.ways, idle=idle)
+        return found, Layers(self.ids, found.env, parameters, trace.batch)
 
     @property
     def chose(self):
