@@ -103,6 +103,7 @@ def select_jointly(selection, directions, order, correction=None, weights=None):
         the chosen unit indices.
     """
     shift = directions.logits.new_zeros(len(directions.labels), directions.basis.shape[2])
+    expansion = directions.expansion(shift)
     last = torch.zeros(len(selection.graph.units), dtype=torch.float64)
 
     def note(units, changes):
@@ -123,8 +124,7 @@ def select_jointly(selection, directions, order, correction=None, weights=None):
         bound = values[POOL] if len(units) > POOL else math.inf
         pool = units[ranks[:POOL]]
         coordinates = directions.coordinates[:, pool].transpose(0, 1).contiguous()  # a unit's are read together
-        expansion, current = directions.expansion(shift), torch.ones(len(pool), dtype=torch.bool)
-        slopes = expansion.mean_slopes(coordinates)
+        slopes, current = expansion.mean_slopes(coordinates), torch.ones(len(pool), dtype=torch.bool)
         higher = changes[ranks[:POOL]] + slopes  # the change less its first order, -slopes
         while not selection.done():
             fitting = selection.fitting()[pool]
