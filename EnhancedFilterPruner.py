@@ -273,7 +273,7 @@ class EnhancedFilterPruner:
         if closed_form and self.settings.layer_bound is None:
             constraints = dataclasses.replace(constraints, layer_bound=math.inf)  # these costs compare between layers
         selection_of = functools.partial(Selection, self.graph, percentage, constraints, ledger)
-        if closed_form and (collected.predictions_are_uninformative() or not collected.levels(order).any()):
+        if closed_form and not collected.costs_compare(order):
             self.chosen = chosen_uniformly(selection_of(), self.levels())
         elif closed_form:
             levels_of = functools.partial(collected.shrunk_levels, order, self.graph.units)
