@@ -9,7 +9,7 @@ import textwrap
 from pathlib import Path
 
 from taylor_pruning.report.figures import METHODS
-from taylor_pruning.report.sweep_numbers import cells_by_method, stopped_cells
+from taylor_pruning.report.sweep_numbers import cells_by_method, stopped_text
 from taylor_pruning.report.tables import signed, standard_error
 
 LINE = 80  # columns
@@ -59,7 +59,7 @@ def sweep_closing(sweep: dict, folder: Path) -> str:
 
     Numbers are means over the seeds.
     """
-    found, stopped = {}, stopped_cells(sweep)
+    found, stopped = {}, stopped_text(sweep)
     lines = textwrap.wrap(f"WARNING: {stopped}", LINE, subsequent_indent="  ") if stopped else []
     for (percentage, method), cells in cells_by_method(sweep).items():
         found.setdefault(percentage, {})[method] = cells

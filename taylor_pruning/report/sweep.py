@@ -27,7 +27,7 @@ from taylor_pruning.report.sweep_numbers import (
     percentages_of,
     reduction_of,
     removed_label,
-    stopped_cells,
+    stopped_text,
 )
 from taylor_pruning.report.sweep_plots import write_sweep_plots
 from taylor_pruning.report.sweep_steps import steps_to_reach
@@ -146,7 +146,7 @@ def _markdown(sweep):
              *(f"{name} saved" for name in COSTS.values()), "seeds"], list(_full_rows(sweep)), labels=2),
         "All in per cent but the number of seeds. Saved: against the dense network.",
     ]  # fmt: skip
-    if stopped := stopped_cells(sweep):
+    if stopped := stopped_text(sweep):
         parts.insert(3, f"**Warning:** {stopped}")
     if steps := list(_steps_rows(sweep)):
         header = [removed_label(sweep), "top-1 to reach", *(METHODS[method].label for method in methods_of(sweep))]

@@ -75,7 +75,7 @@ def finished_cells(sweep):
     return [cell for cell in sweep["cells"] if cell["status"] == "done"]
 
 
-def stopped_cells(sweep) -> str:
+def stopped_text(sweep) -> str:
     """Which networks lost less than the percentage that their row names, in a sentence; "" where none did."""
     stopped = [
         f"{METHODS[cell['method']].label} at {cell['percentage']:g} % with seed {cell['seed']} after "
