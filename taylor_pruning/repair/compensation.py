@@ -66,8 +66,8 @@ def compensate(
     Args:
         dense: the network before any pruning.
         smaller: what `ChannelGraph.remove` made of it, in one round or in several, compensated in between or not.
-        batches: list of (images [B, C, H, W], labels), labels are not used; a fifth of the images, drawn at
-            random, chooses the ridge. Networks of several inputs get a tuple or dictionary of them in the place of the images.
+        batches: list of (images [B, C, H, W], labels), labels are not used; a fifth of the images, drawn at random, chooses
+            the ridge. Networks of several inputs get a tuple or dictionary of them in the place of the images.
         smaller_batches: what `smaller` reads in their place, where that is something else.
         recorded: the dense network's surgery.execution.Execution on such inputs, where it has been traced already.
         kept: {layer name: indices of the filters of `dense` that `smaller` still has, in its order}. A layer that is not
@@ -87,34 +87,34 @@ def compensate(
     called more than once and layers with tied weights are left alone; the layers behind them repair what they miss.
     A layer of more than 6,144 columns is fitted on at most as many output positions, through their Gram matrix.
 
-    Returns a CompensationReport. Raises InputError if the networks do not belong together, `kept` does not fit, or
-    there are no images or NaNs in them, or new weights overflow.
+    Returns a CompensationReport. Raises InputError if the networks or `kept` do not belong together, there are no images
+    or NaNs in them, or new weights overflow.
     """
     start = time.perf_counter()
-    report = CompensationReport()
     if not batches:
         raise InputError("compensation: there are no calibration images; give at least one batch")
     plan = RepairPlan(dense, smaller, kept or {}, map_tensors(batches[0][0], lambda tensor: tensor[:1]), recorded)
-    report.left_alone.update(plan.left_alone)
+    report = CompensationReport(left_alone=dict(plan.left_alone))
     inputs = [[images for images, _ in given] for given in (batches, smaller_batches or batches)]
-    if activation_budget is None:
-        activation_budget = held_bytes(next(dense.parameters()).device, memory_limit)
-    runs = PairedRuns(plan, _fitting(dense, inputs, memory_limit), activation_budget)
+    held = held_bytes(next(dense.parameters()).device, memory_limit) if activation_budget is None else activation_budget
+    runs = PairedRuns(plan, _fitting(dense, inputs, memory_limit), held)
     layers = [layer for layer in plan.layers if not only_logits or (to_predictions and layer.gives_logits)]
     for layer in tqdm(layers, desc="compensate", unit="layer", leave=False, disable=not progress):
-        kind = LogitsRegression if to_predictions and layer.gives_logits else LayerRegression
-        reason = fit_layer(layer, runs, kind(layer, seed, runs.images), report)
-        if reason:
-            report.left_alone[layer.name] = reason
+        regression = LogitsRegression if to_predictions and layer.gives_logits else LayerRegression
+        _fit_layer(layer, runs, regression(layer, seed, runs.images), report)
     if report.layers:
         runs.update_batchnorms()
-        if name := nonfinite_weight(smaller):
-            raise InputError(
-                f"compensation: the new values of {name} are beyond the range of its type; prune the network in another one, "
-                "as model.float()"
-            )
+        _check_range(smaller)
     report.seconds = time.perf_counter() - start
     return report
+
+
+def _check_range(model):
+    if name := nonfinite_weight(model):
+        raise InputError(
+            f"compensation: the new values of {name} are beyond the range of its type; prune the network in another one, as "
+            "model.float()"
+        )
 
 
 def _fitting(dense, inputs, limit):
@@ -128,14 +128,14 @@ def _fitting(dense, inputs, limit):
     return [[part for batch in given for part in batch.split(size)] for given in joined]
 
 
-def fit_layer(layer, runs, fit, report):
-    """Collect the rows of the layer's fit, solve it, change its weights; returns why it was left alone, or None."""
+def _fit_layer(layer, runs, fit, report):
+    """Collect the rows of the layer's fit, solve it and change its weights, or report why it is left alone."""
     for batch, dense_state, state in runs.to(layer):
         fit.add(batch, *_values(layer, runs, dense_state, state))
     if fit.agrees():
-        return "its outputs are the dense network's"
-    report.layers.append(fit.solve())
-    return None
+        report.left_alone[layer.name] = "its outputs are the dense network's"
+    else:
+        report.layers.append(fit.solve())
 
 
 def _values(layer, runs, dense_state, state):
