@@ -115,7 +115,9 @@ def pad(call):
 def _padded(call, layer, dim, before, size):
     """The layer with `size` more channels at one end of a dimension, or fewer; as many as fill up to another number may go."""
     number, length = int(size), layer.shape[dim]
-    if number < 0:
+    if number < 0:  # cropped by position
+        call.ids.keep_number(size, f"their number is a padding in {call.where}")
+        call.protect(layer.narrow(dim, 0 if before else length + number, -number), "is indexed by position in")
         return layer.narrow(dim, -number if before else 0, length + number)
     if is_tracked(size) and size.terms:
         more = call.ids.new(number)
