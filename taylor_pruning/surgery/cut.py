@@ -46,7 +46,7 @@ def cut(model, tensors, widths, settings, norms, stays):
     for (name, attribute, index), (units, factor) in widths.items():
         _set(smaller.get_submodule(name), attribute, index, int(int(stays[units].sum()) / factor))
     for name in {owner(key) for key in kept}:
-        _refresh(smaller.get_submodule(name))
+        _refresh(smaller.get_submodule(name), model.get_submodule(name))
     modules = dict(smaller.named_modules())
     for name, units in settings.items():
         if name in modules:
@@ -98,8 +98,8 @@ def _stored(module, *names):
     return None
 
 
-def _refresh(module):
-    """Makes attributes that say the shape of a weight agree with it."""
+def _refresh(module, dense):
+    """Makes attributes that say the shape of a weight agree with it; `dense` is what the module was before the cut."""
     weight = _stored(module, "weight")
     if hasattr(module, "input_size") and hasattr(module, "hidden_size"):
         weight = _stored(module, "weight_ih_l0", "weight_ih")
@@ -116,6 +116,8 @@ def _refresh(module):
             module.in_channels, module.out_channels = rows, columns * module.groups
         else:
             module.in_channels, module.out_channels = columns * module.groups, rows
+    elif weight.dim() == 1:  # of a norm that the forward does not call, as where its scale is folded into a kernel
+        _refresh_settings(module, len(weight), len(_stored(dense, "weight")))
 
 
 def _refresh_settings(module, channels, before):

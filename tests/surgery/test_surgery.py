@@ -705,6 +705,25 @@ def test_shapes_and_attributes_shrink():
     assert depthwise.out_channels == 2 * depthwise.groups < 16 and depthwise.groups == depthwise.in_channels
 
 
+class Folded(nn.Module):
+    """A conv that is applied with the scale and shift of its norm folded into the kernel; the norm itself is not called."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.n, self.b = nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6), nn.Conv2d(6, 4, 3)
+
+    def forward(self, x):
+        scale = self.n.weight / (self.n.running_var + self.n.eps).sqrt()
+        x = F.conv2d(x, self.a.weight * scale[:, None, None, None], self.n.bias - self.n.running_mean * scale)
+        return self.b(F.relu(x))
+
+
+def test_a_norm_that_is_not_called_knows_its_channels():
+    graph = check_law(randomise(Folded()).double(), images())
+    smaller = graph.remove({"a": [0, 4]})
+    assert smaller.n.num_features == len(smaller.n.weight) == 4 and graph.model.n.num_features == 6
+
+
 def test_weights_keep_their_memory_format():
     model = net(Plain, Depthwise).to(memory_format=torch.channels_last)
     graph = ChannelGraph(model, images(1))
