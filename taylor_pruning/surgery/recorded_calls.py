@@ -103,3 +103,10 @@ class Property:
 
     def __call__(self, tensor):
         return getattr(tensor, self.__name__)
+
+
+def variable(kind, data=None, requires_grad=False, **more):
+    """What `torch.autograd.Variable` makes of a tensor, by a call that is seen: most networks of before torch 0.4 call it."""
+    if isinstance(data, torch.Tensor):
+        return data.detach().requires_grad_(requires_grad)
+    return type.__call__(kind, data, requires_grad, **more)

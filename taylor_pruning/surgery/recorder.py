@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.autograd.variable import VariableMeta
 from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 
@@ -23,6 +24,7 @@ from taylor_pruning.surgery.recorded_calls import (
     is_in_place,
     pick,
     set_grad,
+    variable,
 )
 from taylor_pruning.surgery.sample_loops import takes_samples_apart
 from taylor_pruning.surgery.tensor_nodes import TensorNodes, Untraceable
@@ -216,10 +218,11 @@ class Recorder(TorchFunctionMode):
             (nn.Module, "__call__"): self._traced_call(model, original),
             (nn.Module, "__getattr__"): self._watched_attribute(modes),
             (torch.jit.ScriptFunction, "__call__"): self._scripted_call(),
+            (VariableMeta, "__call__"): here(variable, VariableMeta.__call__),
         }
         marked = fx._symbolic_trace._wrapped_fns_to_patch if self.on_values else {}
         saved = [(scope, name, scope[name]) for (_, name), scope in marked.items() if name in scope]
-        own = [(kind, name, getattr(kind, name)) for kind, name in replaced]
+        own = [(kind, name, vars(kind).get(name)) for kind, name in replaced]
         try:
             for (kind, name), function in replaced.items():
                 setattr(kind, name, function)
@@ -229,7 +232,7 @@ class Recorder(TorchFunctionMode):
                 yield
         finally:
             for kind, name, function in own:
-                setattr(kind, name, function)
+                delattr(kind, name) if function is None else setattr(kind, name, function)
             for scope, name, function in saved:
                 scope[name] = function
             self.mode_read = self.mode_read or any(hasattr(module, "training") for module in model.modules())

@@ -24,6 +24,12 @@ class Untraceable(RuntimeError):
         self.remedy = remedy
 
 
+UNSEEN = (
+    "Compute it by functions of torch, as x.detach() in the place of torch.Tensor(x) or nn.Parameter(x), or in a module of its "
+    "own, which then stays as it is"
+)
+
+
 def _storage(tensor):
     """What tells whether two tensors have the same values in memory; a sparse tensor shares none.
 
@@ -124,8 +130,10 @@ class TensorNodes:
         if known is not None:
             return known[0]
         name = self.names.get(id(tensor))
-        if name is None and (tensor.device.type == "meta" or tensor.grad_fn is not None):
-            raise Untraceable("a tensor comes from code that torch functions do not see")
+        if name is None and (
+            tensor.device.type == "meta" or tensor.grad_fn is not None or self._is_of_computed(tensor)
+        ):
+            raise Untraceable("a tensor comes from code that torch functions do not see", UNSEEN)
         if name is None:
             name = f"constant {len(self.constants)}"
             self.constants[name] = tensor.detach().clone()  # as it is before the forward writes to it
@@ -142,6 +150,14 @@ class TensorNodes:
         """Whether it is the result of a recorded call."""
         known = self.nodes.get(id(tensor))
         return known is not None and known[0].op != "get_attr"
+
+    def _is_of_computed(self, tensor):
+        """Whether its values in memory are those of the result of a recorded call."""
+        found = (
+            known for node, known in self.nodes.values() if node.op != "get_attr" and not node.meta.get("constant")
+        )
+        own = _storage(tensor)
+        return any(_storage(known) == own for known in found)
 
     def is_constant(self, tensor):
         """Whether its values are known and do not depend on the input, parameters or buffers."""

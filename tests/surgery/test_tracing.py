@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from test_surgery import Net, Plain, check_law, images, randomise
 from torch import nn
+from torch.autograd import Variable
 
 from EnhancedFilterPruner import EnhancedFilterPruner
 from taylor_pruning.errors import InputError
@@ -41,6 +42,32 @@ def count_anew(network, x):
 def deciding(decide, **options):
     torch.manual_seed(0)
     return randomise(Deciding(decide, **options).double().eval())
+
+
+VARIABLES = {
+    "activation": lambda network, x: x - Variable(x.mean((2, 3), keepdim=True)),
+    "buffer": lambda network, x: x - Variable(network.number),
+    "new tensor": lambda network, x: (
+        x + Variable(torch.ones(x.size(0), 1, *x.shape[2:]), requires_grad=False).type_as(x)
+    ),
+    "list": lambda network, x: x - Variable(torch.Tensor([0.5, 0.25, 0.125]).view(3, 1, 1)).type_as(x),
+}
+
+
+@pytest.mark.parametrize("name", VARIABLES)
+def test_variables_of_old_networks_are_tensors(name):
+    graph = check_law(deciding(VARIABLES[name]), images(), seeds=(0,))
+    assert all(info.reason is None for info in graph.layers.values())
+    assert "__call__" not in vars(type(Variable))
+
+
+@pytest.mark.parametrize("made", [nn.Parameter, torch.DoubleTensor])
+def test_tensors_that_unseen_code_makes_of_activations_are_refused(made):
+    model = deciding(lambda network, x: x - made(x.mean((2, 3), keepdim=True)))
+    with pytest.raises(
+        InputError, match=r"comes from code that torch functions do not see.*x.detach\(\) in the place of"
+    ):
+        ChannelGraph(model, images(), verify=False)
 
 
 @pytest.mark.parametrize("flag", [True, False])
