@@ -12,6 +12,8 @@ import torch
 from torch import fx, nn
 
 PLAIN = (dict, list, tuple)
+OF_MODULES = frozenset(vars(nn.Module()))  # what every module keeps for itself
+DEPTH = 4  # of settings in settings
 PROTOCOL = ("__new__", "__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__")  # how an object is copied
 WITHOUT = (type, types.ModuleType, types.CodeType, fx.Node, fx.Graph, str, bytes, int, float)  # hold none of interest
 
@@ -36,17 +38,32 @@ def held_tensors(value, without: tuple = ()) -> Iterator[tuple[torch.Tensor, obj
         found.extend((inner, holder) for inner in _referents(item))
 
 
-def public_values(module: nn.Module) -> dict[str, tuple[dict, str]]:
-    """{name: (dictionary, key)}: where a module keeps its values; those of its dictionaries and settings as "settings.dim"."""
-    found: dict[str, tuple[dict, str]] = {}
-    for name, value in vars(module).items():
-        if name.startswith("_") or name == "training":
-            continue
-        found[name] = vars(module), name
-        inner = value if type(value) in (dict, OrderedDict) else vars(value) if _has_values(value) else {}
-        keys = (key for key in inner if type(key) is str and not key.startswith("_"))
-        found.update((f"{name}.{key}", (inner, key)) for key in keys)
+def own_values(module: nn.Module) -> dict[str, tuple[dict | list, str | int]]:
+    """{name: (container, key)}: where a module keeps its values; those of its dictionaries, lists and settings, and of such in
+    them, as "settings.stages.0.dim"."""
+    found: dict[str, tuple[dict | list, str | int]] = {}
+    seen = set()
+
+    def visit(inner, prefix, depth):
+        for key, value in enumerate(inner) if isinstance(inner, list) else inner.items():
+            if inner is vars(module) and key in OF_MODULES or type(key) not in (str, int):
+                continue
+            name = f"{prefix}{key}"
+            found[name] = inner, key
+            nested = _values_in(value)
+            if nested and depth < DEPTH and id(nested) not in seen:
+                seen.add(id(nested))
+                visit(nested, f"{name}.", depth + 1)
+
+    visit(vars(module), "", 0)
     return found
+
+
+def _values_in(item):
+    """The container in which it keeps values; None of what keeps none, and of a list of numbers, which is one value."""
+    if type(item) is list:
+        return None if all(type(value) in (int, float) for value in item) else item
+    return item if type(item) in (dict, OrderedDict) else vars(item) if _has_values(item) else None
 
 
 def _has_values(item):

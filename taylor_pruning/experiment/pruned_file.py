@@ -16,7 +16,7 @@ from taylor_pruning.errors import InputError, instance_of
 from taylor_pruning.experiment.models import check_name, network, parameters_on_meta
 from taylor_pruning.experiment.weights import PRUNED_FORMAT, first_names, read_tensors
 from taylor_pruning.files import atomic_file, input_file, output_file
-from taylor_pruning.held import held_tensors, public_values
+from taylor_pruning.held import held_tensors, own_values
 from taylor_pruning.options import check_argument
 from taylor_pruning.surgery.copying import structure_of
 from taylor_pruning.surgery.trial_inputs import FORWARD_ERRORS
@@ -191,12 +191,12 @@ def _slots(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
 
 
 def _attributes(module: nn.Module) -> dict[str, int | tuple | list]:
-    """The integers (and booleans, and sequences of integers) among what a module keeps under public names."""
+    """The integers (and booleans, and sequences of integers) among what a module keeps."""
 
     def plain(value):
         return type(value) in (int, bool) or (type(value) in (tuple, list) and all(type(i) is int for i in value))
 
-    return {name: held[key] for name, (held, key) in public_values(module).items() if plain(held[key])}
+    return {name: held[key] for name, (held, key) in own_values(module).items() if plain(held[key])}
 
 
 def _check_same_network(model: nn.Module, content: dict, complaint: str):
@@ -207,7 +207,8 @@ def _check_same_network(model: nn.Module, content: dict, complaint: str):
         f"{key}.{attribute}": key in modules and attribute in vars(modules[key])
         for key, values in content["attributes"].items()
         for attribute in values
-        if "." not in attribute  # what a dictionary holds may be of a run
+        if "." not in attribute
+        and not attribute.startswith("_")  # what those hold may be of a run, or of a version of torch
     }
     wrong = {
         "missing in the file": [key for key in needed if key not in tensors]
@@ -232,7 +233,7 @@ def _changes_settings(model: nn.Module, content: dict) -> bool:
 def _restore(model: nn.Module, content: dict):
     modules = dict(model.named_modules(remove_duplicate=False))
     for key, values in content["attributes"].items():
-        places = public_values(modules[key])
+        places = own_values(modules[key])
         for attribute, value in values.items():
             if attribute in places:
                 held, name = places[attribute]

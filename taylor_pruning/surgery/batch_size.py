@@ -5,7 +5,7 @@ from types import CodeType, FunctionType, MethodType
 
 from torch import nn
 
-from taylor_pruning.held import public_values
+from taylor_pruning.held import own_values
 from taylor_pruning.surgery.nested import map_tensors, tensors_in
 
 LEAST = 41  # on tensors without values, where a large batch costs nothing
@@ -25,8 +25,7 @@ def batch_size(model: nn.Module, example, least: int = LEAST) -> int:
     for tensor in tensors:
         sizes.update(tensor.shape[1:] if tensor.dim() and len(tensor) == rows else tensor.shape)
     for module in model.modules():
-        public = (held[key] for held, key in public_values(module).values())
-        values = chain(vars(module).values(), public)  # private ones are sizes too
+        values = (held[key] for held, key in own_values(module).values())
         held = chain.from_iterable(v if isinstance(v, (tuple, list)) else [v] for v in values)
         sizes.update(value for value in held if type(value) is int)
     sizes.update(_literals(model))

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from taylor_pruning.errors import InputError
-from taylor_pruning.held import public_values
+from taylor_pruning.held import own_values
 from taylor_pruning.modes import modes_kept, set_mode
 from taylor_pruning.surgery.copying import copy_of
 from taylor_pruning.surgery.layers import owner
@@ -81,7 +81,7 @@ def _memory_format(tensor):
 
 
 def _set(module, attribute, index, value):
-    held, key = public_values(module)[attribute]
+    held, key = own_values(module)[attribute]
     if index is None:
         held[key] = value
         return

@@ -13,7 +13,7 @@ from fractions import Fraction
 import numpy as np
 import torch
 
-from taylor_pruning.held import public_values
+from taylor_pruning.held import own_values
 from taylor_pruning.surgery.recorded_calls import pick
 from taylor_pruning.surgery.threads import ONE_AT_A_TIME
 
@@ -263,9 +263,9 @@ def is_tracked(value):
 def wrap_widths(copied, model):
     """Replace, in place, every int that a module of the copy holds (alone or in a tuple, list, dictionary or settings) by a
     Number that knows it. What a copy shares with the model, as a module may that copies itself, stays as it is."""
-    shared = {id(held) for module in model.modules() for held, _ in public_values(module).values()}
+    shared = {id(held) for module in model.modules() for held, _ in own_values(module).values()}
     for name, module in copied.named_modules():
-        for attribute, (held, key) in public_values(module).items():
+        for attribute, (held, key) in own_values(module).items():
             value = held[key]
             if id(held) in shared:
                 continue

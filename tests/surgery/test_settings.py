@@ -1,7 +1,7 @@
 """Numbers of channels that modules keep in dictionaries and settings follow a cut, and those of which tensors are made anew."""
 
 import types
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -48,7 +48,33 @@ def sharing(settings=None):
     return {"settings": settings, "inner": inner, "last": nn.Conv2d(C, C, 1)}
 
 
+@dataclass
+class Nested:
+    encoder: Config = field(default_factory=Config)
+    _width: int = C
+
+
+def by_encoder(s, x):
+    return s.b(s.a(x).view(x.shape[0], s.settings.encoder.dim, -1).view_as(x))
+
+
+def by_stage(s, x):
+    return s.b(s.a(x).view(x.shape[0], s.settings["stages"][1]["dim"], -1).view_as(x))
+
+
+def by_last(s, x):
+    return s.b(s.a(x).view(x.shape[0], s.settings[-1][1], -1).view_as(x))
+
+
+def by_private_name(s, x):
+    return s.b(s.a(x).view(x.shape[0], s.settings._width, -1).view(x.shape[0], s._width, -1).view_as(x))
+
+
 BLOCKS = {
+    "in settings": (by_encoder, lambda: {"settings": Nested()}),
+    "in a list": (by_stage, lambda: {"settings": {"stages": [{"dim": 3}, {"dim": C}], 7: "relu"}}),
+    "in a list of pairs": (by_last, lambda: {"settings": ["M", (3, C)]}),
+    "private": (by_private_name, lambda: {"settings": Nested(), "_width": C}),
     "dictionary": (by_dictionary, lambda: {"settings": {"dim": C, "act": "relu"}}),
     "dataclass": (by_attribute, lambda: {"settings": Config()}),
     "namespace": (by_attribute, lambda: {"settings": types.SimpleNamespace(dim=C)}),
@@ -121,6 +147,19 @@ def test_a_file_leaves_the_settings_of_other_networks_alone(settings, tmp_path):
     assert repr(settings) == before != repr(loaded.block.settings)
     torch.testing.assert_close(loaded(images()), smaller(images()))
     assert loaded.block.settings is loaded.block.inner.settings
+
+
+def test_what_a_run_leaves_in_settings_and_under_private_names_is_no_part_of_the_network(tmp_path):
+    def build():
+        return around(Block(by_dictionary, settings={"dim": C}))
+
+    graph = ChannelGraph(build(), images(1))
+    smaller = graph.remove(graph.units[::3])
+    smaller.block.settings["step"], smaller.block._calls = 7, 3
+    save_pruned(tmp_path / "small.pt", smaller)
+    loaded = load_pruned(tmp_path / "small.pt", factory=build)
+    assert loaded.block.settings == {"dim": smaller.block.a.out_channels} and not hasattr(loaded.block, "_calls")
+    torch.testing.assert_close(loaded(images()), smaller(images()))
 
 
 def test_an_object_that_copies_share_stays_as_it_is():
