@@ -12,7 +12,7 @@ from taylor_pruning.surgery.copying import copy_of
 from taylor_pruning.surgery.layers import owner
 
 
-def cut(model, tensors, widths, settings, norms, stays):
+def cut(model, tensors, widths, settings, norms, places, stays):
     """A copy of `model` without some units.
 
     Args:
@@ -21,6 +21,7 @@ def cut(model, tensors, widths, settings, norms, stays):
             what is left of the units divided by `factor`.
         settings: {module name: [channels] unit index or -1} of modules with one setting a channel.
         norms: of ChannelIds.
+        places: {buffer name: [channels] unit index or -1} of those that hold places of such channels.
         stays: [units + 1] whether a unit stays; the last entry stands for index -1.
 
     Raises InputError if a layer, or a parameter or buffer of its own, would lose its last channel.
@@ -42,6 +43,9 @@ def cut(model, tensors, widths, settings, norms, stays):
     for name, (scale, dim) in norms.items():
         if name in kept:
             _keep_scale(replaced, named[name], named[scale], dim, kept[name].get(dim))
+    for name, units in places.items():
+        now, held = stays[units].cumsum(0) - 1, replaced.get(id(named[name]), named[name])
+        replaced[id(named[name])] = now.to(held)[held % len(units)]
     smaller = copy_of(model, replaced)
     for (name, attribute, index), (units, factor) in widths.items():
         _set(smaller.get_submodule(name), attribute, index, int(int(stays[units].sum()) / factor))

@@ -114,7 +114,7 @@ class ChannelGraph:
         self._weights = analysis.layers.weights
         self.smooth_operations = tuple(sorted(analysis.nonlinear))
         self.units, self.layers, self.tensors = numbering.units, numbering.layers, numbering.tensors
-        self._widths, self._settings, self._norms = numbering.widths, numbering.settings, analysis.ids.norms
+        self._followed = numbering.widths, numbering.settings, analysis.ids.norms, numbering.places
         self.products = [(n, [numbering.unit_of_id[ids] for ids in dims]) for n, dims in analysis.layers.products]
         places = analysis.places.items()
         self.gate_sites = {mode: gate_sites(of_mode, numbering.unit_of_id) for mode, of_mode in places}
@@ -270,7 +270,7 @@ class ChannelGraph:
     def _cut(self, units):
         stays = torch.ones(len(self.units) + 1, dtype=torch.bool)  # the last entry stands for index -1
         stays[[unit.index for unit in units]] = False
-        return cut(self.model, self.tensors, self._widths, self._settings, self._norms, stays)
+        return cut(self.model, self.tensors, *self._followed, stays)
 
 
 def checked_graph(graph, model):

@@ -85,6 +85,8 @@ class ChannelIds:
         self.grouped = set()  # names of modules that apply grouped convs, depthwise ones excepted
         self.choices = 0  # views that could follow their channels along more than one dimension
         self.norms = {}  # name of a weight that is normalised: (name of what scales it, the dimension that is not summed over)
+        self.places = {}  # {name of a buffer of whole numbers: its values}
+        self.indexed = {}  # of those that index channels: {name: ids of the channels}
         self.fixed = {}  # (module name, attribute, index): why it must not change
         self.multiples = []  # [(ids, divisor, attributes that it is read from, why)]: their number stays a multiple of it
         self.sums = []  # [(ids, ((ids, factor), ...), why)]: their number stays that sum
@@ -197,6 +199,15 @@ class ChannelIds:
         ratio = max(factor, other) / min(factor, other)
         if ratio.denominator == 1 and len(long) == len(short) * ratio.numerator:
             self.unite(short.expand(ratio.numerator, -1), long.view(ratio.numerator, -1))
+        else:
+            self.protect(first, reason)
+            self.protect(ids, reason)
+
+    def bind_places(self, name, ids, reason):
+        """After a cut the buffer holds the places that its channels have among what is left of `ids`."""
+        first = self.indexed.setdefault(name, ids)
+        if len(first) == len(ids):
+            self.unite(first, ids)
         else:
             self.protect(first, reason)
             self.protect(ids, reason)

@@ -16,7 +16,7 @@ class Numbering:
     Attributes:
         units, layers, tensors: see ChannelGraph.
         unit_of_id: [ids] unit index or -1.
-        widths, settings: see surgery.cut.cut.
+        widths, settings, places: see surgery.cut.cut.
         stuck: names of layers whose filters all go together, so that none of them may.
     """
 
@@ -69,6 +69,7 @@ class Numbering:
             for width, uses in ids.widths.items()
             if bool((self.unit_of_id[uses[0][0]] >= 0).any())
         }
+        self.places = {name: self.unit_of_id[along] for name, along in ids.indexed.items()}
         self.settings = {name: self.unit_of_id[along] for name, along in layers.settings.items()}
 
     @property

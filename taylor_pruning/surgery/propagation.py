@@ -108,7 +108,10 @@ def _keep_output(ids, item):
 
 def _constant(trace, ids, parameters, node):
     if node.target in parameters:
-        return ids.parameter(node.target, tuple(parameters[node.target].shape), f"meets the tensor {node.target}")
+        stored = parameters[node.target]
+        if stored.dim() == 1 and stored.dtype in (torch.int64, torch.int32) and not stored.is_meta:
+            ids.places[node.target] = stored.long().cpu()
+        return ids.parameter(node.target, tuple(stored.shape), f"meets the tensor {node.target}")
     tensor = trace.constants[node.target]
     return Value(tuple(tensor.shape), (), "meets a tensor that is neither parameter nor buffer", tensor)
 

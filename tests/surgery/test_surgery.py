@@ -814,7 +814,7 @@ def test_a_tensor_of_the_network_itself_is_named_where_it_would_be_emptied():
     graph = ChannelGraph(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 3)), torch.zeros(1, 3, 8, 8))
     tensors = {("scale", 0): torch.arange(4)}
     with pytest.raises(InputError, match="^scale would lose its last channel"):
-        cut(graph.model, tensors, {}, {}, {}, torch.tensor([False] * 4 + [True]))
+        cut(graph.model, tensors, {}, {}, {}, {}, torch.tensor([False] * 4 + [True]))
 
 
 def test_units_of_another_graph():

@@ -155,7 +155,7 @@ def drawn(call):
 
 
 KEEP_ZERO_LINEAR = """relu relu6 leaky_relu rrelu dropout dropout1d dropout2d dropout3d feature_dropout alpha_dropout clone
-    contiguous detach to type float double half bfloat16 abs neg positive type_as floor ceil round trunc sign cpu cuda
+    contiguous detach to type float double half bfloat16 long int abs neg positive type_as floor ceil round trunc sign cpu cuda
     stochastic_depth data real imag conj resolve_conj resolve_neg hardshrink softshrink _data requires_grad"""
 KEEP_ZERO = """elu selu celu gelu silu mish hardswish tanh tanhshrink softsign square sqrt sin tan asin atan
     sinh expm1 log1p erf nan_to_num feature_alpha_dropout poisson rad2deg deg2rad"""

@@ -6,6 +6,7 @@ from taylor_pruning.surgery.ids import Value, varying
 from taylor_pruning.surgery.numbers import is_tracked
 from taylor_pruning.surgery.operations.elementwise import align
 from taylor_pruning.surgery.operations.registry import rule
+from taylor_pruning.surgery.recorded_calls import operation_name
 
 
 @rule("narrow select", linear=True)
@@ -33,10 +34,26 @@ def item(call):
 
 def indexed(call, x, index):
     """Basic indexing. A bound by position keeps what comes before it; by a width, the width follows."""
+    index = _spelled_out(index, len(x.shape))
+    at = [i for i, part in enumerate(index) if isinstance(part, Value)]
+    others = [part for part in index if not isinstance(part, Value)]
+    if len(at) == 1 and len(call.operands) == 2 and all(part is None or isinstance(part, slice) for part in others):
+        placed = _placed(call, x, sum(part is not None for part in index[: at[0]]))
+        if placed is not None:
+            x, index = placed, (*index[: at[0]], slice(None), *index[at[0] + 1 :])
     if _by_tensors(index):
         return _advanced(call, x, index)
     plain_index = _basic(call, x, index)
     return call.result([layer[plain_index] for layer in x.layers])
+
+
+def _spelled_out(index, rank):
+    """The index with whole slices in the place of "..."."""
+    at = next((i for i, part in enumerate(index) if part is Ellipsis), None)
+    if at is None:
+        return index
+    more = rank - sum(part is not None and part is not Ellipsis for part in index)
+    return (*index[:at], *[slice(None)] * more, *index[at + 1 :])
 
 
 def _by_tensors(index):
@@ -45,11 +62,9 @@ def _by_tensors(index):
 
 def _basic(call, x, index):
     """The index in plain numbers; channels are kept, or bound to the numbers by which they are indexed."""
-    used = sum(i is not None and i is not Ellipsis for i in index)
     dim, plain_index = 0, []
     for part in index:
-        if part is None or part is Ellipsis:
-            dim += len(x.shape) - used if part is Ellipsis else 0
+        if part is None:
             plain_index.append(part)
             continue
         along = call.ids.vector(x, dim) if part != slice(None) else None
@@ -72,7 +87,7 @@ def assignment(call):
     if _by_tensors(index) or any(isinstance(part, bool) for part in index):
         return call.unknown()
     call.ids.keep_number(value, f"their number enters {call.where}")
-    plain_index = _basic(call, x, index)
+    plain_index = _basic(call, x, _spelled_out(index, len(x.shape)))
     layers = tuple(layer[plain_index] for layer in x.layers)
     shape = tuple(torch.empty(x.shape, device="meta")[plain_index].shape)
     part = Value(shape, layers, x.reason)
@@ -132,8 +147,6 @@ def _advanced(call, x, index):
     """Indexing by a tensor: exact for channels along other dimensions than the indexed ones."""
     dim, plain_index, kept = 0, [], list(x.layers)
     for part in index:
-        if part is Ellipsis:
-            return call.unknown()
         if part is None:
             plain_index.append(None)
             continue
@@ -178,6 +191,8 @@ def embedding(call):
 @rule("index_select", linear=True)
 def index_select(call):
     x, dim = call.values()[0], int(call.get("dim", 1)) % len(call.values()[0].shape)
+    if (placed := _placed(call, x, dim)) is not None:
+        return placed
     if any(dim in varying(layer) for layer in x.layers):
         return call.unknown(f"is indexed by position in {call.where}")
     layers = [layer.narrow(dim, 0, 1).expand(call.shape) for layer in x.layers]
@@ -197,3 +212,28 @@ def gather(call):
     axes, reason = align(call.ids, [read, places], call.shape, call.where)
     call.info.mains = (call.operands[0][0],)
     return call.result([axis.layer for axis in axes], reason)
+
+
+# What gives the same positions, perhaps elsewhere or of another type.
+SAME_PLACES = set("to long int cuda cpu type detach clone contiguous data".split())
+
+
+def _placed(call, x, dim):
+    """The channels of `x` along `dim` at places that a buffer, the second operand, holds; None if it is no such buffer.
+
+    After a cut the buffer holds the places that its channels have among what is left.
+    """
+    node, places = call.operands[1]
+    while node.op != "get_attr" and operation_name(node) in SAME_PLACES:
+        node = node.all_input_nodes[0]
+    values, layers = call.ids.places.get(node.target), [layer for layer in x.layers if dim in varying(layer)]
+    own = None if values is None else call.ids.vector(places, 0)
+    if own is None or not layers or any(len(varying(layer)) > 1 for layer in layers):
+        return None
+    along = call.ids.vector(x, dim)
+    values = values % len(along)
+    call.ids.unite(own, along[values])
+    call.ids.bind_places(node.target, along, f"is indexed by position in {call.where}")
+    call.info.mains = (call.operands[0][0],)
+    shape = tuple(len(values) if d == dim else size for d, size in enumerate(x.shape))
+    return call.ids.value(shape, [layer.index_select(dim, values) for layer in x.layers], x.reason)
