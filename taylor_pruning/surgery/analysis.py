@@ -143,10 +143,15 @@ class Analysis:
 
 
 def steps(trace):
-    """What a forward does to reach its output, and in its idle layers, without its nodes' names."""
+    """What a forward does to reach its output, and in its idle layers, without names of nodes; on constants of which shapes."""
     idle = [] if trace.idle is None else trace.idle.nodes
     number = {node: i for i, node in enumerate([*live_nodes(trace.graph), *idle])}
-    return [(n.op, str(n.target), [number[i] for i in n.all_input_nodes], n.meta.get("autocast")) for n in number]
+
+    def step(node):
+        shape = node.meta["shape"] if node.op == "get_attr" else None
+        return node.op, str(node.target), [number[i] for i in node.all_input_nodes], node.meta.get("autocast"), shape
+
+    return [step(node) for node in number]
 
 
 def live_nodes(graph):

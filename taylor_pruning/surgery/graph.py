@@ -74,7 +74,7 @@ class ChannelGraph:
         check_weights(model)
         self.model, self.left_whole = model, {}
         traces = {False: record(model, example_input)}
-        if traces[False].reads_mode:
+        if traces[False].reads_mode or traces[False].held:
             training = record(model, example_input, training=True)
             if steps(training) != steps(traces[False]):
                 traces[True] = training

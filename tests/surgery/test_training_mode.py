@@ -71,6 +71,34 @@ def test_the_mode_is_recorded_where_it_is_asked_for(name, monkeypatch):
     assert torch.nn.Module.__getattr__ is before
 
 
+class Scaling(nn.Module):
+    """Computes its scales when its mode is set: one in evaluation mode, another of every channel in training."""
+
+    def __init__(self):
+        super().__init__()
+        self.train()
+
+    def train(self, mode=True):
+        self.scales = torch.rand(6, 1, 1).double() if mode else torch.full((1,), 2.0).double()
+        return super().train(mode)
+
+    def forward(self, x):
+        return x * self.scales
+
+
+def test_what_is_computed_for_a_mode_is_that_of_the_mode():
+    torch.manual_seed(0)
+    model = randomise(nn.Sequential(nn.Conv2d(3, 6, 1), Scaling(), nn.Conv2d(6, 2, 1)))
+    x = torch.randn(2, 3, 4, 4, dtype=torch.double)
+    graph = ChannelGraph(model, x[:1])
+    for mode in (False, True):
+        model.train(mode)
+        with graph.gated(torch.ones(len(graph.units), dtype=torch.double)):
+            gated = model(x)
+        torch.testing.assert_close(gated, model(x))
+    assert graph.layers["0"].reason == "meets a tensor that is neither parameter nor buffer"
+
+
 class Indexed(nn.Module):
     """Keeps for evaluation what it computes from a parameter, and drops it in training (LeViT, TinyViT, EfficientFormer)."""
 
@@ -104,6 +132,28 @@ def test_what_a_module_keeps_for_evaluation_is_that_of_its_parameters_now():
     with graph.gated(gates):
         torch.testing.assert_close(model.eval()(x), smaller(x))
     assert not smaller.training
+
+
+class Masked(nn.Conv2d):
+    """A kernel times a mask that is kept for evaluation."""
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.mask = None if mode else torch.tensor([0.5, 0, 2]).to(self.weight)
+        return self
+
+    def forward(self, x):
+        mask = torch.ones(3).to(x) if self.mask is None else self.mask
+        return nn.functional.conv2d(x, self.weight * mask[:, None, None])
+
+
+def test_weights_are_those_of_evaluation_in_either_mode():
+    model = nn.Sequential(Masked(3, 6, 1), nn.Conv2d(6, 2, 1))
+    graph = ChannelGraph(model, torch.randn(1, 3, 4, 4))
+    for mode in (False, True):
+        model.train(mode)
+        expected = model[0].weight * torch.tensor([0.5, 0, 2])[:, None, None]
+        torch.testing.assert_close(graph.filter_weights()["0"], expected.detach())
 
 
 class Scaled(nn.Module):
