@@ -98,7 +98,7 @@ class CostTerm:
 
     parameters: float
     macs: float
-    sizes: tuple  # full length of every dimension that can shrink
+    sizes: tuple  # full length of every dimension along which ids run
     dims: tuple  # for each of them: [length] unit index or -1
 
 
@@ -187,8 +187,7 @@ def cost_terms(parameters, tensors, products):
         *((parameter.numel(), 0, dims[name]) for name, parameter in parameters),
         *((0, number, along) for number, along in products),
     ):
-        shrinking = tuple(units for units in along if (units >= 0).any())
-        sizes = tuple(map(len, shrinking))
+        sizes = tuple(map(len, along))
         elements = math.prod(sizes)
-        terms.append(CostTerm(number / elements, macs / elements, sizes, shrinking))
+        terms.append(CostTerm(number / elements, macs / elements, sizes, tuple(along)))
     return terms

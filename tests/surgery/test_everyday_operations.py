@@ -154,8 +154,6 @@ BLOCKS = {  # name: (block, its output channels, removable filters of the stem, 
     "every second of some": (Block(lambda s, x: s.b(torch.cat([s.a(x)[:, :6:2], s.a(x)[:, 3:]], 1))), C, 8, 0, 8),
     "cropped in front": (Block(lambda s, x: F.pad(s.b(s.a(x)), (0, 0, 0, 0, -2, 0))), C - 2, 8, 8, 5),  # one of mid's stays
     "cropped behind": (Block(lambda s, x: F.pad(s.b(s.a(x)), (0, 0, 0, 0, 1, -2))), C - 1, 8, 8, 6),
-    "cropped to another": (Block(lambda s, x: s.c(x) + F.pad(s.a(s.b(x)), (0, 0, 0, 0, 0, s.c(x).shape[1] - x.shape[1])),
-                                 c=conv(C, C - 2, 1)), C - 2, 0, 0, 8),
     "shuffle": (Block(lambda s, x: s.b(shuffled(s.a(x), *x.shape))), C, 8, 8, 8),
     "unfold and fold": (Block(lambda s, x: s.b(F.fold(F.unfold(s.a(x), 2, stride=2).relu(), x.shape[2:], 2, stride=2))),
                         C, 8, 8, 8),
@@ -169,6 +167,29 @@ def test_zeroed_gates_are_removed_channels(name):
     found = [graph.layers[layer] for layer in ("stem.0", "block.a", "block.b")]
     assert [int(info.removable.sum()) for info in found] == expected, [info.reason for info in found]
     assert graph.layers["mid"].reason is None
+
+
+def test_a_crop_to_the_width_of_another_is_named():
+    def cropped(s, x):
+        return s.c(x) + F.pad(s.a(s.b(x)), (0, 0, 0, 0, 0, s.c(x).shape[1] - x.shape[1]))
+
+    graph = check_law(around(Block(cropped, c=conv(C, C - 2, 1)), C - 2), images(), seeds=(0,))
+    reasons = {layer: info.reason for layer, info in graph.layers.items() if layer != "head"}
+    named = "their number is a padding in pad (block)"
+    assert reasons == {"stem.0": named, "block.a": named, "block.b": None, "block.c": named, "mid": None}
+
+
+def test_places_of_an_unpooling_need_no_gates():
+    """They are anywhere where the values are zero."""
+
+    def unpooled_elsewhere(s, x):
+        _, places = F.max_pool2d(s.a(x), 2, return_indices=True)
+        return F.max_unpool2d(F.max_pool2d(s.b(x), 2), places, 2)
+
+    block = Block(unpooled_elsewhere)
+    graph = check_law(around(block), images(), seeds=(0,))
+    both = next(unit for unit in graph.units if {name for name, _ in unit.filters} == {"block.a", "block.b"})
+    assert sum(both.index in site.units.tolist() for site in graph.sites) == 1
 
 
 class ClassConditional(nn.Module):

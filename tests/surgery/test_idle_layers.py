@@ -7,6 +7,8 @@ from test_operations import Block, C, around, conv, images
 from test_surgery import check_law
 from torch import nn
 
+from taylor_pruning.surgery.graph import ChannelGraph
+
 
 def last_residual(s, x):
     """As a WaveNet's: the stream behind the last block goes nowhere, the sum of the skips does."""
@@ -70,3 +72,15 @@ def test_channels_that_idle_layers_read_in_training_alone_can_go():
     assert graph.layers["block.a"].reason is None
     smaller = graph.remove(graph.units[::2])
     assert torch.isfinite(smaller.train()(images())).all()
+
+
+def test_idle_layers_of_training_cost_nothing():
+    def auxiliary(s, x):
+        y = s.a(x)
+        if s.training:
+            s.loss = s.aux(y).mean()
+        return s.b(y)
+
+    with_loss, without = (Block(function, aux=conv(C, 2, 1)) for function in (auxiliary, lambda s, x: s.b(s.a(x))))
+    first, second = (ChannelGraph(around(block), images(1)) for block in (with_loss, without))
+    assert sum(number for number, _ in first.products) == sum(number for number, _ in second.products)

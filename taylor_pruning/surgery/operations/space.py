@@ -36,11 +36,11 @@ def spatial(call):
 @rule("max_unpool1d max_unpool2d max_unpool3d", linear=True)
 def unpool(call):
     """Values at the places that a max-pool found, in the same channels, perhaps of other filters (SegNet)."""
-    values, size = call.values()[:2], call.get("output_size", 5) or ()
+    values, size = call.values()[:2], call.kwargs.get("output_size") or ()
     align(call.ids, values, values[0].shape, call.where)
     call.info.mains = (call.operands[0][0],)
     if len(size) == len(values[0].shape):  # what it names besides space is not looked at
-        call.args, call.kwargs = call.args[:5], {**call.kwargs, "output_size": size[2:]}
+        call.kwargs = {**call.kwargs, "output_size": size[2:]}
     return spatial(call)
 
 
