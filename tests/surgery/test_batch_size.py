@@ -77,6 +77,18 @@ def test_a_graph_that_holds_a_number_of_samples_is_no_matter_of_verification():
     assert "verify=False" not in str(refused.value)
 
 
+class UnseenTensor(FixedBatch):
+    def forward(self, x):
+        return self.fc(F.relu(self.a(x)).mean((2, 3))) + torch.Tensor(x.size(0), 4).fill_(1.0)
+
+
+def test_a_tensor_of_the_number_of_samples_that_no_function_makes_is_named():
+    with pytest.raises(
+        InputError, match=r"on which the network itself runs .* as calls of torch.Tensor\(size\) or NumPy"
+    ):
+        ChannelGraph(UnseenTensor(), torch.randn(3, 3, 9, 9))
+
+
 def test_the_batch_divides_no_size_of_network_and_inputs():
     model = nn.Sequential(nn.Conv2d(3, 82, 3), nn.BatchNorm2d(86))
     model.groups = [47, 3]
