@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from taylor_pruning.tasks.directions import adding_to_zero, random_directions
 
-SUPPORT = 32  # classes, most probable first, over which expectations are taken; all others count as one more
+SUPPORT = 32  # classes, most probable first, over which third moments are taken; all others count as one more
 PER_SAMPLE = ("coordinates", "basis", "logits", "labels", "flow")  # tensors of Directions
 LARGEST_EXPONENT = 700.0  # exp of a larger one is beyond float64
 BLOCK = 2**17  # units x samples that are scored at once: what they need stays in a core's cache
@@ -107,9 +107,14 @@ def class_basis(
     return torch.cat([basis, _remainder(logits, basis, signs)[:, :, None]], 2), rest
 
 
+def _centred(p, values):
+    """Values [N, K, R] less their mean under p [N, K]; variances of a sure network are lost in E[v^2] - E[v]^2."""
+    return values - torch.bmm(p[:, None], values)
+
+
 def _variance(p, values):
-    """[N, R] variances of values [N, K, R] under p [N, K]; those of a sure network are lost in E[v^2] - E[v]^2."""
-    return torch.einsum("nk,nkr->nr", p, (values - torch.bmm(p[:, None], values)).square())
+    """[N, R] variances of values [N, K, R] under p [N, K]."""
+    return torch.einsum("nk,nkr->nr", p, _centred(p, values).square())
 
 
 def _support(p, basis):
@@ -136,8 +141,7 @@ def _remainder(logits, basis, signs):
     tiny = torch.finfo(p.dtype).tiny
     length = w.norm(dim=1, keepdim=True)
     q = w / length.clamp_min(tiny)
-    some, values = _support(p, q[:, :, None])  # where `Directions.moments` takes its curvature
-    curvature = _variance(some, values)
+    curvature = _variance(p, q[:, :, None])
     return q * (length / curvature.clamp_min(tiny).sqrt()).clamp_max(p.shape[1] ** 0.5).sqrt()
 
 
@@ -164,28 +168,28 @@ class Expansion:
         return (c.flatten(1) @ self.gradient.flatten()).double().cpu() / len(self.gradient)
 
     @cached_property
-    def centred(self) -> tuple[Tensor, Tensor]:
+    def supported(self) -> tuple[Tensor, Tensor]:
         """[N, K'] probabilities of the most probable classes and of the others together, [N, K', R] the basis less its mean."""
         p, basis = _support(self.p, self.basis)
-        return p, basis - torch.bmm(p[:, None], basis)
+        return p, _centred(p, basis)
 
     @cached_property
     def fisher(self) -> Tensor:
-        """[N, R, R] second derivatives along the basis."""
-        p, centred = self.centred
-        return torch.bmm(centred.transpose(1, 2) * p[:, None], centred)
+        """[N, R, R] second derivatives along the basis, over all classes: many improbable ones have much of the curvature."""
+        centred = _centred(self.p, self.basis)
+        return torch.bmm((centred * self.p[:, :, None]).transpose(1, 2), centred)
 
     def moments(self, c: Tensor, order: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """phi, h, t [N, U] of the directions with coordinates c [N, U, R]; None where the order needs none."""
         phi = torch.bmm(c, self.gradient[:, :, None]).squeeze(2)
         if order == 1:
             return phi, None, None
+        h = (torch.bmm(c, self.fisher) * c).sum(2)
         if order == 2:
-            return phi, (torch.bmm(c, self.fisher) * c).sum(2), None
-        p, centred = self.centred
+            return phi, h, None
+        p, centred = self.supported
         v = torch.bmm(centred, c.transpose(1, 2))
-        weighted = v.square() * p[:, :, None]
-        return phi, weighted.sum(1), (weighted * v).sum(1)
+        return phi, h, (v.pow(3) * p[:, :, None]).sum(1)
 
 
 @dataclass

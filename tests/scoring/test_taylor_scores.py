@@ -140,17 +140,20 @@ def test_truncated_basis_holds_the_gradient_and_reports_what_it_samples():
     assert class_basis(logits, labels, 40, signs)[1] < sampled < 0.5
 
 
-@pytest.mark.parametrize("probes", [2, 12])
-def test_the_random_direction_makes_the_curvature_right_on_the_mean(probes):
-    """Curvature of one v at many draws of the signs, against its variance under p; without the draws it is far too low."""
-    draws, classes = 4000, 60
+@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize("probes, classes, draws", [(2, 60, 4000), (12, 60, 4000), (2, 1000, 400), (12, 1000, 400)])
+def test_the_random_direction_makes_the_curvature_right_on_the_mean(probes, classes, draws, order):
+    """Curvature of one v at many draws of the signs, against its variance under p; without the draws it is far too low.
+
+    Also where hundreds of improbable classes have most of the curvature.
+    """
     generator = torch.Generator().manual_seed(0)
     logits, v = torch.randn(2, classes, dtype=torch.float64, generator=generator)
     p, labels = logits.softmax(0), torch.zeros(draws, dtype=torch.long)
     logits = logits.expand(draws, -1)
     basis, sampled = class_basis(logits, labels, probes, random_signs(draws, classes))
     coordinates = torch.einsum("nkr,k->nr", basis, v)[:, None]
-    phi, h, _ = Directions(coordinates, basis, logits, labels, sampled).moments()
+    phi, h, _ = Directions(coordinates, basis, logits, labels, sampled).moments(order=order)
     torch.testing.assert_close(phi, ((p * v).sum() - v[0]).expand_as(phi))
     true = (p * v.square()).sum() - (p * v).sum().square()
     held = Directions(coordinates[..., :-1], basis[..., :-1], logits, labels, 0.0).moments()[1]
