@@ -1,7 +1,7 @@
 """Gradient flow of every unit of one batch, and the weights that it gives to scores.
 
 The flow of unit u on sample n is the L2 norm of the gradient of that sample's loss with respect to the unit's channels
-a at its gates (after the last affine operation, before the activation function):
+a at its gates (after the last affine operation, before the activation function unless that is a smooth one):
 
     F[n, u] = sqrt( sum over gated channels c of u and positions x of (d loss_n / d a[n, c, x])^2 )
 """

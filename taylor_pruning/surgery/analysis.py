@@ -69,6 +69,11 @@ class Analysis:
         needed, in_order = self._needed(mode, found, layers)
         while found.move_gates(filter(stuck, needed)):
             needed, in_order = self._needed(mode, found, layers)
+        if moved := set(found.gate_behind_curves()):
+            needed, in_order = self._needed(mode, found, layers)
+            for node in filter(stuck, moved.intersection(needed)):
+                found.leave_ungated(node)
+            needed, in_order = self._needed(mode, found, layers)
         self.blocks[mode] = in_order
         for node in needed:
             for layer in found.infos[node].value.layers:

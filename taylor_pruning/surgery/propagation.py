@@ -11,7 +11,7 @@ from torch import fx
 from taylor_pruning.surgery.ids import Value, spread
 from taylor_pruning.surgery.numbers import is_tracked, number, numbers_of, plain
 from taylor_pruning.surgery.operations import RULES, Call, Info
-from taylor_pruning.surgery.operations.elementwise import align
+from taylor_pruning.surgery.operations.elementwise import CURVED, align
 from taylor_pruning.surgery.operations.views import sizes_of
 from taylor_pruning.surgery.recorded_calls import operation_name
 
@@ -44,10 +44,13 @@ class Propagation:
         """The nodes from which some path leads to a reader without passing another source: gates must be there."""
         exposed = set()
         for node in reversed(self.infos):
-            for user in node.users:
-                if self.infos[user].reads or self._keeps_zeros(user, node) and user in exposed:
-                    exposed.add(node)
+            if any(self._is_exposed(user, node, exposed) for user in node.users):
+                exposed.add(node)
         return exposed
+
+    def _is_exposed(self, user, node, exposed):
+        """Whether zeros of `node` have to reach a reader by way of its `user`."""
+        return self.infos[user].reads or self._keeps_zeros(user, node) and user in exposed
 
     def _keeps_zeros(self, user, node):
         """Whether zeros in `node` make zeros in the result of `user`, which reads it."""
@@ -63,8 +66,40 @@ class Propagation:
                 if user in exposed and self._keeps_zeros(user, node):
                     (moved if isinstance(self.env[user], Value) else front).append(user)
         for user in moved:
-            self.infos[user].source, self.infos[user].value = True, self.env[user]
+            self._gate(user)
         return bool(moved)
+
+    def gate_behind_curves(self):
+        """Has results of smooth functions gated in the place of what they alone read; yields those nodes.
+
+        The function is then no part of what happens along the gate: its result goes to zero on a straight line.
+        """
+        exposed = self.exposed()
+        for node, info in self.infos.items():
+            if node in exposed and info.nonlinear in CURVED and not info.source and self._has_all(node, exposed):
+                self._gate(node)
+                yield node
+
+    def _has_all(self, node, exposed):
+        """Whether nothing else is exposed to what makes `node` zero, back to the sources."""
+        front = [node]
+        while front:
+            reader = front.pop()
+            for operand in reader.all_input_nodes:
+                if self.infos[operand].constant or not self._keeps_zeros(reader, operand):
+                    continue
+                if any(user is not reader and self._is_exposed(user, operand, exposed) for user in operand.users):
+                    return False
+                if not self.infos[operand].source:
+                    front.append(operand)
+        return True
+
+    def _gate(self, node):
+        self.infos[node].source, self.infos[node].value = True, self.env[node]
+
+    def leave_ungated(self, node):
+        """Takes back that the result is gated, where what is before it can be."""
+        self.infos[node].source, self.infos[node].value = False, None
 
 
 def propagate(trace, ids, parameters, ways, idle=False):

@@ -160,6 +160,25 @@ def test_a_channel_that_others_make_up_for_goes_first(images, labels, order):
         assert pruner.rank(batches).get_pruning_plan(20)["0"] == [3]
 
 
+class Swish(nn.Module):
+    def forward(self, x):
+        return x * x.sigmoid()
+
+
+@pytest.mark.parametrize("function", [nn.ReLU, nn.SiLU, nn.GELU, nn.Tanh, Swish])
+def test_a_channel_that_is_there_twice_costs_nothing(images, labels, function):
+    """Also behind a smooth function: what is replaced is its result, as the layer behind reads it."""
+    model = settled(nn.Conv2d(3, 5, 3, bias=False), nn.BatchNorm2d(5), function(), nn.Conv2d(5, 4, 3),
+                    nn.AdaptiveAvgPool2d(1), nn.Flatten())  # fmt: skip
+    with torch.no_grad():
+        for tensor in (*model[0].parameters(), *model[1].state_dict().values()):
+            if tensor.dim():
+                tensor[4] = tensor[0]
+    batches = [(images, labels)]
+    scores = EnhancedFilterPruner(model, images, progress=False).rank(batches, batches).scores()
+    assert scores[[0, 4]].max() < 1e-2 * scores[1:4].median()
+
+
 @pytest.fixture(scope="module")
 def trained():
     """A small network that has learned to tell four noisy patterns apart, and its images."""
