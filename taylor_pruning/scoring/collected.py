@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -35,6 +35,9 @@ class Collected:
     behind_repair: bool
     by_probes: bool
     orders: tuple = (1, 2, 3)
+    _found: dict = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )  # {order: levels and their errors}
 
     def provides(self, order: int, flow: bool = False) -> bool:
         """Whether the scores of that order, and the gradient flow if asked for, can be computed."""
@@ -123,13 +126,35 @@ class Collected:
         Raises:
             InputError: they are all zero under a task, so that they order nothing.
         """
-        levels = self.squared_first_order() / 2 if order == 1 else self.scores(order)
-        if self.directions is None and not (levels > 0).any():
+        return self._levels(order)[0]
+
+    def level_errors(self, order: int) -> Tensor:
+        """[units] standard errors of `levels`, float64 on the CPU; those of another task at order 3 are those of order 2."""
+        return self._levels(order)[1]
+
+    def _levels(self, order):
+        """(levels, their standard errors), computed once for every order: a choice asks for them several times."""
+        if order not in self._found:
+            self._found[order] = (
+                self._levels_of_task(order) if self.directions is None else self._levels_of_logits(order)
+            )
+        return self._found[order]
+
+    def _levels_of_logits(self, order):
+        changes = torch.cat([part.double() for part in self.of_order(order).loss_changes(order)])
+        levels, errors = (x.cpu() for x in mean_and_error(changes.square() / 2 if order == 1 else changes))
+        correction = self.correction(order)
+        return levels if correction is None else levels + correction, errors
+
+    def _levels_of_task(self, order):
+        probed = self.probed
+        levels = probed.phi_squared / 2 if order == 1 else self._probed_scores(order)
+        if not (levels > 0).any():
             reason = "loss has no slope along any gate; check it, or take order 2"
             if order > 1:
                 reason = "divergence does not change along any gate; check that it compares the outputs"
             raise InputError(f"order {order} cannot choose: the task's {reason}")
-        return levels
+        return levels.cpu(), (probed.phi_squared_error if order == 1 else probed.h_error).cpu() / 2
 
     def shrunk_levels(self, order: int, units: Sequence, closed_form: Tensor) -> Tensor:
         """[units] `levels`, shrunk towards the closed form within each group of coupled layers (scoring.shrinkage).
@@ -140,13 +165,6 @@ class Collected:
         levels = self.levels(order)
         errors, expected = (part.to(levels) for part in (self.level_errors(order), closed_form.clamp_min(0)))
         return shrunk(levels, errors, expected, by_layers(units).values())
-
-    def level_errors(self, order: int) -> Tensor:
-        """[units] standard errors of `levels`, float64 on the CPU; those of another task at order 3 are those of order 2."""
-        if self.directions is not None:
-            changes = torch.cat([part.double() for part in self.of_order(order).loss_changes(order)])
-            return mean_and_error(changes.square() / 2 if order == 1 else changes)[1].cpu()
-        return ((self.probed.phi_squared_error if order == 1 else self.probed.h_error) / 2).cpu()
 
     def predicted_loss_change(self, chosen: list[int], order: int) -> float | None:
         """Loss change (nats) of removing the units together, to first order in the network; None for order 1.

@@ -83,3 +83,13 @@ def test_levels_are_shrunk_by_the_standard_error_over_images(relu_network, image
     expected = shrunk(of_samples.mean(0), errors, closed_form, by_layers(pruner.graph.units).values())
     assert torch.allclose(pruner.levels().double(), expected)
     assert not torch.allclose(expected, of_samples.mean(0))
+
+
+def test_levels_are_computed_once_for_every_order(plain_network, images, labels, monkeypatch):
+    batches, passes = [(images, labels)], []
+    pruner = EnhancedFilterPruner(plain_network, images, progress=False).rank(batches, batches)
+    of_samples = taylor.Directions.loss_changes
+    monkeypatch.setattr(taylor.Directions, "loss_changes", lambda *args: passes.append(args) or of_samples(*args))
+    pruner.get_pruning_plan(30)
+    pruner.get_pruning_plan(50)
+    assert len(passes) == 1

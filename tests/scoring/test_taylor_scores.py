@@ -279,3 +279,17 @@ def test_the_model_comes_back_as_it_was(relu_network, images, labels):
     assert [p.requires_grad for p in relu_network.parameters()].count(False) == 1
     assert all(torch.equal(tensor, before[name]) for name, tensor in relu_network.state_dict().items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in relu_network.modules())
+
+
+def test_the_sampled_share_of_all_batches_is_the_mean_over_the_images(plain_network, images, labels):
+    """Some batches have surer predictions than others."""
+    wide = torch.cat([plain_network[-1].weight.data] * 5)
+    plain_network[-1] = torch.nn.Linear(24, 20).double()
+    plain_network[-1].weight.data = wide * torch.rand(20, 1, dtype=torch.float64)
+    graph, shares = ChannelGraph(plain_network, images), []
+    parts = [(5 * images[:2], labels[:2]), (images[2:], labels[2:])]
+    for batches in (parts, parts[:1], parts[1:]):
+        directions = collect_directions(plain_network, graph, batches, Wanted(4), progress=False)
+        shares.append(directions.sampled_curvature)
+    assert shares[1] != pytest.approx(shares[2], rel=0.01)
+    assert shares[0] == pytest.approx((2 * shares[1] + 10 * shares[2]) / 12)
