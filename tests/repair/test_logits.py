@@ -1,6 +1,7 @@
 """The fit of the layer that gives the logits, in float64 against its definition."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -172,3 +173,10 @@ def test_where_neither_fit_comes_closer_the_weights_stay():
     report = compensate(model, smaller, [(few, None)], kept, progress=False, only_logits=True)
     assert [(fit.name, fit.ridge) for fit in report.layers] == [("head", None)]
     assert all(torch.equal(tensor, before[name]) for name, tensor in smaller.state_dict().items())
+
+
+def test_the_spread_of_very_sure_predictions_is_a_number():
+    """The third class is never predicted: its probability is zero in single precision."""
+    wanted = torch.tensor([[0.0, 500.0, -500.0], [500.0, 0.0, -500.0]])
+    t = logits.TEMPERATURE
+    assert Logits(torch.zeros(2, 1), wanted, wanted).spread() == pytest.approx(t**2 * math.log(2))
