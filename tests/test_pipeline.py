@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 from pathlib import Path
 
 import pytest
@@ -157,7 +158,7 @@ def test_results_hold_the_ranking_that_selected_from_one_pass(
     silu_network, images, labels, order, compensated, monkeypatch
 ):
     loader = make_loader(torch.utils.data.TensorDataset(images, labels), 6)
-    settings = PruningSettings(rounds=1, compensate=compensated, selection="independent")
+    settings = PruningSettings(rounds=1, compensate=compensated, selection="independent", layer_bound=math.inf)
     pruning = EnhancedPruning(silu_network, loader, loader, settings=settings, progress=False)
     passes = interrupted_at(monkeypatch, EnhancedFilterPruner, "rank", None)
     probed = interrupted_at(monkeypatch, EnhancedFilterPruner_module, "probe_derivatives", None)
