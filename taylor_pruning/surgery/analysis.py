@@ -37,6 +37,7 @@ class Analysis:
     def __init__(self, model, traces, examples, ways):
         self.model, self.traces, self.examples, self.ways = model, traces, examples, ways
         self.ids, self.places, self.blocks = ChannelIds(), {}, {}
+        self._rows = {mode: {} for mode in traces}  # {node: blocks, None where rows do not follow each other by sample}
         for mode, trace in traces.items():
             found, layers = self._propagated(trace)
             if mode:
@@ -91,7 +92,10 @@ class Analysis:
         read = [node.all_input_nodes[0] for nodes, _, _ in layers.readers.values() for node in nodes]
         merged = {n for n in needed + read if batch not in n.meta["shape"] and n.meta["shape"][:1]}
         merged = {node for node in merged if node.meta["shape"][0] % batch == 0}
-        return needed, self._by_sample(mode, merged) if merged else {}
+        rows = self._rows[mode]
+        if new := merged - rows.keys():
+            rows.update({**dict.fromkeys(new), **self._by_sample(mode, new)})
+        return needed, {node: rows[node] for node in merged if rows[node]}
 
     def _batch_dim(self, mode, node, in_order):
         """The dimension of a node's result along which the samples follow each other; None if there is none."""
