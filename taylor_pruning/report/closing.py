@@ -9,11 +9,11 @@ import textwrap
 from pathlib import Path
 
 from taylor_pruning.report.figures import METHODS
-from taylor_pruning.report.sweep_numbers import cells_by_method, stopped_text
+from taylor_pruning.report.sweep_numbers import cells_by_method
 from taylor_pruning.report.tables import signed, standard_error
+from taylor_pruning.report.warnings import experiment_warnings, sweep_warnings
 
 LINE = 80  # columns
-UNCHANGED = 1e-6  # nats of divergence below which a network answers as before
 STAGES = {
     "dense": "dense",
     "pruned": "after the cut",
@@ -41,9 +41,7 @@ def experiment_closing(results: dict, folder: Path) -> str:
     top1 = ", ".join(f"{stage['top1']:.1f} % {STAGES[stage['stage']]}" for stage in stages)
     return "\n".join(
         [
-            *_stopped(results.get("stopped")),
-            *_uniform(results.get("rounds", [])),
-            *_unrepaired(results.get("rounds", [])),
+            *_warnings(experiment_warnings(results)),
             f"Removing {filters - kept:,} of {filters:,} filters gave:",
             *(f"  {line}" for line in [*_gains(dense, final), *_latency(results.get("latency"))]),
             f"Cost, on {final['images']:,} validation images:",
@@ -59,8 +57,7 @@ def sweep_closing(sweep: dict, folder: Path) -> str:
 
     Numbers are means over the seeds.
     """
-    found, stopped = {}, stopped_text(sweep)
-    lines = textwrap.wrap(f"WARNING: {stopped}", LINE, subsequent_indent="  ") if stopped else []
+    found, lines = {}, _warnings(sweep_warnings(sweep))
     for (percentage, method), cells in cells_by_method(sweep).items():
         found.setdefault(percentage, {})[method] = cells
     for percentage, by_method in found.items():
@@ -97,41 +94,9 @@ def _gains(dense: dict, final: dict) -> list[str]:
     ]
 
 
-def _stopped(stopped: dict | None) -> list[str]:
-    """Why less was removed than was asked for."""
-    if not stopped:
-        return []
-    found = stopped["held_out"]
-    text = (
-        f"WARNING: stopped at {stopped['reached']:.3g} % instead of {stopped['asked']:.3g} % of the budget: at "
-        f"{stopped['tried']:.3g} % the network would agree with the dense one on {found['agreement']:.0f} % of "
-        f"{found['images']} held-out images (divergence {found['divergence']:.2f} nats, of a constant answer "
-        f"{found['constant_divergence']:.2f}); give more calibration images or rounds, remove less, or pass --no-guard"
-    )
-    return textwrap.wrap(text, LINE, subsequent_indent="  ")
-
-
-def _uniform(rounds: list) -> list[str]:
-    """Whether the images were too poor to choose widths."""
-    if not any(record.get("uniform_widths") for record in rounds):
-        return []
-    text = (
-        "WARNING: the dense network answers nearly the same on all calibration images, or is so sure of all that no score is "
-        "above zero, so that costs do not compare between layers: every layer lost the same share. Calibrate on images of the "
-        "kind that the network is for."
-    )
-    return textwrap.wrap(text, LINE, subsequent_indent="  ")
-
-
-def _unrepaired(rounds: list) -> list[str]:
-    """Why the network is as the cut left it, although it was to be repaired."""
-    last = rounds[-1] if rounds else {}
-    repair = last.get("compensation")
-    if not repair or repair["layers"] or last["measured_loss_change"] < UNCHANGED:
-        return []
-    reasons = "; ".join(dict.fromkeys(repair["left_alone"].values()))
-    text = f"WARNING: no layer could be repaired ({reasons}): the network is as the cut left it. Fine-tune it."
-    return textwrap.wrap(text, LINE, subsequent_indent="  ")
+def _warnings(texts: list[str]) -> list[str]:
+    """Lines of the warnings, each of which begins with the word."""
+    return [line for text in texts for line in textwrap.wrap(f"WARNING: {text}", LINE, subsequent_indent="  ")]
 
 
 def _latency(times: dict | None) -> list[str]:

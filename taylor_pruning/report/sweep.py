@@ -27,11 +27,11 @@ from taylor_pruning.report.sweep_numbers import (
     percentages_of,
     reduction_of,
     removed_label,
-    stopped_text,
 )
 from taylor_pruning.report.sweep_plots import write_sweep_plots
 from taylor_pruning.report.sweep_steps import steps_to_reach
 from taylor_pruning.report.tables import cost_unit, numbers, standard_error, text_table
+from taylor_pruning.report.warnings import sweep_warnings
 
 CSV_COLUMNS = ("percentage", "method", "taylor_order", "seed", "stage", "top1", "top5", "loss", "parameters", "macs",
                "file_bytes", "latency_ms", "seconds", "status", "error")  # fmt: skip
@@ -146,8 +146,7 @@ def _markdown(sweep):
              *(f"{name} saved" for name in COSTS.values()), "seeds"], list(_full_rows(sweep)), labels=2),
         "All in per cent but the number of seeds. Saved: against the dense network.",
     ]  # fmt: skip
-    if stopped := stopped_text(sweep):
-        parts.insert(3, f"**Warning:** {stopped}")
+    parts[3:3] = [f"**Warning:** {text}" for text in sweep_warnings(sweep)]
     if steps := list(_steps_rows(sweep)):
         header = [removed_label(sweep), "top-1 to reach", *(METHODS[method].label for method in methods_of(sweep))]
         place = parts.index("## All numbers")

@@ -22,7 +22,8 @@ NUMBER = (int, float, type(None))
 STAGE = {"stage": str, "top1": (int, float), "top5": NUMBER, "loss": NUMBER, "images": int, "parameters": int, "macs": int,
          "file_bytes": int, "latency_ms": NUMBER, "seconds": NUMBER}  # fmt: skip
 CELL = {"percentage": (int, float), "method": str, "seed": int, "status": str, "error": (str, type(None))}
-DONE_CELL = CELL | {"stages": [STAGE], "layers": Values({"filters": int, "kept": int}), "fine_tuning": Values({"top1": NUMBER}),
+DONE_CELL = CELL | {"stages": [STAGE], "layers": Values({"filters": int, "kept": int}), "rounds": Values({}),
+                    "fine_tuning": Values({"top1": NUMBER}),
                     "accuracy_at_steps": Values({"step": int, "top1": NUMBER})}  # fmt: skip
 COSTS = {"macs": "MACs", "parameters": "parameters", "file_bytes": "size", "latency_ms": "latency"}
 COUNTED = {
@@ -73,18 +74,6 @@ def final_moment(sweep: dict) -> str:
 
 def finished_cells(sweep):
     return [cell for cell in sweep["cells"] if cell["status"] == "done"]
-
-
-def stopped_text(sweep) -> str:
-    """Which networks lost less than the percentage that their row names, in a sentence; "" where none did."""
-    stopped = [
-        f"{METHODS[cell['method']].label} at {cell['percentage']:g} % with seed {cell['seed']} after "
-        f"{cell['stopped']['reached']:.3g} %"
-        for cell in finished_cells(sweep)
-        if cell.get("stopped")
-    ]
-    text = "stopped before a round that would have destroyed the network, and compared with others that lost more: "
-    return f"{text}{'; '.join(stopped)}. Give more calibration images or rounds, or --no-guard." if stopped else ""
 
 
 def cells_by_method(sweep):

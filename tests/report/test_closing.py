@@ -109,6 +109,24 @@ def test_a_sweep_names_the_networks_that_lost_less_than_their_row_says(stages, t
     assert "lost more: order 3 at 99 % with seed 7 after 74.2 %. Give" in text and "seed 0" not in text
 
 
+def test_a_sweep_names_the_networks_whose_widths_or_repair_are_poor(stages, tmp_path):
+    """But not those that were to have uniform widths."""
+    cell = {"status": "done", "percentage": 30.0, "seed": 0, "stages": stages, "rounds": [{"uniform_widths": True}]}
+    broken = {"compensation": {"layers": [], "left_alone": {"up": "a transposed conv"}}, "measured_loss_change": None}
+    cells = [
+        {**cell, "method": "order 2"},
+        {**cell, "method": "order 3", "seed": 4},
+        {**cell, "method": "lamp uniform"},
+        {**cell, "method": "lamp compensated", "rounds": [broken]},
+    ]
+    text = " ".join(sweep_closing({"cells": cells}, tmp_path).split())
+    assert text.startswith(
+        "WARNING: order 2 at 30 % with seed 0; order 3 at 30 % with seed 4: the dense network answers"
+    )
+    assert "every layer lost the same share" in text and "LAMP, uniform" not in text
+    assert "WARNING: LAMP, repaired at 30 % with seed 0: no layer could be repaired (a transposed conv)" in text
+
+
 def test_a_sweep_of_several_seeds_names_the_best_mean(stages, tmp_path):
     lucky = [*stages[:3], {**stages[3], "top1": 95.0}]
     unlucky = [*stages[:3], {**stages[3], "top1": 93.0}]

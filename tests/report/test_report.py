@@ -331,12 +331,13 @@ def test_what_rounds_to_zero_has_no_minus():
 
 def test_a_page_names_the_networks_that_lost_less_than_their_row_says(tmp_path):
     sweep = make_sweep((10, 30), ("order 2", "magnitude"), (0,))
-    sweep["cells"][2]["stopped"] = {"asked": 30.0, "reached": 12.0}
+    sweep["cells"][2] |= {"stopped": {"asked": 30.0, "reached": 12.0}, "rounds": [{"uniform_widths": True}]}
     SweepReport.write_sweep(sweep, tmp_path)
     page = (tmp_path / "results.md").read_text("utf-8")
     assert (
         page.index("| 30 % |") < page.index("lost more: order 2 at 30 % with seed 0 after 12 %.") < page.index("Mean ±")
     )
+    assert page.count("**Warning:**") == 2 and "order 2 at 30 % with seed 0: the dense network answers nearly" in page
     assert page.index("## Training steps") < page.index("## All numbers")
 
 
