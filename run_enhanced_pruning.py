@@ -10,25 +10,28 @@ Every cell is the experiment that run_single_experiment.py runs with the same ar
 the dense network's evaluation and its ranking. A finished cell is on disk before the next begins.
 """
 
-import itertools
-import shlex
-import sys
-from pathlib import Path
+from taylor_pruning.interruption import ended_by_ctrl_c
 
-import torch
+with ended_by_ctrl_c():  # importing torch takes seconds
+    import itertools
+    import shlex
+    import sys
+    from pathlib import Path
 
-from EnhancedPruning import EnhancedPruning, InputError, PruningResult
-from taylor_pruning.distributed import barrier, is_main
-from taylor_pruning.experiment.arguments import parse
-from taylor_pruning.experiment.command import Command, SweepTask
-from taylor_pruning.experiment.inputs import allow_repair
-from taylor_pruning.experiment.run import run_guarded
-from taylor_pruning.experiment.setup import Experiment, environment, prepare, warn_of_chance
-from taylor_pruning.report.closing import sweep_closing
-from taylor_pruning.report.json_files import read_json, write_json
-from taylor_pruning.report.sweep import sweep_table, write_sweep
-from taylor_pruning.report.sweep_numbers import CELL, DONE_CELL, STAGE
-from taylor_pruning.training.fine_tuning import TrainingDiverged
+    import torch
+
+    from EnhancedPruning import EnhancedPruning, InputError, PruningResult
+    from taylor_pruning.distributed import barrier, is_main
+    from taylor_pruning.experiment.arguments import parse
+    from taylor_pruning.experiment.command import Command, SweepTask
+    from taylor_pruning.experiment.inputs import allow_repair
+    from taylor_pruning.experiment.run import run_guarded
+    from taylor_pruning.experiment.setup import Experiment, environment, prepare, warn_of_chance
+    from taylor_pruning.report.closing import sweep_closing
+    from taylor_pruning.report.json_files import read_json, write_json
+    from taylor_pruning.report.sweep import sweep_table, write_sweep
+    from taylor_pruning.report.sweep_numbers import CELL, DONE_CELL, STAGE
+    from taylor_pruning.training.fine_tuning import TrainingDiverged
 
 DESCRIPTION = """Sweep over pruning percentages and Taylor orders, compare, and report.
 
@@ -41,7 +44,9 @@ CELL_ERRORS = (InputError, TrainingDiverged, torch.OutOfMemoryError)
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the sweep that the command line describes; returns the exit code."""
-    return run_guarded(parse(SweepTask, DESCRIPTION, argv), run)
+    with ended_by_ctrl_c():
+        command = parse(SweepTask, DESCRIPTION, argv)
+    return run_guarded(command, run)
 
 
 def run(command: Command, folder: Path, device: torch.device) -> int:

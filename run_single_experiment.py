@@ -7,25 +7,28 @@
     python run_single_experiment.py --resume runs/run_single_experiment-vgg16    # an interrupted run
 """
 
-import dataclasses
-import sys
-from pathlib import Path
+from taylor_pruning.interruption import ended_by_ctrl_c
 
-import torch
+with ended_by_ctrl_c():  # importing torch takes seconds
+    import dataclasses
+    import sys
+    from pathlib import Path
 
-from EnhancedPruning import EnhancedPruning, PruningResult, save_pruned
-from taylor_pruning.distributed import barrier, is_main
-from taylor_pruning.experiment.arguments import parse
-from taylor_pruning.experiment.command import Command, ExperimentTask
-from taylor_pruning.experiment.export import check_exporter, export_model
-from taylor_pruning.experiment.models import BuiltModel
-from taylor_pruning.experiment.pruned_file import load_pruned_and_extra
-from taylor_pruning.experiment.run import run_guarded
-from taylor_pruning.experiment.setup import Experiment, environment, prepare, progress, warn_of_chance
-from taylor_pruning.report.closing import experiment_closing
-from taylor_pruning.report.experiment_plots import write_experiment_plots
-from taylor_pruning.report.json_files import read_json, write_json
-from taylor_pruning.report.tables import rounds_table, summary_table
+    import torch
+
+    from EnhancedPruning import EnhancedPruning, PruningResult, save_pruned
+    from taylor_pruning.distributed import barrier, is_main
+    from taylor_pruning.experiment.arguments import parse
+    from taylor_pruning.experiment.command import Command, ExperimentTask
+    from taylor_pruning.experiment.export import check_exporter, export_model
+    from taylor_pruning.experiment.models import BuiltModel
+    from taylor_pruning.experiment.pruned_file import load_pruned_and_extra
+    from taylor_pruning.experiment.run import run_guarded
+    from taylor_pruning.experiment.setup import Experiment, environment, prepare, progress, warn_of_chance
+    from taylor_pruning.report.closing import experiment_closing
+    from taylor_pruning.report.experiment_plots import write_experiment_plots
+    from taylor_pruning.report.json_files import read_json, write_json
+    from taylor_pruning.report.tables import rounds_table, summary_table
 
 DESCRIPTION = """Prune one network by Taylor scores, fine-tune it and report.
 
@@ -38,7 +41,9 @@ ROUNDS, PRUNED, CHECKPOINT = "rounds_checkpoint.pt", "pruned_before_fine_tuning.
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the experiment that the command line describes; returns the exit code."""
-    return run_guarded(parse(ExperimentTask, DESCRIPTION, argv), run)
+    with ended_by_ctrl_c():
+        command = parse(ExperimentTask, DESCRIPTION, argv)
+    return run_guarded(command, run)
 
 
 def run(command: Command, folder: Path, device: torch.device) -> int:

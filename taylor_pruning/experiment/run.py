@@ -4,7 +4,6 @@ import contextlib
 import errno
 import os
 import shlex
-import signal
 import sys
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from taylor_pruning.experiment.loaders import is_worker_failure
 from taylor_pruning.experiment.setup import choose_device, environment
 from taylor_pruning.experiment.streams import lasting_streams, silent_half_made_bars
 from taylor_pruning.files import remove_leftovers, user_path
+from taylor_pruning.interruption import INTERRUPTED, START_AGAIN, silent_at_exit, without_ctrl_c
 from taylor_pruning.memory import is_out_of_memory, keep_freed_memory
 from taylor_pruning.report.json_files import plain, read_json, write_json
 from taylor_pruning.training.fine_tuning import Interrupted, TrainingDiverged
@@ -45,6 +45,7 @@ def run_guarded(command: Command, run) -> int:
     killed, 130 interrupted.
     """
     folder = None
+    silent_at_exit()
     with lasting_streams(), silent_half_made_bars():
         try:
             folder = results_folder(command)
@@ -59,11 +60,12 @@ def run_guarded(command: Command, run) -> int:
             with open_folder(folder, command):
                 return run(command, folder, device)
         except EXPLAINED as error:
-            code, message = explained(error, folder)
-            if code is None:
-                raise
-            print(message, file=sys.stderr)
-            return code
+            with without_ctrl_c():  # pressed a second time
+                code, message = explained(error, folder)
+                if code is None:
+                    raise
+                print(message, file=sys.stderr)
+                return code
         finally:
             end_distributed()
 
@@ -77,7 +79,7 @@ def explained(error: BaseException, folder: Path | None) -> tuple[int | None, st
         return 2 if isinstance(error, InputError) else 1, f"error: {error}"
     if isinstance(error, KeyboardInterrupt):
         reason = error.reason if isinstance(error, Interrupted) and error.checkpoint else "interrupted"
-        return 128 + signal.SIGINT, f"{reason}\n{how_to_continue(folder)}"
+        return INTERRUPTED, f"{reason}\n{how_to_continue(folder)}"
     if isinstance(error, OSError):
         disk = error.errno in DISK_ERRORS
         advice = f"free space, then {how_to_continue(folder)}" if disk else CHECK_PATH
@@ -95,7 +97,7 @@ def explained(error: BaseException, folder: Path | None) -> tuple[int | None, st
 def how_to_continue(folder):
     """What to do after an interruption, in words; `folder` is None where not even that was known."""
     started = folder and os.path.exists(folder / "config.json")  # False also where the folder cannot be searched
-    return f"continue with --resume {shlex.quote(str(folder))}" if started else "start again with the same arguments"
+    return f"continue with --resume {shlex.quote(str(folder))}" if started else START_AGAIN
 
 
 def results_folder(command):

@@ -1,5 +1,7 @@
 """Where the command line runs: platforms, devices, and what is checked before a run trains anything."""
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -38,3 +40,21 @@ def test_an_option_without_effect_is_said_as_the_run_begins(tmp_path, capsys):
     command = parse(ExperimentTask, "", ["--output-dir", str(tmp_path / "run"), "--repair-passes", "3"])
     assert run_guarded(command, lambda *_: 0) == 0
     assert capsys.readouterr().err == "--repair-passes has no effect without --repair network\n"
+
+
+def test_ctrl_c_pressed_twice_says_how_to_go_on_once(tmp_path, capsys, monkeypatch):
+    def pressed_twice(*_):
+        monkeypatch.setattr("taylor_pruning.experiment.run.how_to_continue", again)
+        raise KeyboardInterrupt
+
+    def again(folder):
+        os.kill(os.getpid(), signal.SIGINT)
+        return "go on"
+
+    command = parse(ExperimentTask, "", ["--output-dir", str(tmp_path / "run")])
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert run_guarded(command, pressed_twice) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert capsys.readouterr().err == "interrupted\ngo on\n"
