@@ -91,7 +91,8 @@ def _plot_accuracy(results, path):
         _trajectory(lower, results, "loss", places, at_rounds, at_epochs, BLUE, "validation")
         if len(at_epochs):
             train_loss = numbers(epoch.get("train_loss") for epoch in results["fine_tuning"])
-            lower.plot(at_epochs, train_loss, ":", color=GREY, label="training")
+            mark = "." if len(at_epochs) == 1 else ""  # of which there is no line
+            lower.plot(at_epochs, train_loss, f"{mark}:", color=GREY, markersize=3, label="training")
             lower.legend()
         for stage in results["stages"]:
             if stage.get("top1") is not None:

@@ -262,6 +262,16 @@ def test_experiment_plots_of_a_bare_run(tmp_path):
     assert len(ExperimentPlots.write_experiment_plots(results, tmp_path)) == 3
 
 
+def test_the_training_loss_of_a_single_epoch_is_seen(tmp_path, monkeypatch):
+    """A line needs two points."""
+    saved, write = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: (saved.append(figure), write(figure, path)))
+    for epochs in (1, 2):
+        ExperimentPlots._plot_accuracy(make_results(epochs=epochs), tmp_path / "accuracy.png")
+    found = [next(line for line in figure.axes[1].lines if line.get_label() == "training") for figure in saved]
+    assert [line.get_marker() for line in found] == [".", "None"]
+
+
 def test_training_between_rounds_lies_on_the_line():
     results = make_results({"conv1": 4, "fc": 3}, rounds=3, epochs=0)
     results["rounds"][0]["after_training"] = {"top1": 55.5, "loss": 1.5}
