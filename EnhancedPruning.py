@@ -121,7 +121,7 @@ class EnhancedPruning:
 
     def run_full_pruning(
         self,
-        pruning_percentage: float = 30,
+        pruning_percentage: float | None = None,
         taylor_order: int = 2,
         use_gradient_flow: bool = False,
         fine_tune_epochs: int | None = None,
@@ -146,7 +146,7 @@ class EnhancedPruning:
     @own_precision()
     def prune(
         self,
-        pruning_percentage: float = 30,
+        pruning_percentage: float | None = None,
         taylor_order: int = 2,
         use_gradient_flow: bool = False,
         *,
@@ -157,7 +157,7 @@ class EnhancedPruning:
         """Evaluates the dense network, prunes it in rounds and evaluates it again.
 
         Args:
-            pruning_percentage: in (0, 100), of the budget in the settings; a target in the settings takes its place.
+            pruning_percentage: in (0, 100), of the budget in the settings; default: their target, or else 30.
             taylor_order: 1, 2 or 3.
             use_gradient_flow: weigh scores by gradient flow and report it.
             oracle_samples: filters whose true loss change is measured, see `oracle`.
@@ -198,7 +198,7 @@ class EnhancedPruning:
     def prune_by_baseline(
         self,
         criterion: str | Callable[[ChannelGraph], Tensor],
-        pruning_percentage: float = 30,
+        pruning_percentage: float | None = None,
         *,
         widths: str = "own",
         compensate: bool = False,

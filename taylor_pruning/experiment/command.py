@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields, replace
 
 from taylor_pruning.errors import InputError
 from taylor_pruning.experiment.choices import WIDTHS
-from taylor_pruning.experiment.settings import SEEDS, TAYLOR_ORDERS, PruningSettings
+from taylor_pruning.experiment.settings import DEFAULT_PERCENTAGE, SEEDS, TAYLOR_ORDERS, PruningSettings
 from taylor_pruning.options import check, option, option_name, options
 from taylor_pruning.selection.baselines import BASELINES
 from taylor_pruning.training.recipe import Recipe
@@ -43,7 +43,7 @@ class ExperimentTask(Task):
         "per cent of the budget to remove",
         "Start at 30 and go up until the accuracy no longer suffices.",
         **PERCENTAGE,
-        default_text="30; none with a target",
+        default_text=f"{DEFAULT_PERCENTAGE:g}; none with a target",
         common=True,
     )
     taylor_order: int = option(
@@ -267,7 +267,7 @@ class Command:
         elif self.pruning.target and self.task.pruning_percentage is not None:
             raise InputError("--pruning-percentage and a target contradict each other; give one of the two")
         elif not self.pruning.target and self.task.pruning_percentage is None:
-            object.__setattr__(self, "task", replace(self.task, pruning_percentage=30.0))
+            object.__setattr__(self, "task", replace(self.task, pruning_percentage=DEFAULT_PERCENTAGE))
 
     def as_dict(self) -> dict:
         """{option: value} of every option of the command line, for config.json and results.json.

@@ -15,6 +15,7 @@ from taylor_pruning.selection.costs import cost_model
 from taylor_pruning.selection.targets import Target, parse_target
 from taylor_pruning.surgery.graph import ChannelGraph
 
+DEFAULT_PERCENTAGE = 30.0
 TAYLOR_ORDERS = (1, 2, 3)
 SELECTIONS = ("auto", "joint", "independent")
 CURVATURES = ("auto", "exact", "hvp")
@@ -249,10 +250,17 @@ class PruningSettings(Constraints):
         """The ChannelGraph of a network with what these settings exclude and include."""
         return ChannelGraph(model, example, self.exclude, self.prune_linear, prune_heads=self.prune_heads)
 
-    def percentage(self, given: float, graph: ChannelGraph) -> float:
-        """Per cent of the budget to remove: what reaches the target, or the `given` where there is no target."""
+    def percentage(self, given: float | None, graph: ChannelGraph) -> float:
+        """Per cent of the budget to remove: the `given`, or what reaches the target, or else DEFAULT_PERCENTAGE.
+
+        Raises InputError if it is no percentage, or is given beside a target.
+        """
+        if self.target and given is not None:
+            raise InputError("a pruning percentage and a target contradict each other; give one of the two")
         if self.target:
             given = self.target.percentage(cost_model(graph, self.constraints).total())
+        elif given is None:
+            given = DEFAULT_PERCENTAGE
         check_percentage(given)
         return python_value(given)
 

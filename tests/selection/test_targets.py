@@ -60,3 +60,17 @@ def test_a_target_above_the_network_and_two_targets_are_refused(half_resnet_of_4
         Target("params", amount=1e9).percentage(CostModel(graph, "params").total())
     with pytest.raises(InputError, match="one target"):
         PruningSettings(target_macs="50%", target_params="50%")
+
+
+def test_a_percentage_beside_a_target_is_refused(half_resnet_of_4):
+    batches = [(torch.randn(8, 3, 32, 32), torch.arange(8) % 4)]
+    settings = PruningSettings(target_macs="60%", rounds=1)
+    pruning = EnhancedPruning(half_resnet_of_4, batches, batches, settings=settings, progress=False)
+    calls = (
+        lambda: pruning.prune(70),
+        lambda: pruning.run_full_pruning(30),
+        lambda: pruning.prune_by_baseline("lamp", 70),
+    )
+    for call in calls:
+        with pytest.raises(InputError, match="a pruning percentage and a target contradict each other"):
+            call()
