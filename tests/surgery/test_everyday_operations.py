@@ -35,6 +35,13 @@ def broadcast(s, x):
     return s.b((y - mean) * scale)
 
 
+def fake_quantised(s, x):
+    scale, points = s.scale.detach().square().float() / 20 + 0.01, torch.zeros_like(s.scale, dtype=torch.int32)
+    weight = torch.fake_quantize_per_channel_affine(s.a.weight.float(), scale, points, 0, -128, 127)
+    y = torch.fake_quantize_per_tensor_affine(F.relu(F.conv2d(x, weight.to(x), s.a.bias)).float(), 0.05, 3, 0, 255)
+    return s.b(y.to(x))
+
+
 def strongest(s, x):
     y = s.a(x).flatten(2)
     values, _ = y.topk(5, 2)
@@ -106,6 +113,21 @@ class KernelOfEverySample(nn.Module):
 
 
 BLOCKS = {  # name: (block, its output channels, removable filters of the stem, of a, of b; None: not looked at)
+    "learned column beside those of the input": (
+        Block(lambda s, x: s.b(torch.cat([y := s.a(x), s.t.expand(len(x), -1, y.shape[2], -1)], 3)), t=parameter(1, C, 1, 1)),
+        C,
+        8,
+        8,
+        8,
+    ),
+    "learned map in a stack": (
+        Block(lambda s, x: s.b(torch.stack([y := s.a(x), s.t.expand_as(y)], 4).flatten(3)), t=parameter(1, C, 1, 1)),
+        C,
+        8,
+        8,
+        8,
+    ),
+    "fake quantised": (Block(fake_quantised, scale=parameter(C)), C, 8, 8, 8),
     "affine grid": (Block(transformed, places=nn.Linear(C, 6)), C, 8, 8, 8),
     "deformable": (Block(weighed, d=DeformConv2d(C, C, 3, padding=1), places=conv(C, 18, 3, padding=1),
                          weights=conv(C, 9, 3, padding=1)), C, 8, 8, 8),

@@ -127,6 +127,35 @@ def test_heads_stay_where_their_size_is_computed_from_their_number(norm):
     assert reason is not None and "in reshape (attention)" in reason, reason
 
 
+class Grouped(nn.Module):
+    """Several heads of queries read the same keys and values."""
+
+    def __init__(self, heads):
+        super().__init__()
+        self.size, self.q, self.proj = SIZE, nn.Linear(WIDTH, 4 * SIZE), nn.Linear(4 * SIZE, WIDTH)
+        self.k, self.v = (nn.Linear(WIDTH, heads * SIZE) for _ in range(2))
+
+    def forward(self, x):
+        b, n, _ = x.shape
+        q, k, v = (layer(x).view(b, n, -1, self.size).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        x = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        return self.proj(x.transpose(1, 2).reshape(b, n, -1))
+
+
+@pytest.mark.parametrize(("heads", "filters"), [(2, 4 * SIZE), (1, SIZE)], ids=["with their keys", "alone"])
+def test_heads_of_queries_that_share_keys_go(heads, filters):
+    torch.manual_seed(0)
+    network = Transformer()
+    network.attention = Grouped(heads)
+    graph = ChannelGraph(randomise(network), pictures(1), prune_heads=True)
+    assert [len(unit.filters) for unit in graph.units] == [filters] * (2 if heads > 1 else 4)
+    smaller, x = graph.remove(graph.units[:1]), pictures()
+    with torch.no_grad():
+        torch.testing.assert_close(smaller(x), closed(graph, graph.units[:1], x), rtol=1e-9, atol=0)
+    if heads == 1:  # no head of it can go: the reason is not that of the stream that it reads
+        assert not {graph.layers[f"attention.{name}"].reason for name in "kv"} & {graph.layers["stem"].reason, None}
+
+
 def test_fewer_heads_are_saved_loaded_and_exported(tmp_path):
     torch.manual_seed(0)
     network = randomise(Transformer(windows=True)).float()

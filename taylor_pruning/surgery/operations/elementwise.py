@@ -40,7 +40,8 @@ def align(ids, values, shape, where):
                 continue
             shift = len(shape) - len(value.shape)
             if any(d >= shift and value.shape[d - shift] > 1 for d in varying(axis.layer)):
-                reason = value.reason or f"meets a tensor of fixed size in {where}"
+                known = None if value.layers else value.reason  # one with channels elsewhere has a fixed size here
+                reason = known or f"meets a tensor of fixed size in {where}"
                 ids.protect(axis.layer, reason)
                 axes.remove(axis)
                 break
@@ -197,6 +198,18 @@ def clamps(call):
         low, high = call.get("min", 1), call.get("max", 2)
     call.info.source = call.name == "threshold" or (low is not None and low > 0) or (high is not None and high < 0)
     return call.result(call.values()[0].layers)
+
+
+@rule("fake_quantize_per_tensor_affine fake_quantize_per_channel_affine")
+def fake_quantised(call):
+    """Values on a grid, of which zero is a point; one grid a channel goes with its channel."""
+    x = call.values()[0]
+    if call.name == "fake_quantize_per_channel_affine":
+        ids = call.ids.vector(x, int(call.get("axis", 3)))
+        for name, position in {"scale": 1, "zero_point": 2}.items():
+            call.ids.attach(call.get(name, position), ids, f"meets a tensor of fixed size in {call.where}")
+    call.info.mains = (call.operands[0][0],)
+    return call.result(x.layers)
 
 
 @rule("pow rpow float_power")

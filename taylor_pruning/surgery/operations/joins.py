@@ -49,7 +49,8 @@ def broadcast_tensors(call):
 
 def joined(call, parts, dim):
     """Ids along `dim` follow each other; along all other dimensions they are united."""
-    parts = [p for p in parts if math.prod(p.shape) or len(p.shape) == len(call.shape)]
+    kept = [i for i, p in enumerate(parts) if math.prod(p.shape) or len(p.shape) == len(call.shape)]
+    parts, constant = [parts[i] for i in kept], {n for n, i in enumerate(kept) if call.is_constant(i)}
     ids, ends = call.ids, []
     others = []
     for part in parts:
@@ -59,7 +60,8 @@ def joined(call, parts, dim):
         others.append(Value(shape, rest, part.reason))
     shape = tuple(1 if d == dim else s for d, s in enumerate(call.shape))
     axes, reason = align(ids, others, shape, call.where)
-    call.info.source = any(len(a.carriers) < len(parts) for a in axes)
+    # a learned token beside those of the input has no zeros in a closed channel
+    call.info.source = any(len(a.carriers) < len(parts) or a.carriers & constant for a in axes)
     layers = [axis.layer.expand(call.shape) for axis in axes]
     if any(ends):
         pieces = []

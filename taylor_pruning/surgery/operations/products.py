@@ -177,6 +177,17 @@ def _labels(terms, right, ranks):
     return [labelled(*pair) for pair in zip(terms, lengths, strict=False)], labelled(right, most)
 
 
+def _repeated(ids, value, times):
+    """The value with every head so many times in a row, as several heads of queries read one of keys and values.
+
+    A single head is broadcast, whatever the number of heads that read it.
+    """
+    if value.shape[-3] == 1:
+        return value
+    layers = [layer.repeat_interleave(times, -3) for layer in value.layers]
+    return ids.value((*value.shape[:-3], value.shape[-3] * times, *value.shape[-2:]), layers, value.reason)
+
+
 @rule("scaled_dot_product_attention")
 def attention(call):
     """softmax(q k^T scale) v: heads and the dimension of the values are channels, so is that of q and k if `scale` is given."""
@@ -184,8 +195,10 @@ def attention(call):
     q, k, v = (call.get(name, i) for i, name in enumerate(("query", "key", "value")))
     mask, scale = call.get("attn_mask", 3), call.kwargs.get("scale")
     rank = len(q.shape) - 2
-    if len(k.shape) - 2 != rank or len(v.shape) - 2 != rank or call.kwargs.get("enable_gqa"):
+    if len(k.shape) - 2 != rank or len(v.shape) - 2 != rank:
         return call.unknown()
+    if call.kwargs.get("enable_gqa"):
+        k, v = (_repeated(ids, value, q.shape[-3] // value.shape[-3]) for value in (k, v))
     if scale is None:
         for value in (q, k):
             inner = [layer for layer in value.layers if rank + 1 in varying(layer)]
