@@ -74,6 +74,8 @@ class EqualDraws(TorchDispatchMode):
     to them.
     """
 
+    supports_higher_order_operators = True  # as torch.cond; what their branches draw is left as it is
+
     def __init__(self, device):
         super().__init__()
         self.device = device
@@ -83,6 +85,8 @@ class EqualDraws(TorchDispatchMode):
             return self._equal(function, args, kwargs or {})
 
     def _equal(self, function, args, kwargs):
+        if isinstance(function, torch._ops.HigherOrderOperator):
+            return function(*args, **kwargs)
         name = function.overloadpacket.__name__
         if name == "native_dropout":
             return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)

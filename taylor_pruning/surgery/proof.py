@@ -186,7 +186,7 @@ class CutProof:
         return InputError(
             f"the graph of {type(self.model).__name__} cannot be run{mode} on inputs of shape {shapes} on which the network "
             f"itself runs ({_cause(error)}): make its forward take all sizes, that of the batch too, from the shapes of tensors"
-            "; make tensors of such sizes by torch.zeros or x.new_zeros, as calls of torch.Tensor(size) or NumPy are not seen"
+            "; make tensors of such sizes by torch.zeros or x.new_zeros, as torch.FloatTensor(size) and NumPy are not seen"
         )
 
     def _expected(self, dense, units, x, training):

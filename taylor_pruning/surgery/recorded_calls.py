@@ -110,3 +110,11 @@ def variable(kind, data=None, requires_grad=False, **more):
     if isinstance(data, torch.Tensor):
         return data.detach().requires_grad_(requires_grad)
     return type.__call__(kind, data, requires_grad, **more)
+
+
+def sized_tensor(kind, *given, **more):
+    """A tensor that `torch.Tensor` makes by its sizes, by a call that is seen; old networks fill it with draws."""
+    sizes = given[0] if len(given) == 1 and isinstance(given[0], torch.Size) else given
+    if kind is torch.Tensor and sizes and not more and all(isinstance(size, int) for size in sizes):
+        return torch.empty(*sizes)
+    return torch._C.TensorBase.__new__(kind, *given, **more)

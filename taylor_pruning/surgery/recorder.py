@@ -24,6 +24,7 @@ from taylor_pruning.surgery.recorded_calls import (
     is_in_place,
     pick,
     set_grad,
+    sized_tensor,
     variable,
 )
 from taylor_pruning.surgery.sample_loops import takes_samples_apart
@@ -58,6 +59,7 @@ FLAG_ONLY = {  # these hand `training` to one operation, which is recorded in ei
     str(Path(nn.__file__).parent / "modules" / name) for name in ("batchnorm.py", "dropout.py")
 }
 NO_DATA = "Compute with a new tensor, as F.conv2d(x, conv.weight * mask) does, in the place of writing to `.data`"
+OF_THEIR_OWN = "Move the call into a module of its own, which then stays as it is"
 ALL_AT_ONCE = "Compute with all samples at once, or move the loop into a module of its own, which then stays as it is"
 TRACE_ERRORS = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError, NotImplementedError)
 
@@ -82,6 +84,8 @@ class Recorder(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", str(func))
+        if isinstance(func, torch._ops.HigherOrderOperator):  # its functions compute with what they have captured
+            raise Untraceable(f"functions are handed to torch, which calls them ({name})", OF_THEIR_OWN)
         owner = getattr(func, "__self__", None)
         if name == "__get__":
             name = getattr(owner, "__name__", name)
@@ -219,6 +223,7 @@ class Recorder(TorchFunctionMode):
             (nn.Module, "__getattr__"): self._watched_attribute(modes),
             (torch.jit.ScriptFunction, "__call__"): self._scripted_call(),
             (VariableMeta, "__call__"): here(variable, VariableMeta.__call__),
+            (torch.Tensor, "__new__"): staticmethod(here(sized_tensor, torch.Tensor.__new__)),
         }
         marked = fx._symbolic_trace._wrapped_fns_to_patch if self.on_values else {}
         saved = [(scope, name, scope[name]) for (_, name), scope in marked.items() if name in scope]
@@ -300,7 +305,7 @@ class Recorder(TorchFunctionMode):
         node.meta.update(module=self.path[-1], constant=False, autocast=self.autocasts.now())
         self.apart = True
         try:
-            with torch._C.DisableTorchFunction():
+            with torch._C.DisableTorchFunction(), torch.compiler.set_stance("default"):
                 result = function(*args, **kwargs)
         finally:
             self.apart = False

@@ -7,13 +7,13 @@ import torch
 from taylor_pruning.checks import describe
 from taylor_pruning.errors import InputError
 from taylor_pruning.modes import set_mode
-from taylor_pruning.surgery.batch_size import batch_size
+from taylor_pruning.surgery.batch_size import LEAST_OF_VALUES, batch_size, first_samples
 from taylor_pruning.surgery.copying import copy_of
 from taylor_pruning.surgery.nested import map_tensors, tensors_in
 from taylor_pruning.surgery.operations import RULES
 from taylor_pruning.surgery.recorder import TRACE_ERRORS
 from taylor_pruning.surgery.tensor_nodes import Untraceable
-from taylor_pruning.surgery.tracing import trace
+from taylor_pruning.surgery.tracing import place_of, trace
 
 
 def inputs_of(example):
@@ -56,9 +56,20 @@ def record(model, example, training=False):
         found = trace(model, args, kwargs, RULES.keys(), training)
     except InputError as error:
         cause = error.__cause__  # of the forward itself; else the message says already what to do
-        if cause is None or isinstance(cause, Untraceable) or not first.dim() or not _runs(model, example, training):
+        if (
+            cause is None
+            or isinstance(cause, Untraceable)
+            or not first.dim()
+            or not _runs(model, inputs_of(example), training)
+        ):
             raise
-        mode, cause = " in training mode" if training else "", str(cause).strip().partition("\n")[0]
+        mode = " in training mode" if training else ""
+        if _runs(model, first_samples((args, kwargs), batch_size(model, (args, kwargs), LEAST_OF_VALUES)), training):
+            raise InputError(
+                f"{type(model).__name__} runs{mode}, but not while its calls are recorded on tensors that require gradients, "
+                f"{place_of(cause)}; compute that by other functions of torch"
+            ) from error
+        cause = str(cause).strip().partition("\n")[0]
         raise InputError(
             f"{type(model).__name__} runs{mode} on {len(first)} samples, but not on {batch} ({cause}); "
             f"{_remedy(example, first)}"
@@ -87,13 +98,11 @@ def _remedy(example, first):
 
 
 @torch.no_grad()
-def _runs(model, example, training):
-    """Whether a copy of the model runs on the example as it is."""
+def _runs(model, inputs, training):
+    """Whether a copy of the model runs on the inputs (args, kwargs)."""
     like = typical_tensor(model, torch.empty(0))
+    args, kwargs = map_tensors(inputs, lambda t: t.to(like) if t.is_floating_point() else t)
     with suppress(*TRACE_ERRORS), torch.random.fork_rng(devices=[]):
-        call(
-            set_mode(copy_of(model), training),
-            map_tensors(example, lambda t: t.to(like) if t.is_floating_point() else t),
-        )
+        set_mode(copy_of(model), training)(*args, **kwargs)
         return True
     return False

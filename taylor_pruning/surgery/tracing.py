@@ -109,16 +109,22 @@ def trace(model, args, kwargs, rules, training=False):
     raise InputError(refusal(model, failure, (args, kwargs))) from failure
 
 
-def refusal(model, error, example):
+def place_of(error):
+    """The line of the forward at which an error arose, and the error in one line."""
     here = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(here)]
     where = f'{frames[-1].filename}, line {frames[-1].lineno}: "{frames[-1].line}"' if frames else "its forward"
     cause = str(error).strip().split("\n")[0] or type(error).__name__
+    return f"at {where} ({cause})"
+
+
+def refusal(model, error, example):
+    where = place_of(error)
     if isinstance(error, Untraceable):
-        return f"{type(model).__name__} cannot be traced at {where} ({cause}). {error.remedy}"
+        return f"{type(model).__name__} cannot be traced {where}. {error.remedy}"
     shapes = ", ".join(str(tuple(t.shape[1:])) for t in tensors_in(example))
     return (
-        f"{type(model).__name__} cannot be run on an example of shape {shapes}, at {where} ({cause}); pass an "
+        f"{type(model).__name__} cannot be run on an example of shape {shapes}, {where}; pass an "
         "example_input that the network can process (a tuple of several inputs, a dict of named ones)"
     )
 
@@ -160,8 +166,9 @@ def _record(recorder, model, args, kwargs, training):
     recorder.nodes.read_batch_from(slots[0])
     watching = untouched(model), recorder.modules(copied, model)
     settings = fixed_draws(), unchecked_distributions(), torch.random.fork_rng(devices=[]), torch.enable_grad()
+    uncompiled = torch.compiler.set_stance("force_eager")  # what torch.compile has made calls no function that is seen
     with ExitStack() as stack:
-        for context in (*watching, *settings, recorder):
+        for context in (*watching, *settings, uncompiled, recorder):
             stack.enter_context(context)
         output = copied(*inputs[0], **inputs[1])
     structure, found = _returned(recorder, model, output)

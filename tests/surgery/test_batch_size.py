@@ -79,13 +79,11 @@ def test_a_graph_that_holds_a_number_of_samples_is_no_matter_of_verification():
 
 class UnseenTensor(FixedBatch):
     def forward(self, x):
-        return self.fc(F.relu(self.a(x)).mean((2, 3))) + torch.Tensor(x.size(0), 4).fill_(1.0)
+        return self.fc(F.relu(self.a(x)).mean((2, 3))) + torch.DoubleTensor(x.size(0), 4).fill_(1.0)
 
 
 def test_a_tensor_of_the_number_of_samples_that_no_function_makes_is_named():
-    with pytest.raises(
-        InputError, match=r"on which the network itself runs .* as calls of torch.Tensor\(size\) or NumPy"
-    ):
+    with pytest.raises(InputError, match=r"on which the network itself runs .* as torch.FloatTensor\(size\) and NumPy"):
         ChannelGraph(UnseenTensor(), torch.randn(3, 3, 9, 9))
 
 
@@ -119,3 +117,17 @@ def test_a_network_of_even_batches_is_told_so(in_training, mode):
         ChannelGraph(Pairs(in_training), images(4))
     with pytest.raises(InputError, match="pass an example_input"):
         ChannelGraph(Pairs(False), images(4)[:, :2])
+
+
+def test_what_fails_in_the_recording_alone_is_not_laid_to_the_number_of_samples():
+    def scores(x):
+        if torch.is_grad_enabled():
+            raise RuntimeError("no backward")
+        return x
+
+    class Forward(FixedBatch):
+        def forward(self, x):
+            return self.fc(scores(F.relu(self.a(x))).mean((2, 3)))
+
+    with pytest.raises(InputError, match=r"Forward runs, but not while .* gradients, at .*\(no backward\)"):
+        ChannelGraph(Forward(), images(1))

@@ -50,6 +50,8 @@ VARIABLES = {
     "new tensor": lambda network, x: (
         x + Variable(torch.ones(x.size(0), 1, *x.shape[2:]), requires_grad=False).type_as(x)
     ),
+    "size": lambda network, x: x * Variable(torch.Tensor(x.size(0), 1, 1, 1).bernoulli_(0.5)).type_as(x),
+    "shape": lambda network, x: x + torch.Tensor(x.size()).fill_(0.5).type_as(x),
     "list": lambda network, x: x - Variable(torch.Tensor([0.5, 0.25, 0.125]).view(3, 1, 1)).type_as(x),
 }
 
@@ -58,7 +60,7 @@ VARIABLES = {
 def test_variables_of_old_networks_are_tensors(name):
     graph = check_law(deciding(VARIABLES[name]), images(), seeds=(0,))
     assert all(info.reason is None for info in graph.layers.values())
-    assert "__call__" not in vars(type(Variable))
+    assert "__call__" not in vars(type(Variable)) and "__new__" not in vars(torch.Tensor)
 
 
 @pytest.mark.parametrize("made", [nn.Parameter, torch.DoubleTensor])
@@ -333,3 +335,26 @@ def test_a_transform_of_calls_runs_as_a_whole_in_a_module_and_is_named_elsewhere
     assert graph.layers["0"].reason == "passes through 3, whose forward no graph can repeat"
     with pytest.raises(InputError, match=r"torch.func transforms the calls\). Move the transform into a module"):
         ChannelGraph(Pooled(conv, head), x)
+
+
+@torch.compile(backend="eager")
+def compiled(x):
+    return 2 * F.relu(x)
+
+
+def test_functions_that_are_compiled_are_recorded_as_what_they_do():
+    graph = check_law(deciding(lambda network, x: compiled(x)), images(), seeds=(0,))
+    assert all(info.reason is None for info in graph.layers.values())
+
+
+class Choosing(nn.Module):
+    def forward(self, x):
+        return torch.cond(x.mean() > 0, lambda y: 2 * y, lambda y: y / 2, (x,))
+
+
+def test_branches_by_values_run_as_a_whole_in_a_module_and_are_named_elsewhere():
+    conv = nn.Conv2d(3, 8, 1)
+    graph = ChannelGraph(nn.Sequential(conv, Choosing(), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 2, 1)), images(1).float())
+    assert [graph.layers[name].reason for name in "02"] == ["passes through 1, whose forward no graph can repeat", None]
+    with pytest.raises(InputError, match=r"which calls them \(cond\)\). Move the call into a module of its own"):
+        ChannelGraph(deciding(Choosing.forward), images(1))
