@@ -158,7 +158,7 @@ class EnhancedFilterPruner:
             directions = collect_directions(self.model, self.graph, batches, wanted, progress=self.progress,
                                             portions=portions)  # fmt: skip
         if probed is None and (directions is None or (by_probes and self.taylor_order > 1)):
-            order, probes = max(2, self.taylor_order), settings.hessian_probes
+            order, probes = self.taylor_order, settings.hessian_probes
             portions = Portions(device_of(self.model), limit)
             probed = probe_derivatives(self.model, self.graph, batches, order=order, probes=probes, task=self.task,
                                        portions=portions, **shared)  # fmt: skip

@@ -45,7 +45,8 @@ class Collected:
             return False
         if self.directions is not None and not self._needs_probes(order):
             return order in self.orders
-        return self.probed is not None and order in self.orders and (order < 3 or self.probed.t is not None)
+        derivatives = self.probed and (self.probed.phi, self.probed.h, self.probed.t)[order - 1]
+        return order in self.orders and derivatives is not None
 
     def flow(self) -> Tensor:
         """[N, units] gradient flow, on the CPU. Raises InputError if it was not collected."""

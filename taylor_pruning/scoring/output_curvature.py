@@ -20,7 +20,7 @@ from taylor_pruning.modes import frozen
 from taylor_pruning.scoring.gates import gated_outputs, open_gates
 from taylor_pruning.scoring.layer_costs import OutputFisher
 from taylor_pruning.scoring.passes import over_batches
-from taylor_pruning.scoring.probes import check_third_derivative, probed_third
+from taylor_pruning.scoring.probes import check_third_derivative, probed_third, twice_differentiable
 from taylor_pruning.surgery.graph import ChannelGraph
 from taylor_pruning.surgery.nested import map_tensors
 from taylor_pruning.tasks.batches import size
@@ -69,7 +69,7 @@ def output_derivatives(
         _derivatives, graph, task, order, directions if order > 1 else 0, probes, estimates, fisher, seed
     )
     portions = portions or Portions(next(model.parameters()).device)
-    with frozen(model), torch.enable_grad():
+    with frozen(model), torch.enable_grad(), twice_differentiable() if order == 3 else nullcontext():
         parts = over_batches(derivatives, batches, portions, first=first, progress=progress)
     return {name: torch.cat([found[name] for found in parts]) for name in parts[0]}
 

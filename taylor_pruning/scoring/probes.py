@@ -20,6 +20,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from taylor_pruning.errors import InputError
 from taylor_pruning.memory import Portions, raise_out_of_memory
@@ -37,19 +38,22 @@ NO_THIRD_DERIVATIVE = ("batch_norm", "instance_norm", "layer_norm")
 
 @dataclass
 class ProbedDerivatives:
-    """[units] float64 means over samples of phi, phi^2, h, t and their standard errors, on the CPU (t: None below order 3)."""
+    """[units] float64 means over samples of phi, phi^2, h, t and their standard errors, on the CPU.
+
+    h is None below order 2, t below order 3.
+    """
 
     phi: Tensor
     phi_squared: Tensor
     phi_squared_error: Tensor
-    h: Tensor
-    h_error: Tensor
+    h: Tensor | None = None
+    h_error: Tensor | None = None
     t: Tensor | None = None
     t_error: Tensor | None = None
 
     @classmethod
     def of_parts(cls, parts: Sequence[dict]) -> "ProbedDerivatives":
-        """From {"phi", "h", "t" (at order 3)} of the samples of every part of a pass, [n, units] each."""
+        """From {"phi", "h" (from order 2 on), "t" (at order 3)} of the samples of every part of a pass, [n, units] each."""
         derivatives = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         phi = derivatives.pop("phi")
         return cls(
@@ -81,7 +85,7 @@ def probe_derivatives(
 
     Args:
         batches: iterable of the task's batches on the model's device.
-        order: 2, or 3 for t as well.
+        order: 1, 2 for h as well, or 3 for t.
         probes: probes a sample and order.
         task: default: classification.
         portions: parts of batches that fit into memory; None: what is free.
@@ -99,15 +103,17 @@ def probe_derivatives(
         check_third_derivative(graph)
     derivatives = partial(_derivatives, graph, task_of(task), order, probes, seed)
     portions = portions or Portions(next(model.parameters()).device)
-    with frozen(model), torch.enable_grad():
+    with frozen(model), torch.enable_grad(), twice_differentiable():
         return ProbedDerivatives.of_parts(over_batches(derivatives, batches, portions, progress=progress))
 
 
 def _derivatives(graph, task, order, probes, seed, batch, where, first):
     gates = open_gates(graph, batch)
     outputs = gated_outputs(graph, task, batch, gates, where)
-    (gamma,) = torch.autograd.grad(task.loss(outputs, batch).sum(), gates, create_graph=True)
-    found = {"phi": gamma.detach().double().cpu(), "h": probed_second(gamma, gates, probes, seed, first).cpu()}
+    (gamma,) = torch.autograd.grad(task.loss(outputs, batch).sum(), gates, create_graph=order > 1)
+    found = {"phi": gamma.detach().double().cpu()}
+    if order > 1:
+        found["h"] = probed_second(gamma, gates, probes, seed, first).cpu()
     if order == 3:
         found["t"] = probed_third(gamma, gates, probes, seed, first).cpu()
     return found
@@ -123,6 +129,11 @@ def check_third_derivative(graph: ChannelGraph) -> None:
     """Raises InputError if third derivatives of the network cannot be probed."""
     if reason := wrong_third_derivative(graph):
         raise InputError(f"order 3 cannot be probed here: {reason}. Use order 1 or 2, or compensate")
+
+
+def twice_differentiable():
+    """While open, attention runs as the operations that it is made of: fused kernels have no second derivative."""
+    return sdpa_kernel(SDPBackend.MATH)
 
 
 @contextmanager

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from test_taylor_scores import brute_force
+from torch import nn
+from torch.nn import functional as F
 from watching import interrupted_at
 
 from EnhancedFilterPruner import EnhancedFilterPruner
@@ -142,6 +144,54 @@ def test_another_loss_is_scored_by_probes(plain_network, images, labels):
     wanted = v.square().sum(0).mean(0)
     assert ((pruner.collected.probed.h - wanted).abs() <= 4 * pruner.collected.probed.h_error).all()
     assert len(pruner.get_pruning_plan(30))
+
+
+class Attending(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = self.conv(x).flatten(2).mT[:, None]
+        return self.fc(F.scaled_dot_product_attention(x, x, x, scale=0.5).mean((1, 2)))
+
+
+def test_fused_attention_has_second_and_third_derivatives(labels):
+    torch.manual_seed(0)
+    network, x = Attending().eval(), torch.randn(len(labels), 3, 8, 8)
+    graph = ChannelGraph(network, x[:1])
+    found = probe_derivatives(network, graph, [(x, labels)], order=3, probes=2, progress=False)
+    assert found.h.abs().min() > 0 and found.t.abs().min() > 0
+
+
+def test_order_1_of_another_task_takes_no_second_derivatives(images, labels):
+    class Backward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, gradient):
+            return gradient.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            raise RuntimeError("derivative for aten::once_backward is not implemented")
+
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return Backward.apply(gradient)
+
+    network = nn.Sequential(nn.Conv2d(3, 6, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)).eval()
+    batches, options = (
+        [(images.float(), labels)],
+        {"loss": lambda y, _: Once.apply(y).square().sum(1), "progress": False},
+    )
+    pruner = EnhancedFilterPruner(network, images[:1], 1, **options).rank(batches)
+    assert pruner.get_pruning_plan(30) and pruner.provides(1) and not pruner.provides(2)
+    with pytest.raises(InputError, match="orders 2 and 3 cannot be probed"):
+        EnhancedFilterPruner(network, images[:1], 2, selection="independent", **options).rank(batches)
 
 
 @pytest.mark.parametrize(
