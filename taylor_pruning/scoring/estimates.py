@@ -211,7 +211,8 @@ def input_moments(model, graph, batches, portions=None, task=None):
 
     def record(reader, node):
         def read(args):
-            rows = in_single(reader.to_rows(by_sample(args[0], len(numbers), reader.blocks.get(node, 1))))
+            x = by_sample(reader.samples_first(node, args[0]), len(numbers), reader.blocks.get(node, 1))
+            rows = in_single(reader.to_rows(x))
             wanted = ROWS_PER_CHANNEL * rows.shape[2]
             several = len(rows) // len(numbers)  # rows an image, where a forward puts parts of it into the batch
             rows = drawn_positions(rows, numbers.repeat_interleave(several), images_in_all, wanted)

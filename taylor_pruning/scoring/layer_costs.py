@@ -83,12 +83,12 @@ class FisherPart:
 
         They are not kept: they hold this part, whose matrices would then stay until Python looks for cycles.
         """
-        return {node: self._watch(reader) for reader in self.whole.readers for node in reader.nodes}
+        return {node: self._watch(reader, node) for reader in self.whole.readers for node in reader.nodes}
 
-    def _watch(self, reader):
+    def _watch(self, reader, node):
         def add(gradient):
             if self.open:
-                last = reader.is_linear
+                gradient, last = reader.samples_first(node, gradient), reader.is_linear
                 rows = gradient.reshape(len(gradient), -1, gradient.shape[-1]).mT if last else gradient.flatten(2)
                 positions = rows.shape[2]
                 numbers = self.first + torch.arange(len(rows), device=rows.device)

@@ -49,7 +49,7 @@ def _changed(open_gates, sites, first, on_gate):
 def _estimated(open_gates, readers, estimates):
     any_closed = bool(estimates) and bool((open_gates != 1).any())
     return {
-        node: _blended(estimates[reader.layer], open_gates, any_closed, reader.blocks.get(node, 1))
+        node: _blended(estimates[reader.layer], node, open_gates, any_closed)
         for reader in readers
         if reader.layer in estimates
         for node in reader.nodes
@@ -102,22 +102,20 @@ def _of_units(factor, units):
     return factor.index_select(-1, places["wrapped", factor.device])
 
 
-def _blended(estimate, open_gates, any_closed, blocks):
-    """A function for `Execution.run`'s `read`: closed channels of the reader's input become what others say of them.
-
-    `blocks`: those of the input's rows, see surgery.units.GateSite.
-    """
+def _blended(estimate, node, open_gates, any_closed):
+    """A function for `Execution.run`'s `read`: closed channels of the reader's input at `node` become what others say."""
     reader = estimate.reader
 
     def function(args):
-        x = args[0]
+        x = reader.samples_first(node, args[0])
         closed = 1 - _of_units(open_gates, reader.units)
         space = x.dim() - 2
         shape = (*(1,) * space, len(reader.units)) if reader.is_linear else (len(reader.units), *(1,) * space)
         closed = closed.reshape(-1, *shape).to(x.dtype)
         if len(closed) > 1:
-            closed = _of_rows(closed, len(x), blocks)
-        return (_Blend.apply(x, closed, estimate, any_closed), *args[1:])
+            closed = _of_rows(closed, len(x), reader.blocks.get(node, 1))
+        blended = _Blend.apply(x, closed, estimate, any_closed)
+        return (blended.movedim(0, reader.batch_dims.get(node, 0)), *args[1:])
 
     return function
 

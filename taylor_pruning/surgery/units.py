@@ -57,6 +57,8 @@ class Reader:
     is_linear: bool
     nodes: tuple = field(default=(), repr=False, compare=False)  # where the graph applies it
     blocks: dict = field(default_factory=dict, repr=False, compare=False)  # {node: see GateSite} where it is not 1
+    # {node: dimension of its input and result along which samples follow each other} where it is not 0
+    batch_dims: dict = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def places(self):
@@ -78,6 +80,10 @@ class Reader:
         wanted = torch.as_tensor(units)
         found = [at[torch.isin(members, wanted)].flatten() for members, at in self.places]
         return torch.cat(found).sort().values
+
+    def samples_first(self, node, x):
+        """The input or result x of the layer at a node, with the dimension of the samples first."""
+        return x.movedim(self.batch_dims.get(node, 0), 0)
 
     def to_rows(self, x):
         """The layer's input x [B, channels, ...] or [B, ..., features] as [B, groups, channels of a group, positions]."""
@@ -168,9 +174,10 @@ def readers_of(layers, tensors, blocks):
             continue
         runs = units.unique_consecutive(return_counts=True)[1].tolist()
         several = {n: b for n in nodes if (b := blocks.get(n.all_input_nodes[0], 1)) > 1}
-        yield Reader(
-            layer, groups, units.repeat(groups), math.gcd(*runs) if linear else 1, linear, tuple(nodes), several
-        )
+        shapes = {n: n.all_input_nodes[0].meta["shape"] for n in nodes} if linear else {}
+        batch_dims = {n: shape.index(layers.batch) for n, shape in shapes.items() if layers.batch in shape[1:-1]}
+        positions = math.gcd(*runs) if linear else 1
+        yield Reader(layer, groups, units.repeat(groups), positions, linear, tuple(nodes), several, batch_dims)
 
 
 def cost_terms(parameters, tensors, products):

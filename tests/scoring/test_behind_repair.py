@@ -113,3 +113,32 @@ def test_an_order_takes_the_passes_that_it_needs(ten_classes, order, backward, m
     pruner.rank(batches, batches)
     pruner.select(30)
     assert count == {"forward": 2 * len(images), "backward": backward * len(images)}
+
+
+class Tokens(nn.Module):
+    """An MLP on tokens [N, L, C] or, as nn.TransformerEncoder has them by default, [L, N, C]."""
+
+    def __init__(self, order):
+        super().__init__()
+        self.order, self.conv = order, nn.Conv2d(3, 8, 4, 4)
+        self.a, self.b, self.head = nn.Linear(8, 10), nn.Linear(10, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = self.conv(x).flatten(2).permute(self.order)
+        return self.head((x + self.b(torch.tanh(self.a(x)))).mean(self.order.index(2)))
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("size", [4, 6])  # as many images as tokens, and more
+def test_scores_of_tokens_do_not_depend_on_which_dimension_comes_first(order, size):
+    generator, found = torch.Generator().manual_seed(0), []
+    pictures = [torch.randn(size, 3, 8, 8, generator=generator, dtype=torch.double) for _ in range(6)]
+    batches = [(x, torch.arange(size) % 4) for x in pictures]
+    for dims in ((0, 2, 1), (2, 0, 1)):
+        torch.manual_seed(0)
+        network = Tokens(dims).double().eval()
+        pruner = EnhancedFilterPruner(network, pictures[0][:1], order, prune_linear=True, progress=False)
+        found.append(pruner.rank(batches, batches).scores())
+        plan = pruner.get_pruning_plan(30)
+        assert sum(map(len, plan.values())) > 0
+    torch.testing.assert_close(*found)
