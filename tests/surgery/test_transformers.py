@@ -189,3 +189,21 @@ def test_a_run_removes_heads_and_hidden_units():
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
     with pytest.raises(InputError, match="prune_heads"):
         PruningSettings(prune_heads=3)
+
+
+class Latents(nn.Module):
+    """Learned latents and the tokens of the input are read by one layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.latents = nn.Conv2d(3, WIDTH, 2, 2), nn.Parameter(torch.randn(1, 2, WIDTH))
+        self.read, self.head = nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, 4)
+
+    def forward(self, x):
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        return self.head(self.read(x).mean(1) + self.read(self.latents.repeat(len(x), 1, 1)).mean(1))
+
+
+def test_a_sum_over_parameters_alone_is_named():
+    graph = ChannelGraph(randomise(Latents()), pictures(1), prune_linear=True)
+    assert graph.layers["stem"].reason.startswith("is summed over parameters alone")

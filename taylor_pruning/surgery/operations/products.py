@@ -32,10 +32,12 @@ def contract(call, operands, out, linear=False, source=False):
         along = set(varying(axis.layer))
         if not along & summed:
             kept.append(axis)
-        elif along <= summed and not all(call.is_constant(i) for i in axis.carriers if i < len(call.operands)):
-            info.reads = True
-        else:
+        elif not along <= summed:
             call.protect(axis.layer, "is summed over a part of its axis in")
+        elif all(call.is_constant(i) for i in axis.carriers if i < len(call.operands)):
+            call.protect(axis.layer, "is summed over parameters alone, where no gate can be, in")
+        else:
+            info.reads = True
     find_zero_operands(call, kept)
     if info.reads:
         info.mains = None if info.source else info.mains
