@@ -17,7 +17,7 @@ import math
 import torch
 
 from taylor_pruning.repair.regression import LayerFit, LayerRegression, relative_error
-from taylor_pruning.repair.ridge import centre
+from taylor_pruning.repair.ridge import centre, size_of
 from taylor_pruning.scoring.probes import mean_and_error
 from taylor_pruning.tasks.classification import kl_divergence
 
@@ -114,7 +114,8 @@ class Logits:
         """
         mean = centre(self.x)[0] if has_intercept else torch.zeros_like(self.x[0])
         centred = self.x - mean
-        size = centred.square().mean().sqrt().clamp_min(torch.finfo(centred.dtype).tiny)
+        largest = size_of(centred)  # whose square may be beyond the range of single precision
+        size = largest * (centred / largest).square().mean().sqrt().clamp_min(torch.finfo(centred.dtype).eps)
         centred /= size  # so that the optimiser's tolerances mean the same for features of any size
         weight, bias = start or (
             self.x.new_zeros(self.x.shape[1], self.wanted.shape[1]),

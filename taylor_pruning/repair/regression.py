@@ -32,7 +32,7 @@ class LayerFit:
     name: str
     error_before: float
     error_after: float
-    ridge: float | None  # None: no ridge was better than the weights it had
+    ridge: float | None  # None: the weights stay, because no ridge was better or the fit failed
     rows: int  # output positions used, over all images
     columns: int  # input channels of a group x kernel positions
     matches: str  # "layer", "sum" or, of the layer that gives the logits, "predictions" (repair.logits)
@@ -144,7 +144,9 @@ class LayerRegression:
         layer, solver = self.layer, self.solver
         for rows in self.held_out:
             solver.add(rows)
-        if ridge is not None and not solver.factorise(ridge):
+        if ridge is not None and solver.factorise(ridge):
+            ridge, after = None, before
+        if ridge is not None:
             self._change(*solver.solve())
         matches = "layer" if layer.stream is None else "sum"
         return LayerFit(layer.name, before, after, ridge, solver.rows, self.columns, matches)

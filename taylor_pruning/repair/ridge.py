@@ -34,7 +34,8 @@ class RidgeSolver:
     """By normal equations: (C + ridge mean(diag C)) D = X^T R with C = X^T X, X and R centred.
 
     Products are taken in the precision of the rows, of many rows at once, and summed in float64. With an intercept the mean
-    of the first rows is taken off x before, so that large means cost no digits.
+    of the first rows is taken off x before, so that large means cost no digits. Their size is divided out of x, so that
+    no square leaves the range of that precision.
 
     Args:
         intercept: whether there is a b; without it nothing is centred.
@@ -47,7 +48,8 @@ class RidgeSolver:
 
         self.gram, self.cross = zeros(columns, columns), zeros(columns, outputs)
         self.sum_x, self.sum_r = zeros(1, columns), zeros(1, outputs)
-        self.rows, self.intercept, self.factor, self.pending, self.shift = 0, intercept, None, [], None
+        self.rows, self.intercept, self.factor, self.pending = 0, intercept, None, []
+        self.shift = self.size = None
         self.precision = torch.promote_types(like.dtype, torch.float32)
 
     def add(self, part):
@@ -65,6 +67,8 @@ class RidgeSolver:
         if self.intercept:
             self.shift = centre(x) if self.shift is None else self.shift
             x = x - self.shift
+        self.size = size_of(x) if self.size is None else self.size
+        x = x / self.size
         add_gram(self.gram, x.mT)
         self.cross += x.mT @ r
         self.sum_x += x.sum(1, keepdim=True)
@@ -88,18 +92,20 @@ class RidgeSolver:
     def solve(self, outputs=slice(None)):
         """Weights [groups, columns, outputs] and intercept [groups, 1, outputs]."""
         cross, sum_r = self.cross[..., outputs], self.sum_r[..., outputs]
-        if not self.intercept:
-            return torch.cholesky_solve(cross.to(self.factor), self.factor), torch.zeros_like(sum_r)
-        cross = cross - self.sum_x.mT * (sum_r / self.rows)
+        if self.intercept:
+            cross = cross - self.sum_x.mT * (sum_r / self.rows)
         weights = torch.cholesky_solve(cross.to(self.factor), self.factor).to(cross)
-        return weights, (sum_r - self.sum_x @ weights) / self.rows - self.shift.to(weights) @ weights
+        left, weights = sum_r - self.sum_x @ weights, weights / self.size
+        if not self.intercept:
+            return weights, torch.zeros_like(sum_r)
+        return weights, left / self.rows - self.shift.to(weights) @ weights
 
 
 class DualRidgeSolver:
     """Through a matrix of [rows, rows], for fewer rows than columns: D = X^T (X X^T + ridge mean(diag C))^-1 R."""
 
     def __init__(self, intercept):
-        self.parts, self.intercept, self.factor = [], intercept, None
+        self.parts, self.intercept, self.factor, self.size = [], intercept, None, None
 
     @property
     def rows(self):
@@ -115,13 +121,15 @@ class DualRidgeSolver:
 
     def factorise(self, ridge):
         x, _ = self._centred(torch.cat([part.x for part in self.parts], 1))
+        self.size = size_of(x)
+        x = x / self.size
         self.factor, failed = _cholesky((x @ x.mT).double(), ridge, x.shape[2])
         return failed
 
     def solve(self, outputs=slice(None)):
         x, mean_x = self._centred(torch.cat([part.x for part in self.parts], 1))
         r, mean_r = self._centred(torch.cat([part.r[..., outputs] for part in self.parts], 1))
-        weights = x.mT @ torch.cholesky_solve(r.double(), self.factor).to(x.dtype)
+        weights = (x / self.size).mT @ torch.cholesky_solve(r.double(), self.factor).to(x.dtype) / self.size
         return weights, mean_r - mean_x @ weights
 
 
@@ -132,6 +140,16 @@ def centre(rows):
     """
     first = rows[..., :1, :]
     return torch.where((rows == first).all(-2, keepdim=True), first, rows.mean(-2, keepdim=True))
+
+
+def size_of(x):
+    """The largest power of two that is not above every absolute number of x, a tensor []; 1 where all are 0.
+
+    Dividing by it rounds nothing.
+    """
+    largest = x.abs().max().to(torch.promote_types(x.dtype, torch.float32))
+    power = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 1)
+    return torch.where(largest > 0, power, 1.0)
 
 
 def _cholesky(gram, ridge, columns):

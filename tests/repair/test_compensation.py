@@ -421,6 +421,42 @@ def test_dual_form_is_the_same_solution(monkeypatch):
     torch.testing.assert_close(weights[0], weights[1])
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+@pytest.mark.parametrize("kind", ["normal equations", "dual", "predictions"])
+def test_the_size_of_a_layers_inputs_changes_no_repair(size, kind, monkeypatch):
+    """Their squares are beyond the range of single precision."""
+    torch.manual_seed(0)
+    body = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(3)
+    model = randomised(nn.Sequential(*body, nn.Flatten(), nn.Linear(72, 5)))
+    monkeypatch.setattr(regression, "LARGEST_MATRIX", 50 if kind == "dual" else 6144)
+    x, answers = images(1)[0][0], []
+    for factor in (1.0, size):
+        with torch.no_grad():
+            model[1].weight *= factor
+            model[1].bias *= factor
+            model[5].weight /= factor
+        smaller, kept = cut(model, {"0": [1, 5]})
+        compensate(model, smaller, images(), kept, progress=False, to_predictions=kind == "predictions")
+        answers.append(logits(smaller, [(x, None)]))
+    torch.testing.assert_close(answers[1], answers[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_fit_that_fails_with_all_images_is_not_reported_as_one(monkeypatch):
+    """The matrix of all rows may not be positive definite where that of the rows that chose the ridge was."""
+    torch.manual_seed(0)
+    model = randomised(NETWORKS["plain"]())
+    smaller, kept = cut(model, {"0": [1]})
+    before, factorise = copy.deepcopy(smaller), RidgeSolver.factorise
+
+    def failing(solver, ridge):
+        return factorise(solver, ridge) | (solver.rows == 50 * 81)
+
+    monkeypatch.setattr(RidgeSolver, "factorise", failing)
+    fit = compensate(model, smaller, images(), kept, progress=False, to_predictions=False).layers[0]
+    assert fit.name == "2" and fit.rows == 50 * 81 and torch.equal(smaller[2].weight, before[2].weight)
+    assert fit.ridge is None and fit.error_after == fit.error_before
+
+
 class Oddities(nn.Module):
     def __init__(self):
         super().__init__()
