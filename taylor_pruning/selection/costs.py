@@ -70,11 +70,7 @@ class CostModel(Costs):
     def slopes(self):
         sizes = self.alive[self.rows]
         others = sizes.prod(1, keepdim=True) / sizes.clamp_min(1)
-        slopes = torch.zeros_like(self.alive).index_add_(
-            0, self.rows.flatten(), (self.scale[:, None] * others).flatten()
-        )
-        slopes[0] = 0
-        return slopes
+        return torch.zeros_like(self.alive).index_add_(0, self.rows.flatten(), (self.scale[:, None] * others).flatten())
 
 
 class LatencyCosts(Costs):
