@@ -1,5 +1,6 @@
 """A budget of time: what is timed, what is predicted of a cut network, and the file of measured times."""
 
+import dataclasses
 import itertools
 import json
 
@@ -111,6 +112,15 @@ def test_what_a_unit_saves_is_the_slope(graph, counted, images):
         saved, before = costs.savings()[unit].item(), costs.total()
         costs.remove(unit)
         assert before - costs.total() == pytest.approx(saved, rel=0.35)  # a unit shrinks both sides of some layers
+
+
+def test_elements_of_outputs_count_in_what_a_unit_saves(graph, counted, images):
+    latency = dataclasses.replace(measure_latency(graph, images[:1]), scale=0.0, each=0.5)
+    for unit in (0, len(graph.units) - 1):
+        costs = LatencyCosts(graph, latency)
+        saved, before = costs.savings()[unit].item(), costs.total()
+        costs.remove(unit)
+        assert before - costs.total() == pytest.approx(saved) and saved > 0
 
 
 def test_steps_and_noise_in_measured_times_are_smoothed(images):

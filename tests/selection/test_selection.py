@@ -13,6 +13,7 @@ from taylor_pruning.errors import InputError, OutOfReachError
 from taylor_pruning.scoring.flow import weigh
 from taylor_pruning.scoring.layer_costs import removal_costs
 from taylor_pruning.scoring.taylor import Directions, class_basis
+from taylor_pruning.selection import greedy
 from taylor_pruning.selection.constraints import Constraints, Ledger, Selection
 from taylor_pruning.selection.costs import CostModel
 from taylor_pruning.selection.greedy import select_by_score, select_jointly, select_uniformly
@@ -33,6 +34,15 @@ def test_greedy_takes_account_of_what_is_chosen(graph, directions):
     shift = c[:, [0, 1]].sum(1)
     assert directions.loss_change_at(shift) == pytest.approx(0, abs=1e-12)
     assert directions.loss_change_at(c[:, [0, 2]].sum(1)) > 0.01
+
+
+def test_a_joint_choice_is_rounded_by_what_each_unit_would_cost_next(graph, directions, monkeypatch):
+    seen = []
+    monkeypatch.setattr(greedy, "round_widths", lambda selection, scores: seen.append(scores.clone()))
+    chosen = select_jointly(Selection(graph, 30, Constraints(layer_bound=math.inf)), directions, 3)
+    others = [unit for unit in range(len(graph.units)) if unit not in chosen]
+    costs = [directions.loss_change_at(directions.coordinates[:, [*chosen, u]].sum(1)) for u in others]
+    assert torch.corrcoef(torch.stack([torch.tensor(costs), seen[0][others].float()]))[0, 1] > 0.9
 
 
 @pytest.mark.parametrize("order", [2, 3])
