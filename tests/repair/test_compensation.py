@@ -285,6 +285,21 @@ def test_statistics_of_some_images_do_not_depend_on_the_batches(monkeypatch):
     torch.testing.assert_close(*found, rtol=1e-8, atol=1e-10)
 
 
+def test_statistics_of_some_images_are_of_images_from_all_of_the_batches(monkeypatch):
+    """Images may follow each other by class."""
+    monkeypatch.setattr(paired_runs, "STATISTICS_ROWS", 81 * 20)
+    torch.manual_seed(0)
+    model = randomised(Residual()).double()
+    smaller, kept = cut(model, {"conv1": [1]})
+    x = images(100, dtype=torch.float64)[0][0].repeat(4, 1, 1, 1)[:100] * torch.linspace(0.1, 2, 100).view(-1, 1, 1, 1)
+    seen = []
+    compensate(model, smaller, [(part, None) for part in x.split(30)], kept, progress=False)
+    smaller.bn2.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    logits(smaller, [(x, None)])
+    wanted = seen[0].var((0, 2, 3))
+    assert ((smaller.bn2.running_var - wanted).abs() < 0.4 * wanted).all()
+
+
 @pytest.mark.parametrize("shared", ["running_mean", "weight"])
 def test_a_batchnorm_that_shares_tensors_is_left_as_it_is(shared):
     """One scale or one mean cannot fit the inputs of two layers."""
@@ -340,6 +355,65 @@ def test_sum_is_matched(monkeypatch):
     dense, by_sum, by_branch = (torch.cat(found) for found in sums)
     dense = dense[:, kept["conv4"]]
     assert (by_sum - dense).norm() < (by_branch - dense).norm()
+
+
+class Stream(nn.Module):
+    """Two layers with a BatchNorm, each added to a stream."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.conv1, self.conv2 = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+        self.bn1, self.bn2, self.head = nn.BatchNorm2d(8), nn.BatchNorm2d(8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        x = torch.relu(self.bn1(self.conv1(x)) + x)
+        return self.head((self.bn2(self.conv2(x)) + x).mean((2, 3)))
+
+
+def test_errors_of_the_stream_are_divided_by_the_scale_of_the_batchnorm(monkeypatch):
+    """Only a channel that all but vanishes behind it is left out; and errors count by that scale when a ridge is chosen."""
+    monkeypatch.setattr(regression, "RIDGES", (1e-3,))
+    torch.manual_seed(0)
+    model = randomised(Stream()).double()
+    model.bn2.weight.data[3] = 1e-4
+    cut_once, kept = cut(model, {"stem": [1, 5], "conv1": [1, 5], "conv2": [1, 5]})
+    smaller, batches = copy.deepcopy(cut_once), images(40, dtype=torch.float64)
+    fit = next(f for f in compensate(model, smaller, batches, kept, progress=False).layers if f.name == "conv2")
+    seen = {}
+    for name, network in (("dense", model), ("present", smaller)):
+        network.conv2.register_forward_hook(lambda m, args, y, name=name: seen.update({name: (args[0], y)}))
+        logits(network, [(torch.cat([x for x, _ in batches]), None)])
+    (dense_stream, dense), (stream, _) = seen["dense"], seen["present"]
+    some, norm, conv = kept["conv2"], cut_once.bn2, cut_once.conv2
+    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+    divisor = torch.where(torch.tensor([i == 3 for i in some]), torch.inf, scale).view(-1, 1, 1)
+    target = dense[:, some] + (dense_stream[:, some] - stream) / divisor
+    rows = stream.movedim(1, -1).flatten(0, 2)
+    left, target = ((t.movedim(1, -1).flatten(0, 2)) for t in (target - conv(stream), target))
+    centred = rows - rows.mean(0)
+    gram = centred.T @ centred
+    ridge = 1e-3 * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+    change = torch.linalg.solve(gram + ridge, centred.T @ left)
+    torch.testing.assert_close((smaller.conv2.weight - conv.weight).flatten(1), change.T)
+
+    held_out = (torch.randperm(40, generator=torch.Generator().manual_seed(0)) < 8).repeat_interleave(81)
+    left, target = (scale * part[held_out] for part in (left, target))
+    spread = (target - target.mean(0)).square().sum()
+    assert fit.matches == "sum" and fit.error_before == pytest.approx((left.square().sum() / spread).sqrt().item())
+
+
+def test_drawn_positions_do_not_depend_on_the_batches(monkeypatch):
+    monkeypatch.setattr(regression, "ENOUGH_ROWS", 1)
+    torch.manual_seed(0)
+    model, found = randomised(NETWORKS["pointwise"]()).double(), []
+    x = torch.cat([part for part, _ in images(60, dtype=torch.float64)])
+    for size in (60, 7):
+        smaller, kept = cut(model, {"0": [1, 5]})
+        report = compensate(model, smaller, [(part, None) for part in x.split(size)], kept, progress=False)
+        assert report.layers[0].rows == 60
+        found.append(smaller[2].weight)
+    torch.testing.assert_close(*found)
 
 
 def test_repairs_and_says_so(network):
@@ -615,11 +689,13 @@ class Windows(nn.Module):
 
 def test_all_windows_of_an_image_are_fitted_and_held_out_with_it(monkeypatch):
     torch.manual_seed(0)
-    model, kinds = randomised(Windows()).double(), []
+    model, kinds, found = randomised(Windows()).double(), [], []
     keep = regression.LayerRegression._keep
 
     def kept_rows(fit, rows, wanted, is_held_out):
         kinds.append((fit.layer.name, is_held_out, rows.x.shape[1]))
+        if fit.layer.name == "conv2" and is_held_out:
+            found.append(rows.x[0])
         keep(fit, rows, wanted, is_held_out)
 
     monkeypatch.setattr(regression.LayerRegression, "_keep", kept_rows)
@@ -629,6 +705,12 @@ def test_all_windows_of_an_image_are_fitted_and_held_out_with_it(monkeypatch):
     fit = next(fit for fit in report.layers if fit.name == "conv2")
     assert fit.rows == 30 * 9 * 9  # images, windows, positions
     assert sum(rows for name, is_held_out, rows in kinds if name == "conv2" and is_held_out) == 6 * 9 * 9
+    held_out = torch.randperm(30, generator=torch.Generator().manual_seed(0)) < 6
+    with torch.no_grad():
+        windows = [smaller.conv1(part.view(-1, 3, 3, 3, 3, 3).permute(0, 2, 4, 1, 3, 5).reshape(-1, 3, 3, 3)).relu()
+                   for part, _ in batches]  # fmt: skip
+    rows = torch.cat(windows).unflatten(0, (30, 9))[held_out].movedim(2, -1).reshape(-1, 6)
+    torch.testing.assert_close(*(part.sort(0)[0] for part in (rows, torch.cat(found))))
 
 
 class Reads(nn.Module):

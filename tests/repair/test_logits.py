@@ -140,6 +140,25 @@ def test_the_largest_ridge_within_one_standard_error_is_taken(monkeypatch):
     assert ridges[0.0] < ridges[0.05] < ridges[10.0] == logits.RIDGES[0]
 
 
+def test_no_ridge_is_taken_that_leads_away_from_the_dense_network(monkeypatch):
+    """Though it lies within one standard error of the best."""
+    torch.manual_seed(0)
+    model, found = Classifier(True).double().eval(), iter([(1.0, 0.0), (2.0, 5.0), (0.5, 5.0), (0.6, 5.0)])
+    monkeypatch.setattr(Logits, "divergence", lambda *args: next(found))
+    monkeypatch.setattr(logits.LogitsRegression, "_reached_by_squares", lambda *args: (math.inf, 0.0))
+    _, report = repaired(model, torch.randn(60, 3, 3, 3, dtype=torch.double), 16)
+    assert report.layers[-1].ridge == logits.RIDGES[1]
+
+
+@pytest.mark.parametrize("error, matches", [(0.0, "layer"), (10.0, "predictions")])
+def test_least_squares_stay_only_where_they_come_clearly_closer(error, matches, monkeypatch):
+    torch.manual_seed(0)
+    model = Classifier(True).double().eval()
+    model.head.weight.data *= 10
+    monkeypatch.setattr(logits.LogitsRegression, "_reached_by_squares", lambda *args: (0.0, error))
+    assert repaired(model, torch.randn(300, 3, 3, 3, dtype=torch.double), 16)[1].layers[-1].matches == matches
+
+
 def test_half_precision():
     torch.manual_seed(0)
     model = Classifier(True).to(torch.bfloat16).eval()

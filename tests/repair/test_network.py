@@ -170,3 +170,22 @@ def test_no_held_out_sample_judges_in_two_processes(compensated, monkeypatch):
         shares.append(network._Samples(dense, Classification(), fitted, held_out, 0).judge(smaller, LOSSES))
     assert min(map(len, shares)) == 0  # fewer batches than processes
     assert torch.equal(torch.cat(shares).sort()[0], whole.sort()[0])
+
+
+def test_what_is_wanted_of_mirrored_images_is_the_answer_to_them(compensated):
+    dense, _, batches = compensated
+    samples = network._Samples(dense, Classification(), batches[:2], batches[2:3], 0)
+    for _ in range(4):
+        batch, wanted = samples.draw()
+        with torch.no_grad():
+            torch.testing.assert_close(dense(batch[0]), wanted)
+    drawn = torch.cat([samples.draw()[0][0] for _ in range(20)])
+    known = torch.cat([x for x, _ in batches[:2]])
+    share = torch.tensor([any(torch.equal(x, y) for y in known) for x in drawn]).double().mean()
+    assert 0.3 < share < 0.7  # the others are mirrored
+
+
+def test_rates_rise_within_a_tenth_of_the_steps_and_fall_to_nothing():
+    rates = [network._rate_factor(step, 100) for step in range(1, 101)]
+    assert rates.index(max(rates)) == 9 and rates[0] == pytest.approx(0.1) and rates[-1] < 1e-3
+    assert rates[50] == pytest.approx(0.5)
