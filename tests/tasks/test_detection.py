@@ -12,7 +12,7 @@ from torchvision.models.detection.ssd import SSD
 from EnhancedPruning import EnhancedPruning, InputError, PruningSettings, load_pruned, save_pruned
 from taylor_pruning.repair.network import repair_network
 from taylor_pruning.surgery.parts import PartsGraph, parts_of
-from taylor_pruning.tasks.detection import Detection
+from taylor_pruning.tasks.detection import Detection, _objectness
 from taylor_pruning.tasks.task import flatten
 from taylor_pruning.training.fine_tuning import Recipe
 
@@ -215,3 +215,11 @@ def test_modules_that_cannot_be_pruned_are_refused_by_name(modules, message):
 def test_batches_that_are_no_detection_are_refused(change, message):
     with pytest.raises(InputError, match=message):
         Detection().read(change(*batch(2)), "the first batch")
+
+
+def test_the_background_is_no_object():
+    """Class 0 of a head with a softmax; a head of independent classes has none."""
+    logits = torch.tensor([[[2.0, 1.0, 0.0], [0.0, 5.0, 3.0]]])
+    softmax, independent = (_objectness({"logits": logits, "softmax": kind}) for kind in (True, False))
+    torch.testing.assert_close(softmax, 1 - logits.softmax(2)[..., 0])
+    torch.testing.assert_close(independent, logits.amax(2).sigmoid())

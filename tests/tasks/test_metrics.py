@@ -22,6 +22,10 @@ def test_f1_is_the_mean_over_labels_that_occur_or_are_said():
     """Label 0: 1 right of 2 said and 1 true; label 1: never said of 2 true; label 2: neither said nor true."""
     outputs = torch.tensor([[3.0, -1.0, -1.0], [2.0, -2.0, -1.0]])
     labels = torch.tensor([[1, 1, 0], [0, 1, 0]])
+    said_in_vain = metrics(
+        MultiLabel(), torch.cat([outputs, torch.ones(2, 1)], 1), torch.cat([labels, 0 * labels[:, :1]], 1)
+    )
+    assert said_in_vain["f1"] == pytest.approx(100 * (2 / 3 + 0 + 0) / 3)
     found = metrics(MultiLabel(), outputs, labels)
     assert found["f1"] == pytest.approx(100 * (2 / 3 + 0) / 2) and found["images"] == 2
     wrong = torch.tensor([[0.0486, 1.3133, 0.3133], [2.1269, 2.1269, 0.3133]])  # -log of the probability of every label
@@ -36,6 +40,29 @@ def test_miou_leaves_unlabelled_pixels_and_absent_classes_out():
     found = metrics(Segmentation(), outputs, labels)
     assert found["miou"] == pytest.approx(100 * (2 / 3 + 2 / 3) / 2)
     assert found["pixel_accuracy"] == pytest.approx(80)
+
+
+def test_the_loss_of_an_image_is_the_mean_over_its_labelled_pixels():
+    generator = torch.Generator().manual_seed(0)
+    outputs, labels = torch.randn(3, 4, 2, 5, generator=generator), torch.randint(4, (3, 2, 5), generator=generator)
+    labels[0, 0, :3], labels[1] = 255, 255
+    at = outputs.log_softmax(1).gather(1, labels.clamp_max(3)[:, None])[:, 0]
+    wanted = [
+        -image[known].mean() if known.any() else torch.tensor(0.0)
+        for image, known in zip(at, labels != 255, strict=True)
+    ]
+    loss = Segmentation(aux_weight=0.3).loss(outputs, (None, labels))
+    torch.testing.assert_close(loss, torch.stack(wanted))
+    both = Segmentation(aux_weight=0.3).loss({"out": outputs, "aux": outputs.flip(1)}, (None, labels))
+    torch.testing.assert_close(both, loss + 0.3 * Segmentation().loss(outputs.flip(1), (None, labels)))
+
+
+def test_classes_that_occur_or_are_said_count_however_rare():
+    """Class 0: 2 of 3 in the union; class 1: 1 pixel, found; class 2: said once, in vain."""
+    said, labels = torch.tensor([[[0, 0, 2, 1]]]), torch.tensor([[[0, 0, 0, 1]]])
+    outputs = 10 * torch.nn.functional.one_hot(said, 4).movedim(3, 1).float()
+    task = Segmentation()
+    assert task.metrics(task.statistics(outputs, (None, labels)))["miou"] == pytest.approx(100 * (2 / 3 + 1 + 0) / 3)
 
 
 def test_mae_is_in_the_units_of_the_targets_whatever_the_scale():

@@ -56,3 +56,12 @@ def test_parameters_without_elements_play_no_part():
     model.none.grad, model.weight.grad = torch.empty(0), torch.ones(2, 2)
     FilterClipping(model, 1e-3).clip()
     assert (model.weight.grad < 1).all() and not model.none.grad.numel()
+
+
+def test_a_parameter_without_a_gradient_counts_among_the_weights():
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    model.weight.grad = torch.ones(2, 3)
+    FilterClipping(model, 0.1).clip()
+    filters = torch.cat([model.weight, model.bias[:, None]], 1).detach()
+    torch.testing.assert_close(model.weight.grad.norm(dim=1), 0.1 * filters.norm(dim=1))

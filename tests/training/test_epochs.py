@@ -90,3 +90,19 @@ def test_a_late_read_names_the_bad_batch(read_every):
     with pytest.raises(InputError, match=rf"training: epoch 1, batch {bad} holds label 3, but the model has 3 outputs"):
         fine_tune(model, train, val, Recipe(epochs=1, lr=0.05), progress=False)
     assert states_equal(model, start)
+
+
+def test_the_training_loss_is_the_mean_over_the_images():
+    torch.manual_seed(0)
+    model, x, y = torch.nn.Linear(4, 3), torch.randn(11, 4), torch.arange(11) % 3
+    wanted = torch.nn.functional.cross_entropy(model(x), y).item()
+    loader = [(x[:8], y[:8]), (x[8:], y[8:])]
+    history = fine_tune(model, loader, loader, Recipe(epochs=1, lr=1e-9), progress=False)
+    assert history.epochs[1]["train_loss"] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_batches_that_are_left_over_are_a_step_of_the_schedule():
+    model = torch.nn.Linear(4, 3)
+    recipe = Recipe(epochs=2, accumulate=2)
+    training = epochs.Training(model, recipe, None, batches=3)
+    assert training.steps_per_epoch == 2 and training.steps.total == 4

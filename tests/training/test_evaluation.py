@@ -10,7 +10,8 @@ from torch import nn
 from toys import Fixed, ListLoader, toy_data, toy_loaders, toy_model
 
 from taylor_pruning.errors import InputError
-from taylor_pruning.training.evaluation import evaluate, reestimate_batchnorm
+from taylor_pruning.tasks.dense import Regression
+from taylor_pruning.training.evaluation import evaluate, mean_loss, reestimate_batchnorm
 
 
 @pytest.mark.parametrize("classes", [3, 7])
@@ -25,6 +26,13 @@ def test_evaluate_equals_brute_force(classes):
     assert accuracy.top5 == pytest.approx(100 * sum(r < min(5, classes) for r in ranks) / 23)
     assert accuracy.loss == pytest.approx(F.cross_entropy(logits.double(), labels).item())
     assert model.training
+
+
+def test_the_mean_loss_of_a_task_weighs_batches_by_their_samples():
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(4, 3), torch.randn(11, 4), torch.randn(11, 3)
+    batches = [(x[:8], y[:8]), (x[8:], y[8:])]
+    assert mean_loss(Regression(), model, batches) == pytest.approx((model(x) - y).square().mean().item())
 
 
 def test_evaluate_uses_eval_mode_and_restores_every_mode():

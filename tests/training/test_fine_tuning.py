@@ -96,6 +96,15 @@ def test_train_steps_leaves_random_generators_and_modes_alone():
     assert states_equal(*models) and not states_equal(models[0], toy_model())
 
 
+def test_trainings_of_different_rounds_have_other_dropout():
+    data, models = list(toy_loaders()[0]), []  # the same images in every epoch
+    for round_index in (0, 0, 1):
+        models.append(toy_model())
+        options = {"loss_before": 1.1, "round_index": round_index, "progress": False}
+        train_steps(models[-1], data, Recipe(lr=0.05), 2, **options)
+    assert states_equal(*models[:2]) and not states_equal(*models[1:])
+
+
 def test_train_steps_gives_the_weights_back_where_training_diverges():
     model = Poisoned(toy_model(), step=2, factor=math.nan)
     with pytest.raises(TrainingDiverged, match="epoch 1, step 2 of 6"):
