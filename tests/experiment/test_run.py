@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from taylor_pruning.experiment.arguments import parse
 from taylor_pruning.experiment.command import DEVICES, ExperimentTask
@@ -58,3 +59,18 @@ def test_ctrl_c_pressed_twice_says_how_to_go_on_once(tmp_path, capsys, monkeypat
     finally:
         signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().err == "interrupted\ngo on\n"
+
+
+def test_a_bar_that_is_interrupted_as_it_is_made_leaves_no_traceback(tmp_path, monkeypatch):
+    """Python deletes an object without attributes then, and tells `sys.unraisablehook` what that raises."""
+    command, said = parse(ExperimentTask, "", ["--output-dir", str(tmp_path / "run")]), []
+    monkeypatch.setattr(sys, "unraisablehook", said.append)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    def run(*_):
+        monkeypatch.setattr(tqdm, "_get_free_pos", interrupted)
+        tqdm(range(3))
+
+    assert run_guarded(command, run) == 130 and not said

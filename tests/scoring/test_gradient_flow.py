@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ from torch import nn
 from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
 
-from GradientFlowAnalyzer import GradientFlowAnalyzer, GradientFlowReport, collect_flow
+from GradientFlowAnalyzer import GradientFlowAnalyzer, GradientFlowReport, _shrinkage, _trend_findings, collect_flow
 from taylor_pruning.errors import InputError
 from taylor_pruning.scoring.flow import WEIGHT_FLOOR, relative_flow, unit_gradient_norms, weigh
 from taylor_pruning.surgery.graph import ChannelGraph
@@ -446,3 +447,11 @@ def test_weigh_keeps_units_of_large_weight_whatever_the_sign():
         assert more[0] > less[0] > 0 and less[1] < more[1] < 0
         assert more[2] == 0 and more[3].isnan()
     assert torch.equal(weigh(scores[:3], torch.ones(3)), scores[:3])
+
+
+@pytest.mark.parametrize("sign, kind", [(1, "vanishing"), (-1, "exploding")])
+def test_a_trend_names_the_layers_that_are_far_off_the_median(sign, kind):
+    norms = [10.0 ** (sign * power) for power in (-8, -6, -4, -2, 0)]
+    passing = [(SimpleNamespace(name=name), norm) for name, norm in zip("abcde", norms, strict=True)]
+    (line,) = _trend_findings(passing, _shrinkage(passing))
+    assert line == f"{kind} gradient: x {10.0 ** (-2 * sign):.2g} per layer towards the input, most in a, b"
