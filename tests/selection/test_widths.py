@@ -73,6 +73,14 @@ def test_a_layer_may_lose_the_filter_that_the_bound_ends_in(graph):
     assert Selection(graph, 40, Constraints()).room == {"0": 3, "2": 17}  # 1.03 x 40 % are 2.5 and 16.5
 
 
+@pytest.mark.parametrize("missing, fits", [(4.0, 0), (5.0, 40), (21.0, 40), (23.0, 46)])
+def test_a_unit_fits_where_it_leads_closer_to_the_budget(graph, monkeypatch, missing, fits):
+    """Units save 44 parameters or 9."""
+    selection = Selection(graph, 40, Constraints("params"))
+    monkeypatch.setattr(selection, "missing", lambda: missing)
+    assert selection.fitting().sum() == fits
+
+
 def test_a_bound_that_yields_opens_no_chosen_unit_again(graph):
     """The lowest scores were taken while it held."""
     selection = Selection(graph, 50, Constraints(layer_bound=math.inf, min_share=0.9))
