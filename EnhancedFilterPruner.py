@@ -75,7 +75,7 @@ class EnhancedFilterPruner:
 
     Attributes:
         graph: the model's ChannelGraph.
-        curvature_path, curvature_reason: "exact" or "hvp", and why, of scores without compensation; see `curvature_report`.
+        curvature_path, curvature_reason: scoring.curvature.choose_curvature of it, for scores without compensation.
         chosen: selection.chosen.Chosen, what the last plan is made of; None before the first.
 
     Raises:

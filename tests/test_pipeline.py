@@ -136,7 +136,7 @@ def test_the_pruned_stage_is_the_plan_without_any_repair(plain_network, images, 
         assert result.stages[2]["loss"] != pytest.approx(loss)
 
 
-@pytest.mark.parametrize(("curvature", "orders"), [("auto", {"1", "2"}), ("exact", {"1", "2", "3"})])
+@pytest.mark.parametrize(("curvature", "orders"), [("hvp", {"1", "2"}), ("auto", {"1", "2", "3"})])
 def test_the_oracle_judges_the_orders_that_the_network_has(images, labels, tmp_path, curvature, orders):
     """PyTorch's third derivative of LayerNorm is wrong; class directions do not need it."""
     torch.manual_seed(0)
@@ -158,7 +158,9 @@ def test_results_hold_the_ranking_that_selected_from_one_pass(
     silu_network, images, labels, order, compensated, monkeypatch
 ):
     loader = make_loader(torch.utils.data.TensorDataset(images, labels), 6)
-    settings = PruningSettings(rounds=1, compensate=compensated, selection="independent", layer_bound=math.inf)
+    settings = PruningSettings(
+        rounds=1, compensate=compensated, selection="independent", curvature="hvp", layer_bound=math.inf
+    )
     pruning = EnhancedPruning(silu_network, loader, loader, settings=settings, progress=False)
     passes = interrupted_at(monkeypatch, EnhancedFilterPruner, "rank", None)
     probed = interrupted_at(monkeypatch, EnhancedFilterPruner_module, "probe_derivatives", None)
@@ -223,7 +225,7 @@ def test_the_seed_reaches_every_random_draw(silu_network, images, labels, monkey
     spy(EnhancedFilterPruner_module, "collect_behind_repair")
     spy(EnhancedFilterPruner_module, "probe_derivatives")
     for compensated in (True, False):
-        settings = PruningSettings(rounds=1, compensate=compensated, seed=7)
+        settings = PruningSettings(rounds=1, compensate=compensated, curvature="hvp", seed=7)
         pruning = EnhancedPruning(silu_network, loader, loader, settings=settings, progress=False)
         pruning.prune(30, 2)
         pruning.prune_by_baseline("random", 30)

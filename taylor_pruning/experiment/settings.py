@@ -32,9 +32,9 @@ class PruningSettings(Constraints):
         rounds: number of score-and-prune rounds in which the percentage is reached.
         selection: "joint" or "auto": greedy, given the filters already chosen (selection.greedy); "independent": by single
             scores.
-        curvature: without `compensate`, "exact": second and third derivatives from class directions (along residual streams the
-            Gauss-Newton part); "hvp": from random probes (scoring.probes); "auto": exact where the network is piecewise linear.
-            With it, directions of the outputs give them in any network.
+        curvature: without `compensate`, "exact": second and third derivatives from class directions (the Gauss-Newton part
+            along residual streams, and in networks that are not piecewise linear); "hvp": from random probes (scoring.probes);
+            "auto": exact for a classifier. With `compensate`, directions of the outputs give them in any network.
         class_probes: class directions of every sample; at most classes - 1 are used. None: 12, but one random direction at
             order 2 with `compensate`, whose time is better spent on more images. Order 1 then takes one in any case. With
             `compensate`, tasks other than classification take random directions of the outputs, 4 where this is None.
@@ -89,8 +89,9 @@ class PruningSettings(Constraints):
     curvature: str = option(
         "auto",
         "second and third derivatives without --compensate: exact, from directions of the logits; hvp, from Hessian-vector "
-        "products; auto: exact where the network is piecewise linear",
-        "hvp suits networks with SiLU, GELU or sigmoids. With --compensate, directions of the outputs suit all networks.",
+        "products; auto: exact for a classifier",
+        "With SiLU, GELU or sigmoids exact is the Gauss-Newton part; hvp has all of the curvature, but is noisy and slow. "
+        "With --compensate, directions of the outputs suit all networks.",
         choices=CURVATURES,
         needs=("--no-compensate or --oracle-samples",),
     )

@@ -19,13 +19,17 @@ BY_DIRECTIONS = (
 
 
 def choose_curvature(graph: ChannelGraph, curvature: str, task: Task | None = None) -> tuple[str, str]:
-    """How second and third derivatives are computed without compensation, "exact" or "hvp", and why (see PruningSettings)."""
-    smooth = ", ".join(graph.smooth_operations)
-    if curvature != "auto":
-        return curvature, "as asked"
-    if not is_classification(task or Classification()):
+    """How second and third derivatives are computed without compensation, and why (see PruningSettings).
+
+    "exact", by class directions; "gauss-newton", by them in a network that is not piecewise linear; or "hvp".
+    """
+    if curvature == "hvp":
+        return "hvp", "as asked"
+    if curvature == "auto" and not is_classification(task or Classification()):
         return "hvp", "the loss is not cross-entropy"
-    return ("hvp", f"the network has {smooth}") if smooth else ("exact", "the network is piecewise linear")
+    if graph.smooth_operations:
+        return "gauss-newton", f"the network has {', '.join(graph.smooth_operations)}"
+    return "exact", "the network is piecewise linear"
 
 
 def curvature_report(collected: Collected, order: int, path: str, reason: str) -> dict:
@@ -37,7 +41,7 @@ def curvature_report(collected: Collected, order: int, path: str, reason: str) -
 
     Returns:
         {"path": "exact", by class directions; "directions", where random directions of the outputs stand for some or all of the
-        curvature; "hvp"; or None at order 1,
+        curvature; "gauss-newton", by either of them without that of the network; "hvp"; or None at order 1,
         "reason": text,
         "sampled": share of the curvature for which random directions stand (scoring.taylor.class_basis), None of "hvp",
         "h_error": mean standard error, over the images and random draws, of second derivatives that are sampled or behind
@@ -48,9 +52,9 @@ def curvature_report(collected: Collected, order: int, path: str, reason: str) -
     directions, behind_repair, error = collected.directions, collected.behind_repair, None
     if behind_repair:
         path, reason = ("directions", BY_DIRECTIONS) if directions is None else ("exact", BEHIND_REPAIR)
-    if path == "exact":
+    if path in ("exact", "gauss-newton"):
         sampled = directions.sampled_curvature
-        path = "directions" if sampled > 0 else path
+        path = "directions" if sampled > 0 and path == "exact" else path
         if sampled > 0 or behind_repair:
             error = mean_and_error(directions.moments(order=2)[1].double())[1]
     else:

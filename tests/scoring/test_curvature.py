@@ -6,6 +6,15 @@ from EnhancedFilterPruner import EnhancedFilterPruner
 from run_single_experiment import curvature_line
 
 
+def test_a_smooth_network_has_the_gauss_newton_part(silu_network, images, batches):
+    """From four class directions, or from some of them and a random one."""
+    for probes, sampled in ((None, 0), (2, 0.5)):
+        pruner = EnhancedFilterPruner(silu_network, images, class_probes=probes, progress=False)
+        report = pruner.rank(batches).curvature_report()
+        assert report["path"] == "gauss-newton" and report["sampled"] == pytest.approx(sampled, abs=0.3)
+        assert "silu" in report["reason"] and ("random directions" in curvature_line(report)) == (sampled > 0)
+
+
 @pytest.mark.parametrize(
     ("order", "compensated", "fields", "path", "sampled"),
     [
