@@ -29,8 +29,8 @@ def test_an_experiment_says_gain_cost_and_files(stages, tmp_path):
         "  48 % fewer multiply-accumulates an image (24.5 M -> 12.8 M)",
         "  10 % more time for one image on this machine (3.20 -> 3.52 ms)",  # said as it is
         "Cost, on 2,000 validation images:",
-        "  top-1 95.2 % -> 94.6 % (-0.6 points); one standard error is 0.5 points",
-        "  95.2 % dense, 71.0 % after the cut, 93.9 % after the repair, 94.6 % after",
+        "  top-1 95.20 % -> 94.60 % (-0.60 points); one standard error is 0.5 points",
+        "  95.20 % dense, 71.00 % after the cut, 93.90 % after the repair, 94.60 % after",
         "  fine-tuning",
         f"Files in {tmp_path}:",
         "  pruned_model.onnx  the same for onnxruntime",
@@ -39,16 +39,21 @@ def test_an_experiment_says_gain_cost_and_files(stages, tmp_path):
 
 
 def test_nearly_all_is_not_all_and_nearly_nothing_has_no_sign(stages, tmp_path):
-    stages[-1].update(parameters=1_500, top1=95.16)
+    stages[-1].update(parameters=1_500, top1=95.196)
     text = experiment_closing({"stages": stages, "layers": {}}, tmp_path)
     assert "99.72 % fewer parameters (539 k -> 1.5 k)" in text
-    assert "top-1 95.2 % -> 95.2 % (+0.0 points)" in text
+    assert "top-1 95.20 % -> 95.20 % (+0.00 points)" in text
+
+
+def test_what_one_image_of_2000_changes_is_said(stages, tmp_path):
+    stages[-1].update(top1=95.15)
+    assert "top-1 95.20 % -> 95.15 % (-0.05 points)" in experiment_closing({"stages": stages, "layers": {}}, tmp_path)
 
 
 def test_images_that_are_all_right_give_no_error(stages, tmp_path):
     stages[-1].update(top1=100.0, images=24)
     text = experiment_closing({"stages": stages, "layers": {}}, tmp_path)
-    assert "(+4.8 points); too few images to tell by how much" in text and "0.0 points" not in text
+    assert "(+4.80 points); too few images to tell by how much" in text and "0.0 points" not in text
 
 
 def test_a_budget_of_time_names_the_predicted_and_the_measured_time(stages, tmp_path):
@@ -96,7 +101,7 @@ def test_a_sweep_names_the_best_of_every_percentage(stages, tmp_path):
         {"status": "failed", "percentage": 50.0, "method": "order 2"},
     ]
     text = sweep_closing({"cells": cells}, tmp_path)
-    assert text.startswith("30 %, best by order 2: top-1 95.2 % -> 94.6 % (-0.6 points); 52 % fewer")
+    assert text.startswith("30 %, best by order 2: top-1 95.20 % -> 94.60 % (-0.60 points); 52 % fewer")
     assert "agnitude" not in text and "50 %," not in text
     assert all(len(line) <= 80 for line in text.splitlines()[:-1])
 
@@ -135,4 +140,4 @@ def test_a_sweep_of_several_seeds_names_the_best_mean(stages, tmp_path):
         for method, found in [("order 1", lucky), ("order 1", unlucky), ("lamp", stages), ("lamp", lucky)]
     ]
     text = sweep_closing({"cells": cells}, tmp_path)
-    assert text.startswith("30 %, best by LAMP, mean of 2 seeds: top-1 95.2 % -> 94.8 % (-0.4 points)")
+    assert text.startswith("30 %, best by LAMP, mean of 2 seeds: top-1 95.20 % -> 94.80 % (-0.40 points)")
