@@ -220,6 +220,19 @@ def _check_same_network(model: nn.Module, content: dict, complaint: str):
         raise InputError(f"{complaint}: {first_names(wrong)}; give the name or factory that it was built with")
 
 
+def _is_of_a_cut(name: str, fresh, saved) -> bool:
+    """Whether a value in the file takes the place of what a new network has; of private ones only what a cut can have made.
+
+    What a run leaves under private names goes with tensors that no file has, as the size for which a grid was made; a cut
+    makes numbers smaller.
+    """
+    if not any(part.startswith("_") for part in name.split(".")):
+        return True
+    before, after = (value if type(value) in (list, tuple) else [value] for value in (fresh, saved))
+    alike = type(fresh) is type(saved) and len(before) == len(after)
+    return alike and all(type(b) is int and 0 < a <= b for b, a in zip(before, after, strict=True))
+
+
 def _changes_settings(model: nn.Module, content: dict) -> bool:
     """Whether dictionaries or settings of the network say other numbers than the file."""
     return any(
@@ -237,7 +250,8 @@ def _restore(model: nn.Module, content: dict):
         for attribute, value in values.items():
             if attribute in places:
                 held, name = places[attribute]
-                held[name] = value
+                if _is_of_a_cut(attribute, held[name], value):
+                    held[name] = value
     slots, shared = _slots(model), {}
     for key, tensor in (content["state_dict"] | content["buffers"]).items():
         module, attribute = slots[key]

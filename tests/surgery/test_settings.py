@@ -1,5 +1,6 @@
 """Numbers of channels that modules keep in dictionaries and settings follow a cut, and those of which tensors are made anew."""
 
+import copy
 import types
 from dataclasses import dataclass, field
 
@@ -160,6 +161,29 @@ def test_what_a_run_leaves_in_settings_and_under_private_names_is_no_part_of_the
     loaded = load_pruned(tmp_path / "small.pt", factory=build)
     assert loaded.block.settings == {"dim": smaller.block.a.out_channels} and not hasattr(loaded.block, "_calls")
     torch.testing.assert_close(loaded(images()), smaller(images()))
+
+
+@pytest.mark.parametrize("fresh", [{"_made": False}, {"_made": 0}, {"_made": [0, 0]}, {"_made": {"size": 0}}])
+def test_a_file_does_not_say_that_a_new_network_has_run(fresh, tmp_path):
+    """The grid that goes with a private flag or size is in no file."""
+
+    def on_grid(s, x):
+        size = x.shape[-1]
+        made = {bool: True, int: size, list: [size, size], dict: {"size": size}}[type(fresh["_made"])]
+        if s._made != made:
+            s._made, s.grid = made, torch.ones(size).to(x)
+        return s.b(s.a(x).view(x.shape[0], s._width, -1).view_as(x) * s.grid)
+
+    def build():
+        return around(Block(on_grid, grid=None, _width=C, **copy.deepcopy(fresh)))
+
+    graph = ChannelGraph(build(), images(1))
+    smaller = graph.remove(graph.units[::3])
+    expected = smaller(images())
+    save_pruned(tmp_path / "small.pt", smaller)
+    loaded = load_pruned(tmp_path / "small.pt", factory=build)
+    assert loaded.block._width == loaded.block.a.out_channels < C and loaded.block._made == fresh["_made"]
+    torch.testing.assert_close(loaded(images()), expected)
 
 
 def test_an_object_that_copies_share_stays_as_it_is():
