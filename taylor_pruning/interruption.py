@@ -2,31 +2,38 @@
 
 with ended_by_ctrl_c():
     import torch
+
+Other programs that import the runners, as a notebook or a test does, keep their own way with Ctrl-C.
 """
 
 import atexit
 import contextlib
+import multiprocessing
 import os
 import signal
+import sys
 import threading
+from pathlib import Path
 
+COMMANDS = ("run_single_experiment", "run_enhanced_pruning", "prune-experiment", "prune-sweep")  # what users start
 INTERRUPTED = 128 + signal.SIGINT  # exit code, as shells have it
 START_AGAIN = "start again with the same arguments"
 
 
 @contextlib.contextmanager
 def ended_by_ctrl_c():
-    """Within the block, Ctrl-C ends the process at once, with the exit code INTERRUPTED. It must not be writing anything.
+    """Within the block, Ctrl-C ends a command at once, with the exit code INTERRUPTED. It must not be writing anything.
 
     Some imports catch the exception that Python raises. Where the caller handles Ctrl-C in another way, that is kept.
     """
 
     def end(*_):
         with contextlib.suppress(OSError):  # standard error is closed, or its reader has gone
-            os.write(2, f"interrupted; {START_AGAIN}\n".encode())
+            if multiprocessing.parent_process() is None:  # workers that import the command anew say nothing
+                os.write(2, f"interrupted; {START_AGAIN}\n".encode())
         os._exit(INTERRUPTED)
 
-    with _handled_by(end):
+    with _handled_by(end) if _is_command() else contextlib.nullcontext():
         yield
 
 
@@ -38,8 +45,8 @@ def without_ctrl_c():
 
 
 def silent_at_exit():
-    """From when Python ends the process, Ctrl-C kills it without a word: what there is to say has been said."""
-    if _is_pythons():
+    """From when Python ends a command, Ctrl-C kills it without a word: what there is to say has been said."""
+    if _is_command() and _is_pythons():
         atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)
 
 
@@ -51,8 +58,13 @@ def _handled_by(handler):
     try:
         yield
     finally:
-        if ours:
+        if ours and signal.getsignal(signal.SIGINT) is handler:  # nobody has set another one meanwhile
             signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _is_command() -> bool:
+    """Whether the process is one of COMMANDS, however it was started, and no other program that imports it."""
+    return Path(sys.argv[0]).stem in COMMANDS
 
 
 def _is_pythons() -> bool:
