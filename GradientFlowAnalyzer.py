@@ -13,9 +13,9 @@
     dead filters: 1 of 8 in 4 (5)
 
 The flow of unit u on sample n is the L2 norm of the gradient of that sample's loss with respect to the unit's channels
-a at its gates (after the last affine operation, before the activation function unless that is a smooth one):
+a after the last affine operation, before the activation function:
 
-    F[n, u] = sqrt( sum over gated channels c of u and positions x of (d loss_n / d a[n, c, x])^2 )
+    F[n, u] = sqrt( sum over channels c of u and positions x of (d loss_n / d a[n, c, x])^2 )
 
 All figures derive from F [N, units], which `collect_flow` or the ranking of a network collects. Scores and
 selection do not use them; scoring.flow derives optional weights of scores from F.
@@ -80,7 +80,7 @@ def collect_flow(model: nn.Module, graph: ChannelGraph, batches: Iterable) -> Te
 
         with frozen(model):
             batch, where = (images, labels), f"batch {number} of {name}"
-            logits = gated_outputs(graph, task, batch, gates, where, on_gate=record)
+            logits = gated_outputs(graph, task, batch, gates, where, on_activation=record)
         loss = task.loss(logits, batch).sum()
         flows.append(unit_gradient_norms(loss, gated, *gates.shape, retain_graph=False).cpu())
     return torch.cat(flows)
@@ -97,7 +97,7 @@ def _signal_to_noise(values):
 class LayerFlow:
     """Flow of one layer, over those of its filters that belong to a unit. None where there is nothing to measure.
 
-    A unit gated in several places (residual stream) counts with F / sqrt(number of its gated channels).
+    A unit gated in several places (residual stream) counts with F / sqrt(number of its channels).
 
     Attributes:
         name: layer. filters: how many it has. measured: how many of them belong to a unit.
@@ -207,10 +207,10 @@ class GradientFlowReport:
 
 def _layer_flows(graph, flow):
     """A LayerFlow for every layer of the graph, without ratios."""
-    gated_channels = torch.zeros(len(graph.units))
-    for site in graph.sites:
-        gated_channels += torch.bincount(site.units[site.units >= 0].cpu(), minlength=len(graph.units))
-    flow = flow / gated_channels.clamp_min(1).sqrt()
+    channels = torch.zeros(len(graph.units))
+    for site in graph.activations:
+        channels += torch.bincount(site.units[site.units >= 0].cpu(), minlength=len(graph.units))
+    flow = flow / channels.clamp_min(1).sqrt()
     first, layers = {}, []
     for name, info in graph.layers.items():
         units = info.unit_of[info.removable].unique()

@@ -112,8 +112,8 @@ def _collect(graph, wanted, estimates, fisher, batch, where, first):
             gated.append((site, get_gradient_edge(output)))
 
     outputs = None if part is None else part.outputs()
-    on_gate = record if wanted.flow else None
-    logits = gated_outputs(graph, Classification(), batch, gates, where, on_gate, estimates, outputs, once=True)
+    on_activation = record if wanted.flow else None
+    logits = gated_outputs(graph, Classification(), batch, gates, where, on_activation, estimates, outputs, once=True)
     fixed, signs = logits.detach(), random_signs(wanted.seed, first, *logits.shape)
     if wanted.curvature:
         vector = random_directions(fixed, signs)

@@ -1,9 +1,9 @@
 """Gradient flow of every unit of one batch, and the weights that it gives to scores.
 
 The flow of unit u on sample n is the L2 norm of the gradient of that sample's loss with respect to the unit's channels
-a at its gates (after the last affine operation, before the activation function unless that is a smooth one):
+a after the last affine operation, before the activation function:
 
-    F[n, u] = sqrt( sum over gated channels c of u and positions x of (d loss_n / d a[n, c, x])^2 )
+    F[n, u] = sqrt( sum over channels c of u and positions x of (d loss_n / d a[n, c, x])^2 )
 """
 
 from collections.abc import Sequence
@@ -27,8 +27,8 @@ def unit_gradient_norms(
 
     Args:
         loss: scalar, the sum over the batch of the samples' losses (so that samples do not mix; eval mode).
-        gated: list of (GateSite, activation) as `ChannelGraph.gated(..., on_gate=...)` gives them. An activation is its
-            `torch.autograd.graph.get_gradient_edge`, taken inside `on_gate`, or the tensor itself where nothing
+        gated: list of (GateSite, activation) as `ChannelGraph.gated(..., on_activation=...)` gives them. An activation is its
+            `torch.autograd.graph.get_gradient_edge`, taken inside `on_activation`, or the tensor itself where nothing
             overwrites it.
         units: number of units.
         retain_graph: keep the graph for further backward passes.

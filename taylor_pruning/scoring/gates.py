@@ -26,7 +26,7 @@ def gated_outputs(
     batch,
     gates: Tensor,
     where: str,
-    on_gate: Callable | None = None,
+    on_activation: Callable | None = None,
     estimates: Mapping | None = None,
     outputs: Mapping | None = None,
     once: bool = False,
@@ -34,12 +34,12 @@ def gated_outputs(
     """The task's outputs under the gates, in the dtype of the gates; logits [B, K] of a classifier.
 
     Args:
-        where: what error messages call the batch. on_gate, estimates, outputs, once: see ChannelGraph.gated.
+        where: what error messages call the batch. on_activation, estimates, outputs, once: see ChannelGraph.gated.
 
     Raises:
         InputError: inputs or outputs are not finite, labels out of range, or no gradient leads from the outputs to a gate.
     """
-    with torch.enable_grad(), graph.gated(gates, on_gate, estimates, outputs, once):
+    with torch.enable_grad(), graph.gated(gates, on_activation, estimates, outputs, once):
         found = task.forward(graph.model, batch)
     return checked_outputs(found, task, batch, gates, where)
 

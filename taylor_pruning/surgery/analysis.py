@@ -30,13 +30,14 @@ class Analysis:
         ids: ChannelIds. layers: Layers. ways: as given.
         places: {training mode: [(node, ids along the channels, their dimension, batch dimension, blocks)]} where gates are
             needed; see surgery.units.GateSite for blocks.
+        activations: the same of what the activation functions read, where gates stand behind them.
         blocks: {training mode: {node: blocks}} of the nodes of places and readers that have several rows a sample.
         nonlinear: names of operations that are not piecewise linear.
     """
 
     def __init__(self, model, traces, examples, ways):
         self.model, self.traces, self.examples, self.ways = model, traces, examples, ways
-        self.ids, self.places, self.blocks = ChannelIds(), {}, {}
+        self.ids, self.places, self.activations, self.blocks = ChannelIds(), {}, {}, {}
         self._rows = {mode: {} for mode in traces}  # {node: blocks, None where rows do not follow each other by sample}
         for mode, trace in traces.items():
             found, layers = self._propagated(trace)
@@ -70,20 +71,31 @@ class Analysis:
         needed, in_order = self._needed(mode, found, layers)
         while found.move_gates(filter(stuck, needed)):
             needed, in_order = self._needed(mode, found, layers)
-        if moved := set(found.gate_behind_curves()):
-            needed, in_order = self._needed(mode, found, layers)
-            for node in filter(stuck, moved.intersection(needed)):
+        self.activations[mode] = [
+            self._place(mode, *at, in_order) for at in self._channels(found, needed) if not stuck(at[0])
+        ]
+        moved = set(found.gate_behind_curves())
+        needed, in_order = self._needed(mode, found, layers)
+        while left := [node for node in moved.intersection(needed) if stuck(node)]:
+            for node in left:
                 found.leave_ungated(node)
             needed, in_order = self._needed(mode, found, layers)
         self.blocks[mode] = in_order
-        for node in needed:
-            for layer in found.infos[node].value.layers:
-                if what := self._no_gate(mode, node, layer, in_order):
-                    self.ids.protect(layer, f"the channels of {node.name} ({node.meta.get('module')}) {what}")
-                    continue
-                (dim,) = varying(layer)
-                along = layer[tuple(slice(None) if d == dim else 0 for d in range(layer.dim()))]
-                yield node, along, dim, self._batch_dim(mode, node, in_order), in_order.get(node, 1)
+        for node, layer in self._channels(found, needed):
+            if what := self._no_gate(mode, node, layer, in_order):
+                self.ids.protect(layer, f"the channels of {node.name} ({node.meta.get('module')}) {what}")
+            else:
+                yield self._place(mode, node, layer, in_order)
+
+    @staticmethod
+    def _channels(found, nodes):
+        """(node, layer) of all layers of ids that the results of the nodes have."""
+        return [(node, layer) for node in nodes for layer in found.infos[node].value.layers]
+
+    def _place(self, mode, node, layer, in_order):
+        (dim,) = varying(layer)
+        along = layer[tuple(slice(None) if d == dim else 0 for d in range(layer.dim()))]
+        return node, along, dim, self._batch_dim(mode, node, in_order), in_order.get(node, 1)
 
     def _needed(self, mode, found, layers):
         """The nodes that need gates, and {node: blocks} of those and of what readers read that have several rows a sample."""

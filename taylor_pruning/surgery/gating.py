@@ -8,39 +8,44 @@ import torch.nn.functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
 
-def gated_run(sites, readers, gates, on_gate=None, estimates=None, outputs=None, once=False):
+def gated_run(sites, readers, gates, watched=(), estimates=None, outputs=None, once=False):
     """`change`, `read` and `calls` of `Execution.run` that multiply every unit's channels by its gate.
 
     Args:
         sites: `GateSite`s of the graph that runs. readers: `Reader`s of the network.
+        watched: [(node, function)], called with the node's result, gated where it is, of which gradients can be taken.
         gates and all others: see `ChannelGraph.gated`.
     """
     open_gates = torch.cat([gates, gates.new_ones(*gates.shape[:-1], 1)], -1)  # index -1: no gate
-    outputs, of_node = outputs or {}, defaultdict(list)
+    outputs, of_node, watchers = outputs or {}, defaultdict(list), defaultdict(list)
     for site in sites:
         of_node[site.node].append(site)
+    for node, function in watched:
+        watchers[node].append(function)
     calls = {}
-    if once and on_gate is None:
+    if once and not watched:
         calls = {
             node: _gated_norm(open_gates, own[0])
             for node, own in of_node.items()
             if node.target is F.batch_norm and len(own) == 1 and node not in outputs
         }
     change = {
-        node: _changed(open_gates, own, outputs.get(node), on_gate)
-        for node, own in of_node.items()
+        node: _changed(open_gates, of_node[node], outputs.get(node), watchers[node])
+        for node in {**of_node, **watchers}
         if node not in calls
     }
     return {**outputs, **change}, _estimated(open_gates, readers, estimates or {}), calls
 
 
-def _changed(open_gates, sites, first, on_gate):
+def _changed(open_gates, sites, first, watchers):
     def change(output):
         output = output if first is None else first(output)
         for site in sites:
             output = _gate(open_gates, site, output)
-            if on_gate is not None:
-                on_gate(site, output)
+        if watchers and not output.requires_grad:  # no gate is before it
+            output = output * output.new_ones(()).requires_grad_()
+        for watch in watchers:
+            watch(output)
         return output
 
     return change

@@ -4,6 +4,7 @@ import copy
 from collections import OrderedDict
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -53,6 +54,7 @@ class ChannelGraph:
             `prune_heads` of every linear one), in order of execution.
             Depthwise convs have no entry: their filters go with the channels that they read.
         sites: tuple of `GateSite`. Closing the gates of units there gives the output of removing them.
+        activations: the same of what activation functions read, also where gates stand behind them.
         readers: tuple of `Reader`s. Depthwise and transposed convs, functional ones and layers without units are none.
         tensors: {(parameter or buffer name, dim): [length] unit index or -1}, every tensor dimension that can shrink.
         products: [(multiply-accumulates of one sample, [[n] unit index or -1 along each of their dimensions])] of every
@@ -116,13 +118,19 @@ class ChannelGraph:
         self.units, self.layers, self.tensors = numbering.units, numbering.layers, numbering.tensors
         self._followed = numbering.widths, numbering.settings, analysis.ids.norms, numbering.places
         self.products = [(n, [numbering.unit_of_id[ids] for ids in dims]) for n, dims in analysis.layers.products]
-        places = analysis.places.items()
-        self.gate_sites = {mode: gate_sites(of_mode, numbering.unit_of_id) for mode, of_mode in places}
+        self.gate_sites, self.activation_sites = (
+            {mode: gate_sites(of_mode, numbering.unit_of_id) for mode, of_mode in places.items()}
+            for places in (analysis.places, analysis.activations)
+        )
         self.readers = tuple(readers_of(analysis.layers, self.tensors, analysis.blocks[False]))
 
     @property
     def sites(self):
         return self.gate_sites[False]
+
+    @property
+    def activations(self):
+        return self.activation_sites[False]
 
     @property
     def written(self):
@@ -184,7 +192,7 @@ class ChannelGraph:
         }
 
     @contextmanager
-    def gated(self, gates, on_gate=None, estimates=None, outputs=None, once=False):
+    def gated(self, gates, on_activation=None, estimates=None, outputs=None, once=False):
         """While open, forwards of the model run its graph, in which every unit's channels are multiplied by its gate.
 
         Where the forward differs in training mode, the graph is that of the mode in which the model is. What it writes to
@@ -192,7 +200,8 @@ class ChannelGraph:
 
         Args:
             gates: [units] or [batch, units] tensor, one value a unit (and sample).
-            on_gate: called as on_gate(site, output) with every gated activation.
+            on_activation: called as on_activation(site, output) with what is gated, or, where that is a result of a smooth
+                function, with what the function reads.
             estimates: {layer name: scoring.estimates.ChannelEstimate}; there the layer reads, in place of a channel whose
                 gate is closed, what its other channels say of it.
             outputs: {node: function}, called with the node's result before any gate; its result takes the place.
@@ -200,8 +209,9 @@ class ChannelGraph:
                 time and memory.
         """
         check_gates(gates, len(self.units))
-        sites = self.gate_sites[self._mode()]
-        with self.executed(*gated_run(sites, self.readers, gates, on_gate, estimates, outputs, once)):
+        sites, seen = self.gate_sites[self._mode()], self.activation_sites[self._mode()]
+        watched = [] if on_activation is None else [(site.node, partial(on_activation, site)) for site in seen]
+        with self.executed(*gated_run(sites, self.readers, gates, watched, estimates, outputs, once)):
             yield self
 
     def _mode(self):

@@ -115,7 +115,7 @@ class PartsGraph:
         return {_joined(name, layer): w for name, part in parts for layer, w in part.filter_weights().items()}
 
     @contextmanager
-    def gated(self, gates, on_gate=None, estimates=None, outputs=None, once=False):
+    def gated(self, gates, on_activation=None, estimates=None, outputs=None, once=False):
         """As of ChannelGraph: while open, forwards of the whole network multiply the units' channels by their gates."""
         check_gates(gates, len(self.units))
         with ExitStack() as stack:
@@ -125,7 +125,7 @@ class PartsGraph:
                     if estimate := (estimates or {}).get(_joined(name, reader.layer)):
                         own[reader.layer] = copy.copy(estimate)
                         own[reader.layer].reader = reader
-                seen = None if on_gate is None else _shifting(on_gate, offset)
+                seen = None if on_activation is None else _shifting(on_activation, offset)
                 some = gates[..., offset : offset + len(part.units)]
                 stack.enter_context(part.gated(some, seen, own, outputs, once))
             yield self
@@ -208,7 +208,7 @@ def _joined(part, name):
     return f"{part}.{name}" if name else part
 
 
-def _shifting(on_gate, offset):
-    return lambda site, output: on_gate(
+def _shifting(on_activation, offset):
+    return lambda site, output: on_activation(
         replace(site, units=torch.where(site.units >= 0, site.units + offset, site.units)), output
     )

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from GradientFlowAnalyzer import GradientFlowAnalyzer, GradientFlowReport, _shrinkage, _trend_findings, collect_flow
 from taylor_pruning.errors import InputError
+from taylor_pruning.scoring.collecting import Wanted, collect_directions
 from taylor_pruning.scoring.flow import WEIGHT_FLOOR, relative_flow, unit_gradient_norms, weigh
 from taylor_pruning.surgery.graph import ChannelGraph
 
@@ -154,7 +155,7 @@ def test_overwritten_activation_is_refused(chain):
     images, labels = batches(1, 2, dtype=torch.float64)[0]
     graph = ChannelGraph(chain, images[:1])
     gates, gated = torch.ones(2, len(graph.units), dtype=torch.float64, requires_grad=True), []
-    with graph.gated(gates, on_gate=lambda site, output: gated.append((site, output))):
+    with graph.gated(gates, on_activation=lambda site, output: gated.append((site, output))):
         loss = F.cross_entropy(chain(images), labels, reduction="sum")
     with pytest.raises(ValueError, match="get_gradient_edge"):
         unit_gradient_norms(loss, gated, len(images), len(graph.units))
@@ -170,7 +171,7 @@ def test_tensors_and_edges_agree_where_nothing_is_in_place():
         edges.append((site, get_gradient_edge(output)))
 
     gates = torch.ones(len(graph.units), dtype=torch.float64, requires_grad=True)
-    with graph.gated(gates, on_gate=record):
+    with graph.gated(gates, on_activation=record):
         loss = F.cross_entropy(model(images), labels, reduction="sum")
     flow = unit_gradient_norms(loss, tensors, len(images), len(graph.units))
     torch.testing.assert_close(unit_gradient_norms(loss, edges, len(images), len(graph.units)), flow)
@@ -455,3 +456,43 @@ def test_a_trend_names_the_layers_that_are_far_off_the_median(sign, kind):
     passing = [(SimpleNamespace(name=name), norm) for name, norm in zip("abcde", norms, strict=True)]
     (line,) = _trend_findings(passing, _shrinkage(passing))
     assert line == f"{kind} gradient: x {10.0 ** (-2 * sign):.2g} per layer towards the input, most in a, b"
+
+
+class Gated(nn.Module):
+    """x * sigmoid(x), and a SiLU in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 5, 3), nn.Linear(5, 3)
+
+    def parts(self, x):
+        first = self.first(x)
+        second = self.second(first * first.sigmoid())
+        return self.head(F.silu(second.clone(), inplace=True).mean((2, 3))), [(first, 0), (second, 6)]
+
+    def forward(self, x):
+        return self.parts(x)[0]
+
+
+@pytest.mark.parametrize("once", [True, False])
+def test_flow_is_that_before_smooth_functions(once):
+    torch.manual_seed(0)
+    model, data = Gated().double().eval(), batches(1, 4, dtype=torch.float64)
+    graph = ChannelGraph(model, data[0][0][:1])
+    assert [site.node.name.partition("_")[0] for site in graph.sites] == ["mul", "silu"]
+    if once:
+        flow = collect_directions(model, graph, data, Wanted(4, flow=True), progress=False).flow
+    else:
+        flow = collect_flow(model, graph, data)
+    torch.testing.assert_close(flow, brute_force_flow(Gated.parts, model, *data[0]))
+
+
+@pytest.mark.parametrize("function", [nn.Tanh, nn.SiLU, nn.GELU])
+def test_filters_whose_smooth_function_is_saturated_are_dead(function):
+    torch.manual_seed(0)
+    layers = [layer for width in (3, 8) for layer in (nn.Conv2d(width, 8, 3), function())]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)).eval()
+    with torch.no_grad():
+        model[2].bias[5] = -60
+    (found,) = GradientFlowAnalyzer(model, torch.randn(1, 3, 9, 9)).analyze(batches(2, 20)).findings
+    assert found == "dead filters: 1 of 8 in 2 (5)"

@@ -36,7 +36,22 @@ def test_along_a_gate_results_of_smooth_functions_go_to_zero_on_a_straight_line(
     graph = ChannelGraph(model, x)
     found = [site.node.name.rstrip("_0123456789") for site in graph.sites]
     assert found[: len(places)] == places and found[len(places) :] in (["conv2d"], [])
+    read = [site.node.name.rstrip("_0123456789") for site in graph.activations]
+    assert read[0] == ("add" if places == ["add"] else "batch_norm")
     smaller, gates = graph.remove(graph.units[:2]), torch.ones(len(graph.units), dtype=torch.float64)
     gates[:2] = 0
     with torch.no_grad(), graph.gated(gates):
         torch.testing.assert_close(model(x), smaller(x))
+
+
+@pytest.mark.parametrize("curves", [1, 2, 3])
+def test_smooth_functions_where_channels_have_no_axis_leave_the_gate_before_them(curves):
+    def along_the_batch(net, x):
+        y = x.transpose(0, 1).flatten(0, 1)
+        for _ in range(curves):
+            y = y.tanh()
+        return y.view(x.shape[1], x.shape[0], *x.shape[2:]).transpose(0, 1)
+
+    graph = ChannelGraph(Net(along_the_batch).double().eval(), torch.randn(2, 3, 6, 6, dtype=torch.float64))
+    assert graph.layers["a"].reason is None
+    assert [site.node.name for site in graph.sites] == ["batch_norm", "conv2d_1"]

@@ -881,10 +881,10 @@ def test_open_gates_change_nothing_and_give_gradients():
     graph = ChannelGraph(model, x[:1])
     gates = torch.ones(len(graph.units), dtype=torch.double, requires_grad=True)
     seen = []
-    with graph.gated(gates, on_gate=lambda site, output: seen.append((site, output.shape))):
+    with graph.gated(gates, on_activation=lambda site, output: seen.append((site, output.shape))):
         logits = model(x)
     assert torch.equal(logits, model(x))
-    assert [site for site, _ in seen] == list(graph.sites)
+    assert [site for site, _ in seen] == list(graph.activations)
     assert all(shape[site.dim] == len(site.units) for site, shape in seen)
     (gradient,) = torch.autograd.grad(logits.square().sum(), gates)
     assert (gradient != 0).double().mean() > 0.8  # some filters are dead behind their ReLU
