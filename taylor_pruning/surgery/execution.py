@@ -136,7 +136,7 @@ class Execution:
         if name in self.trace.held:
             module, attribute = self.trace.held[name]
             now = vars(self.model.get_submodule(module)).get(attribute)
-            tensor = now if isinstance(now, torch.Tensor) else tensor
+            tensor = now if isinstance(now, torch.Tensor) and now.shape == tensor.shape else tensor
         device = next((t.device for t in named.values()), tensor.device)
         if tensor.device != device and tensor.device.type == "cpu" and tensor.dim():
             tensor = constants[name] = tensor.to(device)

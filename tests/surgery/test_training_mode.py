@@ -99,6 +99,32 @@ def test_what_is_computed_for_a_mode_is_that_of_the_mode():
     assert graph.layers["0"].reason == "meets a tensor that is neither parameter nor buffer"
 
 
+class OnGrid(nn.Module):
+    """Computes a grid when its mode is set, and anew for images of another size."""
+
+    def __init__(self):
+        super().__init__()
+        self.train()
+
+    def train(self, mode=True):
+        self.grid = torch.linspace(1, 2 if mode else 3, 6).double()
+        return super().train(mode)
+
+    def forward(self, x):
+        if len(self.grid) != x.shape[-1]:
+            self.grid = torch.linspace(1, 2 if self.training else 3, x.shape[-1]).to(x)
+        return x * self.grid
+
+
+def test_what_the_network_keeps_from_images_of_another_size_is_not_read():
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), OnGrid(), nn.Conv2d(6, 2, 1)).double().eval()
+    x = torch.randn(2, 3, 6, 6, dtype=torch.double)
+    graph, expected = ChannelGraph(model, x[:1]), model(x)
+    model(torch.randn(2, 3, 9, 9, dtype=torch.double))
+    with graph.gated(torch.ones(len(graph.units), dtype=torch.double)):
+        torch.testing.assert_close(model(x), expected)
+
+
 class Indexed(nn.Module):
     """Keeps for evaluation what it computes from a parameter, and drops it in training (LeViT, TinyViT, EfficientFormer)."""
 
