@@ -4,6 +4,7 @@ from collections import defaultdict
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from taylor_pruning.errors import InputError
 from taylor_pruning.held import own_values
@@ -50,7 +51,7 @@ def cut(model, tensors, widths, settings, norms, places, stays):
     for (name, attribute, index), (units, factor) in widths.items():
         _set(smaller.get_submodule(name), attribute, index, int(int(stays[units].sum()) / factor))
     for name in {owner(key) for key in kept}:
-        _refresh(smaller.get_submodule(name), model.get_submodule(name))
+        _refresh(smaller.get_submodule(name))
     modules = dict(smaller.named_modules())
     for name, units in settings.items():
         if name in modules:
@@ -102,8 +103,8 @@ def _stored(module, *names):
     return None
 
 
-def _refresh(module, dense):
-    """Makes attributes that say the shape of a weight agree with it; `dense` is what the module was before the cut."""
+def _refresh(module):
+    """Makes attributes that say the shape of a weight agree with it."""
     weight = _stored(module, "weight")
     if hasattr(module, "input_size") and hasattr(module, "hidden_size"):
         weight = _stored(module, "weight_ih_l0", "weight_ih")
@@ -120,8 +121,8 @@ def _refresh(module, dense):
             module.in_channels, module.out_channels = rows, columns * module.groups
         else:
             module.in_channels, module.out_channels = columns * module.groups, rows
-    elif weight.dim() == 1:  # of a norm that the forward does not call, as where its scale is folded into a kernel
-        _refresh_settings(module, len(weight), len(_stored(dense, "weight")))
+    elif isinstance(module, _NormBase):  # which the forward may not call, as where its scale is folded into a kernel
+        module.num_features = len(weight)
 
 
 def _refresh_settings(module, channels, before):

@@ -724,6 +724,23 @@ def test_a_norm_that_is_not_called_knows_its_channels():
     assert smaller.n.num_features == len(smaller.n.weight) == 4 and graph.model.n.num_features == 6
 
 
+class Scale(nn.Module):
+    """A scale by channel, divided by a number that is of the function and no width."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.num_features = nn.Parameter(torch.rand(6)), 6
+
+    def forward(self, x):
+        return x * self.weight[:, None, None] / self.num_features**0.5
+
+
+def test_a_number_that_enters_the_forward_stays():
+    graph = check_law(randomise(nn.Sequential(nn.Conv2d(3, 6, 3), Scale(), nn.Conv2d(6, 4, 3))).double(), images())
+    assert graph.layers["0"].reason is None
+    assert graph.remove({"0": [0, 4]})[1].num_features == 6
+
+
 def test_weights_keep_their_memory_format():
     model = net(Plain, Depthwise).to(memory_format=torch.channels_last)
     graph = ChannelGraph(model, images(1))
