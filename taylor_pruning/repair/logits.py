@@ -100,9 +100,8 @@ class Logits:
 
     def spread(self):
         """Mean T^2 KL of the dense network's mean prediction from its predictions."""
-        logs = (self.wanted / TEMPERATURE).log_softmax(
-            1
-        )  # the mean of probabilities that underflow would have no logarithm
+        # the mean of probabilities that underflow would have no logarithm
+        logs = (self.wanted / TEMPERATURE).log_softmax(1)
         mean = (logs.logsumexp(0, keepdim=True) - math.log(len(logs))) * TEMPERATURE
         return kl_divergence(mean.expand_as(self.wanted), self.wanted, TEMPERATURE).mean().clamp_min(0).item()
 

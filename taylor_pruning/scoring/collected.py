@@ -35,9 +35,8 @@ class Collected:
     behind_repair: bool
     by_probes: bool
     orders: tuple = (1, 2, 3)
-    _found: dict = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )  # {order: levels and their errors}
+    # {order: levels and their errors}
+    _found: dict = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def provides(self, order: int, flow: bool = False) -> bool:
         """Whether the scores of that order, and the gradient flow if asked for, can be computed."""

@@ -148,9 +148,8 @@ def test_what_a_recurrent_layer_reads_in_packed_samples_stays(kind):
     model, example = Packed(kind).double(), (torch.randn(2, 3, 10).double(), torch.tensor([8, 5]))
     graph = ChannelGraph(model, example)
     assert graph.layers["b"].reason == "passes through _pack_padded_sequence"
-    if (
-        kind is nn.LSTM
-    ):  # every sample counts as one of the largest length; a packed GRU stays one step, which counts nothing
+    # every sample counts as one of the largest length; a packed GRU stays one step, which counts nothing
+    if kind is nn.LSTM:
         of_largest = profile(model, tuple(tensor[:1] for tensor in example))
         assert CostModel(graph, "macs").total() == of_largest["macs"]
     smaller, gates = graph.remove({"a": [1, 4]}), torch.ones(len(graph.units))
