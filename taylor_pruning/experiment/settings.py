@@ -30,8 +30,7 @@ class PruningSettings(Constraints):
 
     Attributes:
         rounds: number of score-and-prune rounds in which the percentage is reached.
-        selection: "joint" or "auto": greedy, given the filters already chosen (selection.greedy); "independent": by single
-            scores.
+        selection: "joint" or "auto": greedy, given those chosen already (selection.greedy); "independent": by single scores.
         curvature: without `compensate`, "exact": second and third derivatives from class directions (the Gauss-Newton part
             along residual streams, and in networks that are not piecewise linear); "hvp": from random probes (scoring.probes);
             "auto": exact for a classifier. With `compensate`, directions of the outputs give them in any network.
@@ -39,9 +38,8 @@ class PruningSettings(Constraints):
             order 2 with `compensate`, whose time is better spent on more images. Order 1 then takes one in any case. With
             `compensate`, tasks other than classification take random directions of the outputs, 4 where this is None.
         hessian_probes: random probes of every sample where the curvature is "hvp", and at order 3 of another task.
-        budget, layer_bound, min_filters, round_to, min_share, latency_batch, latency_table, times: see
-            selection.constraints.Constraints. A `layer_bound` of None is no bound
-            for a joint selection with `compensate`, whose costs compare between layers.
+        budget, layer_bound, min_filters, round_to, min_share, latency_batch, latency_table, times: see Constraints. A
+            `layer_bound` of None is no bound for a joint selection with `compensate`, whose costs compare between layers.
         target_macs, target_params, target_latency: what must be left of the network, as "50%", "150M" or "5ms"
             (selection.targets). One of them takes the place of the budget and of the pruning percentage.
         exclude: patterns (`fnmatch`) of layers whose filters are never removed.
@@ -90,8 +88,7 @@ class PruningSettings(Constraints):
         "auto",
         "second and third derivatives without --compensate: exact, from directions of the logits; hvp, from Hessian-vector "
         "products; auto: exact for a classifier",
-        "With SiLU, GELU or sigmoids exact is the Gauss-Newton part; hvp has all of the curvature, but is noisy and slow. "
-        "With --compensate, directions of the outputs suit all networks.",
+        "With SiLU, GELU or sigmoids exact is the Gauss-Newton part; hvp has all of the curvature, but is noisy and slow.",
         choices=CURVATURES,
         needs=("--no-compensate or --oracle-samples",),
     )
@@ -256,12 +253,11 @@ class PruningSettings(Constraints):
 
         Raises InputError if it is no percentage, or is given beside a target.
         """
-        if self.target and given is not None:
+        if given is None:
+            target = self.target
+            given = target.percentage(cost_model(graph, self.constraints).total()) if target else DEFAULT_PERCENTAGE
+        elif self.target:
             raise InputError("a pruning percentage and a target contradict each other; give one of the two")
-        if self.target:
-            given = self.target.percentage(cost_model(graph, self.constraints).total())
-        elif given is None:
-            given = DEFAULT_PERCENTAGE
         check_percentage(given)
         return python_value(given)
 

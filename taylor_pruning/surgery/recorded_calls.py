@@ -37,6 +37,13 @@ def is_in_place(name, kwargs):
     return ends or name in IN_PLACE or bool(kwargs.get("inplace")) or kwargs.get("out") is not None
 
 
+def is_python(function):
+    """Whether it is one of torch's functions that are written in Python, of other operations."""
+    return getattr(function, "__module__", None) in ("torch.nn.functional", "torch.functional") and hasattr(
+        function, "__code__"
+    )
+
+
 def writes(node):
     """Whether the node changes a tensor that it is given."""
     return node.op in ("call_function", "call_method") and is_in_place(_name(node), node.kwargs)

@@ -22,6 +22,7 @@ from taylor_pruning.surgery.recorded_calls import (
     called_function,
     compiled_from,
     is_in_place,
+    is_python,
     pick,
     set_grad,
     sized_tensor,
@@ -109,7 +110,7 @@ class Recorder(TorchFunctionMode):
                 self.looked = True
                 return func(*args, **kwargs)
             raise Untraceable(f"a decision or a number depends on the values of a tensor ({name})")
-        if self._is_python(func) and bare(name) not in self.rules:
+        if is_python(func) and bare(name) not in self.rules:
             with _inside(), self:
                 return func(*args, **kwargs)
         if name.startswith("_assert"):
@@ -117,12 +118,6 @@ class Recorder(TorchFunctionMode):
         if name in SIZES:
             return self.size(func, name, args, kwargs)
         return self.record(func, name, args, kwargs, tensors)
-
-    @staticmethod
-    def _is_python(func):
-        return getattr(func, "__module__", None) in ("torch.nn.functional", "torch.functional") and hasattr(
-            func, "__code__"
-        )
 
     def size(self, func, name, args, kwargs):
         """A shape is a node, and each of its sizes a Number with a node, made when it is first used."""
