@@ -139,10 +139,12 @@ def _fit_layer(layer, runs, fit, report):
 
 
 def _values(layer, runs, dense_state, state):
-    """The layer's input, its dense output, and the two values of the stream that it is added to (None without one)."""
+    """The layer's input, its dense output, and the two values of the stream that it is added to (None without one).
+
+    Samples come first in all of them.
+    """
     node = runs.plan.order[1][layer.position]
-    x = state[node.all_input_nodes[0].name]
-    target = runs.value(dense_state, 0, layer.position)
-    if layer.stream is None:
-        return x, target, None, None
-    return x, target, runs.value(dense_state, 0, layer.stream), runs.value(state, 1, layer.stream)
+    values = [state[node.all_input_nodes[0].name], runs.value(dense_state, 0, layer.position), None, None]
+    if layer.stream is not None:
+        values[2:] = runs.value(dense_state, 0, layer.stream), runs.value(state, 1, layer.stream)
+    return [None if value is None else value.movedim(layer.sample_dim, 0) for value in values]

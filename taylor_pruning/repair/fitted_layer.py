@@ -23,6 +23,7 @@ class FittedLayer:
     stream: int | None  # position of the other operand of the sum
     gives_logits: bool = False  # whether its output [B, classes] is the network's, and linear
     has_own_bias: bool = False  # a bias that nothing else reads
+    sample_dim: int = 0  # of its input and output, see surgery.units.sample_dim
 
     @property
     def groups(self):

@@ -10,6 +10,7 @@ from taylor_pruning.surgery.execution import Execution, input_dependent
 from taylor_pruning.surgery.layers import layer_name
 from taylor_pruning.surgery.recorded_calls import operation_name, writes
 from taylor_pruning.surgery.recording import record
+from taylor_pruning.surgery.units import sample_dim
 
 CONVS = ("conv1d", "conv2d", "conv3d")
 NEW = set(  # operations whose result shares no memory with what they read
@@ -60,8 +61,9 @@ class RepairPlan:
         name = layer_name(argument(node, "weight", 1).target)
         gives_logits = returned and geometry is None
         is_own = bias is not None and len(bias.users) == 1
+        samples = 0 if geometry else sample_dim(node.meta["shape"], self.networks[1].trace.batch)
         return FittedLayer(
-            name, position, weight, self._tensor(bias), geometry, indices, norm, stream, gives_logits, is_own
+            name, position, weight, self._tensor(bias), geometry, indices, norm, stream, gives_logits, is_own, samples
         )
 
     def _tensor(self, node, k=1):

@@ -175,9 +175,14 @@ def readers_of(layers, tensors, blocks):
         runs = units.unique_consecutive(return_counts=True)[1].tolist()
         several = {n: b for n in nodes if (b := blocks.get(n.all_input_nodes[0], 1)) > 1}
         shapes = {n: n.all_input_nodes[0].meta["shape"] for n in nodes} if linear else {}
-        batch_dims = {n: shape.index(layers.batch) for n, shape in shapes.items() if layers.batch in shape[1:-1]}
+        batch_dims = {n: dim for n, shape in shapes.items() if (dim := sample_dim(shape, layers.batch))}
         positions = math.gcd(*runs) if linear else 1
         yield Reader(layer, groups, units.repeat(groups), positions, linear, tuple(nodes), several, batch_dims)
+
+
+def sample_dim(shape, batch):
+    """The dimension of a linear layer's input or result along which samples follow each other; 1 where tokens come first."""
+    return shape.index(batch) if batch in shape[1:-1] else 0
 
 
 def cost_terms(parameters, tensors, products):

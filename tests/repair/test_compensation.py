@@ -713,6 +713,42 @@ def test_all_windows_of_an_image_are_fitted_and_held_out_with_it(monkeypatch):
     torch.testing.assert_close(*(part.sort(0)[0] for part in (rows, torch.cat(found))))
 
 
+class Tokens(nn.Module):
+    """A block on the positions of a map, with a residual sum; the first dimension is that of the samples or of the tokens."""
+
+    def __init__(self, samples_first):
+        super().__init__()
+        self.order = (0, 2, 1) if samples_first else (2, 0, 1)
+        self.stem, self.head = nn.Conv2d(3, 8, 3, stride=2), nn.Linear(8, 5)
+        self.wide, self.narrow = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x):
+        x = self.stem(x).flatten(2).permute(self.order)
+        x = x + self.narrow(torch.relu(self.wide(x)))
+        return self.head(x.mean(self.order.index(2)))
+
+
+def test_samples_are_held_out_whole_where_tokens_come_first():
+    batches, found = [(torch.randn(9, 3, 9, 9), None), (torch.randn(6, 3, 9, 9), None)], []
+    for samples_first in (True, False):
+        torch.manual_seed(0)
+        model = randomised(Tokens(samples_first)).eval()
+        graph = ChannelGraph(model, batches[0][0][:1], prune_linear=True)
+        plan = graph.plan_of([unit.index for unit in graph.units if unit.filters[0][0] == "wide"][::2])
+        smaller = graph.remove(plan)
+        kept = {
+            name: [i for i in range(len(graph.layers[name].unit_of)) if i not in gone] for name, gone in plan.items()
+        }
+        report = compensate(model, smaller, batches, kept, progress=False)
+        assert "narrow" in [fit.name for fit in report.layers]
+        found.append((smaller, report))
+    (one, first), (other, second) = found
+    for fit, same in zip(first.layers, second.layers, strict=True):
+        assert fit.error_after == pytest.approx(same.error_after, rel=1e-3) and fit.ridge == same.ridge
+    for weight, same in zip(one.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(weight, same, rtol=1e-3, atol=1e-4)
+
+
 class Reads(nn.Module):
     """A residual block whose second branch is a layer that reads something else than the first conv's channels."""
 
