@@ -60,7 +60,7 @@ def one_experiment(folder):
     ]
     for compensated in (False, True):
         repair = "network" if compensated else "none"
-        settings = PruningSettings(rounds=2, repair=repair, seed=rank())
+        settings = PruningSettings(rounds=2, repair=repair, curvature="hvp", seed=rank())
         torch.manual_seed(0)
         network = randomise(plain(nn.SiLU))
         pruning = EnhancedPruning(network, loader, loader, calibration=list(loader), compensation=more, settings=settings,
