@@ -1,6 +1,6 @@
 """Second and third derivatives of a loss along every gate by random probes and Hessian-vector products.
 
-The general path, for networks that are not piecewise linear and for the loss of any task. With the per-sample gate gradient
+For a classifier by request (curvature "hvp"), and for the loss of any other task. With the per-sample gate gradient
 gamma = d loss / dg in R^U, its Hessian H and third derivative tensor T, and a probe z with independent entries,
 
     E[z * (H z)]      = diag H    if E z = 0, E z^2 = 1                  (Hutchinson 1989; Bekas et al. 2007)
@@ -128,7 +128,10 @@ def wrong_third_derivative(graph: ChannelGraph) -> str | None:
 def check_third_derivative(graph: ChannelGraph) -> None:
     """Raises InputError if third derivatives of the network cannot be probed."""
     if reason := wrong_third_derivative(graph):
-        raise InputError(f"order 3 cannot be probed here: {reason}. Use order 1 or 2, or compensate")
+        raise InputError(
+            f"order 3 cannot be probed here: {reason}. Use order 1 or 2; a classifier has order 3 with curvature exact, or "
+            "with compensation"
+        )
 
 
 def twice_differentiable():
