@@ -53,7 +53,7 @@ CRITERIA = [name + widths for name in (*sorted(BASELINES), *PEERS) for widths in
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="folder of the archives and weights")
     parser.add_argument("--scratch", default="/tmp/orders", help="folder for decoded images and rounds")
     parser.add_argument("--networks", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
