@@ -2,7 +2,7 @@
 
     python benchmarks/orders.py --data DIR --device cuda --workers 6 --minutes 4 --output orders.json
     python benchmarks/orders.py --data DIR --networks resnet32 --levels 50 30 15 --no-compensate --output orders.json
-    python benchmarks/orders.py --data DIR --networks mobilenet_v2 --levels 75 50 35 --images 240 --seeds 0 --set rounds=2 \
+    python benchmarks/orders.py --data DIR --networks mobilenet_v2 --levels 75 50 35 --images 240 --seeds 0 --set rounds=2 \\
         --methods "order 1" "order 2" "order 3" lamp magnitude "TP LAMP" "TP Taylor" --output trade-off.json
     python benchmarks/orders.py --output orders.json --minutes 0            # tables and plots of what there is
 
