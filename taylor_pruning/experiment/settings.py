@@ -33,11 +33,11 @@ class PruningSettings(Constraints):
         selection: "joint" or "auto": greedy, given those chosen already (selection.greedy); "independent": by single scores.
         curvature: without `compensate`, "exact": second and third derivatives from class directions (the Gauss-Newton part
             along residual streams, and in networks that are not piecewise linear); "hvp": from random probes (scoring.probes);
-            "auto": exact for a classifier. With `compensate`, directions of the outputs give them in any network.
+            "auto": exact for a classifier, else hvp. With `compensate`, directions of the outputs give them in any network.
         class_probes: class directions of every sample; at most classes - 1 are used. None: 12, but one random direction at
             order 2 with `compensate`, whose time is better spent on more images. Order 1 then takes one in any case. With
             `compensate`, tasks other than classification take random directions of the outputs, 4 where this is None.
-        hessian_probes: random probes of every sample where the curvature is "hvp", and at order 3 of another task.
+        hessian_probes: random probes of every sample where the curvature is "hvp", and at order 3 of other tasks.
         budget, layer_bound, min_filters, round_to, min_share, latency_batch, latency_table, times: see Constraints. A
             `layer_bound` of None is no bound for a joint selection with `compensate`, whose costs compare between layers.
         target_macs, target_params, target_latency: what must be left of the network, as "50%", "150M" or "5ms"
@@ -87,7 +87,7 @@ class PruningSettings(Constraints):
     curvature: str = option(
         "auto",
         "second and third derivatives without --compensate: exact, from directions of the logits; hvp, from Hessian-vector "
-        "products; auto: exact for a classifier",
+        "products; auto: exact for a classifier, hvp for other tasks",
         "With SiLU, GELU or sigmoids exact is the Gauss-Newton part; hvp has all of the curvature, but is noisy and slow.",
         choices=CURVATURES,
         needs=("--no-compensate or --oracle-samples",),
@@ -102,7 +102,7 @@ class PruningSettings(Constraints):
     )
     hessian_probes: int = option(
         8,
-        "random probes for each image with curvature hvp",
+        "random probes for each image with curvature hvp, which other tasks than classification take without repair",
         "More of them reduce the noise and cost time.",
         low=1,
         command_line=False,

@@ -2,7 +2,8 @@
 
 Notation: a sample has logits z in R^K, probabilities p = softmax(z) and label y; unit u has gate g_u = 1 and
 v_u = dz/dg_u. Along one gate of a piecewise linear network the logits are a straight line, so that the derivatives of
-the cross-entropy along the gate are moments of v_u under p (cumulants of the exponential family):
+the cross-entropy along the gate are moments of v_u under p (cumulants of the exponential family). In other networks v_u is the
+slope at g = 1, and h and t are the Gauss-Newton parts:
 
     phi = E_p[v_u] - v_u[y]        h = Var_p[v_u]        t = E_p[(v_u - E_p v_u)^3]
 
