@@ -95,9 +95,8 @@ def compensate(
         raise InputError("compensation: there are no calibration images; give at least one batch")
     plan = RepairPlan(dense, smaller, kept or {}, map_tensors(batches[0][0], lambda tensor: tensor[:1]), recorded)
     report = CompensationReport(left_alone=dict(plan.left_alone))
-    inputs = [[images for images, _ in given] for given in (batches, smaller_batches or batches)]
     held = held_bytes(next(dense.parameters()).device, memory_limit) if activation_budget is None else activation_budget
-    runs = PairedRuns(plan, _fitting(dense, inputs, memory_limit), held)
+    runs = PairedRuns(plan, _fitting(dense, [batches, smaller_batches or batches], memory_limit), held)
     layers = [layer for layer in plan.layers if not only_logits or (to_predictions and layer.gives_logits)]
     for layer in tqdm(layers, desc="compensate", unit="layer", leave=False, disable=not progress):
         regression = LogitsRegression if to_predictions and layer.gives_logits else LayerRegression
@@ -117,8 +116,9 @@ def _check_range(model):
         )
 
 
-def _fitting(dense, inputs, limit):
+def _fitting(dense, batches, limit):
     """The inputs of both networks in batches that fit into memory; those that are no plain tensors stay as they are."""
+    inputs = [[images for images, _ in given] for given in batches]
     if not all(isinstance(batch, Tensor) for given in inputs for batch in given):
         return inputs
     first, device = inputs[0][0], next(dense.parameters()).device
