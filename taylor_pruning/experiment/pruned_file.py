@@ -18,7 +18,7 @@ from taylor_pruning.experiment.weights import PRUNED_FORMAT, first_names, read_t
 from taylor_pruning.files import atomic_file, input_file, output_file
 from taylor_pruning.held import held_tensors, own_values
 from taylor_pruning.options import check_argument
-from taylor_pruning.surgery.copying import structure_of
+from taylor_pruning.surgery.copying import copy_of, structure_of
 from taylor_pruning.surgery.trial_inputs import FORWARD_ERRORS
 from taylor_pruning.surgery.wrappers import check_values, without_wrappers
 
@@ -100,7 +100,7 @@ def load_pruned(
     modules.
 
     Raises InputError for a file that is damaged (the message ends in `remedy`), of another kind or of a newer version, a
-    missing factory, or another network's factory.
+    missing factory, another network's factory, or a network that holds parts of its parameters or buffers as further tensors.
     """
     return load_pruned_and_extra(path, factory, device, remedy=remedy)[0]
 
@@ -143,7 +143,29 @@ def _restored(model: nn.Module, content: dict, path: str | Path) -> nn.Module:
     _check_same_network(model, content, f"{path} is not a pruned form of the network that was built for it")
     if _changes_settings(model, content):  # the factory may give the same ones to other networks
         model = structure_of(model)
-    _restore(model, content)
+    built = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}  # keeps their ids taken
+    return _with_second_names(model, built, _restore(model, content), path)
+
+
+def _with_second_names(model: nn.Module, built: dict, restored: dict, path: str | Path) -> nn.Module:
+    """The network with the restored tensors also where it holds the built ones outside of its modules' slots, as in lists.
+
+    Args:
+        built: {id: parameter or buffer of the network as it was built}. restored: {id: what has its place}.
+
+    Raises InputError where it holds a part of such a tensor: no file says what is left of that.
+    """
+    own = {id(tensor) for tensor in restored.values()}
+    held = {id(tensor): tensor for tensor, _ in held_tensors(model) if id(tensor) not in own}
+    memory = {tensor.untyped_storage()._cdata for tensor in built.values() if tensor.layout is torch.strided}
+    for key, tensor in held.items():
+        if key not in built and tensor.layout is torch.strided and tensor.untyped_storage()._cdata in memory:
+            raise InputError(
+                f"{path} cannot be loaded: the network holds a part of a parameter or buffer, of shape "
+                f"{tuple(tensor.shape)}, outside of its parameters and buffers; make its forward take that part"
+            )
+    if held.keys() & built.keys():
+        return copy_of(model, restored | {id(tensor): tensor for tensor in restored.values()})
     return model
 
 
@@ -243,7 +265,8 @@ def _changes_settings(model: nn.Module, content: dict) -> bool:
     )
 
 
-def _restore(model: nn.Module, content: dict):
+def _restore(model: nn.Module, content: dict) -> dict[int, torch.Tensor]:
+    """Gives the network the file's values; returns {id of a tensor that it had: what has its place}."""
     modules = dict(model.named_modules(remove_duplicate=False))
     for key, values in content["attributes"].items():
         places = own_values(modules[key])
@@ -252,14 +275,18 @@ def _restore(model: nn.Module, content: dict):
                 held, name = places[attribute]
                 if _is_of_a_cut(attribute, held[name], value):
                     held[name] = value
-    slots, shared = _slots(model), {}
+    slots, shared, restored = _slots(model), {}, {}
     for key, tensor in (content["state_dict"] | content["buffers"]).items():
         module, attribute = slots[key]
+        old = getattr(module, attribute)
         if attribute in module._buffers:
             setattr(module, attribute, tensor)
+            restored[id(old)] = tensor
             continue
-        old = getattr(module, attribute)
         trainable = tensor.is_floating_point() and (old is None or old.requires_grad)
         identity = (tensor.data_ptr(), tensor.shape) if tensor.numel() else key  # torch.save keeps shared storages
         parameter = shared.setdefault(identity, nn.Parameter(tensor, requires_grad=trainable))
         setattr(module, attribute, parameter)
+        restored[id(old)] = parameter
+    restored.pop(id(None), None)
+    return restored

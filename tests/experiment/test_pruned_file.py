@@ -11,6 +11,7 @@ from torch.optim.swa_utils import AveragedModel
 from taylor_pruning.errors import InputError
 from taylor_pruning.experiment.models import build_model
 from taylor_pruning.experiment.pruned_file import load_pruned, save_pruned
+from taylor_pruning.surgery.graph import ChannelGraph
 
 
 def test_every_layer_kind_survives_the_file(tmp_path):
@@ -107,6 +108,38 @@ def test_what_no_state_dict_has_comes_from_the_factory(tmp_path):
     model, vectors = Beside().eval(), torch.randn(2, 6)
     save_pruned(tmp_path / "pruned.pt", model)
     assert torch.equal(load_pruned(tmp_path / "pruned.pt", Beside)(vectors), model(vectors))
+
+
+class SecondNames(nn.Module):
+    """A parameter and a buffer that modules hold under names of which no state_dict knows."""
+
+    def __init__(self, part=slice(None)):
+        super().__init__()
+        self.conv, self.next = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 3)
+        self.register_buffer("scale", torch.rand(6))
+        self.register_buffer("shift", torch.rand(4))
+        self.weights, self.again = {"of the next": [self.next.weight]}, self.scale
+        self.shifted = self.shift if part == slice(None) else self.shift[part]
+
+    def forward(self, x):
+        y = self.conv(x).relu() * self.again.view(-1, 1, 1)
+        y = nn.functional.conv2d(y, self.weights["of the next"][0])
+        return y.mean((2, 3)) + self.shifted.sum()
+
+
+def test_second_names_of_parameters_and_buffers_name_those_of_the_file(tmp_path):
+    model, images = SecondNames().eval(), torch.randn(2, 3, 8, 8)
+    smaller = ChannelGraph(model, images).remove({"conv": [1, 4]})
+    save_pruned(tmp_path / "pruned.pt", smaller)
+    loaded = load_pruned(tmp_path / "pruned.pt", SecondNames)
+    assert torch.equal(loaded(images), smaller(images))
+    assert loaded.weights["of the next"][0] is loaded.next.weight and loaded.again is loaded.scale
+
+
+def test_a_held_part_of_a_buffer_is_refused(tmp_path):
+    save_pruned(tmp_path / "pruned.pt", SecondNames(slice(2)))
+    with pytest.raises(InputError, match=r"holds a part of a parameter or buffer, of shape \(2,\)"):
+        load_pruned(tmp_path / "pruned.pt", lambda: SecondNames(slice(2)))
 
 
 def test_a_network_without_values_is_refused(tmp_path):
