@@ -23,6 +23,10 @@ class Net(nn.Module):
     (lambda net, x: F.silu(x), ["silu"]),
     (lambda net, x: F.silu(x, inplace=True), ["silu"]),
     (lambda net, x: x * x.sigmoid(), ["mul"]),
+    (lambda net, x: x / (1 + torch.exp(-x)), ["div"]),
+    (lambda net, x: torch.div(x, 1 + x.abs()), ["div"]),
+    (lambda net, x: x / (x.square().mean((2, 3), keepdim=True) + 1), ["div"]),
+    (lambda net, x: x / x.shape[0], ["batch_norm"]),
     (lambda net, x: F.gelu(F.max_pool2d(x, 2)), ["gelu"]),
     (lambda net, x: x.square().tanh(), ["tanh"]),
     (lambda net, x: F.silu(x + net.b(F.relu(x))), ["batch_norm", "conv2d"]),  # the stream goes on

@@ -160,7 +160,8 @@ KEEP_ZERO_LINEAR = """relu relu6 leaky_relu rrelu dropout dropout1d dropout2d dr
     stochastic_depth data real imag conj resolve_conj resolve_neg hardshrink softshrink _data requires_grad"""
 KEEP_ZERO = """elu selu celu gelu silu mish hardswish tanh tanhshrink softsign square sqrt sin tan asin atan
     sinh expm1 log1p erf nan_to_num feature_alpha_dropout poisson rad2deg deg2rad"""
-CURVED = {*KEEP_ZERO.split(), "pow", "float_power", "mul", "multiply"}  # functions of single elements, often smooth
+# functions of single elements, often smooth
+CURVED = {*KEEP_ZERO.split(), *"pow float_power mul multiply div divide true_divide".split()}
 BREAK_ZERO = """sigmoid hardsigmoid softplus log_sigmoid exp cos rsqrt reciprocal log log2 log10 exp2 erfc cosh bernoulli
     uniform exponential cauchy log_normal geometric fill zero dropout_ angle"""
 
