@@ -127,8 +127,8 @@ class EnhancedFilterPruner:
             self.
 
         Raises:
-            InputError: no images, NaN images or logits, labels outside the logits' range; something that the task does not
-                define, or that needs class logits; gradients are switched off.
+            InputError: no images, NaN images, logits or derivatives, labels outside the logits' range; something that the task
+                does not define, or that needs class logits; gradients are switched off.
         """
         check_gradient_mode("scoring")
         read = functools.partial(read_batches, self.task, self.model)
@@ -162,7 +162,7 @@ class EnhancedFilterPruner:
             portions = Portions(device_of(self.model), limit)
             probed = probe_derivatives(self.model, self.graph, batches, order=order, probes=probes, task=self.task,
                                        portions=portions, **shared)  # fmt: skip
-        self.collected = Collected(directions, probed, bool(compensation), by_probes, orders)
+        self.collected = Collected(directions, probed, bool(compensation), by_probes, orders).checked(self.graph)
         return self
 
     def provides(self, taylor_order: int, use_gradient_flow: bool = False) -> bool:

@@ -11,6 +11,7 @@ from taylor_pruning.errors import InputError
 from taylor_pruning.scoring.probes import ProbedDerivatives, mean_and_error
 from taylor_pruning.scoring.shrinkage import shrunk
 from taylor_pruning.scoring.taylor import Directions, loss_change
+from taylor_pruning.surgery.graph import ChannelGraph
 from taylor_pruning.surgery.units import by_layers
 
 LEAST_INFORMATION = 0.05  # of the largest possible one, see Collected.predictions_are_uninformative
@@ -37,6 +38,23 @@ class Collected:
     orders: tuple = (1, 2, 3)
     # {order: levels and their errors}
     _found: dict = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def checked(self, graph: ChannelGraph) -> "Collected":
+        """These derivatives. Raises InputError, which names layers of the graph, where some are NaN or infinite."""
+        found = [] if self.probed is None else [self.probed.phi, self.probed.h, self.probed.t]
+        if self.directions is not None:
+            coordinates, flow = self.directions.coordinates, self.directions.flow
+            found += [coordinates.isfinite().all(2).all(0), None if flow is None else flow.isfinite().all(0)]
+        finite = [values if values.dtype == torch.bool else values.isfinite() for values in found if values is not None]
+        bad = ~torch.stack([known.cpu() for known in finite]).all(0)
+        if bad.any():
+            units = [unit for unit in graph.units if bad[unit.index]]
+            layers = list(dict.fromkeys(layer for unit in units for layer, _ in unit.filters))
+            raise InputError(
+                f"derivatives along the gates of {len(units)} units are NaN or infinite ({', '.join(layers[:5])}), as those of "
+                "a root, a norm or a quotient at zero are; add a small number there, or take curvature exact or order 1"
+            )
+        return self
 
     def provides(self, order: int, flow: bool = False) -> bool:
         """Whether the scores of that order, and the gradient flow if asked for, can be computed."""

@@ -190,7 +190,7 @@ class Expansion:
             return phi, h, None
         p, centred = self.supported
         v = torch.bmm(centred, c.transpose(1, 2))
-        return phi, h, (v.pow(3) * p[:, :, None]).sum(1)
+        return phi, h, (v.square() * p[:, :, None] * v).sum(1)  # v^3 alone is beyond float32 far earlier
 
 
 @dataclass

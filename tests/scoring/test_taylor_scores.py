@@ -8,6 +8,7 @@ from torch.func import grad
 from torch.nn import functional as F
 
 from EnhancedFilterPruner import EnhancedFilterPruner
+from EnhancedPruning import PruningSettings
 from taylor_pruning.errors import InputError
 from taylor_pruning.scoring.collecting import Wanted, collect_directions
 from taylor_pruning.scoring.taylor import Directions, class_basis, closed_third_order
@@ -293,3 +294,39 @@ def test_the_sampled_share_of_all_batches_is_the_mean_over_the_images(plain_netw
         shares.append(directions.sampled_curvature)
     assert shares[1] != pytest.approx(shares[2], rel=0.01)
     assert shares[0] == pytest.approx((2 * shares[1] + 10 * shares[2]) / 12)
+
+
+class RootOfZero(torch.nn.Module):
+    """The root of a mean square over positions; one filter never fires, so that its root is that of zero."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.conv, self.next, self.head = torch.nn.Conv2d(3, 6, 3), torch.nn.Conv2d(6, 6, 3), torch.nn.Linear(6, 4)
+        self.next.bias.data[2], self.function = -1000, function
+
+    def forward(self, x):
+        return self.head(self.function(self.next(self.function(self.conv(x)))).square().mean((2, 3)).sqrt())
+
+
+@pytest.mark.parametrize("function, settings, order", [
+    (F.gelu, PruningSettings(compensate=False), 1),
+    (F.relu, PruningSettings(compensate=False, curvature="hvp"), 2),
+    (F.relu, PruningSettings(compensate=False, curvature="hvp"), 3),
+])  # fmt: skip
+def test_derivatives_that_are_no_numbers_are_refused(function, settings, order):
+    torch.manual_seed(0)
+    model, images, labels = RootOfZero(function).eval(), torch.randn(4, 3, 8, 8), torch.arange(4)
+    pruner = EnhancedFilterPruner(model, images, order, settings=settings, progress=False)
+    with pytest.raises(InputError, match=r"derivatives along the gates of \d+ units are NaN or infinite \(conv"):
+        pruner.rank([(images, labels)])
+
+
+def test_third_moments_of_huge_logits_are_numbers(images, labels):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 6, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.LazyLinear(4))
+    model.float()(images.float())
+    with torch.no_grad():
+        model[3].weight.mul_(1e15)
+    settings = PruningSettings(compensate=False)
+    pruner = EnhancedFilterPruner(model.eval(), images.float(), 3, settings=settings, progress=False)
+    assert pruner.rank([(images.float(), labels % 4)]).scores().isfinite().all()
