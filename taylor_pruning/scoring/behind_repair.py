@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from taylor_pruning.checks import too_large
+from taylor_pruning.errors import InputError
 from taylor_pruning.memory import Portions
 from taylor_pruning.scoring.collecting import CLASS_PROBES, Wanted, collect_directions
 from taylor_pruning.scoring.estimates import InputMoments, channel_estimates, input_moments
@@ -84,11 +86,12 @@ def collect_behind_repair(
             `third_probes` probes at order 3; flow is not used.
 
     Raises:
-        InputError: see scoring.collecting.collect_directions.
+        InputError: see scoring.collecting.collect_directions; sums of squares overflow at a layer.
     """
     task, device = task_of(task), next(model.parameters()).device
     wanted, orders = wanted_of(order, class_probes, flow=flow, seed=seed)
     moments = input_moments(model, graph, compensation, Portions(device, memory_limit, backward=False), task)
+    _check_range(moments)
     images = sum(map(size, batches))
     fisher = OutputFisher((m.reader for m in moments.values()), images) if joint else None
     parts, first, portions = [], 0, Portions(device, memory_limit)
@@ -106,3 +109,9 @@ def collect_behind_repair(
         return BehindRepair(Directions.join(parts), orders, moments, fisher)
     orders = tuple(range(1, order + 1))
     return BehindRepair(None, orders, moments, fisher, ProbedDerivatives.of_parts(parts))
+
+
+def _check_range(moments):
+    for layer, found in moments.items():
+        if not found.products.isfinite().all():
+            raise InputError(f"scores: {too_large(layer)}")
