@@ -41,12 +41,13 @@ class Collected:
 
     def checked(self, graph: ChannelGraph) -> "Collected":
         """These derivatives. Raises InputError, which names layers of the graph, where some are NaN or infinite."""
-        found = [] if self.probed is None else [self.probed.phi, self.probed.h, self.probed.t]
+        found = []  # of all units along the last dimension
+        if self.probed is not None:
+            found += [self.probed.phi, self.probed.h, self.probed.t]
         if self.directions is not None:
-            coordinates, flow = self.directions.coordinates, self.directions.flow
-            found += [coordinates.isfinite().all(2).all(0), None if flow is None else flow.isfinite().all(0)]
-        finite = [values if values.dtype == torch.bool else values.isfinite() for values in found if values is not None]
-        bad = ~torch.stack([known.cpu() for known in finite]).all(0)
+            found += [self.directions.coordinates.mT, self.directions.flow]
+        known = [torch.atleast_2d(x) for x in found if x is not None]
+        bad = ~torch.stack([x.isfinite().all(tuple(range(x.dim() - 1))).cpu() for x in known]).all(0)
         if bad.any():
             units = [unit for unit in graph.units if bad[unit.index]]
             layers = list(dict.fromkeys(layer for unit in units for layer, _ in unit.filters))
