@@ -135,6 +135,18 @@ def filled_up_in_front(s, x):
     return s.c(y + F.pad(x, (0, 0, 0, 0, y.size(1) - x.size(1), 0)))
 
 
+def filled_up_by_a_number(s, x):
+    """By as many channels of zeros as the module says, behind and on both sides."""
+    y = torch.cat([s.a(x), s.b(x)], 1)
+    return s.c(y + F.pad(x, s.behind) + F.pad(x, (0, 0, 0, 0, s.side, s.side)))
+
+
+def filled_up_as_space_is(s, x):
+    """The same number pads columns, which stay as many."""
+    y = F.pad(torch.cat([s.a(x), s.b(x)], 1), (s.side, s.side))
+    return s.c(y + F.pad(x, (s.side, s.side, 0, 0, s.side, s.side)))
+
+
 def widened(s, x):
     """As many columns more as one has channels more than another."""
     y = torch.cat([s.a(x), s.b(x)], 1)
@@ -171,6 +183,13 @@ BLOCKS = {  # name: (block, removable filters of the stem, of a, of b)
     "accumulated": (Block(accumulated), 8, 8, 8),
     "filled up": (Block(filled_up, c=conv(2 * C, C, 1)), 8, 8, 8),
     "filled up in front": (Block(filled_up_in_front, c=conv(2 * C, C, 1)), 8, 8, 8),
+    "filled up by a number": (
+        Block(filled_up_by_a_number, c=conv(2 * C, C, 1), behind=(0, 0, 0, 0, 0, C), side=C // 2),
+        8,
+        8,
+        8,
+    ),
+    "filled up as space is": (Block(filled_up_as_space_is, c=conv(2 * C, C, 1), side=C // 2), 8, 4, 4),
     "widened": (Block(widened, c=conv(2 * C, C, 1)), 0, 0, 0),
     "filled up by others": (Block(filled_up_by_others), 0, 0, 0),
     "angles": (Block(angles), 8, 8, 8),

@@ -94,7 +94,7 @@ def pad(call):
     ends = [(rank - 1 - i // 2, i % 2 == 0, size) for i, size in enumerate(sizes)]  # (dimension, whether before, size)
     padded = {d for d, _, size in ends if size != 0}
     for d, _, size in ends:
-        if not (is_tracked(size) and size.terms and any(d in varying(layer) for layer in x.layers)):
+        if not (_follows(size) and any(d in varying(layer) for layer in x.layers)):
             call.ids.keep_number(size, f"their number is a padding in {call.where}")
     for layer in x.layers:
         along = [d for d in varying(layer) if d in padded]
@@ -114,14 +114,19 @@ def pad(call):
     return call.result(layers)
 
 
+def _follows(size):
+    """Whether a number of padded channels fills up to another number, or is as many as one attribute says."""
+    return is_tracked(size) and bool(size.terms or size.ids is None and len(size.widths) == 1 and size.factor)
+
+
 def _padded(call, layer, dim, before, size):
-    """The layer with `size` more channels at one end of a dimension, or fewer; as many as fill up to another number may go."""
+    """The layer with `size` more channels at one end of a dimension, or fewer; those whose number follows may go."""
     number, length = int(size), layer.shape[dim]
     if number < 0:  # cropped by position
         call.ids.keep_number(size, f"their number is a padding in {call.where}")
         call.protect(layer.narrow(dim, 0 if before else length + number, -number), "is indexed by position in")
         return layer.narrow(dim, -number if before else 0, length + number)
-    if is_tracked(size) and size.terms:
+    if _follows(size):
         more = call.ids.new(number)
         call.ids.bind(size, more, f"their number is a padding in {call.where}")
     else:
