@@ -14,6 +14,7 @@ import torch
 
 from taylor_pruning.surgery.numbers import is_tracked, plain
 
+ONE_CHANNEL = "has only one channel"  # of what is left where all channels of a tensor go together, too
 LONGEST = 100_000  # a longer dimension of a parameter is a flattened weight, which is left as it is
 
 
@@ -140,7 +141,7 @@ class ChannelIds:
             if varying(layer):
                 kept.append(layer)
             elif layer.numel():
-                reason = reason or "has only one channel"
+                reason = reason or ONE_CHANNEL
                 self.protect(layer, reason)
         return Value(tuple(shape), tuple(kept), reason, tensor)
 

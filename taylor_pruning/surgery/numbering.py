@@ -2,7 +2,7 @@
 
 import torch
 
-from taylor_pruning.surgery.ids import ChannelIds
+from taylor_pruning.surgery.ids import ONE_CHANNEL, ChannelIds
 from taylor_pruning.surgery.layers import Layers, kept_classes
 from taylor_pruning.surgery.units import LayerInfo, Unit, group
 
@@ -25,8 +25,10 @@ class Numbering:
         classes = {name: roots[along] for name, along in layers.filters.items()}
         reason_of = self._reasons(ids, roots, kept_classes(ids, layers, roots, prune_linear, prune_heads))
         whole = {name: int(own[0]) for name, own in classes.items() if (own == own[0]).all()}
-        self.stuck = {name for name, root in whole.items() if root not in reason_of}
+        self.stuck = {name for name, root in whole.items() if reason_of.get(root, ONE_CHANNEL) == ONE_CHANNEL}
         for name, root in whole.items():
+            if reason_of.get(root) == ONE_CHANNEL and len(classes[name]) > 1:
+                del reason_of[root]
             reason_of.setdefault(root, f"all filters of {name} go together")
         _keep_one(ids.tensors, roots, classes, reason_of)
         if not prune_linear and not prune_heads:  # those of linear layers that only go with filters of convs

@@ -50,6 +50,12 @@ def test_a_fixed_number_of_groups_protects_them():
     assert "go together" in graph.layers["block.a"].reason and graph.layers["stem.0"].reason is None
 
 
+def test_filters_of_which_a_shuffle_makes_one_unit_are_said_to_go_together():
+    block = Block(lambda s, x: s.b(nn.functional.channel_shuffle(s.a(x), C)))
+    graph = check_law(around(block), images(), seeds=(0,))
+    assert graph.layers["block.a"].reason == "all filters of block.a go together"
+
+
 def test_transposed_convs_in_groups():
     block = Block(lambda s, x: s.b(s.c(s.a(x)).relu()), c=nn.ConvTranspose2d(C, 12, 4, 2, 1, groups=GROUPS))
     block.b = nn.Conv2d(12, C, 3, padding=1)
