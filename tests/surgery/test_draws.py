@@ -1,4 +1,4 @@
-"""Forwards that draw random numbers outside of torch, as layers that are left out at random do."""
+"""Forwards that draw random numbers, as layers that are left out at random do."""
 
 import math
 import random
@@ -11,7 +11,7 @@ from test_surgery import Net, Plain, images, random_units, randomise
 from torch import nn
 
 from taylor_pruning.errors import InputError
-from taylor_pruning.surgery.draws import EqualDraws, fixed_draws
+from taylor_pruning.surgery.draws import EqualDraws, equal_draws, fixed_draws
 from taylor_pruning.surgery.graph import ChannelGraph
 
 
@@ -28,15 +28,38 @@ class DroppingByNumPy(Dropping):
     draw = staticmethod(np.random.rand)
 
 
-@pytest.mark.parametrize("kind", [Dropping, DroppingByNumPy])
+class DroppingByTorch(Dropping):
+    draw = staticmethod(lambda: torch.rand(1))
+
+
+class DroppingByItsScale(Plain):
+    """Layers that count or do not, by a number that torch draws."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        return x + y * float(torch.bernoulli(torch.full((1,), 0.8))) if self.training else x + y
+
+
+@pytest.mark.parametrize("kind", [Dropping, DroppingByNumPy, DroppingByTorch, DroppingByItsScale])
 def test_layers_left_out_at_random_are_cut(kind):
     model = randomise(Net([kind]).double().eval())
     for seed in range(8):
         random.seed(seed)
         np.random.seed(seed)
+        torch.manual_seed(seed)
         graph = ChannelGraph(model, images(1))
         graph.remove(random_units(graph, 0.5, seed))
         assert all(info.reason is None for info in graph.layers.values())
+
+
+def test_a_number_that_torch_draws_is_the_same_in_the_graph():
+    model = randomise(Net([DroppingByItsScale]).double())
+    graph = ChannelGraph(model, images(1))
+    model.train()
+    with torch.no_grad(), equal_draws(torch.device("cpu")):
+        wanted = model(images())
+        with graph.gated(torch.ones(len(graph.units))):
+            torch.testing.assert_close(model(images()), wanted)
 
 
 def test_the_generators_go_on_where_they_were():
