@@ -27,6 +27,16 @@ def bare(name):
     return name[1:] if name in ("iadd", "isub", "imul", "itruediv", "ipow") else name
 
 
+def in_order(name, args, kwargs):
+    """The arguments of a call; what a conv or linear layer reads, its weight and its bias by position, where it names them."""
+    if name.startswith("conv") or name == "linear":
+        for key in ("input", "weight", "bias")[len(args) :]:
+            if key not in kwargs:
+                break
+            args, kwargs = (*args, kwargs[key]), {k: v for k, v in kwargs.items() if k != key}
+    return args, kwargs
+
+
 IN_PLACE = {f"__i{name}__" for name in "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift".split()}
 IN_PLACE |= {"__setitem__", "setitem"}
 

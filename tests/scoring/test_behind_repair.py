@@ -142,3 +142,28 @@ def test_scores_of_tokens_do_not_depend_on_which_dimension_comes_first(order, si
         plan = pruner.get_pruning_plan(30)
         assert sum(map(len, plan.values())) > 0
     torch.testing.assert_close(*found)
+
+
+class Named(nn.Module):
+    """A conv and a linear layer that are given what they read by name."""
+
+    def __init__(self, by_name):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 4)
+        self.by_name = by_name
+
+    def forward(self, x):
+        y = self.a(x).relu()
+        b, c = self.b, self.c
+        if not self.by_name:
+            return c(b(y).relu().mean((2, 3)))
+        y = F.conv2d(input=y, weight=b.weight, bias=b.bias).relu().mean((2, 3))
+        return F.linear(weight=c.weight, bias=c.bias, input=y)
+
+
+def test_layers_may_be_given_what_they_read_by_name():
+    batches, found = [(torch.randn(8, 3, 8, 8), torch.arange(8) % 4)], []
+    for by_name in (False, True):
+        torch.manual_seed(0)
+        found.append(EnhancedFilterPruner(Named(by_name), batches[0][0][:1]).rank(batches, batches).scores())
+    assert torch.equal(*found)
