@@ -48,8 +48,5 @@ def checked_outputs(found, task: Task, batch, gates: Tensor, where: str):
     """The outputs that a forward under the gates has found, checked as `gated_outputs` does and in the dtype of the gates."""
     task.check(found, batch, where)
     if not any(tensor.requires_grad for tensor in tensors_in(found)):
-        raise InputError(
-            "no gradient leads from the outputs to any filter; take no_grad, detach and "
-            "checkpoints with use_reentrant=True out of the forward"
-        )
+        raise InputError("no gradient leads from the outputs to any filter; take no_grad and detach out of the forward")
     return map_tensors(found, lambda t: t.to(gates.dtype) if t.is_floating_point() else t)

@@ -80,6 +80,7 @@ class Recorder(TorchFunctionMode):
         self.apart = False  # whether one of these runs now, of which nothing is recorded
         self.opaque = ()  # names of modules, and functions of torch.jit, that run as one operation each
         self.failed = None  # the innermost of them in which an error arose
+        self.gradients = True  # whether gradients are on in the graph
         self.mode_read = False  # whether the forward asks for the mode in which its modules are
         self.sizes_read = False  # whether it asks for a size, or for the parts of a tensor, of which there may be more
 
@@ -101,7 +102,8 @@ class Recorder(TorchFunctionMode):
         if name in FREE:
             return func(*args, **kwargs)
         if name == "_set_grad_enabled":
-            self.graph.call_function(set_grad, tuple(args))
+            if torch.is_grad_enabled() == self.gradients:  # else in an autograd.Function, where they are off
+                self.gradients = self.graph.call_function(set_grad, tuple(args)).args[0]
             return func(*args, **kwargs)
         tensors = tensors_in((args, kwargs))
         if name in VALUES and tensors and all(map(self.nodes.is_setting, tensors)):

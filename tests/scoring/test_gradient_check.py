@@ -66,11 +66,21 @@ def halves(network, first, x):
     return torch.cat([one + other, one * other.sign().detach()], 1)
 
 
+class OwnBackward(torch.autograd.Function):
+    """Keeps nothing of its forward, as parts of reversible networks; its backward would compute it anew."""
+
+    @staticmethod
+    def forward(ctx, x, part, *parameters):
+        with torch.no_grad():
+            return part(x)
+
+
 RIGHT = {
     "filters in pairs": halves,
     "nothing": lambda network, first, x: first(x),
     "kept": kept,
     "constants": lambda network, first, x: torch.maximum(y := first(x), torch.zeros_like(y)) * y.new_ones(1),
+    "an own backward": lambda network, first, x: OwnBackward.apply(x, first, *first.parameters()),
     "a shut layer": lambda network, first, x: F.relu(first(x) - 1e3) + x.mean(),
 }
 
@@ -118,15 +128,17 @@ def test_a_forward_without_any_gradient_is_refused(images, labels):
         EnhancedFilterPruner(model, images, progress=False).rank([(images, labels)])
 
 
-def test_a_checkpoint_is_scored_or_refused(images, labels):
-    """The reentrant one runs without gradients; the other is what it wraps."""
-    model = network(lambda network, first, x: checkpoint(first, x, use_reentrant=True))
-    with pytest.raises(InputError, match="no gradient"):
-        EnhancedFilterPruner(model, images, progress=False).rank([(images, labels)])
-    model = network(lambda network, first, x: checkpoint(first, x, use_reentrant=False))
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_what_turns_gradients_off_for_a_backward_of_its_own_is_scored_as_what_it_wraps(images, labels):
+    wrapped = {
+        "reentrant": lambda network, first, x: checkpoint(first, x, use_reentrant=True),
+        "checkpoint": lambda network, first, x: checkpoint(first, x, use_reentrant=False),
+        "function": RIGHT["an own backward"],
+    }
     plain = EnhancedFilterPruner(network(RIGHT["nothing"]), images, progress=False).rank([(images, labels)])
-    scores = EnhancedFilterPruner(model, images, progress=False).rank([(images, labels)]).scores()
-    torch.testing.assert_close(scores, plain.scores())
+    for between in wrapped.values():
+        pruner = EnhancedFilterPruner(network(between), images, progress=False).rank([(images, labels)])
+        torch.testing.assert_close(pruner.scores(), plain.scores())
 
 
 @pytest.mark.parametrize("kind", ["no_grad", "detach"])
