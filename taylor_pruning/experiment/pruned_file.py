@@ -150,6 +150,8 @@ def _restored(model: nn.Module, content: dict, path: str | Path) -> nn.Module:
 def _with_second_names(model: nn.Module, built: dict, restored: dict, path: str | Path) -> nn.Module:
     """The network with the restored tensors also where it holds the built ones outside of its modules' slots, as in lists.
 
+    What is all of such a tensor without being it, as the `.data` that spectral norm keeps, becomes that of the restored one.
+
     Args:
         built: {id: parameter or buffer of the network as it was built}. restored: {id: what has its place}.
 
@@ -157,16 +159,26 @@ def _with_second_names(model: nn.Module, built: dict, restored: dict, path: str 
     """
     own = {id(tensor) for tensor in restored.values()}
     held = {id(tensor): tensor for tensor, _ in held_tensors(model) if id(tensor) not in own}
-    memory = {tensor.untyped_storage()._cdata for tensor in built.values() if tensor.layout is torch.strided}
+    wholes = {_memory_of(tensor): key for key, tensor in built.items() if tensor.layout is torch.strided}
+    storages, aliases = {storage for storage, *_ in wholes}, {}
     for key, tensor in held.items():
-        if key not in built and tensor.layout is torch.strided and tensor.untyped_storage()._cdata in memory:
+        if key in built or tensor.layout is not torch.strided or tensor.untyped_storage()._cdata not in storages:
+            continue
+        if (whole := wholes.get(_memory_of(tensor))) is not None:
+            aliases[key] = restored.get(whole, built[whole]).detach()
+        else:
             raise InputError(
                 f"{path} cannot be loaded: the network holds a part of a parameter or buffer, of shape "
                 f"{tuple(tensor.shape)}, outside of its parameters and buffers; make its forward take that part"
             )
-    if held.keys() & built.keys():
-        return copy_of(model, restored | {id(tensor): tensor for tensor in restored.values()})
+    if aliases or held.keys() & built.keys():
+        return copy_of(model, restored | aliases | {id(tensor): tensor for tensor in restored.values()})
     return model
+
+
+def _memory_of(tensor: torch.Tensor) -> tuple:
+    """Its storage, and which elements of that are its own in which order."""
+    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
 
 
 def _lacks_values(model: nn.Module) -> bool:

@@ -136,6 +136,21 @@ def test_second_names_of_parameters_and_buffers_name_those_of_the_file(tmp_path)
     assert loaded.weights["of the next"][0] is loaded.next.weight and loaded.again is loaded.scale
 
 
+def test_data_of_a_parameter_that_a_norm_keeps_are_those_of_the_file(tmp_path):
+    def build():
+        normed = nn.utils.spectral_norm(nn.Conv2d(6, 6, 3))
+        return nn.Sequential(
+            nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 1), nn.ReLU(), normed, nn.Flatten(), nn.Linear(96, 4)
+        )
+
+    model, images = build().eval(), torch.randn(2, 3, 8, 8)
+    smaller = ChannelGraph(model, images).remove({"0": [1, 4]})
+    save_pruned(tmp_path / "pruned.pt", smaller)
+    loaded = load_pruned(tmp_path / "pruned.pt", build)
+    assert torch.equal(loaded[4].weight, loaded[4].weight_orig)  # until the norm divides it before the first call
+    assert torch.equal(loaded(images), smaller(images))
+
+
 def test_a_held_part_of_a_buffer_is_refused(tmp_path):
     save_pruned(tmp_path / "pruned.pt", SecondNames(slice(2)))
     with pytest.raises(InputError, match=r"holds a part of a parameter or buffer, of shape \(2,\)"):
