@@ -103,7 +103,8 @@ class Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
         if name == "_set_grad_enabled":
             if torch.is_grad_enabled() == self.gradients:  # else in an autograd.Function, where they are off
-                self.gradients = self.graph.call_function(set_grad, tuple(args)).args[0]
+                self.graph.call_function(set_grad, tuple(args))
+                self.gradients = args[0]
             return func(*args, **kwargs)
         tensors = tensors_in((args, kwargs))
         if name in VALUES and tensors and all(map(self.nodes.is_setting, tensors)):
