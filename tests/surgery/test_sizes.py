@@ -307,3 +307,28 @@ def test_a_forward_is_recorded_alike_at_every_size(middle):
     with torch.no_grad(), equal_draws(torch.device("cpu")), graph.gated(torch.ones(len(graph.units))):
         found = model(x)
     assert torch.allclose(found, model(x))
+
+
+def positions_first(s, x):
+    return x.flatten(2).transpose(1, 2)
+
+
+MIXED = {
+    "all sizes are named": lambda s, x: positions_first(s, x).reshape(x.shape[0], s.a.out_channels, *x.shape[2:]),
+    "one size is open": lambda s, x: positions_first(s, x).reshape(x.shape[0], s.a.out_channels, -1, x.shape[3]),
+    "merged before": lambda s, x: positions_first(s, x).flatten(1).view(x.shape[0], s.a.out_channels, *x.shape[2:]),
+    "positions are open": lambda s, x: positions_first(s, x).reshape(x.shape[0], s.a.out_channels, -1).unsqueeze(3),
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_channels_whose_elements_a_view_takes_by_the_size_of_the_image_are_protected(name):
+    """On 2 x 2 pixels, the size on which cuts are tried, four neighbouring channels become every other channel."""
+    model, x = around(MIXED[name]), images(2, 4, 6)
+    graph = ChannelGraph(model, images(1, 2, 2))
+    assert graph.layers["a"].reason.startswith("is mixed with positions in")
+    assert graph.layers["b"].removable.all()
+    smaller, gates = graph.remove({"b": [1, 4]}), torch.ones(len(graph.units))
+    gates[graph.units_of({"b": [1, 4]})] = 0
+    with torch.no_grad(), graph.gated(gates):
+        torch.testing.assert_close(smaller(x), model(x))

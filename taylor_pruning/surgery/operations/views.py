@@ -1,5 +1,7 @@
 """Views: splitting and merging dimensions, repeating and moving elements."""
 
+import math
+
 import torch
 
 from taylor_pruning.surgery.ids import spread, squash, varying
@@ -107,6 +109,9 @@ def viewed(call, x, sizes, free):
     followed = set()
     for layer in _one_of_each(call, x.layers):
         before = varying(layer)
+        if not call.info.constant and _depends_on_size(call, layer, sizes):
+            call.protect(layer, "is mixed with positions in")
+            continue
         new = layer.reshape(shape)
         new = ids.value(shape, (new,)).layers
         if not new:
@@ -136,6 +141,65 @@ def viewed(call, x, sizes, free):
         if is_tracked(size) and d not in followed:
             ids.keep_number(size, f"their number is a size in {call.where}")
     return call.result(layers)
+
+
+def _depends_on_size(call, layer, sizes):
+    """Whether it depends on the size of the image which elements of a view to `sizes` a channel has.
+
+    So it does where a dimension of the view has a part of the channels beside other elements, as in a view of [positions,
+    channels] to [channels, height, width]: which part, the sizes behind that dimension say.
+    """
+    spans, fixed = _spans(call.shape), _fixed(call, sizes)
+    for low, high in _runs(layer):
+        starts = any(start == low for start, _ in spans)
+        samples = high * layer.shape[0] == layer.numel()  # nothing else lies before the channels
+        for d, (start, end) in enumerate(spans):
+            apart = start >= high or end <= low
+            inside = low <= start and end <= high
+            around = start <= low and end >= high and low % start == 0 and end % high == 0
+            behind = [i for i in range(d + 1, len(spans)) if spans[i][0] >= low]
+            follows = starts and (d == 0 and samples or all(fixed[i] for i in behind))
+            if not (apart or inside or around or follows):
+                return True
+    return False
+
+
+def _spans(shape):
+    """[(elements from one index to the next, elements of the whole dimension)] of every dimension of a contiguous tensor."""
+    found, step = [], 1
+    for size in reversed(shape):
+        found.append((step, step * size))
+        step *= size
+    return found[::-1]
+
+
+def _runs(layer):
+    """The span of every run of neighbouring dimensions along which channels run, of one channel to that of all channels."""
+    spans, found = _spans(layer.shape), []
+    for d in varying(layer):
+        if found and found[-1][0] == spans[d][1]:
+            found[-1] = spans[d][0], found[-1][1], [*found[-1][2], d]
+        else:
+            found.append((*spans[d], [d]))
+    for low, _, dims in found:
+        ids = layer[tuple(slice(None) if d in dims else 0 for d in range(layer.dim()))].flatten()
+        alike = math.gcd(*ids.unique_consecutive(return_counts=True)[1].tolist())  # merged with positions behind them
+        count = next(
+            n for n in range(1, len(ids) + 1) if len(ids) % n == 0 and bool((ids.view(-1, n) == ids[:n]).all())
+        )
+        yield low * alike, low * count
+
+
+def _fixed(call, sizes):
+    """For every dimension of a view, whether its size is a number in the code or of channels, not of an image."""
+    given = [None] * len(sizes)
+    if call.name in ("view", "reshape"):
+        written = call.node.kwargs.get("shape", call.node.kwargs.get("size", call.node.args[1:]))
+        given = written[0] if len(written) == 1 and isinstance(written[0], (tuple, list)) else written
+    return [
+        n == 1 or is_tracked(size) and _is_open(size) or isinstance(item, int) and item >= 0
+        for n, size, item in zip(call.shape, sizes, given, strict=True)
+    ]
 
 
 def _one_of_each(call, layers):
