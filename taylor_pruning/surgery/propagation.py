@@ -23,6 +23,8 @@ FACTORIES = set(
 RULE_ERRORS = (TypeError, ValueError, RuntimeError, LookupError, AttributeError)
 
 # What is made by its sizes alone; the values of other new tensors are numbers or positions.
+OF_TENSORS = set("tensor as_tensor asarray".split())  # of a tensor they give the same values
+
 FILLED = set("zeros ones full empty rand randn randint normal new_zeros new_ones new_full new_empty new".split())
 
 LIKE = set("to type_as expand_as view_as reshape_as broadcast_to".split())
@@ -172,6 +174,8 @@ def _call(node, info, result, ids, ways):
         del given["out"]
     args, kwargs = fx.node.map_arg((node.args, given), fetch)
     name = operation_name(node)
+    if name in OF_TENSORS and args and isinstance(args[0], Value):
+        name = "clone"
     inputs = [source for source in node.all_input_nodes if source in result.infos and _is_tensor(env[source])]
     if name in LIKE:  # of the others only the shape or the type matters
         inputs = inputs[:1]

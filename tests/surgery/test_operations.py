@@ -161,6 +161,13 @@ BLOCKS = {  # name: (block, its output channels, removable filters of the stem, 
         8,
         8,
     ),
+    "tensors made of tensors": (
+        Block(lambda s, x: torch.as_tensor(s.b(torch.as_tensor(s.a(x))))),
+        C,
+        8,
+        8,
+        8,
+    ),
     "drop path": (Block(lambda s, x: x + s.d(s.b(s.a(x))), d=DropPath()), C, 8, 8, 8),
     "blur of a buffer": (
         Block(
