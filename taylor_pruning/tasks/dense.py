@@ -15,7 +15,8 @@ from taylor_pruning.tasks.task import Task
 
 
 class Segmentation(Task):
-    """Logits [B, K, H, W] against class numbers [B, H, W].
+    """Logits [B, K, H, W] against class numbers [B, H, W]; of volumes [B, K, D, H, W] and [B, D, H, W], of series [B, K, T] and
+    [B, T].
 
     Loss and divergence are means over pixels: cross-entropy over the labelled ones, Kullback-Leibler divergence over all.
     A network that returns a dictionary, as torchvision's do, is judged by its entry "out"; in training its entry "aux", where
@@ -35,11 +36,14 @@ class Segmentation(Task):
     def read(self, batch, where, device=None):
         batch = super().read(batch, where, device)
         images, labels = _pair(batch, where, "class numbers [B, H, W]")
-        if labels.dim() == 4 and labels.shape[1] == 1:
+        if labels.dim() == images.dim() and labels.shape[1] == 1:
             labels = labels[:, 0]
-        if labels.dtype not in CLASS_NUMBERS or labels.dim() != 3 or len(labels) != len(images):
+        fits = len(labels) == len(images) and 2 <= labels.dim() < images.dim()
+        if labels.dtype not in CLASS_NUMBERS or not fits:
             kind = f"{str(labels.dtype).removeprefix('torch.')} {[*labels.shape]}"
-            raise InputError(f"the labels of {where} are {kind}; give class numbers [B, H, W]")
+            raise InputError(
+                f"the labels of {where} are {kind}; give class numbers [B, H, W], of volumes [B, D, H, W], of series [B, T]"
+            )
         return images, labels.long()
 
     def forward(self, model, batch):
@@ -51,7 +55,7 @@ class Segmentation(Task):
     def check(self, outputs, batch, where):
         super().check(outputs, batch, where)
         labels = batch[1]
-        if not isinstance(outputs, Tensor) or outputs.dim() != 4 or outputs.shape[2:] != labels.shape[1:]:
+        if not isinstance(outputs, Tensor) or outputs.dim() < 3 or outputs.shape[2:] != labels.shape[1:]:
             shape = [*outputs.shape] if isinstance(outputs, Tensor) else describe(outputs)
             wanted = f"[{len(labels)}, classes, {', '.join(map(str, labels.shape[1:]))}]"
             raise InputError(

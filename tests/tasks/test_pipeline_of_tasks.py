@@ -44,6 +44,22 @@ def pipeline(name, **options):
     return EnhancedPruning(network(), loader, loader, **options)
 
 
+@pytest.mark.parametrize("size", [(12,), (4, 6, 4)])
+def test_series_and_volumes_are_segmented(size):
+    conv = {1: nn.Conv1d, 3: nn.Conv3d}[len(size)]
+    torch.manual_seed(0)
+    model = nn.Sequential(conv(2, 8, 3, padding=1), nn.ReLU(), conv(8, 3, 1))
+    loader = DataLoader(TensorDataset(torch.randn(12, 2, *size), torch.randint(3, (12, 1, *size))), 4)
+    pruning = EnhancedPruning(
+        model, loader, loader, task=Segmentation(), settings=PruningSettings(rounds=1), progress=False
+    )
+    result = pruning.run_full_pruning(30, 2)
+    assert result.model[0].out_channels == 6 and result.stages[-1]["miou"] > 0
+    one_hot = [(x, nn.functional.one_hot(y[:, 0], 3).movedim(-1, 1)) for x, y in loader]
+    with pytest.raises(InputError, match="give class numbers"):
+        EnhancedPruning(model, one_hot, loader, task=Segmentation(), progress=False).run_full_pruning(30, 2)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_a_task_runs_through_all_stages_with_its_own_metrics(name):
     task = CASES[name][0]
