@@ -4,7 +4,9 @@ save_pruned("pruned_model.pt", smaller, name=built.name, num_classes=10, image_s
 smaller = load_pruned("pruned_model.pt")
 """
 
+import dis
 import json
+import types
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -250,8 +252,26 @@ def _check_same_network(model: nn.Module, content: dict, complaint: str):
         "missing in the network": [key for key in tensors if key not in slots]
         + [key for key, present in attributes.items() if not present],
     }
+    if any(not present for present in attributes.values()):  # what a forward leaves, a new network has not yet
+        left = _assigned_in_runs(model)
+        absent = wrong["missing in the network"]
+        wrong["missing in the network"] = [
+            key for key in absent if key in tensors or key.rpartition(".")[2] not in left
+        ]
     if any(wrong.values()):
         raise InputError(f"{complaint}: {first_names(wrong)}; give the name or factory that it was built with")
+
+
+def _assigned_in_runs(model: nn.Module) -> set[str]:
+    """Names of the attributes to which methods of the network's modules assign, those that build a module excepted."""
+    kinds = {kind for module in model.modules() for kind in type(module).__mro__}
+    methods = [
+        value
+        for kind in kinds
+        for name, value in vars(kind).items()
+        if isinstance(value, types.FunctionType) and name != "__init__"
+    ]
+    return {step.argval for method in methods for step in dis.get_instructions(method) if step.opname == "STORE_ATTR"}
 
 
 def _is_of_a_cut(name: str, fresh, saved) -> bool:

@@ -210,6 +210,26 @@ def test_dtype_is_kept_and_views_do_not_drag_their_storage(tmp_path):
     assert loaded[0].weight.dtype == torch.float64
 
 
+class LeavesItsSize(nn.Sequential):
+    """Its forward keeps the size of the last image, in itself and in a part."""
+
+    def forward(self, x):
+        self.height = self[1].width = x.shape[-1]
+        return super().forward(x)
+
+
+def test_what_a_forward_left_need_not_be_in_the_network_that_is_built(tmp_path):
+    def build(end=nn.ReLU):
+        return LeavesItsSize(nn.Conv2d(3, 4, 1), end())
+
+    model, path = build(), tmp_path / "pruned.pt"
+    model(x := torch.randn(2, 3, 8, 8))
+    save_pruned(path, model)
+    torch.testing.assert_close(load_pruned(path, build)(x), model(x))
+    with pytest.raises(InputError, match="missing in the network .1.inplace"):
+        load_pruned(path, lambda: build(nn.GELU))
+
+
 def test_wrong_files_and_factories_are_named(tmp_path):
     path = tmp_path / "pruned.pt"
     model = pruned_every_kind()
