@@ -40,7 +40,12 @@ class _Tracked:
 
     def __eq__(self, other):
         """Sizes of two graphs differ: what a forward has kept by them (lru_cache, as einops does) it computes anew."""
-        return (not isinstance(other, _Tracked) or other.graph is self.graph) and super().__eq__(other)
+        same = (not isinstance(other, _Tracked) or other.graph is self.graph) and super().__eq__(other)
+        if same is True and is_tracked(self) and is_tracked(other):
+            for size, width in ((self, other), (other, self)):
+                if size.node is not None and width.node is None and width.widths and _of_channels(size.node):
+                    size.node.graph.call_function(operator.eq, (size.node, width))
+        return same
 
     def __ne__(self, other):
         return not self == other

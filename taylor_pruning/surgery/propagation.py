@@ -224,13 +224,22 @@ def _without_tensors(call):
     if "shape" not in call.node.meta:
         if call.name == "pick" or call.node.op == "call_function" and "shapes" not in call.node.meta:
             value = call.node.target(*call.args, **call.kwargs)
-            if call.node.target is operator.mod and value == 0:
-                call.ids.divides(*call.args, f"their number is to be divided by {plain(call.args[1])} in the forward")
+            _keep_what_is_asked(call, value)
             return value
         return call.fill(f"passes through {call.where}")
     if call.name == "pick":
         return call.args[0][call.args[1]]
     return _factory(call)
+
+
+def _keep_what_is_asked(call, value):
+    """After a cut what the forward asks of a number of channels, perhaps in an `assert`, has the same answer."""
+    if call.node.target is operator.mod and value == 0:
+        call.ids.divides(*call.args, f"their number is to be divided by {plain(call.args[1])} in the forward")
+    elif call.node.target is operator.eq and value:
+        size, width = call.args
+        if is_tracked(size) and size.ids is not None and size.whole:
+            call.ids.bind(width, size.ids, "their number is compared with another one in the forward")
 
 
 def _factory(call):

@@ -174,8 +174,8 @@ def _record(recorder, model, args, kwargs, training):
     structure, found = _returned(recorder, model, output)
     recorder.graph.output(found)
     idle = _idle_layers(recorder.graph, set(recorder.nodes.names.values()))
-    divided = _divided(recorder.graph)
-    recorder.graph.eliminate_dead_code(lambda node: _has_effect(node) or node in divided)
+    asked = _asked(recorder.graph)
+    recorder.graph.eliminate_dead_code(lambda node: _has_effect(node) or node in asked)
     counter = iter(range(len(slots)))
     return Trace(
         recorder.graph,
@@ -244,8 +244,9 @@ def _live(graph):
     return live
 
 
-def _divided(graph):
-    """The remainders of numbers of channels of live tensors: a forward may ask in an `assert` that there is none.
+def _asked(graph):
+    """What a forward may ask of numbers of channels of live tensors, as in an `assert`: remainders of a division, of which
+    there may be none, and what equals a number that a module holds.
 
     Those of other sizes are left out: where how many it takes depends on a size, they would be other steps there.
     """
@@ -260,7 +261,7 @@ def _divided(graph):
             counts = numbers.issuperset(node.all_input_nodes)
         if counts:
             numbers.add(node)
-            found.update({node} if node.target is operator.mod else ())
+            found.update({node} if node.target in (operator.mod, operator.eq) else ())
     return found
 
 

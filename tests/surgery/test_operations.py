@@ -510,6 +510,20 @@ def test_the_number_of_a_layer_whose_weight_holds_experts_counts_none_of_its_cha
     assert check_law(around(block), images()).layers["block.a"].removable.all()
 
 
+def asserted(block, x):
+    x = block.a(x)
+    assert x.shape[1] == block.channels
+    assert block.wanted == x.size(1)
+    return block.b(x)
+
+
+def test_a_stored_number_to_which_that_of_the_channels_is_compared_follows_it():
+    graph = check_law(around(Block(asserted, channels=C, wanted=C)), images())
+    assert graph.layers["block.a"].removable.all()
+    smaller = graph.remove({"block.a": [0, 3]}).block
+    assert smaller.channels == smaller.wanted == C - 2
+
+
 NUMBERS_IN_NEW_TENSORS = {
     "arange": lambda c: torch.arange(0, c)[:, None, None] / 8,
     "full": lambda c: torch.full((1,), 1 / c),
