@@ -42,9 +42,8 @@ class _Tracked:
         """Sizes of two graphs differ: what a forward has kept by them (lru_cache, as einops does) it computes anew."""
         same = (not isinstance(other, _Tracked) or other.graph is self.graph) and super().__eq__(other)
         if same is True and is_tracked(self) and is_tracked(other):
-            for size, width in ((self, other), (other, self)):
-                if size.node is not None and width.node is None and width.widths and _of_channels(size.node):
-                    size.node.graph.call_function(operator.eq, (size.node, width))
+            _note_equal(self, other)
+            _note_equal(other, self)
         return same
 
     def __ne__(self, other):
@@ -57,6 +56,15 @@ class _Tracked:
     def whole(self):
         """Whether it equals the number of its ids, or the value of its attribute."""
         return self.factor == 1
+
+
+def _note_equal(size, width):
+    """Adds to the graph, while a forward is recorded, that a number of channels was found to be what a module holds."""
+    if size.node is None or width.node is not None or not width.widths or not _of_channels(size.node):
+        return
+    graph = size.node.graph
+    if next(reversed(graph.nodes)).op != "output":  # else the forward has ended
+        graph.call_function(operator.eq, (size.node, width))
 
 
 class Number(_Tracked, int):

@@ -514,11 +514,12 @@ def asserted(block, x):
     x = block.a(x)
     assert x.shape[1] == block.channels
     assert block.wanted == x.size(1)
+    block.seen = x.shape[1]  # which is compared with what was there once the forward has ended
     return block.b(x)
 
 
 def test_a_stored_number_to_which_that_of_the_channels_is_compared_follows_it():
-    graph = check_law(around(Block(asserted, channels=C, wanted=C)), images())
+    graph = check_law(around(Block(asserted, channels=C, wanted=C, seen=C)), images())
     assert graph.layers["block.a"].removable.all()
     smaller = graph.remove({"block.a": [0, 3]}).block
     assert smaller.channels == smaller.wanted == C - 2
