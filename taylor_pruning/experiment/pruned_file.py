@@ -4,9 +4,7 @@ save_pruned("pruned_model.pt", smaller, name=built.name, num_classes=10, image_s
 smaller = load_pruned("pruned_model.pt")
 """
 
-import dis
 import json
-import types
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -77,6 +75,7 @@ def save_pruned(
         "num_classes": num_classes,
         "image_size": image_size,
         "attributes": {key: _attributes(module) for key, module in model.named_modules(remove_duplicate=False)},
+        "kinds": _kinds(model),
         "state_dict": {key: tensor for key, tensor in tensors.items() if key in persistent},
         "buffers": {key: tensor for key, tensor in tensors.items() if key not in persistent},
         "extra": extra,
@@ -235,43 +234,27 @@ def _attributes(module: nn.Module) -> dict[str, int | tuple | list]:
     return {name: held[key] for name, (held, key) in own_values(module).items() if plain(held[key])}
 
 
+def _kinds(model: nn.Module) -> dict[str, str]:
+    """{name: class} of the modules of torch.nn; others may have been renamed since."""
+    modules = model.named_modules(remove_duplicate=False)
+    return {name: type(module).__name__ for name, module in modules if type(module).__module__.startswith("torch.nn.")}
+
+
 def _check_same_network(model: nn.Module, content: dict, complaint: str):
     slots, tensors = _slots(model), content["state_dict"] | content["buffers"]
     modules = dict(model.named_modules(remove_duplicate=False))
     needed = [key for key, (module, attribute) in slots.items() if getattr(module, attribute) is not None]
-    attributes = {
-        f"{key}.{attribute}": key in modules and attribute in vars(modules[key])
-        for key, values in content["attributes"].items()
-        for attribute in values
-        if "." not in attribute
-        and not attribute.startswith("_")  # what those hold may be of a run, or of a version of torch
-    }
+    kinds = _kinds(model)
+    others = {key: kind for key, kind in content.get("kinds", {}).items() if kinds.get(key, kind) != kind}
     wrong = {
         "missing in the file": [key for key in needed if key not in tensors]
         + [key for key in modules if key not in content["attributes"]],
         "missing in the network": [key for key in tensors if key not in slots]
-        + [key for key, present in attributes.items() if not present],
+        + [key for key in content["attributes"] if key not in modules],
+        "of another class in the network": [f"{key} (in the file {kind})" for key, kind in others.items()],
     }
-    if any(not present for present in attributes.values()):  # what a forward leaves, a new network has not yet
-        left = _assigned_in_runs(model)
-        absent = wrong["missing in the network"]
-        wrong["missing in the network"] = [
-            key for key in absent if key in tensors or key.rpartition(".")[2] not in left
-        ]
     if any(wrong.values()):
         raise InputError(f"{complaint}: {first_names(wrong)}; give the name or factory that it was built with")
-
-
-def _assigned_in_runs(model: nn.Module) -> set[str]:
-    """Names of the attributes to which methods of the network's modules assign, those that build a module excepted."""
-    kinds = {kind for module in model.modules() for kind in type(module).__mro__}
-    methods = [
-        value
-        for kind in kinds
-        for name, value in vars(kind).items()
-        if isinstance(value, types.FunctionType) and name != "__init__"
-    ]
-    return {step.argval for method in methods for step in dis.get_instructions(method) if step.opname == "STORE_ATTR"}
 
 
 def _is_of_a_cut(name: str, fresh, saved) -> bool:

@@ -226,7 +226,7 @@ def test_what_a_forward_left_need_not_be_in_the_network_that_is_built(tmp_path):
     model(x := torch.randn(2, 3, 8, 8))
     save_pruned(path, model)
     torch.testing.assert_close(load_pruned(path, build)(x), model(x))
-    with pytest.raises(InputError, match="missing in the network .1.inplace"):
+    with pytest.raises(InputError, match="1 of another class in the network .1 .in the file ReLU"):
         load_pruned(path, lambda: build(nn.GELU))
 
 
