@@ -1,11 +1,11 @@
 """Derives from channel ids the layers of a network and the places that need gates."""
 
-from contextlib import suppress
 from functools import partial
 
 import torch
 from torch import fx
 
+from taylor_pruning.memory import raise_out_of_memory
 from taylor_pruning.surgery.copying import copy_of
 from taylor_pruning.surgery.draws import equal_draws
 from taylor_pruning.surgery.execution import Execution
@@ -126,10 +126,12 @@ class Analysis:
 
     def _by_sample(self, mode, nodes):
         """{node: blocks} of the nodes along whose first dimension the samples follow each other, in one block or several."""
-        for example in self.examples[:-1]:
-            with suppress(*FORWARD_ERRORS):  # the graph does not run on that size
+        for example in self.examples:
+            try:
                 return self._ordered(mode, nodes, example)
-        return self._ordered(mode, nodes, self.examples[-1])
+            except FORWARD_ERRORS as error:  # the graph does not run on that size; if on none, the proof says so
+                raise_out_of_memory(error)
+        return {}
 
     @torch.no_grad()
     def _ordered(self, mode, nodes, example):

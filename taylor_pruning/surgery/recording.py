@@ -1,19 +1,22 @@
 """Records the forward of a network on an example: how it is called, and in batches of which size it is traced."""
 
 from contextlib import suppress
+from functools import partial
 
 import torch
 
 from taylor_pruning.checks import describe
 from taylor_pruning.errors import InputError
 from taylor_pruning.modes import set_mode
-from taylor_pruning.surgery.batch_size import LEAST_OF_VALUES, batch_size, first_samples
+from taylor_pruning.surgery.batch_size import LEAST, LEAST_OF_VALUES, batch_size, first_samples
 from taylor_pruning.surgery.copying import copy_of
 from taylor_pruning.surgery.nested import map_tensors, tensors_in
 from taylor_pruning.surgery.operations import RULES
 from taylor_pruning.surgery.recorder import TRACE_ERRORS
 from taylor_pruning.surgery.tensor_nodes import Untraceable
 from taylor_pruning.surgery.tracing import place_of, trace
+
+MOST_BATCHES = 5  # in which a forward is recorded again
 
 
 def inputs_of(example):
@@ -43,17 +46,21 @@ def record(model, example, training=False):
     first = next(iter(tensors_in((args, kwargs))), None)
     if first is None:
         raise InputError("example_input holds no tensor; pass a tensor of the shape that the network is used at")
-    like = typical_tensor(model, first)
-    batch = batch_size(model, (args, kwargs))
+    like, given = typical_tensor(model, first), (args, kwargs)
 
-    def batched(tensor):
+    def batched(tensor, batch):
         if tensor.dim() and first.dim() and len(tensor) == len(first) > 0:
             tensor = tensor[:1].expand(batch, *tensor.shape[1:])
         return tensor.to(like) if tensor.is_floating_point() else tensor.to(like.device)
 
-    args, kwargs = map_tensors((args, kwargs), batched)
+    def traced(least):
+        rows = batch_size(model, given, max(least, LEAST))
+        return trace(model, *map_tensors(given, partial(batched, batch=rows)), RULES.keys(), training, least)
+
+    batch = batch_size(model, given)
+    args, kwargs = map_tensors(given, partial(batched, batch=batch))
     try:
-        found = trace(model, args, kwargs, RULES.keys(), training)
+        found = _confirmed(traced(LEAST_OF_VALUES), traced)
     except InputError as error:
         cause = error.__cause__  # of the forward itself; else the message says already what to do
         if (
@@ -79,6 +86,21 @@ def record(model, example, training=False):
             f"{type(model).__name__} returns {describe(found.output)} without a tensor that is seen in it; return tensors, "
             "alone or in tuples, lists, dicts or dataclasses"
         )
+    return found
+
+
+def _confirmed(found, traced):
+    """The trace, if one in batches of another size takes the same plain numbers for multiples of the batch; else a later one.
+
+    A size that `int()` has made a plain number may happen to be a multiple of one batch: it is none of the next.
+    """
+    for _ in range(MOST_BATCHES):
+        if not found.multiples:
+            break
+        other = traced(found.batch + 1)
+        if other.multiples == found.multiples:
+            break
+        found = other
     return found
 
 

@@ -72,6 +72,7 @@ class TensorNodes:
         written: ids of the storages to which calls have written.
         varied: ids of those to which they have written what depends on the input, parameters or buffers.
         given: ids of the parameters, buffers and constants, which calls such as `to` may return as they are.
+        multiples: of the batch, for which plain numbers were taken.
     """
 
     def __init__(self, names, on_values):
@@ -79,6 +80,7 @@ class TensorNodes:
         self.nodes, self.stand_ins, self.constants, self.storages, self.path = {}, {}, {}, {}, [""]
         self.settings, self.holders, self.held, self.lengths = {}, {}, {}, {}
         self.written, self.varied, self.given = set(), set(), set()
+        self.multiples = []
 
     def stand_in(self, tensor):
         """A tensor of the same shape and strides without values; the tensor itself where the forward runs on values."""
@@ -229,6 +231,7 @@ class TensorNodes:
             if (sized or bounded) and type(item) is int and (product := product_of(item)) is not None:
                 return product
             if sized and type(item) is int and self.batch and item and item % self.batch == 0:
+                self.multiples.append(item // self.batch)
                 if item == self.batch:
                     return self.batch_node
                 return self.graph.call_function(operator.mul, (self.batch_node, item // self.batch))

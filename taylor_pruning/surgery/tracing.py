@@ -48,6 +48,7 @@ class Trace:
         kept: names of the attributes of modules in which the forward leaves something.
         written: names of the parameters and buffers to which it writes. rewritten: of the constants.
         caches: containers outside of modules in which it keeps tensors.
+        multiples: of the batch, for which plain numbers were taken.
         idle: graph of the layers that run although the output does not depend on them; None if there are none.
         types: of the inputs.
         at_sizes: {(shapes, types) of inputs: surgery.other_sizes.AtSize, or None where it does other steps} of those met.
@@ -65,18 +66,20 @@ class Trace:
     written: list = field(default_factory=list)
     rewritten: list = field(default_factory=list)
     caches: list = field(default_factory=list)
+    multiples: list = field(default_factory=list)
     idle: fx.Graph | None = None
     held: dict = field(default_factory=dict)
     types: tuple = ()
     at_sizes: dict = field(default_factory=dict)
 
 
-def trace(model, args, kwargs, rules, training=False):
+def trace(model, args, kwargs, rules, training=False, least=LEAST_OF_VALUES):
     """The forward of `model` on tensors of the shapes in `args` and `kwargs`, as a `Trace`.
 
     Args:
         rules: names of the operations that are kept whole; other Python functions of torch are recorded as what they do.
         training: the mode in which the modules are.
+        least: the smallest batch in which it runs on values.
 
     Where the values of tensors matter, the forward runs on values; a module whose forward cannot be repeated as a graph
     is one operation. Raises InputError naming the line where the network itself cannot be traced.
@@ -84,7 +87,7 @@ def trace(model, args, kwargs, rules, training=False):
     opaque, failure = set(), None
     for on_values in [False, *[True] * 50]:
         if on_values:
-            args, kwargs = first_samples((args, kwargs), batch_size(model, (args, kwargs), LEAST_OF_VALUES))
+            args, kwargs = first_samples((args, kwargs), batch_size(model, (args, kwargs), least))
         recorder = _recorder(model, rules, args, kwargs, on_values)
         recorder.opaque, found = opaque, None
         try:
@@ -189,6 +192,7 @@ def _record(recorder, model, args, kwargs, training):
         changed(before, attributes_of(copied)),
         _written(recorder, model, copied),
         recorder.nodes.written_constants(),
+        multiples=recorder.nodes.multiples,
         idle=idle,
         held=recorder.nodes.held,
         types=tuple(slot.dtype for slot in slots),

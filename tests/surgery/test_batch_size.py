@@ -1,5 +1,6 @@
 """No size of a network is taken for the batch of its trace, and what needs batches of a certain size is told so."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -87,6 +88,19 @@ def test_a_tensor_of_the_number_of_samples_that_no_function_makes_is_named():
         ChannelGraph(UnseenTensor(), torch.randn(3, 3, 9, 9))
 
 
+class UnseenRows(FixedBatch):
+    def forward(self, x):
+        y = torch.sigmoid(self.a(x)).flatten(2).transpose(1, 2)
+        rows = torch.sigmoid(y.reshape(-1, y.shape[2]))
+        rows = rows * torch.from_numpy(np.ones((int(x.shape[0]) * 49, 1)))
+        return self.fc(rows.view(len(x), -1, y.shape[2]).mean(1))
+
+
+def test_rows_of_samples_that_no_function_makes_are_named():
+    with pytest.raises(InputError, match="on which the network itself runs .* and NumPy are not seen"):
+        ChannelGraph(UnseenRows().double(), images())
+
+
 def test_the_batch_divides_no_size_of_network_and_inputs():
     model = nn.Sequential(nn.Conv2d(3, 82, 3), nn.BatchNorm2d(86))
     model.groups = [47, 3]
@@ -131,3 +145,24 @@ def test_what_fails_in_the_recording_alone_is_not_laid_to_the_number_of_samples(
 
     with pytest.raises(InputError, match=r"Forward runs, but not while .* gradients, at .*\(no backward\)"):
         ChannelGraph(Forward(), images(1))
+
+
+class Spread(nn.Module):
+    """int() makes a plain number of the number of positions along one side, by which it views; `len` of the batch too."""
+
+    def __init__(self, decides):
+        super().__init__()
+        self.part = Decides() if decides else nn.Identity()
+        self.a, self.fc = nn.Conv2d(3, 6, 3, padding=1), nn.Linear(6, 4)
+
+    def forward(self, x):
+        x = F.relu(self.a(self.part(F.pad(x, (1, 1, 1, 1)))))
+        side = int(x.shape[2])
+        return self.fc(x.view(len(x), x.shape[1], side, side).amax((2, 3)))
+
+
+@pytest.mark.parametrize(("decides", "side"), [(False, 41), (False, 82), (True, 5), (True, 35)])
+def test_a_computed_size_is_no_batch(decides, side):
+    torch.manual_seed(0)
+    x = torch.randn(3, 3, side - 2, side - 2, dtype=torch.double)
+    assert len(check_law(randomise(Spread(decides)), x, seeds=(0,)).units) == 6
