@@ -70,6 +70,11 @@ class SamePadded(nn.Conv2d):
         return F.conv2d(F.pad(x, [pad // 2, pad - pad // 2] * 2), self.weight, self.bias, self.stride)
 
 
+class LargestNorm(nn.Conv2d):
+    def forward(self, x):
+        return F.conv2d(x, self.weight.renorm(2, 0, 0.5), self.bias, padding=self.padding, groups=self.groups)
+
+
 class Standardised(nn.Conv2d):
     def forward(self, x):
         w = self.weight.reshape(1, self.out_channels, -1)
@@ -153,6 +158,14 @@ BLOCKS = {  # name: (block, its output channels, removable filters of the stem, 
     "norm that activates": (Block(lambda s, x: s.b(s.n(s.a(x))), n=NormAct(C)), C, 8, 8, 8),
     "conv by another class": (Block(lambda s, x: s.b(s.c(x)), c=SamePadded(C, C, 3, stride=2)), C, 8, None, 8),
     "standardised weight": (Block(lambda s, x: s.b(s.c(s.a(x))), c=Standardised(C, C, 3)), C, 8, 0, 8),
+    "weights of a largest norm": (Block(lambda s, x: s.b(s.c(s.a(x))), c=LargestNorm(C, C, 3, padding=1)), C, 8, 0, 8),
+    "depthwise weights of a largest norm": (
+        Block(lambda s, x: s.b(s.c(s.a(x))), c=LargestNorm(C, C, 3, padding=1, groups=C)),
+        C,
+        8,
+        8,
+        8,
+    ),
     "affine from buffers": (Block(lambda s, x: s.b(F.relu(s.n(s.a(x)))), n=Affine()), C, 8, 8, 8),
     "constants of the activation's width": (
         Block(lambda s, x: s.b(s.a(x) + torch.full_like(x, 0.3) + x.new_full((1, x.shape[1], 1, 1), 0.2))),

@@ -53,6 +53,14 @@ def moved(call, dims, reason):
     return call.result(kept)
 
 
+@rule("renorm")
+def renorm(call):
+    """Slices along one dimension, each shortened to a largest norm, which is over all other dimensions."""
+    rank = len(call.values()[0].shape)
+    kept = int(call.get("dim", 2)) % rank
+    return moved(call, [d for d in range(rank) if d != kept], "is normalised over channels in")
+
+
 @rule("view reshape unflatten _reshape_alias", linear=True)
 def view(call):
     x = call.values()[0]
