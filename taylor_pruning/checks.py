@@ -71,7 +71,7 @@ def read_batch(batch, where: str, device: torch.device | None = None) -> tuple[T
         InputError: the batch is no pair of tensors, or its labels are no class numbers, one an image.
     """
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-        raise InputError(f"{where} is {describe(batch)}, not a pair (images, labels); let the loader give such pairs")
+        raise no_pair(batch, where, "labels")
     for name, value in zip(("images", "labels"), batch, strict=True):
         if not isinstance(value, Tensor):
             raise InputError(f"the {name} of {where} are {describe(value)}; give them as one tensor")
@@ -84,6 +84,15 @@ def read_batch(batch, where: str, device: torch.device | None = None) -> tuple[T
         raise InputError(f"{where} holds complex images; give their real and imaginary parts as channels")
     labels = _class_numbers(labels, len(images), where)
     return images.to(device), labels.to(device)
+
+
+def no_pair(batch, where: str, labels: str) -> InputError:
+    """The error on a batch that is no pair of images and `labels`."""
+    several = isinstance(batch, (tuple, list, dict)) and len(batch) > 2
+    own = "; a network of several inputs needs a task of your own (docs/tasks.md)" if several else ""
+    return InputError(
+        f"{where} is {describe(batch)}, not a pair (images, {labels}); let the loader give such pairs{own}"
+    )
 
 
 def usable(tensor: Tensor) -> Tensor:

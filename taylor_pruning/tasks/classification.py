@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from taylor_pruning.checks import check_batch, describe, read_batch, refuse_probabilities
+from taylor_pruning.checks import check_batch, describe, no_pair, read_batch, refuse_probabilities
 from taylor_pruning.errors import InputError
 from taylor_pruning.modes import in_evaluation, requirements_kept
 from taylor_pruning.options import check_argument
@@ -84,7 +84,7 @@ class MultiLabel(Task):
     def read(self, batch, where, device=None):
         batch = super().read(batch, where, device)
         if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not all(isinstance(t, Tensor) for t in batch):
-            raise InputError(f"{where} is {describe(batch)}; give pairs (images, labels [B, K] of 0 and 1)")
+            raise no_pair(batch, where, "labels [B, K] of 0 and 1")
         images, labels = batch
         if labels.dim() != 2 or len(labels) != len(images) or not ((labels == 0) | (labels == 1)).all():
             raise InputError(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from taylor_pruning.checks import CLASS_NUMBERS, describe, refuse_probabilities
+from taylor_pruning.checks import CLASS_NUMBERS, describe, no_pair, refuse_probabilities
 from taylor_pruning.errors import InputError
 from taylor_pruning.options import check_argument
 from taylor_pruning.tasks.classification import kl_divergence
@@ -197,5 +197,5 @@ class Regression(Task):
 
 def _pair(batch, where, labels):
     if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not all(isinstance(t, Tensor) for t in batch):
-        raise InputError(f"{where} is {describe(batch)}; give pairs (images, {labels})")
+        raise no_pair(batch, where, labels)
     return batch

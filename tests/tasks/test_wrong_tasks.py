@@ -8,7 +8,7 @@ from torch import nn
 from EnhancedFilterPruner import EnhancedFilterPruner
 from EnhancedPruning import EnhancedPruning, InputError, PruningSettings
 from taylor_pruning.tasks.classification import Classification, MultiLabel
-from taylor_pruning.tasks.dense import Segmentation
+from taylor_pruning.tasks.dense import Regression, Segmentation
 from taylor_pruning.tasks.task import Task
 
 IMAGES = torch.randn(12, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -171,3 +171,11 @@ def test_a_loss_may_write_to_the_outputs():
             return outputs.sub_(batch[1]).square().flatten(1).mean(1)
 
     assert prune(Writing(), one_number(), (IMAGES, TARGETS)).plan
+
+
+@pytest.mark.parametrize("task", [Classification(), MultiLabel(), Regression(), Segmentation()], ids=lambda t: t.name)
+def test_several_inputs_need_a_task_of_ones_own(task):
+    with pytest.raises(InputError, match=r"a tuple of 3, not a pair .*several inputs needs a task of your own"):
+        EnhancedPruning(
+            one_number(), [(IMAGES, IMAGES, TARGETS)], [(IMAGES, IMAGES, TARGETS)], task=task, progress=False
+        )
