@@ -2,7 +2,7 @@
 
 import math
 
-from taylor_pruning.surgery.ids import spread, varying
+from taylor_pruning.surgery.ids import Value, spread, varying
 from taylor_pruning.surgery.operations.products import contract
 from taylor_pruning.surgery.operations.registry import rule
 
@@ -144,22 +144,37 @@ def linear(call):
     return result
 
 
+@rule("_pack_padded_sequence", linear=True)
+def packed(call):
+    """Steps of samples of several lengths, one row each: [steps, ...] and how many samples each step has."""
+    x, (rows, steps) = call.values()[0], call.node.meta["shapes"]
+    kept = []
+    for layer in x.layers:
+        if min(varying(layer)) < 2:
+            call.protect(layer, "passes through")
+        else:
+            kept.append(layer[0, 0].expand(rows))
+    return call.ids.value(rows, kept, x.reason or call.why), Value(steps, (), f"passes through {call.where}")
+
+
 @rule("lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell")
 def recurrent(call):
     """The first layer's weights follow the channels that they read; hidden channels stay."""
-    x, weights = call.args[0], call.args[2]
-    several = isinstance(call.args[3], (tuple, list))  # samples of several lengths
+    x, one_step = call.args[0], call.name.endswith("cell")
+    several = not one_step and isinstance(
+        call.args[3], (tuple, list)
+    )  # lengths of samples, which come before the weights
+    given = call.args[3:] if several else call.args[2:]
+    weights = given[:2] if one_step else given[0]
     steps = math.prod(x.shape[:-1])
-    for weight in call.args[2:4] if call.name.endswith("cell") else call.args[3] if several else weights:
+    for weight in weights:
         if len(weight.shape) == 2:
             call.multiplies(steps * math.prod(weight.shape), weight.layers)
-    if several:
-        return call.unknown()
-    if call.name.endswith("cell"):
-        first = [weights]
+    if one_step:
+        first = weights[:1]
     else:  # of every layer and direction
-        directions = 2 if call.args[7] else 1
-        first = weights[:: len(weights) // (int(call.args[4]) * directions)][:directions]
+        directions = 2 if given[5] else 1
+        first = weights[:: len(weights) // (int(given[2]) * directions)][:directions]
     ids, last, hidden = call.ids, len(x.shape) - 1, f"passes through {call.where}"
     call.info.reads = call.info.source = True
     inputs = ids.vector(x, last)
