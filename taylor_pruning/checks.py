@@ -163,6 +163,15 @@ def check_logits(logits, images: int, where: str) -> None:
         raise InputError(f"the network gives {shape} for {where}; it must give logits [{images}, classes]")
 
 
+def check_one_tensor(outputs, where: str) -> None:
+    """Raises InputError if a network's outputs for a batch are not one tensor."""
+    if not isinstance(outputs, Tensor):
+        raise InputError(
+            f"the network gives {describe(outputs)} for {where}; it must give one tensor: wrap it in a module whose forward "
+            "returns that alone, or write a task of your own (docs/tasks.md)"
+        )
+
+
 def refuse_probabilities(outputs: Tensor) -> None:
     """Raises InputError if the outputs [B, K, ...] are those of a Softmax or a LogSoftmax over K."""
     values = outputs.double()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from taylor_pruning.checks import check_batch, describe, no_pair, read_batch, refuse_probabilities
+from taylor_pruning.checks import check_batch, check_one_tensor, describe, no_pair, read_batch, refuse_probabilities
 from taylor_pruning.errors import InputError
 from taylor_pruning.modes import in_evaluation, requirements_kept
 from taylor_pruning.options import check_argument
@@ -94,10 +94,10 @@ class MultiLabel(Task):
 
     def check(self, outputs, batch, where):
         super().check(outputs, batch, where)
-        if not isinstance(outputs, Tensor) or outputs.shape != batch[1].shape:
-            shape = [*outputs.shape] if isinstance(outputs, Tensor) else describe(outputs)
+        check_one_tensor(outputs, where)
+        if outputs.shape != batch[1].shape:
             raise InputError(
-                f"the network gives {shape} for {where}, but the labels are {[*batch[1].shape]}; give as many"
+                f"the network gives {[*outputs.shape]} for {where}, but the labels are {[*batch[1].shape]}; give as many"
             )
 
     def check_kind(self, model, outputs, batch):

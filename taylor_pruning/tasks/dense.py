@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from taylor_pruning.checks import CLASS_NUMBERS, describe, no_pair, refuse_probabilities
+from taylor_pruning.checks import CLASS_NUMBERS, check_one_tensor, no_pair, refuse_probabilities
 from taylor_pruning.errors import InputError
 from taylor_pruning.options import check_argument
 from taylor_pruning.tasks.classification import kl_divergence
@@ -55,11 +55,11 @@ class Segmentation(Task):
     def check(self, outputs, batch, where):
         super().check(outputs, batch, where)
         labels = batch[1]
-        if not isinstance(outputs, Tensor) or outputs.dim() < 3 or outputs.shape[2:] != labels.shape[1:]:
-            shape = [*outputs.shape] if isinstance(outputs, Tensor) else describe(outputs)
+        check_one_tensor(outputs, where)
+        if outputs.dim() < 3 or outputs.shape[2:] != labels.shape[1:]:
             wanted = f"[{len(labels)}, classes, {', '.join(map(str, labels.shape[1:]))}]"
             raise InputError(
-                f"the network gives {shape} for {where}; it must give logits {wanted}, as large as the labels"
+                f"the network gives {[*outputs.shape]} for {where}; it must give logits {wanted}, as large as the labels"
             )
         used = labels[labels != self.ignore_index]
         if used.numel() and not (used.min() >= 0 and used.max() < outputs.shape[1]):
@@ -150,10 +150,10 @@ class Regression(Task):
     def check(self, outputs, batch, where):
         super().check(outputs, batch, where)
         targets = batch[1]
-        if not isinstance(outputs, Tensor) or outputs.numel() != targets.numel():
-            shape = [*outputs.shape] if isinstance(outputs, Tensor) else describe(outputs)
+        check_one_tensor(outputs, where)
+        if outputs.numel() != targets.numel():
             raise InputError(
-                f"the network gives {shape} for {where}, but the targets are {[*targets.shape]}; give as many"
+                f"the network gives {[*outputs.shape]} for {where}, but the targets are {[*targets.shape]}; give as many"
             )
         sizes = [[size for size in tensor.shape[1:] if size > 1] for tensor in (outputs, targets)]
         if sizes[0] != sizes[1] and all(len(of_one) > 1 for of_one in sizes):

@@ -179,3 +179,23 @@ def test_several_inputs_need_a_task_of_ones_own(task):
         EnhancedPruning(
             one_number(), [(IMAGES, IMAGES, TARGETS)], [(IMAGES, IMAGES, TARGETS)], task=task, progress=False
         )
+
+
+class Twice(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return (out := self.model(x)), out.detach()
+
+
+@pytest.mark.parametrize(
+    ("task", "labels"),
+    [(MultiLabel(), TARGETS > 0), (Regression(), TARGETS), (Segmentation(), IMAGES[:, 0] > 0)],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_several_outputs_are_wrapped_or_need_a_task_of_ones_own(task, labels):
+    batches = [(IMAGES, labels.long() if labels.dtype == torch.bool else labels)]
+    with pytest.raises(InputError, match="gives a tuple of 2 .* must give one tensor: wrap it .* a task of your own"):
+        EnhancedPruning(Twice(one_number()), batches, batches, task=task, progress=False)

@@ -161,9 +161,7 @@ def packed(call):
 def recurrent(call):
     """The first layer's weights follow the channels that they read; hidden channels stay."""
     x, one_step = call.args[0], call.name.endswith("cell")
-    several = not one_step and isinstance(
-        call.args[3], (tuple, list)
-    )  # lengths of samples, which come before the weights
+    several = not one_step and isinstance(call.args[3], (tuple, list))  # their lengths come before the weights
     given = call.args[3:] if several else call.args[2:]
     weights = given[:2] if one_step else given[0]
     steps = math.prod(x.shape[:-1])
