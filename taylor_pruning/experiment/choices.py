@@ -1,5 +1,6 @@
 """How a round's filters are chosen: by Taylor scores, or by a published criterion."""
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable
@@ -74,6 +75,7 @@ class BaselineChoice:
     """Chooses by a published criterion (selection.baselines), or by any function from a graph to [units] scores.
 
     Args:
+        criterion: a name, or a function of the user. It gets a copy of the graph, whose network it may train or derive.
         widths: "own": the lowest scores per unit of budget go, and no layer keeps less than a quarter of its filters, where
             the budget allows it, because some criteria would empty layers; "uniform": the same share of every layer goes.
         constraints: the budget and the least widths, which may ask for more than a quarter; their layer bound is not used.
@@ -98,7 +100,7 @@ class BaselineChoice:
         graph = self.rankings.graph_of(model)
         if callable(self.criterion):
             name = getattr(self.criterion, "__name__", "scores")
-            scores = _checked(self.criterion(graph), len(graph.units), name)
+            scores = _checked(self.criterion(copy.deepcopy(graph)), len(graph.units), name)
         else:
             directions, name = None, self.criterion
             if name in OF_GRADIENTS and is_classification(self.rankings.task):
