@@ -218,6 +218,7 @@ class EnhancedPruning:
         )
         choose = BaselineChoice(self.rankings, criterion, widths, settings.constraints, settings.seed)
         percentage = settings.percentage(pruning_percentage, self.graph)
+        check_reachable(self.graph, percentage, choose.constraints)
         return self._after_rounds(RoundsState(self.model, all_filters(self.graph)), percentage, choose, settings)
 
     def fine_tune(

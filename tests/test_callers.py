@@ -1,5 +1,6 @@
 """What callers do around the pipeline, what they give it, and what they do with its results."""
 
+import copy
 import json
 
 import numpy as np
@@ -137,6 +138,28 @@ def test_a_criterion_may_give_whole_numbers_or_a_list():
         )
     ]
     assert plans[0] == plans[1] and any(plans[0].values())
+
+
+@pytest.mark.parametrize("modules", [(), ("0",)])
+def test_a_criterion_that_runs_the_network_leaves_it_as_it_was(modules):
+    """Gradients in training mode, as many criteria take them, fill `grad` and move the statistics of BatchNorm."""
+    model = network().train()
+    model = nn.Sequential(model[:5], model[5:])
+    before = copy.deepcopy(model.state_dict())
+
+    def gradients(graph):
+        graph.model.train()
+        nn.functional.cross_entropy(graph.model(IMAGES), LABELS).backward()
+        weights = dict(graph.model.named_parameters())
+        found = [[weights[f"{layer}.weight"].grad[index].norm() for layer, index in u.filters] for u in graph.units]
+        return torch.stack([torch.stack(norms).mean() for norms in found])
+
+    settings = PruningSettings(rounds=2, guard=False, prune_modules=modules)
+    result = pipeline(model=model, settings=settings).prune_by_baseline(gradients, 40, compensate=True)
+    assert sum(map(len, result.plan.values())) > 0
+    for each in (model, result.model):
+        assert all(parameter.grad is None for parameter in each.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_images_of_two_sizes_are_refused_before_any_round():
@@ -279,6 +302,13 @@ def test_a_loss_that_is_no_number_an_image_is_refused():
 def test_layers_to_exclude_are_a_list(exclude):
     with pytest.raises(InputError, match=f"exclude must be a list, not {exclude!r}"):
         PruningSettings(exclude=exclude)
+
+
+@pytest.mark.parametrize("prune", ["prune", "prune_by_baseline"])
+def test_a_share_that_is_given_for_a_percentage_is_refused_where_it_would_remove_nothing(prune):
+    start = {"prune": (), "prune_by_baseline": ("magnitude",)}[prune]
+    with pytest.raises(InputError, match="0.3 % of the budget would remove nothing, .* as 30 for 30 %"):
+        getattr(pipeline(), prune)(*start, 0.3)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from taylor_pruning.errors import InputError
 from taylor_pruning.scoring.flow import weigh
 from taylor_pruning.scoring.taylor import loss_change
 from taylor_pruning.selection.constraints import Selection
@@ -79,8 +80,18 @@ def select_behind_repair(selection, costs):
 
 
 def check_reachable(graph, percentage, constraints):
-    """Raises OutOfReachError if no choice of units reaches the percentage: a selection that knows no scores tries it."""
-    select_by_score(Selection(graph, percentage, constraints), torch.zeros(len(graph.units)))
+    """Tries the percentage by a selection that knows no scores.
+
+    Raises:
+        OutOfReachError: no choice of units reaches it. InputError: it is so small that no unit would go.
+    """
+    selection = Selection(graph, percentage, constraints)
+    if selection.done():
+        raise InputError(
+            f"{percentage:g} % of the budget would remove nothing, because filters go whole; ask for a larger percentage, as "
+            "30 for 30 %, or a smaller target"
+        )
+    select_by_score(selection, torch.zeros(len(graph.units)))
 
 
 def select_jointly(selection, directions, order, correction=None, weights=None):
