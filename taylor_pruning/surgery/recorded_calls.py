@@ -1,8 +1,17 @@
 """The names of recorded operations, and the functions that a recorded graph calls."""
 
+import inspect
+
 import torch
+from torch.nn import functional as F
 
 AS_ANOTHER = ("to", "type_as")
+_NORM = "input weight bias running_mean running_var {} momentum eps cudnn_enabled"
+OTHER_ORDERS = {  # functions whose namesake in torch.nn.functional takes its arguments in another order than theirs
+    torch.batch_norm: (F.batch_norm, _NORM.format("training").split()),
+    torch.instance_norm: (F.instance_norm, _NORM.format("use_input_stats").split()),
+    torch.embedding: (F.embedding, ["weight", "input"]),  # what else it takes matters to gradients of the weight alone
+}
 
 
 def operation_name(node):
@@ -27,14 +36,25 @@ def bare(name):
     return name[1:] if name in ("iadd", "isub", "imul", "itruediv", "ipow") else name
 
 
-def in_order(name, args, kwargs):
-    """The arguments of a call; what a conv or linear layer reads, its weight and its bias by position, where it names them."""
+def in_order(func, name, args, kwargs):
+    """A function and its arguments as the rules expect them.
+
+    What a conv or linear layer reads, its weight and its bias are given by position. In the place of a function of
+    OTHER_ORDERS comes its namesake, which computes the same.
+    """
+    if func in OTHER_ORDERS:
+        func, names = OTHER_ORDERS[func]
+        given = dict(zip(names, args, strict=False)) | kwargs
+        given["input"] = given.pop("indices", given.get("input"))
+        first = list(inspect.signature(func).parameters)[:2]
+        more = {name: given[name] for name in names if name not in (*first, "cudnn_enabled")}
+        return func, tuple(given[name] for name in first), more
     if name.startswith("conv") or name == "linear":
         for key in ("input", "weight", "bias")[len(args) :]:
             if key not in kwargs:
                 break
             args, kwargs = (*args, kwargs[key]), {k: v for k, v in kwargs.items() if k != key}
-    return args, kwargs
+    return func, args, kwargs
 
 
 IN_PLACE = {f"__i{name}__" for name in "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift".split()}

@@ -152,7 +152,7 @@ class Recorder(TorchFunctionMode):
             kwargs = {OF_NUMPY.get(key, key): value for key, value in kwargs.items()}
         if "device" in kwargs and kwargs["device"] is None:
             kwargs = {k: v for k, v in kwargs.items() if k != "device"}
-        args, kwargs = in_order(bare(name), args, kwargs)
+        func, args, kwargs = in_order(func, bare(name), args, kwargs)
         length = self.nodes.lengths.get(id(args[0])) if args and bare(name) in SIZED else None
         arguments, options = self.nodes.as_nodes((args, kwargs), bare(name) in SIZED, name in BOUNDED, length)
         if on_constants or self.on_values:

@@ -223,13 +223,17 @@ class ClassConditional(nn.Module):
         self.table = nn.Embedding(10, 2 * C)
 
     def forward(self, x, label):
-        scale, shift = self.table(label)[..., None, None].chunk(2, 1)
+        table = torch.embedding(self.table.weight, label) if self.by_torch else self.table(label)
+        scale, shift = table[..., None, None].chunk(2, 1)
         return self.o(F.relu(self.n(self.a(x)) * scale + shift))
 
 
-def test_columns_of_a_table_go_with_the_channels_that_they_scale():
+@pytest.mark.parametrize("by_torch", [False, True])
+def test_columns_of_a_table_go_with_the_channels_that_they_scale(by_torch):
+    """`torch.embedding` takes the table first, the functional the indices."""
     torch.manual_seed(0)
     model = ClassConditional().double().eval()
+    model.by_torch = by_torch
     model.n.running_mean.normal_()
     inputs = images(), torch.tensor([1, 2, 7])
     graph = ChannelGraph(model, inputs)
