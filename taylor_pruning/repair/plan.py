@@ -59,11 +59,10 @@ class RepairPlan:
             channels = node.all_input_nodes[0].meta["shape"][1]
             geometry = {**conv_geometry(node, weight), "groups": channels // weight.shape[1]}
         name = layer_name(argument(node, "weight", 1).target)
-        gives_logits = returned and geometry is None
         is_own = bias is not None and len(bias.users) == 1
         samples = 0 if geometry else sample_dim(node.meta["shape"], self.networks[1].trace.batch)
         return FittedLayer(
-            name, position, weight, self._tensor(bias), geometry, indices, norm, stream, gives_logits, is_own, samples
+            name, position, weight, self._tensor(bias), geometry, indices, norm, stream, returned, is_own, samples
         )
 
     def _tensor(self, node, k=1):
@@ -103,8 +102,6 @@ class RepairPlan:
     def _unfit(self, node, name, weight):
         if self._tensor(weight) is None:
             return "its weight is computed from other tensors"
-        if not node.users:
-            return "nothing reads it"
         if name.startswith("conv_transpose"):
             return "a transposed conv"
         bias = argument(node, "bias", 2)
@@ -122,7 +119,7 @@ class RepairPlan:
             (user,) = last.users
             if last is node and self._folds(user) and (operation_name(node) in CONVS or len(node.meta["shape"]) == 2):
                 norm = self._norm(user)
-            elif operation_name(user) not in TRANSPARENT or user.args[:1] != (last,):
+            elif operation_name(user) not in TRANSPARENT:
                 break
             last = user
         return norm, self._stream(node, last, claimed), norm is None and _is_output(last)
@@ -130,13 +127,13 @@ class RepairPlan:
     @staticmethod
     def _stream(node, last, claimed):
         """The other operand of the sum that `last`, which carries the layer's output, goes into; None if there is none,
-        it needs this layer or cannot be computed before it, or another layer matches the sum already."""
+        it cannot be computed before the layer, or another layer matches the sum already."""
         if len(last.users) != 1:
             return None
         (user,) = last.users
         others = [n for n in user.all_input_nodes if n is not last]
         is_sum = operation_name(user) == "add" and len(user.args) == 2 and len(others) == 1 and not user.kwargs
-        if not is_sum or user in claimed or node in _ancestors(others[0]):
+        if not is_sum or user in claimed:
             return None
         if others[0].meta.get("shape") != last.meta["shape"] or not _may_precede(others[0], node):
             return None
@@ -148,7 +145,7 @@ class RepairPlan:
         if operation_name(node) != "batch_norm" or node.op != "call_function":
             return False
         mean = argument(node, "running_mean", 1)
-        fixed = not argument(node, "training", 5, False)
+        fixed = not argument(node, "training", 5)
         return fixed and self._tensor(mean) is not None and len(mean.users) == 1
 
     def _is_updated(self, node):
@@ -163,7 +160,7 @@ class RepairPlan:
             self._tensor(argument(node, name, i))
             for i, name in enumerate(("running_mean", "running_var", "weight", "bias"), 1)
         ]
-        return BatchNorm(*tensors, float(argument(node, "eps", 7, 1e-5)))
+        return BatchNorm(*tensors, float(argument(node, "eps", 7)))
 
     def _last_use(self, position):
         """[nodes] names of the values that nothing needs after the node."""
@@ -198,7 +195,7 @@ def _ancestors(node):
 def _may_precede(other, node):
     """Whether a node can run before another that it does not need: no operation in place then changes what others read."""
     earlier, nodes = _ancestors(other), list(node.graph.nodes)
-    passed = nodes[nodes.index(node) : nodes.index(other) + 1] if node < other else []
+    passed = nodes[nodes.index(node) : nodes.index(other) + 1]
     return all(_on_its_own(n, earlier) for n in passed if writes(n))
 
 

@@ -98,7 +98,7 @@ def literals(node: fx.Node) -> list[str]:
 
 def layer_calls(graph: ChannelGraph) -> Iterator[LayerCall]:
     """The calls of conv and linear layers whose weight is a parameter, in order of execution."""
-    parameters = dict(graph.model.named_parameters(remove_duplicate=False))
+    parameters = dict(graph.model.named_parameters())
     trace = graph.executions[False].trace
     for node in trace.graph.nodes:
         name = operation_name(node)
