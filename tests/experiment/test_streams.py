@@ -53,6 +53,26 @@ def test_closed_streams_are_written_to_nowhere(monkeypatch):
         tqdm.write("epoch 1")
 
 
+def test_letters_that_the_terminal_lacks_are_written_as_numbers(monkeypatch, tmp_path):
+    with open(tmp_path / "out", "w", encoding="ascii") as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        with lasting_streams():
+            print("61 °C")
+    assert (tmp_path / "out").read_text() == "61 \\xb0C\n"
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux")
+def test_no_descriptor_is_left_open(monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    before = len(os.listdir("/proc/self/fd"))
+    with open(writer, "w") as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        with lasting_streams():
+            print("x" * 100_000, flush=True)
+        assert len(os.listdir("/proc/self/fd")) == before
+
+
 class Fails:
     def __del__(self):
         raise ValueError("of another object")
@@ -63,10 +83,14 @@ def test_a_bar_interrupted_as_it_is_made_says_nothing_more(monkeypatch):
         raise KeyboardInterrupt
 
     said = []
-    monkeypatch.setattr(sys, "unraisablehook", lambda failure: said.append(str(failure.exc_value)))
+
+    def usual(failure):
+        said.append(str(failure.exc_value))
+
+    monkeypatch.setattr(sys, "unraisablehook", usual)
     monkeypatch.setattr(tqdm, "_get_free_pos", interrupted)
     with silent_half_made_bars():
         with pytest.raises(KeyboardInterrupt):
             tqdm(range(3))
         Fails()
-    assert said == ["of another object"]
+    assert said == ["of another object"] and sys.unraisablehook is usual

@@ -11,6 +11,7 @@ from toys import RICH, raise_at, rich_run, states_equal, toy_model, without_seco
 from watching import with_flipped_bit
 
 from taylor_pruning.errors import InputError
+from taylor_pruning.training.checkpoint import check_same_loss, read_checkpoint
 from taylor_pruning.training.epochs import Interrupted
 from taylor_pruning.training.recipe import Recipe
 
@@ -112,3 +113,40 @@ def test_a_flipped_bit_is_seen(tmp_path):
     file.write_bytes(with_flipped_bit(file))
     with pytest.raises(InputError, match="damaged"):
         rich_run(file, resume=True)
+
+
+class Marker:
+    """Its unpickling would run code."""
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+def test_a_file_of_something_else_is_refused_and_runs_no_code(tmp_path):
+    file, hostile = tmp_path / "c.pt", Marker()
+    hostile.folder = tmp_path / "made"
+    for content in (torch.zeros(2), [1], {"model": {}}, {"identity": {}, "model": {}, "more": hostile}):
+        torch.save(content, file)
+        with pytest.raises(InputError, match="is no training checkpoint, or is damaged"):
+            read_checkpoint(file, {}, {})
+    assert not hostile.folder.exists()
+
+
+def test_a_setting_that_older_files_lack_may_be_missing_and_not_differ(tmp_path):
+    file = tmp_path / "c.pt"
+
+    def read(**there):
+        torch.save({"identity": there, "model": {}}, file)
+        return read_checkpoint(file, {"lr": 0.1, "start": "a"}, {}, newer=["start"])
+
+    assert read(lr=0.1)["identity"] == {"lr": 0.1}
+    for there, named in (({"start": "a"}, "lr"), ({"lr": 0.1, "start": "b"}, "start")):
+        with pytest.raises(InputError, match=f"another fine-tuning: {named} "):
+            read(**there)
+
+
+@pytest.mark.parametrize(("then", "now"), [(1.0, 1.005), (1e-6, 5e-6), (float("nan"), float("nan"))])
+def test_losses_that_rounding_tells_apart_are_the_same(then, now):
+    check_same_loss("the network", then, now)
+    with pytest.raises(InputError, match="its forward or the data have changed"):
+        check_same_loss("the network", then, 2.0)
