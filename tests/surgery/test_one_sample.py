@@ -28,6 +28,22 @@ def test_another_computation_for_one_sample_is_refused():
     assert ChannelGraph(network, torch.zeros(2, 3, 12, 12), verify=False).units
 
 
+def test_it_is_evaluation_in_which_one_sample_is_tried():
+    """In training mode the norm refuses one sample, and nothing would be compared."""
+    network = Branching(lambda logits: 2 * logits)
+    network.fc = nn.Sequential(network.fc, nn.BatchNorm1d(4))
+    with pytest.raises(InputError, match="Branching computes something else for one sample"):
+        ChannelGraph(network.train(), torch.zeros(2, 3, 12, 12))
+
+
+def test_a_network_that_draws_computes_the_same_for_one_sample():
+    class Drawing(Branching):
+        def forward(self, x):
+            return super().forward(x + torch.rand_like(x))
+
+    assert len(ChannelGraph(Drawing(lambda logits: logits).eval(), torch.zeros(2, 3, 12, 12)).units) == 8
+
+
 def test_another_shape_for_one_sample_is_not():
     assert len(check_law(Branching(lambda logits: logits[0]).double().eval(), images()).units) == 8
 

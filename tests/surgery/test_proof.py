@@ -307,6 +307,12 @@ class Remembering(nn.Module):
         x = before = self.a(x)
         if self.kept == "features" and self.before is not None:
             x = x + self.before
+        if self.kept == "in training" and self.training:
+            x = x / 2 if self.before is None else x + self.before
+        if self.kept == "first" and self.before is not None:  # as a cache that never looks at its input again
+            x = before = self.before
+        if self.kept == "draws":
+            x = x + torch.rand_like(x)
         if self.kept == "number":
             x = x * (1 + self.calls)
         if self.kept == "list":
@@ -320,12 +326,21 @@ class Remembering(nn.Module):
 
 @pytest.mark.parametrize(
     ("kept", "attribute"),
-    [("features", "before"), ("number", "calls"), ("list", "list"), ("buffer", "mean"), (None, None)],
+    [
+        ("features", "before"),
+        ("in training", "before"),
+        ("first", "before"),
+        ("number", "calls"),
+        ("list", "list"),
+        ("buffer", "mean"),
+        (None, None),
+        ("draws", None),
+    ],
 )
 def test_a_network_that_goes_on_from_the_call_before_is_refused(kept, attribute):
     torch.manual_seed(0)
     model, x = Remembering(kept).eval(), torch.randn(1, 3, 4, 4)
-    if kept is None:  # what is left behind is not read
+    if attribute is None:  # what is left behind is not read
         assert len(ChannelGraph(model, x).units) == 8
         return
     with pytest.raises(InputError, match=rf"on a second call, because .*0\.{attribute}.*make it an input"):

@@ -284,6 +284,19 @@ def test_another_type_is_recorded_once_for_all_sizes_where_the_forward_reads_non
     assert len(recorded) == 1
 
 
+def test_few_sizes_are_kept_and_that_of_the_example_is_one_of_them(monkeypatch):
+    monkeypatch.setattr(other_sizes, "MOST_SIZES", 2)
+    model = around(padded_to_even)
+    graph = ChannelGraph(model, images(1), verify=False)
+    trace, gates = graph.executions[False].trace, torch.ones(len(graph.units), dtype=torch.double)
+    example = next(iter(images(1).shape[2:]))
+    for size in (9, 10, 11, 13, example, 15):
+        with graph.gated(gates):
+            gated = model(x := images(2, size, size))
+        torch.testing.assert_close(gated, model(x))
+        assert len(trace.at_sizes) <= 3 and next(iter(trace.at_sizes))[0] == ((3, example, example),)
+
+
 def by_largest_divisor(s, x):
     divisor = 7
     while x.shape[2] % divisor:
