@@ -3,12 +3,13 @@
 import copy
 import pickle
 from collections import OrderedDict
+from types import FunctionType
 
 import torch
 from torch import nn
 
 from taylor_pruning.errors import InputError
-from taylor_pruning.held import copies_like
+from taylor_pruning.held import copies_like, held_tensors
 from taylor_pruning.memory import raise_out_of_memory
 
 SHARED = (bool, int, float, str, type(None), torch.dtype, torch.jit.ScriptFunction)  # types of values that never change
@@ -17,13 +18,13 @@ SHARED = (bool, int, float, str, type(None), torch.dtype, torch.jit.ScriptFuncti
 def copy_of(model, replaced=None):
     """A deep copy with the tensors in `replaced` {id: tensor} in the place of its own.
 
-    A tensor that a forward left behind as a plain attribute (a kept activation, the weight that pruning masks, weight norm
-    or spectral norm compute before every forward) is copied without its history.
+    A tensor that a forward left behind in an attribute or an object (a kept activation, the weight that pruning masks, weight
+    norm or spectral norm compute before every forward) is copied without its history.
 
     Raises InputError if something in the model cannot be copied.
     """
     memo = dict(replaced or {})
-    for tensor in _tensors_of(model):
+    for tensor, _ in held_tensors(model, without=(FunctionType,)):  # copies share functions
         if tensor.grad_fn is not None:  # autograd refuses to copy it
             memo.setdefault(id(tensor), tensor.detach().clone())
     try:
@@ -78,18 +79,3 @@ def _is_shared(value):
 def structure_of(model):
     """A copy of the modules that shares parameters and buffers with the model; other tensors are its own."""
     return copy_of(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
-
-
-def _tensors_of(model):
-    """All tensors that the modules hold, in nested containers too."""
-    for module in model.modules():
-        for value in vars(module).values():
-            yield from _tensors(value)
-
-
-def _tensors(value, depth=0):
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (dict, list, tuple, set)) and value and depth < 4:
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(item, depth + 1)

@@ -3,7 +3,10 @@
 import inspect
 
 import torch
+from torch.autograd.variable import VariableMeta
 from torch.nn import functional as F
+
+from taylor_pruning.surgery.threads import here
 
 AS_ANOTHER = ("to", "type_as")
 _NORM = "input weight bias running_mean running_var {} momentum eps cudnn_enabled"
@@ -142,6 +145,15 @@ class Property:
         return getattr(tensor, self.__name__)
 
 
+def made_seen():
+    """{(class, name): what takes its place} of what gives tensors without a call of a torch function."""
+    return {
+        (VariableMeta, "__call__"): here(variable, VariableMeta.__call__),
+        (torch.Tensor, "__new__"): staticmethod(here(sized_tensor, torch.Tensor.__new__)),
+        (torch.Tensor, "as_subclass"): here(same_tensor, torch.Tensor.as_subclass),
+    }
+
+
 def variable(kind, data=None, requires_grad=False, **more):
     """What `torch.autograd.Variable` makes of a tensor, by a call that is seen: most networks of before torch 0.4 call it."""
     if isinstance(data, torch.Tensor):
@@ -155,3 +167,8 @@ def sized_tensor(kind, *given, **more):
     if kind is torch.Tensor and sizes and not more and all(isinstance(size, int) for size in sizes):
         return torch.empty(*sizes)
     return torch._C.TensorBase.__new__(kind, *given, **more)
+
+
+def same_tensor(tensor, kind):
+    """`tensor.as_subclass(kind)`, which torch functions do not see, in a graph: it has the data and not the class."""
+    return tensor

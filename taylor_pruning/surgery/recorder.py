@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
-from torch.autograd.variable import VariableMeta
 from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 
@@ -24,10 +23,9 @@ from taylor_pruning.surgery.recorded_calls import (
     in_order,
     is_in_place,
     is_python,
+    made_seen,
     pick,
     set_grad,
-    sized_tensor,
-    variable,
 )
 from taylor_pruning.surgery.sample_loops import takes_samples_apart
 from taylor_pruning.surgery.tensor_nodes import TensorNodes, Untraceable
@@ -222,8 +220,7 @@ class Recorder(TorchFunctionMode):
             (nn.Module, "__call__"): self._traced_call(model, original),
             (nn.Module, "__getattr__"): self._watched_attribute(modes),
             (torch.jit.ScriptFunction, "__call__"): self._scripted_call(),
-            (VariableMeta, "__call__"): here(variable, VariableMeta.__call__),
-            (torch.Tensor, "__new__"): staticmethod(here(sized_tensor, torch.Tensor.__new__)),
+            **made_seen(),
         }
         marked = fx._symbolic_trace._wrapped_fns_to_patch if self.on_values else {}
         saved = [(scope, name, scope[name]) for (_, name), scope in marked.items() if name in scope]

@@ -62,6 +62,21 @@ def test_variables_of_old_networks_are_tensors(name):
     assert "__call__" not in vars(type(Variable)) and "__new__" not in vars(torch.Tensor)
 
 
+class Named(torch.Tensor):
+    """A tensor of another class, as libraries of images have."""
+
+
+@pytest.mark.parametrize("where", ["input", "output"])
+def test_tensors_cast_to_a_subclass_keep_their_channels(where):
+    model = deciding(lambda network, x: x.as_subclass(Named)) if where == "input" else deciding(lambda network, x: x)
+    if where == "output":
+        model.register_forward_hook(lambda module, given, output: output.as_subclass(Named))
+    graph = check_law(model, images(), seeds=(0,))
+    assert all(info.reason is None for info in graph.layers.values())
+    assert type(graph.remove(graph.units[:2])(images())) is type(model(images())) is Named
+    assert "as_subclass" not in vars(torch.Tensor)
+
+
 @pytest.mark.parametrize("made", [nn.Parameter, torch.DoubleTensor])
 def test_tensors_that_unseen_code_makes_of_activations_are_refused(made):
     model = deciding(lambda network, x: x - made(x.mean((2, 3), keepdim=True)))

@@ -197,7 +197,23 @@ def test_a_weight_scaled_by_a_tensor_that_is_no_parameter_stays():
     assert {graph.layers[name].reason for name in "01"} == {"passes through _weight_norm (1)"}
 
 
-@pytest.mark.parametrize("container", [lambda x: x, lambda x: [x], lambda x: {"x": x}, torch.Tensor.detach])
+class Store:
+    """Keeps what a layer gives, as its forward hook."""
+
+    def keep(self, module, given, output):
+        self.kept = output
+
+
+def storing(activation):
+    store = Store()
+    store.keep(None, None, activation)
+    return store
+
+
+CONTAINERS = [lambda x: x, lambda x: [x], lambda x: {"x": x}, torch.Tensor.detach, storing, lambda x: storing(x).keep]
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
 def test_a_network_that_keeps_an_activation_is_cut(container):
     graph = ChannelGraph(keeping(container)(network()), IMAGES)
     assert graph.remove(graph.units[:2])(IMAGES).shape == (4, 4)
