@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import gc
 import types
 from argparse import Namespace
@@ -39,8 +40,8 @@ def held_tensors(value, without: tuple = ()) -> Iterator[tuple[torch.Tensor, obj
 
 
 def own_values(module: nn.Module) -> dict[str, tuple[dict | list, str | int]]:
-    """{name: (container, key)}: where a module keeps its values; those of its dictionaries, lists and settings, and of such in
-    them, as "settings.stages.0.dim"."""
+    """{name: (container, key)}: where a module keeps its values; those of its dictionaries, lists, settings and the named
+    arguments of `functools.partial`, and of such in them, as "settings.stages.0.dim"."""
     found: dict[str, tuple[dict | list, str | int]] = {}
     seen = set()
 
@@ -61,6 +62,8 @@ def own_values(module: nn.Module) -> dict[str, tuple[dict | list, str | int]]:
 
 def _values_in(item):
     """The container in which it keeps values; None of what keeps none, and of a list of numbers, which is one value."""
+    if type(item) is functools.partial:
+        return item.keywords
     if type(item) is list:
         return None if all(type(value) in (int, float) for value in item) else item
     return item if type(item) in (dict, OrderedDict) else vars(item) if _has_values(item) else None

@@ -168,8 +168,14 @@ class ChannelIds:
             if number.whole and len(number.ids) == len(ids) and not number.widths:
                 self.unite(number.ids, ids)
                 return True
-            if number.terms:
+            if number.terms and not number.widths:
                 self.sums.append((ids, number.terms, reason))
+                return True
+            if number.terms and all(
+                factor == -1 for _, factor in number.terms
+            ):  # together they are as many as a width says
+                along = torch.cat([*(some for some, _ in number.terms), ids])
+                self.bind_width(number.widths[0], along, Fraction(1), reason)
                 return True
             self.protect(number.ids, reason)
         elif len(number.widths) == 1 and number.factor is not None and number.factor > 0:
@@ -231,7 +237,8 @@ class ChannelIds:
         """
         tracked = is_tracked(divisor)
         if is_tracked(number) and number.ids is not None and not (tracked and divisor.ids is not None):
-            factors = {factor for _, factor in number.terms} or {number.factor}  # ids of a sum are those of all terms
+            terms = () if number.widths else number.terms  # ids of a sum are those of all terms
+            factors = {factor for _, factor in terms} or {number.factor}
             if len(factors) == 1 and (factor := factors.pop()):
                 whole = Fraction(plain(divisor)).numerator * factor.denominator
                 self.multiples.append((number.ids, whole, divisor.widths if tracked else (), reason))

@@ -28,7 +28,8 @@ class _Tracked:
         widths: ((module name, attribute, index or None), ...) that it was read from.
         factor: its value over that of its one source (a dimension or an attribute); None: computed in another way.
         rounded: what of the factor comes from quotients, which another number of channels may round.
-        terms: ((ids, factor), ...) whose sum it is, where it adds up several numbers of channels.
+        terms: ((ids, factor), ...) whose sum it is, where it adds up several numbers of channels; of what a width has more
+            than such a sum, the terms that are added to the width.
     """
 
     graph = node = ids = None
@@ -202,8 +203,9 @@ def _terms(name, a, b=None):
     """The `terms` of a sum or difference of two numbers of channels, or of such sums; () of all else."""
     if name not in ("add", "sub"):
         return ()
+    width = name == "sub" and is_tracked(a) and a.ids is None and a.whole and len(a.widths) == 1
     found = []
-    for operand, sign in ((a, 1), (b, 1 if name == "add" else -1)):
+    for operand, sign in ((a, 1), (b, 1 if name == "add" else -1))[width:]:
         counts = is_tracked(operand) and operand.ids is not None and not operand.widths
         exact = counts and operand.factor is not None and not operand.rounded
         own = counts and (operand.terms or exact and ((operand.ids, operand.factor),))

@@ -1,5 +1,7 @@
 """Zeroed gates are removed channels where a forward assigns to parts of tensors, or copies over them."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -141,6 +143,16 @@ def filled_up_by_a_number(s, x):
     return s.c(y + F.pad(x, s.behind) + F.pad(x, (0, 0, 0, 0, s.side, s.side)))
 
 
+def filled_up_to_a_width(s, x):
+    """The shortcut gets as many channels of zeros as it lacks of what the module says, or arguments that it holds."""
+    y = torch.cat([s.a(x), s.b(x)], 1)
+    return s.c(y + s.fill(x) + F.pad(x, (0, 0, 0, 0, 0, s.width - x.size(1))))
+
+
+def filled(x, wide):
+    return torch.cat([x, x.new_zeros(x.size(0), wide - x.size(1), *x.shape[2:])], 1)
+
+
 def filled_up_as_space_is(s, x):
     """The same number pads columns, which stay as many."""
     y = F.pad(torch.cat([s.a(x), s.b(x)], 1), (s.side, s.side))
@@ -188,6 +200,18 @@ BLOCKS = {  # name: (block, removable filters of the stem, of a, of b)
         8,
         8,
         8,
+    ),
+    "filled up to a width": (
+        Block(filled_up_to_a_width, c=conv(2 * C, C, 1), fill=partial(filled, wide=2 * C), width=2 * C),
+        8,
+        8,
+        8,
+    ),
+    "filled up to a number": (
+        Block(filled_up_to_a_width, c=conv(2 * C, C, 1), fill=lambda x: filled(x, 2 * C), width=2 * C),
+        0,
+        0,
+        0,
     ),
     "filled up as space is": (Block(filled_up_as_space_is, c=conv(2 * C, C, 1), side=C // 2), 8, 4, 4),
     "widened": (Block(widened, c=conv(2 * C, C, 1)), 0, 0, 0),
