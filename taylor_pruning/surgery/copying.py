@@ -13,6 +13,7 @@ from taylor_pruning.held import copies_like, held_tensors
 from taylor_pruning.memory import raise_out_of_memory
 
 SHARED = (bool, int, float, str, type(None), torch.dtype, torch.jit.ScriptFunction)  # types of values that never change
+COPY_ERRORS = (RuntimeError, TypeError, pickle.PickleError)
 
 
 def copy_of(model, replaced=None):
@@ -31,12 +32,24 @@ def copy_of(model, replaced=None):
         copied = _copied(model, memo)
         _keep_what_is_lost(model, copied, memo)
         return copied
-    except (RuntimeError, TypeError, pickle.PickleError) as error:
+    except COPY_ERRORS as error:
         raise_out_of_memory(error)
         raise InputError(
-            f"{type(model).__name__} cannot be copied ({str(error).splitlines()[0]}); make it hold no locks, "
-            "open files or generators"
+            f"{type(model).__name__} cannot be copied{_what_fails(model)} ({str(error).splitlines()[0]}); make it hold no "
+            "locks, open files, generators or views of dictionaries"
         ) from error
+
+
+def _what_fails(model):
+    """Names the first attribute of a module that cannot be copied; "" if each alone can."""
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            memo = {id(held): held for held in (*model.modules(), *(tensor for tensor, _ in held_tensors(value)))}
+            try:
+                copy.deepcopy(value, memo)
+            except COPY_ERRORS:
+                return f", for its {name}.{attribute}".replace(" .", " ")
+    return ""
 
 
 def _copied(value, memo):

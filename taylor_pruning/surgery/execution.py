@@ -9,9 +9,11 @@ from torch.func import functional_call
 
 from taylor_pruning.errors import InputError
 from taylor_pruning.surgery.autocasts import under
+from taylor_pruning.surgery.lines import note_line
 from taylor_pruning.surgery.nested import Slot, map_tensors
 from taylor_pruning.surgery.other_sizes import at_size
 from taylor_pruning.surgery.recorded_calls import set_grad, sources_of
+from taylor_pruning.surgery.recorder import TRACE_ERRORS
 from taylor_pruning.surgery.tracing import Trace
 
 
@@ -158,10 +160,14 @@ def evaluate(model, node, value_of, read=None, grad=False, instead=None, at=None
     args, kwargs = fx.node.map_arg((node.args, node.kwargs) if arguments is None else arguments, value_of)
     if read is not None:
         args = read(args)
-    if regions := node.meta.get("autocast"):
-        with under(regions):
-            return _called(model, node, args, kwargs, grad, instead)
-    return _called(model, node, args, kwargs, grad, instead)
+    try:
+        if regions := node.meta.get("autocast"):
+            with under(regions):
+                return _called(model, node, args, kwargs, grad, instead)
+        return _called(model, node, args, kwargs, grad, instead)
+    except TRACE_ERRORS as error:
+        note_line(error, node)
+        raise
 
 
 def _called(model, node, args, kwargs, grad, instead):

@@ -20,6 +20,7 @@ from taylor_pruning.memory import raise_out_of_memory
 from taylor_pruning.modes import set_mode
 from taylor_pruning.surgery.copying import copy_of
 from taylor_pruning.surgery.draws import equal_draws
+from taylor_pruning.surgery.lines import place_of
 from taylor_pruning.surgery.nested import map_tensors
 from taylor_pruning.surgery.recording import call, typical_tensor
 from taylor_pruning.surgery.trial_inputs import FORWARD_ERRORS, random_inputs
@@ -185,8 +186,8 @@ class CutProof:
             )
         return InputError(
             f"the graph of {type(self.model).__name__} cannot be run{mode} on inputs of shape {shapes} on which the network "
-            f"itself runs ({_cause(error)}): make its forward take all sizes, that of the batch too, from the shapes of tensors"
-            "; make tensors of such sizes by torch.zeros or x.new_zeros, as torch.FloatTensor(size) and NumPy are not seen"
+            f"itself runs, {place_of(error)}: make its forward take all sizes, that of the batch too, from the shapes of "
+            "tensors, and tensors of such sizes by torch.zeros or x.new_zeros: torch.FloatTensor(size) and NumPy are not seen"
         )
 
     def _expected(self, dense, units, x, training):

@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from taylor_pruning.surgery.autocasts import Autocasts
 from taylor_pruning.surgery.captured import captured_call
+from taylor_pruning.surgery.lines import caller
 from taylor_pruning.surgery.nested import map_tensors, tensors_in
 from taylor_pruning.surgery.numbers import is_tracked, number
 from taylor_pruning.surgery.recorded_calls import (
@@ -173,7 +174,7 @@ class Recorder(TorchFunctionMode):
         elif func in STATISTICAL and True in (*args[5:6], kwargs.get("training"), kwargs.get("use_input_stats")):
             self.nodes.note_written(tensors_in((args[1:3], kwargs.get("running_mean"), kwargs.get("running_var"))))
         constant = on_constants or not tensors
-        node.meta.update(module=self.path[-1], constant=constant, autocast=self.autocasts.now())
+        node.meta.update(module=self.path[-1], constant=constant, autocast=self.autocasts.now(), line=caller())
         if isinstance(result, torch.Tensor):
             self.nodes.bind(result, node)
             if is_in_place(name, kwargs):
@@ -299,7 +300,7 @@ class Recorder(TorchFunctionMode):
             raise Untraceable(f"{name} runs as a whole")
         packed = map_tensors((args, kwargs), self.nodes.packed, PackedSequence)
         node = record(target, *self.nodes.as_nodes(packed))
-        node.meta.update(module=self.path[-1], constant=False, autocast=self.autocasts.now())
+        node.meta.update(module=self.path[-1], constant=False, autocast=self.autocasts.now(), line=caller())
         self.apart = True
         try:
             with torch._C.DisableTorchFunction(), torch.compiler.set_stance("default"):

@@ -10,11 +10,12 @@ from taylor_pruning.errors import InputError
 from taylor_pruning.modes import set_mode
 from taylor_pruning.surgery.batch_size import LEAST, LEAST_OF_VALUES, batch_size, first_samples
 from taylor_pruning.surgery.copying import copy_of
+from taylor_pruning.surgery.lines import place_of
 from taylor_pruning.surgery.nested import map_tensors, tensors_in
 from taylor_pruning.surgery.operations import RULES
 from taylor_pruning.surgery.recorder import TRACE_ERRORS
 from taylor_pruning.surgery.tensor_nodes import Untraceable
-from taylor_pruning.surgery.tracing import place_of, trace
+from taylor_pruning.surgery.tracing import trace
 
 MOST_BATCHES = 5  # in which a forward is recorded again
 
@@ -76,9 +77,8 @@ def record(model, example, training=False):
                 f"{type(model).__name__} runs{mode}, but not while its calls are recorded on tensors that require gradients, "
                 f"{place_of(cause)}; compute that by other functions of torch"
             ) from error
-        cause = str(cause).strip().partition("\n")[0]
         raise InputError(
-            f"{type(model).__name__} runs{mode} on {len(first)} samples, but not on {batch} ({cause}); "
+            f"{type(model).__name__} runs{mode} on {len(first)} samples, but not on {batch}, {place_of(cause)}; "
             f"{_remedy(example, first)}"
         ) from error
     if not any("shape" in node.meta for node in found.graph.output_node().args[0]):

@@ -9,7 +9,6 @@ import operator
 import traceback
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import fx, nn
@@ -23,6 +22,7 @@ from taylor_pruning.surgery.batch_size import LEAST_OF_VALUES, batch_size, first
 from taylor_pruning.surgery.captured import untouched
 from taylor_pruning.surgery.copying import copy_of, structure_of
 from taylor_pruning.surgery.draws import equal_draws, unchecked_distributions
+from taylor_pruning.surgery.lines import place_of
 from taylor_pruning.surgery.nested import Slot, map_tensors, tensors_in
 from taylor_pruning.surgery.numbers import numbers_of, wrap_widths
 from taylor_pruning.surgery.outliving import forget
@@ -109,25 +109,16 @@ def trace(model, args, kwargs, rules, training=False, least=LEAST_OF_VALUES):
         if found is not None:
             found.caches = caches
             return found
-    raise InputError(refusal(model, failure, (args, kwargs))) from failure
+    raise InputError(refusal(model, failure, (args, kwargs), training)) from failure
 
 
-def place_of(error):
-    """The line of the forward at which an error arose, and the error in one line."""
-    here = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(here)]
-    where = f'{frames[-1].filename}, line {frames[-1].lineno}: "{frames[-1].line}"' if frames else "its forward"
-    cause = str(error).strip().split("\n")[0] or type(error).__name__
-    return f"at {where} ({cause})"
-
-
-def refusal(model, error, example):
-    where = place_of(error)
+def refusal(model, error, example, training):
+    where, mode = place_of(error), " in training mode" if training else ""
     if isinstance(error, Untraceable):
-        return f"{type(model).__name__} cannot be traced {where}. {error.remedy}"
+        return f"{type(model).__name__} cannot be traced{mode} {where}. {error.remedy}"
     shapes = ", ".join(str(tuple(t.shape[1:])) for t in tensors_in(example))
     return (
-        f"{type(model).__name__} cannot be run on an example of shape {shapes}, {where}; pass an "
+        f"{type(model).__name__} cannot be run{mode} on an example of shape {shapes}, {where}; pass an "
         "example_input that the network can process (a tuple of several inputs, a dict of named ones)"
     )
 

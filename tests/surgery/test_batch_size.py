@@ -73,7 +73,7 @@ class FixedBatch(nn.Module):
 
 
 def test_a_graph_that_holds_a_number_of_samples_is_no_matter_of_verification():
-    with pytest.raises(InputError, match="on which the network itself runs .* from the shapes of tensors") as refused:
+    with pytest.raises(InputError, match="itself runs, at .*new_tensor.* from the shapes of tensors") as refused:
         ChannelGraph(FixedBatch(), torch.randn(3, 3, 9, 9))
     assert "verify=False" not in str(refused.value)
 
@@ -84,7 +84,8 @@ class UnseenTensor(FixedBatch):
 
 
 def test_a_tensor_of_the_number_of_samples_that_no_function_makes_is_named():
-    with pytest.raises(InputError, match=r"on which the network itself runs .* as torch.FloatTensor\(size\) and NumPy"):
+    line = r'itself runs, at .*batch_size.py, line \d+: "return self.fc.*fill_\(1.0\)" .* torch.FloatTensor\(size\) and'
+    with pytest.raises(InputError, match=line):
         ChannelGraph(UnseenTensor(), torch.randn(3, 3, 9, 9))
 
 
@@ -97,7 +98,7 @@ class UnseenRows(FixedBatch):
 
 
 def test_rows_of_samples_that_no_function_makes_are_named():
-    with pytest.raises(InputError, match="on which the network itself runs .* and NumPy are not seen"):
+    with pytest.raises(InputError, match="itself runs, at .*rows = rows .* and NumPy are not seen"):
         ChannelGraph(UnseenRows().double(), images())
 
 
@@ -127,7 +128,9 @@ class Pairs(nn.Module):
 
 @pytest.mark.parametrize(("in_training", "mode"), [(False, "runs on 4"), (True, "runs in training mode on 4")])
 def test_a_network_of_even_batches_is_told_so(in_training, mode):
-    with pytest.raises(InputError, match=rf"Pairs {mode} samples, but not on 41 \(Sizes of .* any number of samples"):
+    with pytest.raises(
+        InputError, match=rf"Pairs {mode} samples, but not on 41, at .*Sizes of .* any number of samples"
+    ):
         ChannelGraph(Pairs(in_training), images(4))
     with pytest.raises(InputError, match="pass an example_input"):
         ChannelGraph(Pairs(False), images(4)[:, :2])

@@ -1139,5 +1139,5 @@ class Uncopyable:
 def test_a_model_that_cannot_be_copied_is_refused():
     model = net(Plain)
     model.stem.extra = Uncopyable()
-    with pytest.raises(InputError, match="cannot be copied"):
+    with pytest.raises(InputError, match=r"Net cannot be copied, for its stem.extra \(no copy of me\); make it"):
         ChannelGraph(model, images(1))
