@@ -27,12 +27,14 @@ class Value:
         layers: id tensors of that shape, each with at least two different ids.
         reason: where it has no ids, why channels that meet it cannot be cut.
         tensor: its values, if they do not depend on the input, parameters or buffers.
+        lost: why it lacks ids along a dimension along which what it was computed from had some.
     """
 
     shape: tuple
     layers: tuple = ()
     reason: str | None = None
     tensor: torch.Tensor | None = None
+    lost: str | None = None
 
 
 def varying(layer):

@@ -52,3 +52,15 @@ def test_what_depends_on_an_input_has_no_value_without_it():
     assert torch.equal(found[nodes["exp"]], block.w.exp()) and torch.equal(found[nodes["block_w"]], block.w)
     assert not {nodes[name] for name in ("mean", "mul", "add")} & found.keys()
     assert not any(node.op == "placeholder" for node in found)
+
+
+@pytest.mark.parametrize(("kind", "where"), [(nn.Linear, "renorm (4)"), (nn.Conv2d, "renorm (2)")])
+def test_what_reads_by_a_weight_of_a_largest_norm_names_the_norm(kind, where):
+    class Limited(kind):
+        def forward(self, x):
+            w = self.weight.renorm(2, 0, 0.5) * 2
+            return F.linear(x, w, self.bias) if kind is nn.Linear else F.conv2d(x, w, self.bias)
+
+    last = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), Limited(8, 4)] if kind is nn.Linear else [Limited(8, 4, 1)]
+    graph = ChannelGraph(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), *last).double(), images())
+    assert graph.layers["0"].reason == f"is normalised over channels in {where}"

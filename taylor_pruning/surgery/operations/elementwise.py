@@ -40,7 +40,9 @@ def align(ids, values, shape, where):
                 continue
             shift = len(shape) - len(value.shape)
             if any(d >= shift and value.shape[d - shift] > 1 for d in varying(axis.layer)):
-                known = None if value.layers else value.reason  # one with channels elsewhere has a fixed size here
+                known = (
+                    value.lost if value.layers else value.reason
+                )  # one with channels elsewhere has a fixed size here
                 reason = known or f"meets a tensor of fixed size in {where}"
                 ids.protect(axis.layer, reason)
                 axes.remove(axis)

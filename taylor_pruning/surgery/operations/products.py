@@ -84,7 +84,7 @@ def _spread(value, own, labels):
         return layer[(..., *(None,) * len(missing))].permute(*order)
 
     shape = [value.shape[own.index(label)] if label in own else 1 for label in labels]
-    return Value(tuple(shape), tuple(moved(layer) for layer in value.layers), value.reason)
+    return Value(tuple(shape), tuple(moved(layer) for layer in value.layers), value.reason, lost=value.lost)
 
 
 @rule("addmm baddbmm", linear="each")

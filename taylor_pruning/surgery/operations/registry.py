@@ -132,7 +132,9 @@ class Call:
     def result(self, layers=(), reason=None, shape=None):
         values = self.values()
         inherited = self.reason_of(values) if not layers or len(values) == 1 else None
-        return self.ids.value(self.shape if shape is None else shape, layers, reason or self.why or inherited)
+        made = self.ids.value(self.shape if shape is None else shape, layers, reason or self.why or inherited)
+        made.lost = self.why or (values[0].lost if len(values) == 1 else None)
+        return made
 
     @staticmethod
     def reason_of(values):
