@@ -159,6 +159,21 @@ def filled_up_as_space_is(s, x):
     return s.c(y + F.pad(x, (s.side, s.side, 0, 0, s.side, s.side)))
 
 
+def scattered(s, x):
+    """To the same places of every channel, to places that the values of a channel give, and ones counted there."""
+    y = s.a(x)
+    places = torch.arange(y.shape[2]).flip(0).view(1, 1, -1, 1).expand_as(y)
+    z = torch.zeros_like(y).scatter_(2, places, y)
+    own = (y > 0.1).cumsum(3).clamp(max=y.shape[3] - 1)
+    return s.b(s.b(z.scatter_add(3, own, y)) * y.new_zeros(y.shape).scatter_add(3, own, torch.ones_like(y)))
+
+
+def scattered_over_channels(s, x):
+    y = s.a(x)
+    places = torch.arange(y.shape[1]).flip(0).view(1, -1, 1, 1).expand_as(y)
+    return s.b(torch.zeros_like(y).scatter(1, places, y))
+
+
 def widened(s, x):
     """As many columns more as one has channels more than another."""
     y = torch.cat([s.a(x), s.b(x)], 1)
@@ -214,6 +229,8 @@ BLOCKS = {  # name: (block, removable filters of the stem, of a, of b)
         0,
     ),
     "filled up as space is": (Block(filled_up_as_space_is, c=conv(2 * C, C, 1), side=C // 2), 8, 4, 4),
+    "scattered": (Block(scattered), 8, 8, 8),
+    "scattered over channels": (Block(scattered_over_channels), 8, 0, 8),
     "widened": (Block(widened, c=conv(2 * C, C, 1)), 0, 0, 0),
     "filled up by others": (Block(filled_up_by_others), 0, 0, 0),
     "angles": (Block(angles), 8, 8, 8),

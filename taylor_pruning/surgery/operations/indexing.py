@@ -214,6 +214,26 @@ def gather(call):
     return call.result([axis.layer for axis in axes], reason)
 
 
+@rule("scatter scatter_add", linear=True)
+def scatter(call):
+    """Elements put or added to places along one dimension of a tensor; along all others the places have its channels."""
+    x, dim = call.values()[0], int(call.get("dim", 1)) % len(call.values()[0].shape)
+    shape = tuple(1 if d == dim else size for d, size in enumerate(x.shape))
+    along = any(dim in varying(layer) for value in call.values() for layer in value.layers)
+    others = any(v.shape[:dim] != x.shape[:dim] or v.shape[dim + 1 :] != x.shape[dim + 1 :] for v in call.values())
+    if along or others or call.get("reduce", 4) is not None:
+        return call.unknown(f"is indexed by position in {call.where}")
+    parts = [Value(shape, tuple(layer.narrow(dim, 0, 1) for layer in v.layers), v.reason) for v in call.values()]
+    axes, reason = align(call.ids, parts, shape, call.where)
+    real = [
+        i for i, (node, _) in enumerate(call.operands) if node.meta.get("real")
+    ]  # zeros of the places make no zeros
+    meet_all = all(axis.carriers.issuperset(real) for axis in axes)
+    call.info.source = len(real) < 2 or not meet_all or any(map(call.is_constant, real))
+    call.info.mains = tuple(call.operands[i][0] for i in real)
+    return call.result([axis.layer.expand(call.shape) for axis in axes], reason)
+
+
 # What gives the same positions, perhaps elsewhere or of another type.
 SAME_PLACES = set("to long int cuda cpu type detach clone contiguous data".split())
 
