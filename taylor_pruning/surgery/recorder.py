@@ -153,7 +153,8 @@ class Recorder(TorchFunctionMode):
             kwargs = {k: v for k, v in kwargs.items() if k != "device"}
         func, args, kwargs = in_order(func, bare(name), args, kwargs)
         length = self.nodes.lengths.get(id(args[0])) if args and bare(name) in SIZED else None
-        arguments, options = self.nodes.as_nodes((args, kwargs), bare(name) in SIZED, name in BOUNDED, length)
+        given = self.nodes.of_samples(args) if name in ("__getitem__", "__setitem__") else args
+        arguments, options = self.nodes.as_nodes((given, kwargs), bare(name) in SIZED, name in BOUNDED, length)
         if on_constants or self.on_values:
             result = func(*args, **kwargs)
         else:

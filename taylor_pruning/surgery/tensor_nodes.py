@@ -239,6 +239,26 @@ class TensorNodes:
 
         return fx.node.map_aggregate(value, convert)
 
+    def of_samples(self, args):
+        """The arguments of an indexing; what it says of the samples of a batch in plain numbers is said by nodes.
+
+        A list or range of all samples is a `torch.arange`, and bounds of a slice that are multiples of the batch are such.
+        """
+        x, index, *rest = args
+        parts = index if isinstance(index, tuple) else (index,)
+        first, size = parts[0] if parts else None, x.shape[0] if x.dim() else 0
+        if not self.batch or not size or size % self.batch:
+            return args
+        if isinstance(first, slice):
+            bounds = (self.as_nodes(bound, sized=True) for bound in (first.start, first.stop))
+            return x, (slice(*bounds, first.step), *parts[1:]), *rest
+        if not isinstance(first, (list, range)) or list(first) != list(range(size)):
+            return args
+        shape = self.graph.call_function(getattr, (self.node_of(x), "shape"))
+        rows = self.graph.call_function(torch.arange, (self.graph.call_function(pick, (shape, 0)),))
+        rows.meta.update(shape=(size,), real=False, module=self.path[-1], constant=True)
+        return x, (rows, *parts[1:]), *rest
+
     def output_node(self, item):
         """The node of a tensor, a size or a shape that the forward returns; None for what is the same for every input."""
         if isinstance(item, torch.Size):

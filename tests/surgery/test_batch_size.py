@@ -89,6 +89,46 @@ def test_a_tensor_of_the_number_of_samples_that_no_function_makes_is_named():
         ChannelGraph(UnseenTensor(), torch.randn(3, 3, 9, 9))
 
 
+class Rows(nn.Module):
+    """Each sample of a map [N, h, w, channels] at a row of its own, by a list or a range of all samples."""
+
+    def __init__(self, at):
+        super().__init__()
+        self.a, self.b, self.fc, self.at = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 1), nn.Linear(6, 4), at
+
+    def forward(self, x):
+        y = F.relu(self.a(x))
+        return self.fc(self.at(self.b(y).permute(0, 2, 3, 1), y.sum((1, 3)).argmax(1)).mean(1))
+
+
+def assigned(y, rows):
+    y = y.clone()
+    y[range(len(y)), rows] = 0.5
+    return y.sum(1)
+
+
+def of_two_joined(y, rows):
+    y = torch.cat([y, y + 1])
+    y = y[range(len(y)), rows.repeat(2)]
+    return y[: len(rows)] - y[len(rows) :].square()
+
+
+ROWS = [  # with the filters that may go
+    (lambda y, rows: y[list(range(len(y))), rows], 6),
+    (lambda y, rows: y[range(y.shape[0]), rows], 6),
+    (lambda y, rows: y[list(range(len(rows)))][:, 0], 6),
+    (assigned, 0),
+    (of_two_joined, 6),
+]
+
+
+@pytest.mark.parametrize(("at", "free"), ROWS)
+def test_a_list_of_all_samples_is_one_of_as_many_as_there_are(at, free):
+    torch.manual_seed(0)
+    graph = check_law(randomise(Rows(at)), images(3), seeds=(0,))
+    assert int(graph.layers["b"].removable.sum()) == free
+
+
 class UnseenRows(FixedBatch):
     def forward(self, x):
         y = torch.sigmoid(self.a(x)).flatten(2).transpose(1, 2)
