@@ -3,10 +3,7 @@
 import inspect
 
 import torch
-from torch.autograd.variable import VariableMeta
 from torch.nn import functional as F
-
-from taylor_pruning.surgery.threads import here
 
 AS_ANOTHER = ("to", "type_as")
 _NORM = "input weight bias running_mean running_var {} momentum eps cudnn_enabled"
@@ -110,28 +107,6 @@ def called_function(func, name):
     return func
 
 
-CALL_SCRIPTED = torch.jit.ScriptFunction.__call__  # while a forward is recorded another function is in its place
-
-
-def compiled_from(function):
-    """The Python function of which one of torch.jit was compiled; None of a traced one, which did what it did in its trace."""
-    compiled = getattr(function, "__qualname__", None) == "torch.jit.ScriptFunction"
-    return getattr(function, "_torchdynamo_inline", None) if compiled else None
-
-
-class Scripted:
-    """A function of torch.jit; alike in all recordings."""
-
-    def __init__(self, function):
-        self.function, self.__name__ = function, function.name
-
-    def __call__(self, *args, **kwargs):
-        return CALL_SCRIPTED(self.function, *args, **kwargs)
-
-    def __repr__(self):
-        return f"{self.__name__} at {id(self.function)}"
-
-
 class Property:
     """`x.T` and its kind as a function; alike in all recordings."""
 
@@ -143,32 +118,3 @@ class Property:
 
     def __call__(self, tensor):
         return getattr(tensor, self.__name__)
-
-
-def made_seen():
-    """{(class, name): what takes its place} of what gives tensors without a call of a torch function."""
-    return {
-        (VariableMeta, "__call__"): here(variable, VariableMeta.__call__),
-        (torch.Tensor, "__new__"): staticmethod(here(sized_tensor, torch.Tensor.__new__)),
-        (torch.Tensor, "as_subclass"): here(same_tensor, torch.Tensor.as_subclass),
-    }
-
-
-def variable(kind, data=None, requires_grad=False, **more):
-    """What `torch.autograd.Variable` makes of a tensor, by a call that is seen: most networks of before torch 0.4 call it."""
-    if isinstance(data, torch.Tensor):
-        return data.detach().requires_grad_(requires_grad)
-    return type.__call__(kind, data, requires_grad, **more)
-
-
-def sized_tensor(kind, *given, **more):
-    """A tensor that `torch.Tensor` makes by its sizes, by a call that is seen; old networks fill it with draws."""
-    sizes = given[0] if len(given) == 1 and isinstance(given[0], torch.Size) else given
-    if kind is torch.Tensor and sizes and not more and all(isinstance(size, int) for size in sizes):
-        return torch.empty(*sizes)
-    return torch._C.TensorBase.__new__(kind, *given, **more)
-
-
-def same_tensor(tensor, kind):
-    """`tensor.as_subclass(kind)`, which torch functions do not see, in a graph: it has the data and not the class."""
-    return tensor

@@ -1,36 +1,27 @@
 """The mode that sees every call of torch while a forward runs, and records it."""
 
-import sys
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 
 from taylor_pruning.surgery.autocasts import Autocasts
-from taylor_pruning.surgery.captured import captured_call
 from taylor_pruning.surgery.lines import caller
 from taylor_pruning.surgery.nested import map_tensors, tensors_in
 from taylor_pruning.surgery.numbers import is_tracked, number
 from taylor_pruning.surgery.recorded_calls import (
-    CALL_SCRIPTED,
-    Scripted,
     bare,
     called_function,
-    compiled_from,
     in_order,
     is_in_place,
     is_python,
-    made_seen,
     pick,
     set_grad,
 )
 from taylor_pruning.surgery.sample_loops import takes_samples_apart
 from taylor_pruning.surgery.tensor_nodes import TensorNodes, Untraceable
-from taylor_pruning.surgery.threads import here
 
 FREE = set(  # questions about a tensor whose answer is no part of the graph
     """dim ndim ndimension dtype layout requires_grad is_leaf is_floating_point is_complex is_contiguous is_cuda is_cpu
@@ -56,9 +47,6 @@ SHAPE_KEPT = set(  # the result is like the first argument; running them on meta
 OF_NUMPY = {"axis": "dim", "keepdims": "keepdim"}  # names of arguments that torch takes too
 STATISTICAL = (F.batch_norm, F.instance_norm)  # in training they write to the statistics that they are given
 WRAPPERS = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
-FLAG_ONLY = {  # these hand `training` to one operation, which is recorded in either mode
-    str(Path(nn.__file__).parent / "modules" / name) for name in ("batchnorm.py", "dropout.py")
-}
 NO_DATA = "Compute with a new tensor, as F.conv2d(x, conv.weight * mask) does, in the place of writing to `.data`"
 OF_THEIR_OWN = "Move the call into a module of its own, which then stays as it is"
 ALL_AT_ONCE = "Compute with all samples at once, or move the loop into a module of its own, which then stays as it is"
@@ -76,8 +64,8 @@ class Recorder(TorchFunctionMode):
         self.autocasts = Autocasts()
         self.hooks = 0  # forward hooks that run now
         self.looked = False  # one of them has looked at values
-        self.apart = False  # whether one of these runs now, of which nothing is recorded
         self.opaque = ()  # names of modules, and functions of torch.jit, that run as one operation each
+        self.apart = False  # whether one of them runs now, of which nothing more is recorded
         self.failed = None  # the innermost of them in which an error arose
         self.gradients = True  # whether gradients are on in the graph
         self.mode_read = False  # whether the forward asks for the mode in which its modules are
@@ -209,89 +197,6 @@ class Recorder(TorchFunctionMode):
             return x
         return func(*args, **kwargs)
 
-    # -- modules -----------------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def modules(self, model, original):
-        """While open, the recorder knows which module runs, and runs the `opaque` ones as one operation each.
-
-        Raises InputError if a module of the original runs, of which `model` is a copy.
-        """
-        modes = {id(module): vars(module).pop("training", None) for module in model.modules()}
-        replaced = {
-            (nn.Module, "__call__"): self._traced_call(model, original),
-            (nn.Module, "__getattr__"): self._watched_attribute(modes),
-            (torch.jit.ScriptFunction, "__call__"): self._scripted_call(),
-            **made_seen(),
-        }
-        marked = fx._symbolic_trace._wrapped_fns_to_patch if self.on_values else {}
-        saved = [(scope, name, scope[name]) for (_, name), scope in marked.items() if name in scope]
-        own = [(kind, name, vars(kind).get(name)) for kind, name in replaced]
-        try:
-            for (kind, name), function in replaced.items():
-                setattr(kind, name, function)
-            for scope, name, function in saved:
-                scope[name] = here(self._whole_function(function), function)
-            with self.autocasts.watched():
-                yield
-        finally:
-            for kind, name, function in own:
-                delattr(kind, name) if function is None else setattr(kind, name, function)
-            for scope, name, function in saved:
-                scope[name] = function
-            self.mode_read = self.mode_read or any(hasattr(module, "training") for module in model.modules())
-
-    def _watched_attribute(self, modes):
-        attribute = nn.Module.__getattr__
-
-        def watched_attribute(module, name):  # is asked for what is no plain attribute, as `training` is not now
-            if name != "training" or id(module) not in modes:
-                return attribute(module, name)
-            self.mode_read = self.mode_read or sys._getframe(1).f_code.co_filename not in FLAG_ONLY
-            return modes[id(module)]
-
-        return watched_attribute
-
-    def _traced_call(self, model, original):
-        names = {id(module): name for name, module in model.named_modules()}
-        originals = {id(module): name for name, module in original.named_modules() if id(module) not in names}
-        call = nn.Module.__call__
-
-        def traced_call(module, *args, **kwargs):
-            if id(module) in originals:
-                raise captured_call(originals[id(module)])
-            name = names.get(id(module), self.path[-1])
-            if name in self.opaque or isinstance(module, torch.jit.ScriptModule):
-                return self.whole(self.graph.call_module, name, module.forward, args, kwargs)
-            self.path.append(name)
-            try:
-                return call(module, *args, **kwargs)
-            except TRACE_ERRORS:
-                self.failed = self.failed or name
-                raise
-            finally:
-                self.path.pop()
-
-        return here(traced_call, call)
-
-    def _scripted_call(self):
-        """The call of a function of torch.jit, whose operations are seen in part, and on later calls not at all."""
-
-        def scripted_call(function, *args, **kwargs):
-            called = compiled_from(function)
-            if called is None or function in self.opaque:
-                return self._whole_function(Scripted(function))(*args, **kwargs)
-            try:
-                return called(*args, **kwargs)
-            except TRACE_ERRORS:
-                self.failed = self.failed or function
-                raise
-
-        return here(scripted_call, CALL_SCRIPTED)
-
-    def _whole_function(self, function):
-        return lambda *args, **kwargs: self.whole(self.graph.call_function, function, function, args, kwargs)
-
     def whole(self, record, target, function, args, kwargs):
         """A module, a scripted function or one marked by `torch.fx.wrap`, as one operation of which nothing is known."""
         if self.apart:
@@ -316,23 +221,6 @@ class Recorder(TorchFunctionMode):
         else:
             raise Untraceable(f"{name} returns {type(result).__name__}")
         return result
-
-
-def watched(hook, recorder):
-    """A forward hook that may look at values (a record of statistics) unless it changes anything with them."""
-
-    def called(*args, **kwargs):
-        recorder.hooks += 1
-        try:
-            result = hook(*args, **kwargs)
-        finally:
-            recorder.hooks -= 1
-        if recorder.looked and result is not None:
-            raise Untraceable("a forward hook computes with the values of activations")
-        recorder.looked = False
-        return result
-
-    return called
 
 
 @contextmanager

@@ -27,8 +27,9 @@ from taylor_pruning.surgery.nested import Slot, map_tensors, tensors_in
 from taylor_pruning.surgery.numbers import numbers_of, wrap_widths
 from taylor_pruning.surgery.outliving import forget
 from taylor_pruning.surgery.recorded_calls import pick, set_grad, writes
-from taylor_pruning.surgery.recorder import TRACE_ERRORS, Recorder, watched
+from taylor_pruning.surgery.recorder import TRACE_ERRORS, Recorder
 from taylor_pruning.surgery.tensor_nodes import Untraceable
+from taylor_pruning.surgery.unseen_calls import calls_seen, watched
 
 
 @dataclass
@@ -158,7 +159,7 @@ def _record(recorder, model, args, kwargs, training):
 
     inputs, before = map_tensors((args, kwargs), place), attributes_of(copied)
     recorder.nodes.read_batch_from(slots[0])
-    watching = untouched(model), recorder.modules(copied, model)
+    watching = untouched(model), calls_seen(recorder, copied, model)
     settings = equal_draws(recorder.device), unchecked_distributions(), torch.enable_grad()
     uncompiled = torch.compiler.set_stance("force_eager")  # what torch.compile has made calls no function that is seen
     with ExitStack() as stack:
