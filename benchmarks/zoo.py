@@ -1,9 +1,10 @@
-"""How much of other people's networks can be cut, and whether the cut is exact: timm's CNNs and hybrids, torchvision's tasks.
+"""How much of other people's networks can be cut, and whether the cut is exact: those of timm and pytorchcv.
 
     pip install -r benchmarks/requirements.txt
     python benchmarks/zoo.py --kind cnn --markdown docs/networks.md
     python benchmarks/zoo.py --kind hybrid --prune-linear --prune-heads --markdown docs/networks.md
-    python benchmarks/zoo.py resnet50 seresnet18 --peer
+    python benchmarks/zoo.py --kind pytorchcv --markdown docs/networks.md
+    python benchmarks/zoo.py resnet50 seresnet18 pytorchcv/fishnet99 --peer
 
 Every network has random weights, norms and biases, float64, and the smallest image that it runs on. 30 % of its units, drawn at
 random, are closed by gates and, in a copy, removed. "exact": both outputs agree to 1e-6; "protected": nothing may
@@ -33,7 +34,7 @@ SHARE = 0.3  # of the units, at random
 EXACT = 1e-6
 MOST = 90  # per cent of the filters
 SIDES = (64, 96, 128, 160, 224, 256)
-KINDS = {  # patterns of timm's names, where one of every family is enough to know it
+KINDS = {  # names, where one of every family is enough to know it
     "cnn": """
         resnet10t resnet18 resnet26t resnetaa34d resnetblur18 seresnet18 ecaresnet26t ecaresnetlight resnet50_gn
         resnetv2_18 resnetv2_50x1_bit resnetv2_50d_gn resnetv2_50d_evos resnetv2_50d_frn resnest14d resnest50d_1s4x24d
@@ -68,18 +69,29 @@ KINDS = {  # patterns of timm's names, where one of every family is enough to kn
         swinv2_cr_tiny_ns_224 eva02_tiny_patch14_224 convit_tiny tnt_s_patch16_224 twins_pcpvt_small
         vit_relpos_small_patch16_224 hieradet_small levit_conv_128s gmixer_12_224
     """,
+    "pytorchcv": """
+        airnet50_1x64d_r16 airnext50_32x4d_r2 alexnet bagnet9 bam_resnet18 bninception cbam_resnet18 channelnet
+        condensenet74_c4_g4 darknet_tiny darknet53 darts densenet121 diapreresnet10 diaresnet10 dicenet_wd5 diracnet18v2
+        dla34 dpn68b drnc26 efficientnet_edge_small_b espnetv2_wd2 fastseresnet101b fbnet_cb fdmobilenet_wd4 fishnet99
+        ghostnet hardnet39ds hrnet_w18_small_v1 ibnb_resnet50 ibn_densenet121 igcv3_wd4 irevnet301 isqrtcovresnet18
+        menet108_8x1_g3 mixnet_s mnasnet_b1 mobilenet_wd4 mobilenetv2b_wd4 mobilenetv3_small_w7d20 msdnet22 nasnet_4a1056
+        octresnet10_ad2 peleenet pnasnet5large polynet preresnet10 proxylessnas_cpu pyramidnet101_a360 regnetx002 regnety002
+        resattnet56 resnesta18 resneta10 resnetd50b resnext14_16x4d revnet38 scnet50 selecsls42 senet16 sepreresnet10
+        sharesnet18 shufflenet_g3_wd4 shufflenetv2_wd2 sknet50 sparsenet121 spnasnet squeezenet_v1_0 squeezeresnet_v1_0
+        sqnxt23_w1 tresnet_m vgg11 vovnet27s xdensenet121_2 xception zfnet fractalnet_cifar10 nin_cifar10
+        pyramidnet110_a48_cifar10 resdropresnet20_cifar10 rir_cifar10 ror3_56_cifar10 shakedropresnet20_cifar10
+        shakeshakeresnet20_2x16d_cifar10 wrn16_10_cifar10 wrn20_10_1bit_cifar10 xdensenet40_2_k24_bc_cifar10
+    """,
 }
+PREFIXES = {"pytorchcv": "pytorchcv/"}  # before the names of networks of another package than timm
 
 
 def build(name):
-    """(network, example of two images) of timm, the smallest that runs."""
-    import timm
-
+    """(network, example of two images), the smallest that runs."""
     torch.manual_seed(0)
-    model = timm.create_model(name, pretrained=False, num_classes=11).double().eval()
+    model, side, fixed = (from_pytorchcv if name.startswith("pytorchcv/") else from_timm)(name.rpartition("/")[2])
+    model = model.double().eval()
     draw_anew(model, {id(p) for p in model.parameters() if p.dim() > 1})
-    side = model.default_cfg["input_size"][-1]
-    fixed = model.default_cfg.get("fixed_input_size")
     for size in [side] if fixed else [s for s in SIDES if s < side] + [side]:
         x = torch.randn(2, 3, size, size, dtype=torch.double, generator=torch.Generator().manual_seed(1))
         try:
@@ -89,6 +101,22 @@ def build(name):
         except (RuntimeError, AssertionError):
             continue
     raise SystemExit(f"{name} runs on none of the sizes {SIDES}")
+
+
+def from_timm(name):
+    """(network, the side of its images, whether it takes no other)."""
+    import timm
+
+    model = timm.create_model(name, pretrained=False, num_classes=11)
+    return model, model.default_cfg["input_size"][-1], model.default_cfg.get("fixed_input_size")
+
+
+def from_pytorchcv(name):
+    """(network, the side of its images, whether it takes no other)."""
+    from pytorchcv.model_provider import get_model
+
+    model = get_model(name)
+    return model, model.in_size[0], False
 
 
 def resident(peak=False):
@@ -115,6 +143,7 @@ def random_units(graph):
 def check(name, options):
     """One row: verdict, share of removable filters, seconds, MB above the model, main reason for the rest."""
     model, x = build(name)
+    name = name.rpartition("/")[2]
     gc.collect()
     before = resident(peak=True)
     start = time.process_time()
@@ -168,7 +197,7 @@ def section(kind, rows):
     counts = Counter(row[1] for row in rows)
     lines = [f"{len(rows)} networks: {counts['exact']} exact, {counts['protected']} with nothing to remove, "
              f"{counts['refused']} refused, {counts['wrong']} wrong."]  # fmt: skip
-    if kind == "cnn":
+    if kind != "hybrid":
         most = [row for row in rows if row[1] == "exact" and float(row[2]) >= MOST]
         lines[0] += f" In {len(most)} of them at least {MOST} % of the filters can go:"
         lines += ["", textwrap.fill(", ".join(row[0] for row in most) + ".", 120, break_on_hyphens=False), ""]
@@ -194,7 +223,7 @@ def write_section(path, kind, rows):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("names", nargs="*", help="timm's names; default: those of --kind")
+    parser.add_argument("names", nargs="*", help="timm's names, or pytorchcv/NAME; default: those of --kind")
     parser.add_argument("--kind", choices=KINDS, default="cnn")
     parser.add_argument("--prune-linear", action="store_true")
     parser.add_argument("--prune-heads", action="store_true")
@@ -204,7 +233,8 @@ def main():
     torch.set_num_threads(1)
     options = {"prune_linear": arguments.prune_linear, "prune_heads": arguments.prune_heads}
     rows = []
-    for name in arguments.names or KINDS[arguments.kind].split():
+    names = [PREFIXES.get(arguments.kind, "") + name for name in KINDS[arguments.kind].split()]
+    for name in arguments.names or names:
         rows.append(check(name, options) + ([peer(name)] if arguments.peer else []))
         print("  ".join(rows[-1]), flush=True)
     verdicts = Counter(row[1] for row in rows)
