@@ -152,7 +152,7 @@ def check(name, options):
         chosen = random_units(graph) if graph.units else []
         smaller = graph.remove(chosen)
     except InputError as error:
-        return [name, "refused", "", "", "", str(error)]
+        return [name, "refused", "", "", "", str(error).partition(", at ")[0]]  # without the path of the line
     seconds, memory = time.process_time() - start, resident() - before
     filters = sum(info.filters for info in graph.layers.values())
     free = sum(int(info.removable.sum()) for info in graph.layers.values())
