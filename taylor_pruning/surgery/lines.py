@@ -27,7 +27,8 @@ def note_line(error, node):
     while "line" not in node.meta and node.all_input_nodes:  # a size, or one of several results of a call
         node = node.all_input_nodes[0]
     if line := node.meta.get("line"):
-        error.add_note(_place(*line, linecache.getline(*line).strip()))
+        place = _place(*line, linecache.getline(*line).strip())
+        error.__notes__ = [*getattr(error, "__notes__", ()), place]  # add_note is newer than Python 3.10
 
 
 def place_of(error):

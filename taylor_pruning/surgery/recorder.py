@@ -8,6 +8,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 
 from taylor_pruning.surgery.autocasts import Autocasts
+from taylor_pruning.surgery.draws import EqualDraws
 from taylor_pruning.surgery.lines import caller
 from taylor_pruning.surgery.nested import map_tensors, tensors_in
 from taylor_pruning.surgery.numbers import is_tracked, number
@@ -144,7 +145,7 @@ class Recorder(TorchFunctionMode):
         given = self.nodes.of_samples(args) if name in ("__getitem__", "__setitem__") else args
         arguments, options = self.nodes.as_nodes((given, kwargs), bare(name) in SIZED, name in BOUNDED, length)
         if on_constants or self.on_values:
-            result = func(*args, **kwargs)
+            result = self.computed(func, args, kwargs)
         else:
             result = self.run(func, bare(name), *map_tensors((args, kwargs), self.nodes.stand_in), tensors)
         result = args[0] if name == "__setitem__" else result
@@ -188,7 +189,7 @@ class Recorder(TorchFunctionMode):
             if plain and x.is_floating_point() and all(t.shape == x.shape and t.dtype == x.dtype for t in tensors):
                 return torch.empty_like(x)
         if not any(t.device.type == "meta" for t in tensors_in((args, kwargs))):
-            return func(*args, **kwargs)
+            return self.computed(func, args, kwargs)
         if kwargs.get("device") is not None:
             kwargs = kwargs | {"device": "meta"}
         if name == "to":
@@ -196,6 +197,11 @@ class Recorder(TorchFunctionMode):
         if name in ("cuda", "cpu"):
             return x
         return func(*args, **kwargs)
+
+    def computed(self, func, args, kwargs):
+        """The call on values. What it draws is as in the runs that are compared: a forward may decide by it."""
+        with EqualDraws(self.device):
+            return func(*args, **kwargs)
 
     def whole(self, record, target, function, args, kwargs):
         """A module, a scripted function or one marked by `torch.fx.wrap`, as one operation of which nothing is known."""

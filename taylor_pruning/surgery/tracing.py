@@ -14,6 +14,7 @@ import torch
 from torch import fx, nn
 
 from taylor_pruning.errors import InputError
+from taylor_pruning.generators import seeded
 from taylor_pruning.held import held_tensors
 from taylor_pruning.kept_state import attributes_of, changed
 from taylor_pruning.memory import raise_out_of_memory
@@ -21,7 +22,7 @@ from taylor_pruning.modes import set_mode
 from taylor_pruning.surgery.batch_size import LEAST_OF_VALUES, batch_size, first_samples
 from taylor_pruning.surgery.captured import untouched
 from taylor_pruning.surgery.copying import copy_of, structure_of
-from taylor_pruning.surgery.draws import equal_draws, unchecked_distributions
+from taylor_pruning.surgery.draws import fixed_draws, unchecked_distributions
 from taylor_pruning.surgery.lines import place_of
 from taylor_pruning.surgery.nested import Slot, map_tensors, tensors_in
 from taylor_pruning.surgery.numbers import numbers_of, wrap_widths
@@ -160,7 +161,7 @@ def _record(recorder, model, args, kwargs, training):
     inputs, before = map_tensors((args, kwargs), place), attributes_of(copied)
     recorder.nodes.read_batch_from(slots[0])
     watching = untouched(model), calls_seen(recorder, copied, model)
-    settings = equal_draws(recorder.device), unchecked_distributions(), torch.enable_grad()
+    settings = fixed_draws(), seeded(0, recorder.device), unchecked_distributions(), torch.enable_grad()
     uncompiled = torch.compiler.set_stance("force_eager")  # what torch.compile has made calls no function that is seen
     with ExitStack() as stack:
         for context in (*watching, *settings, uncompiled, recorder):
