@@ -42,7 +42,7 @@ from taylor_pruning.scoring.curvature import check_scoring, choose_curvature, cu
 from taylor_pruning.scoring.flow import relative_flow, weigh
 from taylor_pruning.scoring.gradient_check import check_gradients
 from taylor_pruning.scoring.layer_costs import removal_costs
-from taylor_pruning.scoring.probes import cross_entropy, probe_derivatives
+from taylor_pruning.scoring.probes import probe_derivatives
 from taylor_pruning.scoring.taylor import Directions
 from taylor_pruning.scoring.trials import trial_divergences
 from taylor_pruning.selection.chosen import chosen_behind_repair, chosen_by_score, chosen_jointly, chosen_uniformly
@@ -66,7 +66,7 @@ class EnhancedFilterPruner:
         taylor_order: 1, 2 or 3.
         use_gradient_flow: multiply the scores by weights from the gradient flow (scoring.flow).
         settings: PruningSettings; those of rounds and training are not used here.
-        loss: per-sample loss (logits [B, K], labels [B]) -> [B]; another one than cross-entropy has no divergence, and
+        loss: per-sample loss (logits [B, K], labels [B]) -> [B] in place of the cross-entropy; it has no divergence, and
             cannot be scored behind compensation. task: what the network is for (taylor_pruning.tasks), default:
             classification by that loss. Without compensation other tasks are scored by random probes, unit by unit.
         graph: ChannelGraph of `model` where there is one already; `exclude`, `prune_linear` and `prune_heads` are then its own.
@@ -90,7 +90,7 @@ class EnhancedFilterPruner:
         use_gradient_flow: bool = False,
         *,
         settings: PruningSettings | None = None,
-        loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
+        loss: Callable[[Tensor, Tensor], Tensor] | None = None,
         task: Task | None = None,
         graph: ChannelGraph | PartsGraph | None = None,
         progress: bool = True,
@@ -99,7 +99,7 @@ class EnhancedFilterPruner:
         one_of("taylor_order", taylor_order, TAYLOR_ORDERS)
         settings = dataclasses.replace(settings_of(settings), **fields)
         self.taylor_order, self.use_gradient_flow = taylor_order, use_gradient_flow
-        self.task = task_of(task, None if loss is cross_entropy else loss)
+        self.task = task_of(task, loss)
         self.progress, self.has_logits = progress, is_classification(self.task)
         self.graph = checked_graph(graph, model) or settings.graph_of(model, example_input)
         self.model = self.graph.model
@@ -172,8 +172,7 @@ class EnhancedFilterPruner:
 
     def with_order(self, taylor_order: int, use_gradient_flow: bool = False) -> "EnhancedFilterPruner":
         """A pruner of another order that shares what this one has collected. Raises InputError if that is too little."""
-        if not self.provides(taylor_order, use_gradient_flow):
-            raise InputError(f"order {taylor_order} was not collected; rank with taylor_order={taylor_order}")
+        self._collected(taylor_order, use_gradient_flow)
         other = copy.copy(self)
         other.taylor_order, other.use_gradient_flow = taylor_order, use_gradient_flow
         return other
@@ -190,11 +189,11 @@ class EnhancedFilterPruner:
         """What `rank` collected under cross-entropy, None for another task."""
         return self._collected(self.taylor_order).directions
 
-    def _collected(self, order):
+    def _collected(self, order, flow=False):
+        one_of("taylor_order", order, TAYLOR_ORDERS)
         if self.collected is None:
             raise InputError("call rank(batches) first")
-        if not self.provides(order):
-            raise InputError(f"order {order} was not collected; rank with taylor_order={order}")
+        self.collected.require(order, flow)
         return self.collected
 
     def criterion(self) -> tuple[Tensor, str]:
@@ -289,6 +288,7 @@ class EnhancedFilterPruner:
         """[units] what removing each unit alone costs behind compensation (nats), see scoring.collected.Collected.levels.
 
         Where the closed form is known they are shrunk towards it, within each group of coupled layers (scoring.shrinkage).
+        Raises InputError after `rank` without compensation.
         """
         order = order or self.taylor_order
         collected = self._collected(order)

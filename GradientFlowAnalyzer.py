@@ -63,12 +63,8 @@ def collect_flow(model: nn.Module, graph: ChannelGraph, batches: Iterable) -> Te
     """
     check_gradient_mode("gradient flow")
     require_units(graph)
-    flows = []
-    if not isinstance(batches, Iterable):
-        raise InputError(f"the images are of type {type(batches).__name__}; give a list of batches (images, labels)")
-    name, task = "the images of gradient flow", Classification()
-    if isinstance(batches, Iterator):
-        batches = list(batches)
+    flows, name, task = [], "the images of gradient flow", Classification()
+    batches = list(batches) if isinstance(batches, Iterator) else batches
     loader = Batches(batches, name, device_of(model), task)
     check_first(model, loader)
     for number, (images, labels) in enumerate(loader):

@@ -169,6 +169,13 @@ def test_images_of_two_sizes_are_refused_before_any_round():
     pipeline(batches).prune(30)  # layers alone
 
 
+def test_gradients_whose_squares_overflow_are_named_with_their_layer():
+    model = network()
+    model[-1].weight.data *= 1e25
+    with pytest.raises(InputError, match="scores: numbers at the layer 3 are too large for the sums of their squares"):
+        pipeline(model=model).prune(30, 1)
+
+
 @pytest.mark.parametrize("method", [1, 2, "magnitude"])
 def test_numbers_whose_squares_overflow_are_named_with_their_layer(method):
     """As those of images that nobody normalised, or of weights whose training diverged."""

@@ -69,7 +69,7 @@ def white_coordinates(model: nn.Module, forwards: Iterable[Callable[[], object]]
     moments = {layer.weight: SecondMoments(layer) for layer in layers}
     with torch.no_grad(), ExitStack() as hooks:
         for layer in layers:
-            hooks.callback(layer.register_forward_pre_hook(moments[layer.weight].add).remove)
+            hooks.callback(layer.register_forward_pre_hook(moments[layer.weight].add, with_kwargs=True).remove)
         for number, forward in enumerate(forwards):
             if number % world_size() == rank():
                 forward()
@@ -120,11 +120,9 @@ class SecondMoments:
     def positions(self) -> Tensor:
         return symmetric(self._sums[1][0])
 
-    def add(self, module: nn.Module, args: tuple) -> None:
-        """A forward pre-hook. Positions are compared in the first image of a batch alone."""
-        if not args:
-            return  # the input was given by name
-        x, space = args[0], len(self.kernel)
+    def add(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """A forward pre-hook that sees named inputs. Positions are compared in the first image of a batch alone."""
+        x, space = args[0] if args else kwargs["input"], len(self.kernel)
         x = x.movedim(-space - 1, 0)  # channels first
         add_gram(self._sums[0], x.unflatten(0, (self.groups, -1)).transpose(0, 1).flatten(1)[None])
         if space:

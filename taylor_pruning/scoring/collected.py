@@ -66,6 +66,13 @@ class Collected:
         derivatives = self.probed and (self.probed.phi, self.probed.h, self.probed.t)[order - 1]
         return order in self.orders and derivatives is not None
 
+    def require(self, order: int, flow: bool = False) -> None:
+        """Raises InputError that says what to collect where `provides` is False."""
+        if not self.provides(order):
+            raise InputError(f"order {order} was not collected; rank with taylor_order={order}")
+        if flow:
+            self.flow()
+
     def flow(self) -> Tensor:
         """[N, units] gradient flow, on the CPU. Raises InputError if it was not collected."""
         if self.directions is None or self.directions.flow is None:
@@ -143,7 +150,7 @@ class Collected:
             [units] nats, never negative.
 
         Raises:
-            InputError: they are all zero under a task, so that they order nothing.
+            InputError: they are all zero under a task, so that they order nothing; nothing was collected behind compensation.
         """
         return self._levels(order)[0]
 
@@ -153,6 +160,8 @@ class Collected:
 
     def _levels(self, order):
         """(levels, their standard errors), computed once for every order: a choice asks for them several times."""
+        if not self.behind_repair:
+            raise InputError("levels are of removals that are repaired; rank with images for compensation")
         if order not in self._found:
             self._found[order] = (
                 self._levels_of_task(order) if self.directions is None else self._levels_of_logits(order)

@@ -1,6 +1,6 @@
 """Collects the per-sample logit directions of every unit from calibration images, in one or several processes."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -63,7 +63,7 @@ def read_batches(task: Task, model: nn.Module, batches: Iterable, purpose: str) 
 def collect_directions(
     model: nn.Module,
     graph: ChannelGraph,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Sequence[tuple[Tensor, Tensor]],
     wanted: Wanted,
     *,
     progress: bool = True,
@@ -79,7 +79,7 @@ def collect_directions(
     split: the result does not depend on it.
 
     Args:
-        batches: sequence of (images [B, ...], labels [B]) on the model's device.
+        batches: (images [B, ...], labels [B]) on the model's device, at least one.
         estimates: see ChannelGraph.gated; directions are then of removing a unit and repairing the layers that read it.
         fisher: sums up the Fisher matrices of the readers' outputs: along a random direction or, where no curvature is
             wanted, along p - e_y. That is one more backward pass, unless it is the only direction.
@@ -90,11 +90,8 @@ def collect_directions(
         Directions.
 
     Raises:
-        InputError: no batches, NaN images or logits, labels outside the logits' range.
+        InputError: NaN images or logits, labels outside the logits' range.
     """
-    batches = list(batches)
-    if not batches:
-        raise InputError("there are no calibration images; pass at least one batch")
     collect = partial(_collect, graph, wanted, estimates, fisher)
     portions = portions or Portions(batches[0][0].device)
     with frozen(model):

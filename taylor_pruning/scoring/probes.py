@@ -12,14 +12,13 @@ Double and triple backward passes run through the gates alone.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from taylor_pruning.errors import InputError
@@ -61,15 +60,10 @@ class ProbedDerivatives:
         )
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """[B] per-sample cross-entropy."""
-    return F.cross_entropy(logits, labels, reduction="none")
-
-
 def probe_derivatives(
     model: nn.Module,
     graph: ChannelGraph,
-    batches: Iterable,
+    batches: Sequence,
     *,
     order: int = 2,
     probes: int = 8,
@@ -84,7 +78,7 @@ def probe_derivatives(
     how batches are split.
 
     Args:
-        batches: iterable of the task's batches on the model's device.
+        batches: the task's batches on the model's device, at least one.
         order: 1, 2 for h as well, or 3 for t.
         probes: probes a sample and order.
         task: default: classification.
@@ -94,11 +88,8 @@ def probe_derivatives(
         ProbedDerivatives.
 
     Raises:
-        InputError: no batches, a batch that cannot be scored, or order 3 of a network with NO_THIRD_DERIVATIVE.
+        InputError: a batch that cannot be scored, or order 3 of a network with NO_THIRD_DERIVATIVE.
     """
-    batches = list(batches)
-    if not batches:
-        raise InputError("there are no calibration images; pass at least one batch")
     if order == 3:
         check_third_derivative(graph)
     derivatives = partial(_derivatives, graph, task_of(task), order, probes, seed)

@@ -187,7 +187,12 @@ def unfolded(module, x):
     """Patches [images x positions, channels x kernel] of a conv that pads with zeros, by `unfold`."""
     if isinstance(module, nn.Linear):
         return x
-    columns = nn.functional.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride)
+    padding = module.padding
+    if padding == "same":  # an odd one of several goes behind
+        extents = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        sides = [side for extent in reversed(extents) for side in (extent // 2, extent - extent // 2)]
+        x, padding = nn.functional.pad(x, sides), 0
+    columns = nn.functional.unfold(x, module.kernel_size, module.dilation, padding, module.stride)
     return columns.mT.flatten(0, 1)
 
 
@@ -198,6 +203,7 @@ def unfolded(module, x):
         {"kernel_size": 3, "stride": 2, "dilation": 2, "padding": (2, 1)},
         {"kernel_size": (1, 3), "bias": False},
         {"kernel_size": 3, "groups": 2},
+        {"kernel_size": (4, 3), "dilation": (1, 2), "padding": "same"},
     ],
 )
 def test_weights_are_the_ridge_solution(second, monkeypatch):

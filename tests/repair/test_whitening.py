@@ -80,7 +80,7 @@ def test_second_moments_are_those_of_the_patches(layer):
     """Of channels over all pixels, of kernel positions over all patches of the first image with a stride of 1."""
     module, x = layer
     moments = SecondMoments(module)
-    moments.add(module, (x,))
+    moments.add(module, (x,), {})
     groups, kernel = getattr(module, "groups", 1), getattr(module, "kernel_size", ())
     x = x.flatten(0, -2)[..., None] if not kernel else x
     parts = x.flatten(2).chunk(groups, 1)
@@ -97,7 +97,7 @@ def test_second_moments_are_those_of_the_patches(layer):
 def test_the_inputs_are_white_in_the_coordinates(layer):
     module, x = layer
     moments = SecondMoments(module)
-    moments.add(module, (x,))
+    moments.add(module, (x,), {})
     for total, inverse in zip((moments.channels, moments.positions), moments.inverses(), strict=True):
         if total.any():
             damped = total / total.diagonal().mean() + DAMPING * torch.eye(len(total))
@@ -122,3 +122,11 @@ def test_what_cannot_be_whitened_moves_as_it_is():
         each.move.data.fill_(0.25)
         each.apply()
         torch.testing.assert_close(each.parameter - before, torch.full_like(before, 0.25))
+
+
+@pytest.mark.parametrize("module", [nn.Linear(6, 5), nn.Conv1d(6, 5, 1)], ids=["linear", "conv"])
+def test_an_input_given_by_name_is_whitened_too(module):
+    x = torch.randn(7, 6, 6)
+    by_name, by_place = (white_coordinates(module, [f])[0] for f in (lambda: module(input=x), lambda: module(x)))
+    assert not torch.equal(by_name.inverses[0], torch.eye(6))
+    torch.testing.assert_close(by_name.inverses, by_place.inverses)

@@ -197,3 +197,15 @@ def test_gradients_that_the_caller_has_switched_off(mode):
     pruner = EnhancedFilterPruner(Network(lambda network, first, x: first(x)), images[:1], progress=False)
     with mode(), pytest.raises(InputError, match="scoring needs gradients; call this outside of torch.no_grad"):
         pruner.rank([(images, torch.arange(4))])
+
+
+def test_an_operation_without_a_derivative_is_named(images, labels):
+    class Incomplete(Network):
+        def forward(self, x):
+            return torch.igamma(super().forward(x).abs() + 1, x.new_ones(()))
+
+    model = randomise(Incomplete(RIGHT["nothing"]))
+    with pytest.raises(
+        InputError, match=r"no gradient along its filters \(.*igamma.* is not implemented\); change its"
+    ):
+        EnhancedFilterPruner(model, images, progress=False).rank([(images, labels)])

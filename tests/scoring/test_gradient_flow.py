@@ -252,6 +252,7 @@ def test_the_model_comes_back_as_it_was(channels):
     ("data", "message"),
     [
         ([], "gives no batch"),
+        (7, "the images of gradient flow is not iterable; give"),
         ([(torch.zeros(1, 3, 8, 8), torch.tensor([3]))], "labels"),
         ([(torch.full((1, 3, 8, 8), torch.nan), torch.tensor([0]))], "NaN"),
     ],
@@ -259,6 +260,13 @@ def test_the_model_comes_back_as_it_was(channels):
 def test_data_that_cannot_be_measured(data, message):
     with pytest.raises(InputError, match=message):
         GradientFlowAnalyzer(Chain(), torch.zeros(1, 3, 8, 8)).analyze(data)
+
+
+def test_a_generator_of_batches_is_measured():
+    reports = [GradientFlowAnalyzer(Chain().eval(), torch.zeros(1, 3, 8, 8)) for _ in range(2)]
+    reports[1].model.load_state_dict(reports[0].model.state_dict())
+    data = batches(2, 4)
+    assert reports[0].analyze(iter(data)).layers == reports[1].analyze(data).layers
 
 
 def test_gradients_that_the_caller_has_switched_off():

@@ -216,3 +216,18 @@ def test_a_derivative_that_an_operation_lacks_is_named(message):
     gamma = Once.apply(gates)
     with pytest.raises(InputError, match=f"{message}.*Use order 1, compensate"):
         probed_second(gamma, gates, 1, 0, 0)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_a_loss_that_is_linear_along_every_gate_is_exact_at_every_order(order, images, labels):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)).double()
+
+    def loss(logits, labels):
+        return -logits.gather(1, labels[:, None])[:, 0]
+
+    pruner = EnhancedFilterPruner(model, images, order, loss=loss, progress=False).rank([(images, labels)])
+    before = loss(model(images), labels).mean()
+    for unit, score in enumerate(pruner.scores()):
+        change = loss(pruner.graph.remove(pruner.graph.plan_of([unit]))(images), labels).mean() - before
+        torch.testing.assert_close(score, change)

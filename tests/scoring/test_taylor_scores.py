@@ -330,3 +330,21 @@ def test_third_moments_of_huge_logits_are_numbers(images, labels):
     settings = PruningSettings(compensate=False)
     pruner = EnhancedFilterPruner(model.eval(), images.float(), 3, settings=settings, progress=False)
     assert pruner.rank([(images.float(), labels % 4)]).scores().isfinite().all()
+
+
+def test_what_was_not_collected_is_named(plain_network, images, batches):
+    pruner = EnhancedFilterPruner(plain_network, images, 2, selection="independent", progress=False)
+    for asked in (pruner.scores, lambda: pruner.with_order(2)):
+        with pytest.raises(InputError, match=r"call rank\(batches\) first"):
+            asked()
+    pruner.rank(batches)
+    assert pruner.provides(3) and not pruner.provides(2, use_gradient_flow=True)
+    with pytest.raises(InputError, match="gradient flow was not collected; rank with use_gradient_flow=True"):
+        pruner.with_order(2, use_gradient_flow=True)
+    with pytest.raises(InputError, match="levels are of removals that are repaired"):
+        pruner.levels()
+    pruner.rank(batches, batches)
+    for asked in (pruner.scores, pruner.with_order):
+        with pytest.raises(InputError, match="order 3 was not collected; rank with taylor_order=3"):
+            asked(3)
+    assert torch.equal(pruner.levels(), pruner.collected.levels(2))  # which no closed form shrinks

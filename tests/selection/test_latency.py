@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import Residual, plain, randomise
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.flop_counter import FlopCounterMode
 
 from EnhancedFilterPruner import EnhancedFilterPruner
@@ -372,3 +373,16 @@ def test_other_errors_while_layers_are_timed_are_not_those_of_memory(images, mon
     monkeypatch.setattr(latency_module, "_measured", failing)
     with pytest.raises(RuntimeError, match="of another kind"):
         measure_latency(ChannelGraph(randomise(plain()), images[:2]), images[:1])
+
+
+def test_a_network_without_a_layer_that_can_be_timed_is_refused(images):
+    model = nn.Sequential(weight_norm(nn.Conv2d(3, 6, 3)), nn.ReLU(), weight_norm(nn.Conv2d(6, 4, 3))).double()
+    with pytest.raises(InputError, match="no layer of this network can be timed; give a budget of macs or params"):
+        measure_latency(ChannelGraph(model, images), images[:1])
+
+
+def test_layers_are_announced_unless_the_table_knows_them(counted, images, tmp_path):
+    graph, lines = ChannelGraph(randomise(plain()), images), []
+    for _ in range(2):
+        measure_latency(graph, images[:1], table=tmp_path / "times.json", progress=lines.append)
+    assert lines == [f"timing layer {n} of 3, {name}.weight" for n, name in enumerate(("0", "4", "8"), 1)]

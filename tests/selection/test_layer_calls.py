@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrizations import weight_norm
 
 from taylor_pruning.errors import InputError
 from taylor_pruning.selection import layer_calls as layer_calls_module
@@ -76,6 +77,28 @@ def test_a_layer_that_reads_no_images_is_timed_on_its_own_row(monkeypatch):
     graph = ChannelGraph(Own(), torch.zeros(2, 3, 8, 8))
     (call,) = (call for call in layer_calls(graph) if call.weight == "scales.weight")
     assert call.milliseconds(6, 8, 1, torch.zeros(1)).shape == (1, 8)
+
+
+class Functional(nn.Module):
+    """A grouped conv whose groups are named, and layers whose weight is computed, or fixed."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.normed = nn.Conv2d(3, 8, 1), weight_norm(nn.Conv2d(8, 8, 1))
+        self.weight = nn.Parameter(torch.rand(8, 1, 3, 3))
+        self.register_buffer("blur", torch.full((3, 1, 3, 3), 1 / 9))
+
+    def forward(self, x):
+        x = F.conv2d(x, self.blur, padding=1, groups=3)
+        return F.relu(F.conv2d(self.normed(F.relu(self.first(x))), self.weight, groups=8))
+
+
+def test_named_groups_of_a_depthwise_layer_shrink_and_weights_that_are_no_parameters_are_left_out(monkeypatch):
+    monkeypatch.setattr(layer_calls_module, "least_milliseconds", lambda call, device: call())
+    graph = ChannelGraph(Functional(), torch.zeros(2, 3, 8, 8))
+    calls = {call.weight: call for call in layer_calls(graph)}
+    assert calls.keys() == {"first.weight", "weight"}
+    assert calls["weight"].milliseconds(1, 5, 2, torch.zeros(1)).shape == (2, 5, 6, 6)
 
 
 def test_a_table_is_found_in_the_home_folder_and_written_for_new_times_alone(tmp_path, monkeypatch):
