@@ -37,7 +37,7 @@ class Batches:
         name: what error messages call it, for instance "the training loader".
 
     Raises:
-        InputError: it is an iterator, which is empty after one pass; while iterating, a batch that cannot be used.
+        InputError: it is an iterator, which is empty after one pass; while iterating, no batch, or one that cannot be used.
     """
 
     def __init__(self, loader: Iterable, name: str, device: torch.device, task: Task | None = None):
@@ -51,8 +51,13 @@ class Batches:
         return len(self.loader)
 
     def __iter__(self) -> Iterator:
+        number = -1
         for number, batch in enumerate(self.loader):
             yield self._read(batch, f"batch {number} of {self.name}")
+        if number < 0:
+            raise InputError(
+                f"{self.name} gives no batch; check the data and the batch size, and that it begins anew whenever it is read"
+            )
 
     def _read(self, batch, where):
         """The batch as the task reads it. Raises InputError if the network cannot run on samples of its kind."""
@@ -107,12 +112,9 @@ class Batches:
             self.loader.set_epoch(epoch)
 
     def first(self):
-        """The first batch; the random generator stays as it was. Raises InputError if there is none."""
+        """The first batch; the random generator stays as it was."""
         with torch.random.fork_rng(devices=[]):
-            batch = next(iter(self), None)
-        if batch is None:
-            raise InputError(f"{self.name} gives no batch; check the data and the batch size")
-        return batch
+            return next(iter(self))
 
 
 def _few(batch, samples):
@@ -258,13 +260,11 @@ def check_training(model: nn.Module, loader: Batches) -> None:
             "model.requires_grad_(True), or fine-tune for 0 epochs"
         )
     try:
-        batches = len(loader)
+        len(loader)
     except TypeError as error:
         raise InputError(
             f"{loader.name} has no length, which the learning rate needs; give a loader with len()"
         ) from error
-    if not batches:
-        raise InputError(f"{loader.name} gives no batch; check the data and the batch size")
     if _has_single_image(loader.loader):
         _check_single_image(model, loader)
 

@@ -163,9 +163,15 @@ def test_an_epoch_of_a_stream_ends_after_its_length():
     assert [record["epoch"] for record in result.fine_tuning] == [1] and result.accuracy_at_steps[-1]["step"] == 2
 
 
-def test_a_loader_that_is_empty_when_training_begins_is_named():
-    with pytest.raises(InputError, match="the loader gives no batch in epoch 1; give one that can be read again"):
-        pipeline(train=Once(BATCHES)).run_full_pruning(30)
+class Exhausted(Once):
+    left = 1
+
+
+@pytest.mark.parametrize(("name", "kind"), [("train", Once), ("train", Exhausted), ("val", Exhausted)])
+def test_a_loader_that_is_empty_when_it_is_read_again_is_named(kind, name):
+    """When training begins, or as early as the second time."""
+    with pytest.raises(InputError, match=f"the {name}.* loader gives no batch; .* begins anew whenever it is read"):
+        pipeline(**{name: kind(BATCHES)}).run_full_pruning(30)
 
 
 @pytest.mark.parametrize("stage", ["known", {"top1": 90.0}])

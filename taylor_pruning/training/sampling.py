@@ -4,22 +4,19 @@ from collections.abc import Iterable
 
 import torch
 
-from taylor_pruning.errors import InputError
 from taylor_pruning.tasks.batches import select, size, spread_rows
 
 HELD_OUT = 100  # images that neither score nor repair, on which a round is judged
 
 
 def first_images(loader: Iterable, samples: int) -> list:
-    """Batches of the first `samples` images, of all where there are fewer. Raises InputError if there is none."""
+    """Batches of the first `samples` images, of all where there are fewer."""
     batches, taken = [], 0
     for batch in loader:
         batches.append(select(batch, torch.arange(min(samples - taken, size(batch)))))
         taken += size(batches[-1])
         if taken >= samples:
             break
-    if not taken:
-        raise InputError("there are no calibration images; the training loader is empty")
     return batches
 
 
@@ -37,7 +34,7 @@ def split_images(batches: list, samples: int) -> tuple[list, list]:
 
 
 def spread_images(loader: Iterable, samples: int) -> list:
-    """About `samples` images at the places of `spread_rows`. Raises InputError if the loader is empty.
+    """About `samples` images at the places of `spread_rows`.
 
     A loader that can pick them out (`loader.spread`) reads no others; any other loader is read from beginning to end. One
     without a length of its data set is taken whole.
@@ -53,8 +50,6 @@ def spread_images(loader: Iterable, samples: int) -> list:
         seen += size(batch)
         if len(here):
             batches.append(select(batch, here))
-    if not batches:
-        raise InputError("there are no validation images")
     return batches
 
 

@@ -31,6 +31,16 @@ def test_learns_a_toy_problem(recipe):
     assert accuracy.loss == history.epochs[history.best_epoch]["loss"]
 
 
+def test_every_epoch_is_reported(capsys):
+    train, val = toy_loaders()
+    history = fine_tune(toy_model(), train, val, Recipe(epochs=1, lr=0.05))
+    before, after = history.epochs
+    lines = capsys.readouterr().out.splitlines()
+    figures = [f"loss {e['loss']:.4f}, top-1 {e['top1']:.2f} %, top-5 {e['top5']:.2f} %" for e in (before, after)]
+    assert lines[0] == f"fine-tune 0/1: validation {figures[0]}"
+    assert lines[1] == f"fine-tune 1/1: train loss {after['train_loss']:.4f}, validation {figures[1]}"
+
+
 def test_best_epoch_is_kept_and_epoch_zero_competes():
     train, val = toy_loaders()
     model = toy_model()
@@ -120,8 +130,19 @@ def test_out_of_memory_says_what_to_turn(tmp_path):
             return super().forward(images)
 
     loader = ListLoader(torch.randn(4, 2, 1, 1), torch.tensor([0, 1, 0, 1]), 4)
-    with pytest.raises(InputError, match=r"out of memory.*--batch-size.*--accumulate \(now 1\)"):
-        fine_tune(Greedy(2), loader, loader, Recipe(epochs=1), progress=False)
+    model = Greedy(2)
+    with pytest.raises(InputError, match=r"fine-tune: out of memory.*--batch-size.*--accumulate \(now 1\)"):
+        fine_tune(model, loader, loader, Recipe(epochs=1), progress=False)
+    with pytest.raises(InputError, match="train: out of memory.*--batch-size"):
+        train_steps(model, loader, Recipe(), 1, loss_before=1.1, progress=False)
+    assert model.training and not model.bias.any()
+
+
+class Exhausted(list):
+    """Batches that were read before."""
+
+    def __iter__(self):
+        return iter(())
 
 
 def test_bad_input_is_refused():
@@ -148,6 +169,8 @@ def test_bad_input_is_refused():
         fine_tune(toy_model().requires_grad_(False), train, val, Recipe(), progress=False)
     with pytest.raises(InputError, match="loader is empty"):
         fine_tune(toy_model(), ListLoader(train.images[:0], train.labels[:0], 4), val, Recipe(), progress=False)
+    with pytest.raises(InputError, match="gives no batch in epoch 1; give one that can be read again and again"):
+        fine_tune(toy_model(), Exhausted(train), val, Recipe(), progress=False)
     train.images = torch.full_like(train.images, math.nan)
     with pytest.raises(InputError, match=r"epoch 1, batch \d holds NaN"):
         fine_tune(toy_model(), train, val, Recipe(), progress=False)
