@@ -95,8 +95,13 @@ class Task:
         leaf = flat.detach().requires_grad_()
         with torch.enable_grad():
             at = unflatten(leaf, outputs)
-            value = self.divergence(at, map_tensors(outputs, Tensor.detach)).sum()
-            (slope,) = torch.autograd.grad(value, leaf, create_graph=True)
+            value = self.divergence(at, map_tensors(outputs, Tensor.detach))
+            if len(value) != len(flat):
+                raise InputError(
+                    f"compensation needs outputs with one row a sample, but the task {self.name} gives {len(flat)} rows for "
+                    f"{len(value)} samples; define its forward(model, batch) so that samples come first"
+                )
+            (slope,) = torch.autograd.grad(value.sum(), leaf, create_graph=True)
             if not slope.requires_grad:
                 raise InputError(
                     f"divergence of the task {self.name} has no second derivative; take one that is smallest, and curved, "

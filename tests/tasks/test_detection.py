@@ -223,3 +223,15 @@ def test_the_background_is_no_object():
     softmax, independent = (_objectness({"logits": logits, "softmax": kind}) for kind in (True, False))
     torch.testing.assert_close(softmax, 1 - logits.softmax(2)[..., 0])
     torch.testing.assert_close(independent, logits.amax(2).sigmoid())
+
+
+def test_no_images_and_networks_that_are_no_detectors_are_refused():
+    with pytest.raises(InputError, match="detection: the loader gives no images to evaluate"):
+        Detection().evaluate(detector("retinanet"), [])
+
+    class Other(nn.Module):
+        def forward(self, images, targets=None):
+            return {}
+
+    with pytest.raises(InputError, match="Other is no fasterrcnn, .* or fcos of torchvision; define a Task"):
+        Detection().forward(Other().eval(), batch(1))

@@ -100,6 +100,7 @@ def test_batches_of_any_structure_are_taken_apart_and_joined():
     for batch in (
         (images, torch.arange(3)),
         {"image": images, "more": {"y": torch.arange(3)}},
+        ({"image": images}, torch.arange(3)),
         (list(images), targets),
         images,
     ):

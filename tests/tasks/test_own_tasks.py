@@ -290,3 +290,37 @@ def test_scores_that_are_all_zero_are_refused(order, message):
     pruning = EnhancedPruning(maps(3), loader, loader, task=Constant(), progress=False)
     with pytest.raises(InputError, match=f"order {order} cannot choose: the task's {message}"):
         pruning.prune(30, order)
+
+
+class ByName(Depth):
+    """Inputs are a dictionary inside the batch, and the network takes them by their names."""
+
+    def inputs(self, batch):
+        return batch["inputs"]
+
+
+def test_named_inputs_score_as_others_do():
+    torch.manual_seed(0)
+    model = nn.Sequential(layer(3, 8), nn.Conv2d(8, 1, 3, padding=1)).eval()
+    batches = {
+        ByName: [{"inputs": {"input": IMAGES[:8]}, "depth": DEPTH[:8]}],
+        Depth: [{"image": IMAGES[:8], "depth": DEPTH[:8]}],
+    }
+    settings = PruningSettings(rounds=1)
+    scores = [
+        EnhancedPruning(model, part, part, task=task(), settings=settings, progress=False).prune(30).scores
+        for task, part in batches.items()
+    ]
+    assert scores[0] == scores[1]
+
+
+def test_an_evaluation_of_nothing_is_refused_and_an_error_of_the_metric_itself_is_not_hidden():
+    with pytest.raises(InputError, match="depth: the loader gives no samples to evaluate; check the data"):
+        Depth().evaluate(maps(1), [])
+
+    class Faulty(Denoising):
+        def statistics(self, outputs, batch):
+            raise ValueError("a fault of the metric")
+
+    with pytest.raises(ValueError, match="a fault of the metric"):
+        Faulty().evaluate(maps(3), [IMAGES])

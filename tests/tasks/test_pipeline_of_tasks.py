@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from EnhancedPruning import EnhancedPruning, InputError, PruningSettings
 from taylor_pruning.repair import network as network_module
 from taylor_pruning.repair.network import split
+from taylor_pruning.surgery.nested import tensors_in
 from taylor_pruning.tasks.classification import MultiLabel
 from taylor_pruning.tasks.dense import Regression, Segmentation
 from taylor_pruning.tasks.task import Task
@@ -181,3 +182,33 @@ def test_a_task_without_a_divergence_is_pruned_without_compensation():
     settings = PruningSettings(rounds=1, compensate=False, hessian_probes=2)
     result = pipeline("regression", task=NoDivergence(), settings=settings).prune(30, 2)
     assert result.rounds[0]["measured_loss_change"] == result.rounds[0]["label_loss_change"]
+
+
+class OutAndAux(nn.Module):
+    """As torchvision's segmentation networks."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.out, self.aux = body(), nn.Conv2d(8, 3, 1), nn.Conv2d(8, 3, 1)
+
+    def forward(self, images):
+        features = self.body(images)
+        return {"out": self.out(features), "aux": self.aux(features)}
+
+
+class OfFloats(Segmentation):
+    def loss(self, outputs, batch):
+        assert all(output.dtype == torch.float32 for output in tensors_in(outputs))
+        return super().loss(outputs, batch)
+
+
+@pytest.mark.parametrize("amp", [None, "bf16"])
+def test_a_segmentation_network_of_torchvision_trains_both_outputs(amp, capsys):
+    torch.manual_seed(0)
+    loader = DataLoader(TensorDataset(IMAGES, CASES["segmentation"][2]), 8)
+    settings, recipe = PruningSettings(rounds=1), Recipe(epochs=1, lr=0.1, amp=amp)
+    pruning = EnhancedPruning(OutAndAux(), loader, loader, task=OfFloats(), settings=settings, recipe=recipe)
+    (epoch,) = pruning.run_full_pruning(30).fine_tuning
+    assert epoch["train_loss"] > 1.4 * epoch["loss"]  # half of the second output's loss is added
+    said = f"1/1: train loss {epoch['train_loss']:.4f}, validation miou {epoch['miou']:.4g}, pixel_accuracy "
+    assert said in capsys.readouterr().out

@@ -82,6 +82,16 @@ WRONG = {
     ),
     "no metric": ("evaluate", lambda *args: {"rmse": None}, "give a number"),
     "metrics of classes": ("evaluate", lambda *args: {"rmse": torch.ones(2)}, r"is a tensor \[2\]; give a number"),
+    "a loss that is NaN": (
+        "loss",
+        lambda *args: Own.loss(*args) * torch.nan,
+        "loss of the task own is NaN or infinite for",
+    ),
+    "outputs that are no numbers": (
+        "forward",
+        lambda self, model, batch: ["a"] * 12,
+        "the network gives no numbers for the first batch of the training loader; define forward",
+    ),
     "a direction in words": ("larger_is_better", "no", "larger_is_better must be True or False, not 'no'"),
 }
 
@@ -199,3 +209,104 @@ def test_several_outputs_are_wrapped_or_need_a_task_of_ones_own(task, labels):
     batches = [(IMAGES, labels.long() if labels.dtype == torch.bool else labels)]
     with pytest.raises(InputError, match="gives a tuple of 2 .* must give one tensor: wrap it .* a task of your own"):
         EnhancedPruning(Twice(one_number()), batches, batches, task=task, progress=False)
+
+
+def huge(model):
+    """Outputs beyond the range of single precision, from weights that are finite."""
+    with torch.no_grad():
+        for layer in (model[2], model[4]):
+            layer.weight.mul_(1e30)
+    return model
+
+
+MAPS = (IMAGES[:, 0] > 0).long()
+UNSUITABLE = {
+    "words": (Own(), one_number, ["abc"], "batch 0 .* holds no tensors; let the loader give tensors, or"),
+    "no samples": (
+        Own(),
+        one_number,
+        (IMAGES[:0], TARGETS[:0]),
+        "batch 0 .* holds no samples; leave out empty batches",
+    ),
+    "a dictionary": (Own(), one_number, {"x": IMAGES, "y": TARGETS}, "does not say which of x, y the network reads"),
+    "infinite outputs": (Own(), lambda: huge(one_number()), (IMAGES, TARGETS), "gives NaN or infinite outputs for"),
+    "infinite logits": (
+        Classification(),
+        lambda: huge(network(nn.AdaptiveAvgPool2d(1), nn.Flatten(), outputs=2)),
+        (IMAGES, torch.arange(12) % 2),
+        "gives NaN or infinite logits for .*; check its weights",
+    ),
+    "more labels": (
+        MultiLabel(),
+        lambda: network(nn.AdaptiveAvgPool2d(1), nn.Flatten(), outputs=2),
+        (IMAGES, torch.ones(12, 3)),
+        r"gives \[8, 2\] for .*, but the labels are \[8, 3\]; give as many",
+    ),
+    "smaller maps": (
+        Segmentation(),
+        lambda: network(nn.MaxPool2d(2), outputs=2),
+        (IMAGES, MAPS),
+        r"gives \[8, 2, 4, 4\] for .*; it must give logits \[8, classes, 8, 8\], as large as the labels",
+    ),
+    "fewer targets": (
+        Regression(),
+        one_number,
+        (IMAGES, TARGETS[:5]),
+        r"targets of .* are \[5, 1\] for 12 images; give one",
+    ),
+    "longer targets": (
+        Regression(),
+        one_number,
+        (IMAGES, TARGETS.expand(12, 2)),
+        r"gives \[8, 1\] for .*, but the targets are \[8, 2\]; give as many",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNSUITABLE)
+def test_batches_and_outputs_that_do_not_suit_the_task_are_named(case):
+    task, model, batch, message = UNSUITABLE[case]
+    with pytest.raises(InputError, match=message):
+        prune(task, model(), batch)
+
+
+class PositionsFirst(nn.Module):
+    """Outputs [positions, samples, 1]."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = network()
+
+    def forward(self, images):
+        return self.body(images).flatten(2).permute(2, 0, 1)
+
+
+class AtPositions(Own):
+    def loss(self, outputs, batch):
+        return (outputs - batch[1]).square().mean((0, 2))
+
+    def divergence(self, outputs, dense_outputs):
+        return (outputs - dense_outputs).square().mean((0, 2))
+
+
+class SamplesFirst(AtPositions):
+    def forward(self, model, batch):
+        return super().forward(model, batch).transpose(0, 1)
+
+    def loss(self, outputs, batch):
+        return super().loss(outputs.transpose(0, 1), batch)
+
+    def divergence(self, outputs, dense_outputs):
+        return super().divergence(outputs.transpose(0, 1), dense_outputs.transpose(0, 1))
+
+
+def test_outputs_whose_first_dimension_holds_no_samples_have_scores_but_no_directions():
+    batches, found = [(IMAGES, TARGETS)], []
+    for task in (AtPositions(), SamplesFirst()):
+        pruner = EnhancedFilterPruner(PositionsFirst().eval(), IMAGES[:1], task=task, progress=False)
+        found.append(pruner)
+    found[1].model.load_state_dict(found[0].model.state_dict())
+    torch.testing.assert_close(*(pruner.rank(batches).scores() for pruner in found))
+    found[1].rank(batches, batches)
+    with pytest.raises(InputError, match="outputs with one row a sample, but the task own gives 64 rows for"):
+        found[0].rank(batches, batches)
