@@ -206,6 +206,8 @@ def _probe(name: str, num_classes: int, image_size: int) -> nn.Module:
         with parameters_on_meta(), torch.no_grad():
             probe = network(name, num_classes, image_size).eval().to("meta")
             logits = probe(torch.zeros(1, 3, image_size, image_size, device="meta"))
+    except InputError:  # which says all
+        raise
     except (RuntimeError, ValueError, AssertionError) as error:
         raise_out_of_memory(error)
         reason = str(error).strip().splitlines()[0]

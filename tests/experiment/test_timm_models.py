@@ -47,6 +47,13 @@ def test_a_fixed_size_follows_the_images():
     assert vit(torch.zeros(1, 3, 64, 64)).shape == (1, 3)
 
 
+def test_a_size_for_which_a_network_cannot_be_built_is_named_once():
+    pytest.importorskip("timm")
+    reason = r"timm/xcit_nano_12_p16_224 cannot be built for 65 pixels \([^()]*divide[^()]*\); pass --image-size 224"
+    with pytest.raises(InputError, match=f"^{reason}$"):
+        build_model("timm/xcit_nano_12_p16_224", 3, image_size=65, weights="none")
+
+
 def test_the_runner_prunes_a_network_of_timm(tmp_path):
     pytest.importorskip("timm")
     write_folder(tmp_path / "images")
