@@ -128,6 +128,16 @@ def test_a_criterion_that_gives_no_scores_is_refused(case):
         pipeline().prune_by_baseline(lambda graph: make(len(graph.units)), 30)
 
 
+def test_a_criterion_of_gradients_takes_those_of_order_1():
+    pruning = pipeline()
+    result = pruning.prune_by_baseline("molchanov2019", 30)
+    ranked = pruning.rankings.of(pruning.model, 1)
+    for name, scores in ranked.by_filter(ranked.criterion()[0]).items():
+        known = ~scores.isnan()
+        found = torch.tensor([float("nan") if x is None else x for x in result.scores[name]]).double()
+        torch.testing.assert_close(found[known], scores[known], rtol=1e-5, atol=0)
+
+
 def test_a_criterion_may_give_whole_numbers_or_a_list():
     pruning = pipeline()
     plans = [

@@ -8,7 +8,7 @@ from taylor_pruning.experiment.arguments import parse
 from taylor_pruning.experiment.command import ExperimentTask
 from taylor_pruning.experiment.models import weights_file
 from taylor_pruning.experiment.run import results_folder
-from taylor_pruning.files import atomic_file, is_whole_archive, user_path
+from taylor_pruning.files import atomic_file, cache_folder, is_whole_archive, user_path
 from taylor_pruning.selection.latency_table import LatencyTable
 
 
@@ -41,6 +41,22 @@ def test_ctrl_c_while_a_file_is_written_stays_ctrl_c(tmp_path):
         torch.save(torch.zeros(1000), Interrupting(file))
     assert [path.name for path in tmp_path.iterdir()] == ["kept.pt"]
     assert (tmp_path / "kept.pt").read_text() == "as it was"
+
+
+def test_an_error_that_is_none_of_the_disk_stays_what_it_is(tmp_path):
+    with pytest.raises(RuntimeError, match="of another kind"), atomic_file(tmp_path / "file"):
+        raise RuntimeError("of another kind")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(FileNotFoundError):
+        is_whole_archive(tmp_path / "file")
+
+
+def test_without_a_home_folder_there_is_no_cache(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", "cache")
+    assert cache_folder() is None and not list(tmp_path.iterdir())
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "enhanced-taylor-pruning"
 
 
 @pytest.mark.parametrize("bit", (1, 128))

@@ -18,11 +18,13 @@ from taylor_pruning.memory import (
     _Live,
     free_bytes,
     is_out_of_memory,
+    merged,
     parse_bytes,
     used_bytes,
 )
 from taylor_pruning.repair.compensation import compensate
 from taylor_pruning.surgery.graph import ChannelGraph
+from taylor_pruning.tasks.portions import in_portions
 from taylor_pruning.training.measuring import Measuring
 
 CPU = torch.device("cpu")
@@ -179,3 +181,37 @@ def test_too_little_memory_is_no_fault_of_the_network():
     with pytest.raises(RuntimeError, match="allocate"):  # else every unit would be protected, for a wrong reason
         graph = ChannelGraph(model, torch.rand(2, 3, 8, 8))
         graph.remove(graph.units[:1])
+
+
+def test_a_batch_for_which_a_gpu_has_no_room_runs_in_halves():
+    def work(batch, first):
+        if len(batch) > room:
+            raise torch.OutOfMemoryError("out of memory")
+        return first, batch.tolist()
+
+    room = 2
+    found = in_portions(work, torch.arange(PROBES[0] + 3), Portions(CPU))
+    assert [row for _, rows in found for row in rows] == list(range(PROBES[0] + 3))
+    assert all(len(rows) <= room and rows[0] == first for first, rows in found)
+    room = 0
+    with pytest.raises(InputError, match="one image does not fit into GPU memory; lower --image-size"):
+        in_portions(work, torch.arange(3), Portions(CPU))
+
+
+def test_other_systems_count_no_memory(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert free_bytes(CPU) == 8 * 2**30 and used_bytes(CPU) == 0
+
+
+def test_a_gpu_gets_larger_batches():
+    """Which hold the same images in the same order; those of several sizes, and lists, stay."""
+    gpu, batches = torch.device("cuda"), [(torch.arange(n).reshape(n, 1), torch.arange(n)) for n in (3, 4, 2)]
+    joined = merged(batches, gpu, size=5)
+    assert [len(images) for images, _ in joined] == [5, 4]
+    for images, labels in joined:
+        assert torch.equal(images[:, 0], labels)
+    assert torch.cat([labels for _, labels in joined]).tolist() == [0, 1, 2, 0, 1, 2, 3, 0, 1]
+    assert merged([(x, None) for x, _ in batches], gpu)[0][1] is None
+    for others in (batches[:1] + [(torch.zeros(2, 2), None)], [([torch.zeros(1)], None)]):
+        assert merged(others, gpu) == others
+    assert merged(batches, CPU) == batches

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from taylor_pruning.errors import InputError
-from taylor_pruning.experiment.embedded import embedded_data
+from taylor_pruning.experiment.embedded import embedded_data, embedded_shapes
 
 
 def test_embedded_images_are_the_same_everywhere():
@@ -24,6 +24,8 @@ def test_embedded_set_is_balanced_and_described():
     assert (data.image_size, data.train.images.dtype, data.train.padding) == (32, torch.uint8, 4)
     with pytest.raises(InputError, match="10 images"):
         embedded_data(9, 10)
+    with pytest.raises(InputError, match="there is no shape cube; choose from"):
+        embedded_shapes(10, 0, ["cube"])
 
 
 def test_a_linear_classifier_fails_on_the_embedded_set():

@@ -1,6 +1,7 @@
 """--head present: the logits of the classes that the data have, the labels that count them, and the saved network."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -43,6 +44,8 @@ def test_the_logits_are_those_of_the_present_classes(name, synsets):
         logits = built.model(images)
         torch.testing.assert_close(reduced.model(images), logits[:, LABELS])
     assert logits.shape[1] == 1000
+    whole = replace(few, imagenet_labels=True)
+    assert present_classes(whole, reduced) == (whole, reduced)  # every class is there
 
 
 def test_folders_that_are_not_imagenets_classes_are_refused(tmp_path):

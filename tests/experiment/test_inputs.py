@@ -31,7 +31,15 @@ def another_image(data):
     write_image(data / "val" / "dog" / "2.png", (32, 32), "red")
 
 
+def many_classes(data):
+    rename(data)
+    for name in ("emu", "gnu", "yak"):
+        for split in ("train", "val"):
+            write_image(data / split / name / "0.png")
+
+
 CHANGES = {
+    "many classes": (many_classes, "emu is new; the class gnu is new; 2 more classes are gone or new; 9 images"),
     "renamed class": (rename, "the class cat is gone; the class zebra is new"),
     "new class": (lambda data: [write_image(data / s / "emu" / "0.png") for s in ("train", "val")], "emu is new; 7 images"),
     "fewer images": (lambda data: (data / "train" / "cat" / "0.png").unlink(), "5 images in train instead of 6"),

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from tqdm import tqdm
 
@@ -74,3 +75,26 @@ def test_a_bar_that_is_interrupted_as_it_is_made_leaves_no_traceback(tmp_path, m
         tqdm(range(3))
 
     assert run_guarded(command, run) == 130 and not said
+
+
+def test_memory_that_does_not_suffice_says_how_to_go_on_and_other_errors_stay(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["run_single_experiment.py"])
+
+    def failing(error):
+        def run(*_):
+            raise error
+
+        return run
+
+    command, errors = (
+        parse(ExperimentTask, "", ["--model", "timm/resnet18"]),
+        (MemoryError("no room"), RuntimeError("other")),
+    )
+    assert run_guarded(command, failing(errors[0])) == 1
+    folder = Path("runs/run_single_experiment-timm-resnet18")
+    said = capsys.readouterr().err
+    assert f"out of memory (no room); free memory or lower --memory-limit, then continue with --resume {folder}" in said
+    with pytest.raises(RuntimeError, match="other"):
+        run_guarded(command, failing(errors[1]))
+    assert sorted(map(str, Path("runs").iterdir())) == [f"{folder}", f"{folder}-2"]

@@ -9,7 +9,7 @@ from taylor_pruning.errors import InputError
 from taylor_pruning.experiment.arguments import parse
 from taylor_pruning.experiment.command import DataSettings, ExperimentTask
 from taylor_pruning.experiment.models import build_model
-from taylor_pruning.experiment.setup import check_compiler, dense_training, prepare, warn_of_no_training
+from taylor_pruning.experiment.setup import check_compiler, dense_training, load_data, prepare, warn_of_no_training
 
 CASES = {
     "from scratch with BatchNorm": ("vgg7_bn", False, [], (12, 0.1, 64)),
@@ -62,3 +62,10 @@ def test_without_batchnorm_the_batch_follows_the_option_where_there_are_steps_en
     built = dataclasses.replace(build_model("squeezenet1_1", 10, image_size=32), new_head=False)
     recipe, found = dense_training(parse(ExperimentTask, "", []), built, images)
     assert found == batch and recipe.lr == pytest.approx(lr)
+
+
+def test_the_embedded_images_have_one_size():
+    with pytest.raises(
+        InputError, match="the embedded images have 32 pixels; leave --image-size out or pass --data-path"
+    ):
+        load_data(DataSettings(image_size=64))

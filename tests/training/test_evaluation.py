@@ -83,3 +83,6 @@ def test_reestimated_statistics_are_the_data_s():
     assert [module.training for module in model] == [True, True, False]
     with pytest.raises(InputError, match="no batches"):
         reestimate_batchnorm(model, [])
+    batches[1][0][0, 0] = math.nan
+    with pytest.raises(InputError, match="1.running_mean came out as NaN or Inf; look for broken images"):
+        reestimate_batchnorm(model, batches)
