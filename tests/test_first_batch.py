@@ -1,4 +1,5 @@
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -104,6 +105,10 @@ def test_where_a_network_lies():
         device_of(nn.ReLU())
     with pytest.raises(InputError, match="cpu, meta; move it to one device"):
         device_of(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta")))
+    with pytest.raises(
+        InputError, match="mps cannot compute in float64, which scores need; move the network to the cpu"
+    ):
+        device_of(SimpleNamespace(parameters=lambda: [SimpleNamespace(device=torch.device("mps"))]))
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,15 @@ import pytest
 import torch
 
 from EnhancedFilterPruner import EnhancedFilterPruner
+from taylor_pruning import memory
 from taylor_pruning.errors import InputError
 from taylor_pruning.experiment.settings import PruningSettings
 from taylor_pruning.memory import (
     ENOUGH_FORWARD,
     PROBES,
     Portions,
+    _cached,
+    _left_in_groups,
     _Live,
     free_bytes,
     is_out_of_memory,
@@ -215,3 +218,15 @@ def test_a_gpu_gets_larger_batches():
     for others in (batches[:1] + [(torch.zeros(2, 2), None)], [([torch.zeros(1)], None)]):
         assert merged(others, gpu) == others
     assert merged(batches, CPU) == batches
+
+
+def test_control_groups_that_say_nothing_set_no_limit(monkeypatch, tmp_path):
+    assert _cached(tmp_path) is None
+    (tmp_path / "memory.stat").write_text("file 9\ninactive_file 5\n")
+    assert _cached(tmp_path) == 5
+
+    def unreadable(path):
+        raise PermissionError(path)
+
+    monkeypatch.setattr(memory.Path, "read_text", unreadable)
+    assert not list(_left_in_groups())

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from taylor_pruning.experiment.choices import LEAST_SHARE, BaselineChoice
+from taylor_pruning.errors import OutOfReachError
+from taylor_pruning.experiment.choices import LEAST_SHARE, BaselineChoice, Choice, TimedChoice
+from taylor_pruning.selection.chosen import Chosen
 from taylor_pruning.selection.constraints import Constraints, Ledger
 from taylor_pruning.surgery.graph import ChannelGraph
 
@@ -27,3 +29,38 @@ def test_every_layer_keeps_the_larger_of_the_asked_and_the_usual_share(images, w
         assert least == 20 * max(asked, LEAST_SHARE)
     else:
         assert least >= 20 * asked and least > 20 * LEAST_SHARE
+
+
+class Timed(TimedChoice):
+    """A network that takes `start` of the dense one's time by the layers' times of all of it; every cut leaves 0.9."""
+
+    def __init__(self, start, least):
+        self.start, self.least, self.aims = start, least, []
+        super().__init__(self.at, SimpleNamespace(graph_of=lambda model: None), None)
+
+    def at(self, model, percentage, ledger, lap):
+        self.aims.append(round(1 - percentage / 100, 3))
+        if self.aims[-1] < self.least:
+            raise OutOfReachError("too little")
+        graph = SimpleNamespace(remove=lambda plan, verify: None)
+        return Choice(graph, {"aim": self.aims[-1]}, {}, Chosen([], None, layer_bound_held=True))
+
+    def _measured(self, model):
+        return 0.9 if self.aims else self.start
+
+    def _predicted(self, graph, units, ledger):
+        return self.aims[-1] if self.aims else 1.0
+
+
+@pytest.mark.parametrize(
+    ("start", "least", "aims"), [(1.0, 0.4, [0.5, 0.278]), (2.0, 0.4, [0.25, 0.5, 0.278]), (1.0, 0.6, [0.5])]
+)
+def test_where_layers_cannot_shrink_as_far_the_choice_made_before_counts(start, least, aims):
+    """A time that is only out of reach once the error is taken into account is aimed at without it."""
+    choose = Timed(start, least)
+    if least > 0.5:
+        with pytest.raises(OutOfReachError):
+            choose(None, 50, None, lambda step: None)
+    else:
+        assert choose(None, 50, None, lambda step: None).plan == {"aim": 0.5}
+    assert choose.aims == aims

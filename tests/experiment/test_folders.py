@@ -173,6 +173,8 @@ def test_broken_png_is_named(tmp_path):
     (tmp_path / "a.png").write_bytes(content)
     with pytest.raises(InputError, match=r"cannot decode .*a\.png"):
         read_image(tmp_path / "a.png")
+    with pytest.raises(InputError, match="cannot read .*gone.png: No such file or directory; check the file and its"):
+        read_image(tmp_path / "gone.png")
 
 
 @pytest.mark.skipif(not features.check("avif"), reason="this Pillow cannot write AVIF")
@@ -361,6 +363,7 @@ def test_copies_of_training_images_in_the_validation_folder_are_found(tmp_path, 
     assert listing.copies(train, val) == {str(tmp_path / "v" / "1")}, "one training image of its size is read"
     monkeypatch.setattr(listing, "READ_AT_MOST", 0)
     assert not listing.copies(train, val)
+    assert not listing.copies({str(tmp_path / "gone"): 5}, {str(tmp_path / "v" / "gone"): 5})
     root = write_folder(tmp_path / "data")
     monkeypatch.undo()
     shutil.copy(root / "train" / "cat" / "0.png", root / "val" / "cat" / "other name.png")

@@ -8,8 +8,15 @@ import torch
 from taylor_pruning.errors import InputError
 from taylor_pruning.experiment.arguments import parse
 from taylor_pruning.experiment.command import DataSettings, ExperimentTask
-from taylor_pruning.experiment.models import build_model
-from taylor_pruning.experiment.setup import check_compiler, dense_training, load_data, prepare, warn_of_no_training
+from taylor_pruning.experiment.models import build_model, head_name
+from taylor_pruning.experiment.setup import (
+    _only_head_trains,
+    check_compiler,
+    dense_training,
+    load_data,
+    prepare,
+    warn_of_no_training,
+)
 
 CASES = {
     "from scratch with BatchNorm": ("vgg7_bn", False, [], (12, 0.1, 64)),
@@ -69,3 +76,13 @@ def test_the_embedded_images_have_one_size():
         InputError, match="the embedded images have 32 pixels; leave --image-size out or pass --data-path"
     ):
         load_data(DataSettings(image_size=64))
+
+
+def test_where_a_new_head_is_trained_all_other_layers_rest():
+    built = build_model("vgg7_bn", 10, image_size=32)
+    next(built.model.parameters()).requires_grad_(False)
+    before = [parameter.requires_grad for parameter in built.model.parameters()]
+    with _only_head_trains(built):
+        training = [name for name, parameter in built.model.named_parameters() if parameter.requires_grad]
+    assert training == [f"{head_name(built.model)}.weight", f"{head_name(built.model)}.bias"]
+    assert [parameter.requires_grad for parameter in built.model.parameters()] == before

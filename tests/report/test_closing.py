@@ -43,6 +43,8 @@ def test_nearly_all_is_not_all_and_nearly_nothing_has_no_sign(stages, tmp_path):
     text = experiment_closing({"stages": stages, "layers": {}}, tmp_path)
     assert "99.72 % fewer parameters (539 k -> 1.5 k)" in text
     assert "top-1 95.20 % -> 95.20 % (+0.00 points)" in text
+    stages[-1].update(parameters=640)
+    assert "99.88 % fewer parameters (539 k -> 640)" in experiment_closing({"stages": stages, "layers": {}}, tmp_path)
 
 
 def test_what_one_image_of_2000_changes_is_said(stages, tmp_path):
