@@ -64,7 +64,7 @@ def _note_equal(size, width):
     if size.node is None or width.node is not None or not width.widths or not _of_channels(size.node):
         return
     graph = size.node.graph
-    if next(reversed(graph.nodes)).op != "output":  # else the forward has ended
+    if next(iter(reversed(graph.nodes))).op != "output":  # else the forward has ended
         graph.call_function(operator.eq, (size.node, width))
 
 
