@@ -24,7 +24,7 @@ class Value:
 
     Attributes:
         shape: its shape in the trace.
-        layers: id tensors of that shape, each with at least two different ids.
+        layers: id tensors of that shape, each with at least two different ids, which vary along one dimension.
         reason: where it has no ids, why channels that meet it cannot be cut.
         tensor: its values, if they do not depend on the input, parameters or buffers.
         lost: why it lacks ids along a dimension along which what it was computed from had some.
@@ -61,7 +61,7 @@ def normal(layer):
 
 
 def flat(layer):
-    """The ids of a normal layer along all dimensions in which they vary, as one vector."""
+    """The ids of a normal layer along the dimension in which they vary."""
     dims = varying(layer)
     return layer[tuple(slice(None) if d in dims else 0 for d in range(layer.dim()))].flatten()
 
@@ -123,23 +123,22 @@ class ChannelIds:
         """[size] ids along `dim`, None if there are none; ids that share an index are united."""
         dim, result = dim % len(value.shape), None
         for layer in value.layers:
-            if dim not in varying(layer):
-                continue
-            for other in varying(layer):
-                if other != dim:
-                    layer = self.together(layer, other)
-            ids = layer[tuple(slice(None) if d == dim else 0 for d in range(layer.dim()))]
-            if result is None:
-                result = ids
-            else:
+            if dim in varying(layer):
+                ids = flat(layer)
+                result = ids if result is None else result
                 self.unite(result, ids)
         return result
 
     def value(self, shape, layers=(), reason=None, tensor=None):
-        """A `Value`. A layer of one id alone is protected: its one channel cannot be removed."""
+        """A `Value`. A layer of one id alone is protected: its one channel cannot be removed.
+
+        Raises ValueError where channels run along several dimensions at once.
+        """
         kept = []
         for layer in layers:
             layer = normal(layer)
+            if len(varying(layer)) > 1:
+                raise ValueError("channels run along several dimensions at once")
             if varying(layer):
                 kept.append(layer)
             elif layer.numel():

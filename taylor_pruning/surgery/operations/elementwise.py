@@ -15,25 +15,19 @@ class Axis:
 def align(ids, values, shape, where):
     """The axes of an elementwise result of `shape` of several operands, and a reason where some axis is protected.
 
-    Layers that run along a common dimension are united. An operand that has several elements along an axis but no ids
+    Layers that run along the same dimension are united. An operand that has several elements along an axis but no ids
     there protects it; one that is broadcast along it does not.
     """
     axes, reason = [], None
     for i, value in enumerate(values):
         for layer in value.layers:
             layer = layer[(None,) * (len(shape) - layer.dim())].expand(shape)
-            dims = set(varying(layer))
-            met = [axis for axis in axes if dims & set(varying(axis.layer))]
-            for axis in met:
+            axis = next((axis for axis in axes if varying(axis.layer) == varying(layer)), None)
+            if axis is None:
+                axes.append(Axis(layer, i))
+            else:
                 ids.unite(axis.layer, layer)
                 axis.carriers.add(i)
-                if len(dims) < len(varying(axis.layer)):
-                    axis.layer = layer
-            for axis in met[1:]:
-                met[0].carriers |= axis.carriers
-                axes.remove(axis)
-            if not met:
-                axes.append(Axis(layer, i))
     for axis in list(axes):
         for i, value in enumerate(values):
             if i in axis.carriers:

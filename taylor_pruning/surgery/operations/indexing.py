@@ -18,16 +18,12 @@ def narrow(call):
     else:
         start, length = call.get("start", 2), call.get("length", 3)
         start = 0 if start == 0 else start
-        if not isinstance(start, int):
-            return call.unknown()
         index[dim] = slice(start, start + length)
     return indexed(call, x, tuple(index))
 
 
 @rule("pick getitem", linear=True)
 def item(call):
-    if not isinstance(call.args[0], Value):
-        return call.args[0][call.args[1]]
     index = call.args[1]
     return indexed(call, call.args[0], index if isinstance(index, tuple) else (index,))
 
@@ -73,7 +69,7 @@ def _basic(call, x, index):
                 _every(call, along, part)
             else:
                 for bound in (part.start, part.stop) if isinstance(part, slice) else (part, part + 1):
-                    _bounded(call, along, bound)
+                    bounded(call, along, bound)
         plain_index.append(_plain_slice(part))
         dim += 1
     return tuple(plain_index)
@@ -121,7 +117,7 @@ def _every(call, along, part):
         call.protect(along, "is indexed by position in")
 
 
-def _bounded(call, along, bound):
+def bounded(call, along, bound):
     """After a cut `bound` must be how many channels are left before it."""
     if bound is None or bound == 0 and not is_tracked(bound):
         return
@@ -133,12 +129,8 @@ def _bounded(call, along, bound):
         call.ids.bind(-bound if bound < 0 else bound, before, reason)
     elif bound.factor is not None and len(bound.ids) == len(along) and 0 < bound.factor < 1:
         call.ids.unite(bound.ids, along)
-        parts = bound.factor.denominator
-        if len(along) % parts:
-            call.ids.protect(along, reason)
-        else:
-            table = along.view(parts, -1)
-            call.ids.unite(table[:1], table)
+        table = along.view(bound.factor.denominator, -1)
+        call.ids.unite(table[:1], table)
     else:
         call.ids.bind(bound, before, reason)
 
@@ -156,8 +148,6 @@ def _advanced(call, x, index):
                     call.protect(layer, "is indexed by position in")
             kept = [layer for layer in kept if dim not in varying(layer)]
         if isinstance(part, Value):
-            if part.tensor is not None and part.tensor.dtype == torch.bool:
-                return call.unknown()
             for layer in part.layers:
                 call.protect(layer, "is an index in")
             plain_index.append(torch.zeros(part.shape, dtype=torch.long))
@@ -165,7 +155,7 @@ def _advanced(call, x, index):
             plain_index.append(part if isinstance(part, slice) and part == slice(None) else _plain_slice(part))
         dim += 1
     layers = [layer[tuple(plain_index)] for layer in kept]
-    if any(tuple(layer.shape) != tuple(call.shape) for layer in layers):
+    if any(tuple(layer.shape) != tuple(call.shape) for layer in layers):  # a mask
         return call.unknown()
     return call.result(layers)
 
@@ -248,7 +238,7 @@ def _placed(call, x, dim):
         node = node.all_input_nodes[0]
     values, layers = call.ids.places.get(node.target), [layer for layer in x.layers if dim in varying(layer)]
     own = None if values is None else call.ids.vector(places, 0)
-    if own is None or not layers or any(len(varying(layer)) > 1 for layer in layers):
+    if own is None or not layers:
         return None
     along = call.ids.vector(x, dim)
     values = values % len(along)

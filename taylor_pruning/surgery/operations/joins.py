@@ -4,9 +4,10 @@ import math
 
 import torch
 
-from taylor_pruning.surgery.ids import Value, spread, varying
+from taylor_pruning.surgery.ids import Value, flat, spread, varying
 from taylor_pruning.surgery.numbers import is_tracked
 from taylor_pruning.surgery.operations.elementwise import align
+from taylor_pruning.surgery.operations.indexing import bounded
 from taylor_pruning.surgery.operations.registry import rule
 
 
@@ -29,10 +30,13 @@ def stack(call):
 @rule("hstack vstack row_stack dstack", linear=True)
 def stacks(call):
     """A concatenation along the second, first or third dimension."""
-    dim = {"hstack": 1, "dstack": 2}.get(call.name, 0)
-    if any(len(value.shape) <= max(1, dim) for value in call.values()):  # they get more dimensions first
-        return call.unknown()
-    return joined(call, call.values(), dim)
+    dim = {"hstack": min(1, len(call.shape) - 1), "dstack": 2}.get(call.name, 0)
+    raised = {"hstack": torch.atleast_1d, "dstack": torch.atleast_3d}.get(call.name, torch.atleast_2d)
+    parts = []
+    for value in call.values():
+        shape = tuple(raised(torch.empty(value.shape, device="meta")).shape)
+        parts.append(Value(shape, tuple(map(raised, value.layers)), value.reason))
+    return joined(call, parts, dim)
 
 
 @rule("broadcast_tensors", linear=True)
@@ -69,19 +73,12 @@ def joined(call, parts, dim):
             for extra in layers_along[1:]:
                 call.protect(extra, "is joined along two axes in")
             if layers_along:
-                pieces.append(layers_along[0])
+                pieces.append(flat(layers_along[0]))
                 continue
             fixed = ids.new(1)
             ids.protect(fixed, part.reason or f"is joined with a fixed number of channels in {call.where}")
-            pieces.append(fixed.expand(part.shape))
-        sizes = [d for d in range(len(call.shape)) if d != dim and any(d in varying(p) for p in pieces)]
-        small = []
-        for piece in pieces:
-            for d in range(piece.dim()):
-                if d != dim and d not in sizes:
-                    piece = piece.narrow(d, 0, 1)
-            small.append(piece)
-        layers.append(torch.cat(small, dim).expand(call.shape))
+            pieces.append(fixed.expand(part.shape[dim]))
+        layers.append(spread(torch.cat(pieces), dim, call.shape))
     return call.result(layers, reason)
 
 
@@ -155,17 +152,18 @@ def _bind_split(call, parts):
     given = call.kwargs.get("split_sizes", call.kwargs.get("indices_or_sections", given))
     reason = f"is split into parts of fixed size in {call.where}"
     ids, equal = call.ids, len({len(p) for p in parts}) == 1
-    if isinstance(given, (tuple, list)):
-        if call.name == "tensor_split":
-            given = [None] * len(parts)
+    if isinstance(given, (tuple, list)) and call.name == "tensor_split":
+        for bound in given:
+            bounded(call, torch.cat(parts), bound)
+    elif isinstance(given, (tuple, list)):
         for part, size in zip(parts, given, strict=True):
             if is_tracked(size) and size.ids is not None and not size.whole and equal:
                 _equal(ids, parts)
-            elif size is None or not ids.bind(size, part, reason):
-                ids.protect(part, reason)
+            else:
+                ids.bind(size, part, reason)
     elif not equal:
-        for part in parts:
-            ids.protect(part, reason)
+        ids.keep_number(given, reason)
+        ids.protect(torch.cat(parts), reason)
     else:
         _equal(ids, parts)
         if call.name in ("chunk", "tensor_split"):
@@ -175,7 +173,7 @@ def _bind_split(call, parts):
                 ids.keep_number(given, reason)
                 ids.protect(parts[0], reason)
             else:
-                ids.unite(given.ids, torch.cat(list(parts)))
+                ids.unite(given.ids, torch.cat(parts))
         else:
             ids.bind(given, parts[0], reason)
 

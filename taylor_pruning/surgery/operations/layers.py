@@ -118,9 +118,10 @@ def deform_conv(call):
         for layer in value.layers:
             if value is not x or varying(layer) != [1]:
                 call.protect(layer, "enters")
-    if inputs is not None and 1 < len(inputs) == int(groups):
-        return call.unknown()
-    outputs = _mixing(call, x, inputs, (by_row, by_column), weight, groups, False)
+    if inputs is not None and len(inputs) == int(groups):
+        outputs = _depthwise(call, inputs, by_row, weight, groups, False)
+    else:
+        outputs = _mixing(call, x, inputs, (by_row, by_column), weight, groups, False)
     call.multiplies(math.prod((*call.shape, *weight.shape[1:])), (outputs, by_column))
     _of_one_group(ids, inputs, of_places)  # channels read at places of their own group
     ids.attach(bias, outputs, f"meets a tensor of fixed size in {call.where}")

@@ -4,12 +4,12 @@ import math
 
 import torch
 
-from taylor_pruning.surgery.ids import Value, varying
+from taylor_pruning.surgery.ids import Value, flat, varying
 from taylor_pruning.surgery.operations.elementwise import align, find_zero_operands
 from taylor_pruning.surgery.operations.registry import rule
 
 
-def contract(call, operands, out, linear=False, source=False):
+def contract(call, operands, out, linear=False):
     """sum over all labels that are not in `out` of the product of the operands.
 
     Args:
@@ -29,11 +29,8 @@ def contract(call, operands, out, linear=False, source=False):
     _count(call, [own for _, own in operands], out, sizes, axes)
     kept, summed = [], {labels.index(label) for label in labels if label not in out}
     for axis in axes:
-        along = set(varying(axis.layer))
-        if not along & summed:
+        if not summed.intersection(varying(axis.layer)):
             kept.append(axis)
-        elif not along <= summed:
-            call.protect(axis.layer, "is summed over a part of its axis in")
         elif all(call.is_constant(i) for i in axis.carriers if i < len(call.operands)):
             call.protect(axis.layer, "is summed over parameters alone, where no gate can be, in")
         else:
@@ -41,15 +38,11 @@ def contract(call, operands, out, linear=False, source=False):
     find_zero_operands(call, kept)
     if info.reads:
         info.mains = None if info.source else info.mains
-    if source:
-        info.source = True
     layers = []
     for axis in kept:
         layer = axis.layer
         if linear and not info.constant and all(call.is_constant(i) for i in axis.carriers):
-            dims = varying(layer)
-            vector = layer[tuple(slice(None) if d == dims[0] else 0 for d in range(layer.dim()))]
-            ids.issue(call.node, vector, linear=True)
+            ids.issue(call.node, flat(layer), linear=True)
         for d in summed:
             layer = layer.narrow(d, 0, 1)
         order = [labels.index(label) for label in out]
@@ -128,14 +121,9 @@ def cosine_similarity(call):
     return call.result([axis.layer.select(dim, 0) for axis in kept], reason)
 
 
-@rule("matmul rmatmul bmm mm mv dot", linear="each")
+@rule("matmul bmm mm mv dot", linear="each")
 def matmul(call):
-    values = call.values()
-    if len(values) < 2:
-        return call.unknown()
-    a, b = values[:2]
-    if call.name == "rmatmul":
-        a, b = b, a
+    a, b = call.values()
     rank = max(len(a.shape), len(b.shape)) - 2
     batch = [f"b{i}" for i in range(rank)]
 
@@ -151,17 +139,13 @@ def matmul(call):
 
 @rule("einsum", linear="each")
 def einsum(call):
-    equation = call.args[0]
-    values = call.values()
-    if not isinstance(equation, str) or "." in equation and "->" not in equation:
-        return call.unknown()
-    left, _, right = equation.replace(" ", "").partition("->")
+    equation, values = call.args[0].replace(" ", ""), call.values()
+    left, arrow, right = equation.partition("->")
     terms = left.split(",")
-    if not right and "->" not in equation:
-        every = "".join(terms)
-        right = "".join(sorted(c for c in set(every) if every.count(c) == 1))
+    if not arrow:
+        right = "..." * ("." in left) + "".join(sorted(c for c in set(left) if c.isalpha() and left.count(c) == 1))
     own, out = _labels(terms, right, [len(value.shape) for value in values])
-    if any(len(set(term)) < len(term) for term in own) or len(own) != len(values):
+    if any(len(set(term)) < len(term) for term in own):  # diagonals
         return call.unknown()
     operands = list(zip(values, own, strict=True))
     return contract(call, operands, out, linear=any(call.is_constant(i) for i in range(len(values))))
@@ -196,24 +180,19 @@ def attention(call):
     ids = call.ids
     q, k, v = (call.get(name, i) for i, name in enumerate(("query", "key", "value")))
     mask, scale = call.get("attn_mask", 3), call.kwargs.get("scale")
-    rank = len(q.shape) - 2
-    if len(k.shape) - 2 != rank or len(v.shape) - 2 != rank:
-        return call.unknown()
     if call.kwargs.get("enable_gqa"):
         k, v = (_repeated(ids, value, q.shape[-3] // value.shape[-3]) for value in (k, v))
     if scale is None:
         for value in (q, k):
-            inner = [layer for layer in value.layers if rank + 1 in varying(layer)]
-            for layer in inner:
-                call.protect(layer, "their number scales")
-    batch = [f"b{i}" for i in range(rank)]
+            for layer in value.layers:
+                if len(value.shape) - 1 in varying(layer):
+                    call.protect(layer, "their number scales")
+    batch = [f"b{i}" for i in range(max(len(value.shape) for value in (q, k, v)) - 2)]
     labels = [*batch, "l", "d", "s", "e"]
-    parts = [(q, [*batch, "l", "d"]), (k, [*batch, "s", "d"]), (v, [*batch, "s", "e"])]
+    given = ((q, "ld"), (k, "sd"), (v, "se"), *([(mask, "ls")] if isinstance(mask, Value) else []))
+    parts = [(value, [*batch, *ends][len(batch) + 2 - len(value.shape) :]) for value, ends in given]
     sizes = [max(value.shape[own.index(label)] for value, own in parts if label in own) for label in labels]
     values = [_spread(value, own, labels) for value, own in parts]
-    if isinstance(mask, Value) and len(mask.shape) >= 2:
-        own = [*batch[rank - (len(mask.shape) - 2) :], "l", "s"]
-        values.append(_spread(mask, own, labels))
     axes, reason = align(ids, values, tuple(sizes), call.where)
     terms, lengths = [own for _, own in parts], dict(zip(labels, sizes, strict=True))
     _count(call, terms[:2], [*batch, "l", "s"], lengths, axes)
@@ -222,10 +201,10 @@ def attention(call):
     call.info.mains = (call.operands[2][0],)
     layers, d = [], labels.index("d")
     for axis in axes:
-        along = set(varying(axis.layer))
-        if along <= {d}:
+        (along,) = varying(axis.layer)
+        if along == d:
             continue
-        if along & {d, labels.index("s"), labels.index("l")}:
+        if along in (labels.index("s"), labels.index("l")):
             call.protect(axis.layer, "is no axis of the values in")
             continue
         if 2 not in axis.carriers:  # heads of queries that share their values: a closed one still gives their mean

@@ -42,7 +42,7 @@ def fold(call, dims, sums):
     layers = reduced(call, x, dims, keepdim, kept)
     if "shapes" in call.node.meta:
         return tuple(call.ids.value(shape, layers) for shape in call.node.meta["shapes"])
-    return call.result(layers)
+    return call.result([layer.expand(call.shape) for layer in layers])  # several quantiles lie along a first dimension
 
 
 @rule("sum nansum", linear=True)
@@ -84,8 +84,6 @@ def extrema(call):
 
 @rule("quantile nanquantile", linear=True)
 def quantile(call):
-    if len(call.operands) > 1:  # several quantiles, along a new dimension
-        return call.unknown()
     return fold(call, dims_of(call, call.values()[0], 2), sums=False)
 
 
@@ -193,13 +191,12 @@ def group_norm(call):
     """The channels of a group are normalised together, so that they are removed together, and the group with them."""
     x, groups = call.values()[0], call.get("num_groups", 1)
     ids = per_channel(call, {"weight": 2, "bias": 3})
-    if ids is None:
-        return call.result()
-    table = ids.view(int(groups), -1)
-    call.ids.unite(table[:, :1], table)
-    reason = f"is normalised over channels in {call.where}"
-    if int(groups) == 1:
-        call.ids.protect(ids, reason)
-    else:
-        call.ids.bind(groups, table[:, 0], reason)
+    if ids is not None:
+        table = ids.view(int(groups), -1)
+        call.ids.unite(table[:, :1], table)
+        reason = f"is normalised over channels in {call.where}"
+        if int(groups) == 1:
+            call.ids.protect(ids, reason)
+        else:
+            call.ids.bind(groups, table[:, 0], reason)
     return call.result(along_channels(call, x))

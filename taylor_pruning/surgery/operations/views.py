@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from taylor_pruning.surgery.ids import spread, squash, varying
+from taylor_pruning.surgery.ids import flat, normal, spread, squash, varying
 from taylor_pruning.surgery.numbers import is_tracked, number
 from taylor_pruning.surgery.operations.registry import rule
 from taylor_pruning.surgery.recorded_calls import operation_name
@@ -72,8 +72,6 @@ def view(call):
         sizes, free = call.rest(1), set()
         if "shape" in call.kwargs or "size" in call.kwargs:
             sizes = list(call.kwargs.get("shape", call.kwargs.get("size")))
-        if sizes and isinstance(sizes[0], torch.dtype):
-            return call.unknown()
     return viewed(call, x, sizes, free)
 
 
@@ -116,29 +114,23 @@ def viewed(call, x, sizes, free):
     ids, shape, layers = call.ids, call.shape, []
     followed = set()
     for layer in _one_of_each(call, x.layers):
-        before = varying(layer)
         if not call.info.constant and _depends_on_size(call, layer, sizes):
             call.protect(layer, "is mixed with positions in")
             continue
-        new = layer.reshape(shape)
-        new = ids.value(shape, (new,)).layers
-        if not new:
-            continue
-        (new,) = new
+        new = normal(layer.reshape(shape))
         dims = varying(new)
         open_dims = [d for d in dims if d in free or _is_open(sizes[d])]
         if len(open_dims) > 1:
             chosen = _choose(call, sizes, open_dims)
-            for d in open_dims:  # a size computed from the same channels is right if the chosen one follows
-                counted = getattr(sizes[d], "ids", None)
-                if chosen and d not in chosen and counted is not None and bool(torch.isin(counted, layer).all()):
+            for d in set(open_dims).difference(chosen) if chosen else ():
+                if _counts_the_same(ids, layer, sizes[d]):
                     followed.add(d)
             open_dims = chosen
         for d in dims:
             if d not in open_dims:
                 new = ids.together(new, d)
         for d in open_dims:
-            _follow(call, layer, before, new, d, sizes[d], d in free)
+            _follow(call, layer, new, d, sizes[d], d in free)
             followed.add(d)
         if open_dims and max(open_dims) < dims[-1]:
             ids.heads.append(squash(new)[0].reshape(-1))
@@ -158,17 +150,17 @@ def _depends_on_size(call, layer, sizes):
     channels] to [channels, height, width]: which part, the sizes behind that dimension say.
     """
     spans, fixed = _spans(call.shape), _fixed(call, sizes)
-    for low, high in _runs(layer):
-        starts = any(start == low for start, _ in spans)
-        samples = high * layer.shape[0] == layer.numel()  # nothing else lies before the channels
-        for d, (start, end) in enumerate(spans):
-            apart = start >= high or end <= low
-            inside = low <= start and end <= high
-            around = start <= low and end >= high and low % start == 0 and end % high == 0
-            behind = [i for i in range(d + 1, len(spans)) if spans[i][0] >= low]
-            follows = starts and (d == 0 and samples or all(fixed[i] for i in behind))
-            if not (apart or inside or around or follows):
-                return True
+    low, high = _span(layer)
+    starts = any(start == low for start, _ in spans)
+    samples = high * layer.shape[0] == layer.numel()  # nothing else lies before the channels
+    for d, (start, end) in enumerate(spans):
+        apart = start >= high or end <= low
+        inside = low <= start and end <= high
+        around = start <= low and end >= high and low % start == 0 and end % high == 0
+        behind = [i for i in range(d + 1, len(spans)) if spans[i][0] >= low]
+        follows = starts and (d == 0 and samples or all(fixed[i] for i in behind))
+        if not (apart or inside or around or follows):
+            return True
     return False
 
 
@@ -181,21 +173,12 @@ def _spans(shape):
     return found[::-1]
 
 
-def _runs(layer):
-    """The span of every run of neighbouring dimensions along which channels run, of one channel to that of all channels."""
-    spans, found = _spans(layer.shape), []
-    for d in varying(layer):
-        if found and found[-1][0] == spans[d][1]:
-            found[-1] = spans[d][0], found[-1][1], [*found[-1][2], d]
-        else:
-            found.append((*spans[d], [d]))
-    for low, _, dims in found:
-        ids = layer[tuple(slice(None) if d in dims else 0 for d in range(layer.dim()))].flatten()
-        alike = math.gcd(*ids.unique_consecutive(return_counts=True)[1].tolist())  # merged with positions behind them
-        count = next(
-            n for n in range(1, len(ids) + 1) if len(ids) % n == 0 and bool((ids.view(-1, n) == ids[:n]).all())
-        )
-        yield low * alike, low * count
+def _span(layer):
+    """The elements from one channel to the next, and those of all channels."""
+    low, ids = math.prod(layer.shape[varying(layer)[0] + 1 :]), flat(layer)
+    alike = math.gcd(*ids.unique_consecutive(return_counts=True)[1].tolist())  # merged with positions behind them
+    count = next(n for n in range(1, len(ids) + 1) if len(ids) % n == 0 and bool((ids.view(-1, n) == ids[:n]).all()))
+    return low * alike, low * count
 
 
 def _fixed(call, sizes):
@@ -261,20 +244,28 @@ def _is_mixed(node, dim, depth=3):
     return False
 
 
-def _follow(call, layer, before, new, dim, size, free):
+def _counts_the_same(ids, layer, size):
+    """Whether a size is computed from the number of the layer's channels alone, or of channels that go with them."""
+    counted = getattr(size, "ids", None)
+    if counted is None:
+        return False
+    if size.factor is not None and len(counted) == len(flat(layer)):
+        ids.unite(flat(layer), counted)
+        return True
+    return bool(torch.isin(counted, layer).all())
+
+
+def _follow(call, layer, new, dim, size, free):
     """`size` is that of a dimension of the view `new` of `layer` along which channels run."""
     ids, reason = call.ids, f"meets another number of channels in {call.where}"
     if free or not is_tracked(size):
         return
-    along = new[tuple(slice(None) if d == dim else 0 for d in range(new.dim()))]
+    along = flat(new)
     if size.ids is None or size.terms or size.whole and not size.widths and len(size.ids) == len(along):
         ids.bind(size, along, reason)
         return
-    vector = (
-        layer[tuple(slice(None) if d == before[0] else 0 for d in range(layer.dim()))] if len(before) == 1 else None
-    )
-    if size.factor is not None and vector is not None and len(vector) == len(size.ids):
-        ids.unite(vector, size.ids)
+    if size.factor is not None and len(flat(layer)) == len(size.ids):
+        ids.unite(flat(layer), size.ids)
         ids.keep_widths(size, reason)
     elif ids.counts(size, along):
         ids.keep_widths(size, reason)
@@ -305,7 +296,7 @@ def expand(call):
         if d >= shift and x.shape[d - shift] > 1 or call.shape[d] == 1:
             for layer in layers:
                 if d in varying(layer):
-                    _follow(call, layer, varying(layer), layer, d, size, False)
+                    _follow(call, layer, layer, d, size, False)
         elif size.whole and size.ids is not None and len(size.ids) == call.shape[d]:
             layers.append(spread(size.ids, d, call.shape))
             call.info.source = True
@@ -333,7 +324,5 @@ def repeat(call):
 @rule("repeat_interleave", linear=True)
 def repeat_interleave(call):
     x, times, dim = call.values()[0], call.get("repeats", 1), call.get("dim", 2)
-    if not isinstance(times, int) or dim is None:
-        return call.unknown()
     call.keep_numbers()
     return call.result([layer.repeat_interleave(int(times), int(dim)) for layer in x.layers])
