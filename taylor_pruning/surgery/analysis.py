@@ -9,7 +9,7 @@ from taylor_pruning.memory import raise_out_of_memory
 from taylor_pruning.surgery.copying import copy_of
 from taylor_pruning.surgery.draws import equal_draws
 from taylor_pruning.surgery.execution import Execution
-from taylor_pruning.surgery.ids import ChannelIds, varying
+from taylor_pruning.surgery.ids import ChannelIds, flat, varying
 from taylor_pruning.surgery.layers import Layers
 from taylor_pruning.surgery.nested import map_tensors, tensors_in
 from taylor_pruning.surgery.propagation import propagate
@@ -94,8 +94,7 @@ class Analysis:
 
     def _place(self, mode, node, layer, in_order):
         (dim,) = varying(layer)
-        along = layer[tuple(slice(None) if d == dim else 0 for d in range(layer.dim()))]
-        return node, along, dim, self._batch_dim(mode, node, in_order), in_order.get(node, 1)
+        return node, flat(layer), dim, self._batch_dim(mode, node, in_order), in_order.get(node, 1)
 
     def _needed(self, mode, found, layers):
         """The nodes that need gates, and {node: blocks} of those and of what readers read that have several rows a sample."""
@@ -117,12 +116,12 @@ class Analysis:
 
     def _no_gate(self, mode, node, layer, in_order):
         """Why no gate can multiply the channels of `layer` at the node, None if one can."""
-        batch_dim, dims = self._batch_dim(mode, node, in_order), varying(layer)
+        batch_dim = self._batch_dim(mode, node, in_order)
         if not node.meta.get("real"):
             return "are no real numbers"
         if batch_dim is None:
             return "are not ordered by sample"
-        return "have no axis of their own" if len(dims) != 1 or batch_dim == dims[0] else None
+        return "have no axis of their own" if batch_dim in varying(layer) else None
 
     def _by_sample(self, mode, nodes):
         """{node: blocks} of the nodes along whose first dimension the samples follow each other, in one block or several."""

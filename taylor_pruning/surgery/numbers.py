@@ -220,7 +220,7 @@ def _arithmetic(name, reflected):
     unary = name == "neg" or name in ROUNDING
 
     def method(self, other=None):
-        if not unary and not isinstance(other, (int, float)) or isinstance(other, torch.Tensor):
+        if not unary and not isinstance(other, (int, float)):
             return NotImplemented
         if unary and other is not None:  # round(x, digits)
             return function(_plain(self), other)

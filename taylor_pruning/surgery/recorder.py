@@ -11,7 +11,7 @@ from taylor_pruning.surgery.autocasts import Autocasts
 from taylor_pruning.surgery.draws import EqualDraws
 from taylor_pruning.surgery.lines import caller
 from taylor_pruning.surgery.nested import map_tensors, tensors_in
-from taylor_pruning.surgery.numbers import is_tracked, number
+from taylor_pruning.surgery.numbers import number
 from taylor_pruning.surgery.recorded_calls import (
     bare,
     called_function,
@@ -122,8 +122,6 @@ class Recorder(TorchFunctionMode):
             return number(int(size), self.graph.call_function(pick, (node, index)))
 
         if name in ("shape", "size") and isinstance(value, torch.Size):
-            if any(map(is_tracked, value)):
-                return value
             return torch.Size([sized(i, s) for i, s in enumerate(value)])
         if name in ("size", "__len__"):
             dim = (args[1:] or tuple(kwargs.values()) or (0,))[0] if name == "size" else 0
@@ -138,8 +136,6 @@ class Recorder(TorchFunctionMode):
         on_constants = bool(tensors) and all(self.nodes.is_constant(t) for t in tensors)
         if bare(name) in self.rules:  # an operation that nothing is known of may call its own arguments so
             kwargs = {OF_NUMPY.get(key, key): value for key, value in kwargs.items()}
-        if "device" in kwargs and kwargs["device"] is None:
-            kwargs = {k: v for k, v in kwargs.items() if k != "device"}
         func, args, kwargs = in_order(func, bare(name), args, kwargs)
         length = self.nodes.lengths.get(id(args[0])) if args and bare(name) in SIZED else None
         given = self.nodes.of_samples(args) if name in ("__getitem__", "__setitem__") else args

@@ -45,8 +45,6 @@ def record(model, example, training=False):
     """
     args, kwargs = inputs_of(example)
     first = next(iter(tensors_in((args, kwargs))), None)
-    if first is None:
-        raise InputError("example_input holds no tensor; pass a tensor of the shape that the network is used at")
     like, given = typical_tensor(model, first), (args, kwargs)
 
     def batched(tensor, batch):

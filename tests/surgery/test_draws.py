@@ -90,6 +90,7 @@ def test_random_draws_become_one_number():
         assert torch.equal(F.dropout(x, 0.4, True), x) and torch.equal(
             F.dropout2d(x.view(1, 4, 1, 1), 0.3).flatten(), x
         )
+        assert torch.equal(torch.native_dropout(x, 0.5, True)[0], x)  # as F.dropout calls it on a GPU
         assert x.new_empty(2).bernoulli_(0.8).tolist() == pytest.approx([0.8, 0.8])
         assert torch.rand(2).tolist() == pytest.approx([0.6] * 2) and torch.randn_like(x).tolist() == pytest.approx(
             [0.6] * 4

@@ -31,6 +31,24 @@ class Views(nn.Module):
         return first - 2 * second
 
 
+class Kinds(nn.Module):
+    """Whole numbers beside the images, of which there are two views."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.fc, self.kinds = (
+            nn.Conv2d(3, 6, 3),
+            nn.Conv2d(6, 5, 3),
+            nn.Linear(5, 4),
+            nn.Embedding(3, 6),
+        )
+
+    def forward(self, x, kind):
+        y = self.a(torch.cat([x, x.flip(3)])) + self.kinds(kind.repeat(2))[..., None, None]
+        first, second = self.b(F.relu(y)).chunk(2)
+        return self.fc((first - 2 * second).abs().mean((2, 3)))
+
+
 class TwoInputs(nn.Module):
     def __init__(self):
         super().__init__()
@@ -62,6 +80,16 @@ def test_views_of_a_sample_have_its_gates(windows):
         for i in range(5):
             with graph.gated(gates[i]):
                 torch.testing.assert_close(model(x[i : i + 1]), together[i : i + 1])
+
+
+def test_views_beside_whole_numbers_have_the_gates_of_their_sample():
+    torch.manual_seed(0)
+    model, inputs = randomise(Kinds()), (images(), torch.tensor([0, 1, 2, 1, 0]))
+    graph = ChannelGraph(model, inputs)
+    assert len(graph.units) == 11 and {site.blocks for site in graph.sites} == {2}
+    with torch.no_grad(), graph.gated(torch.ones(5, 11, dtype=torch.double).index_fill(1, torch.tensor([0, 7]), 0)):
+        expected = model(*inputs)
+    torch.testing.assert_close(graph.remove([graph.units[0], graph.units[7]])(*inputs), expected)
 
 
 def test_two_inputs_in_one_encoder():

@@ -570,6 +570,17 @@ class Listed(Two):
 
 
 @dataclasses.dataclass
+class Pair:
+    x: torch.Tensor
+    y: torch.Tensor
+
+
+class Paired(Two):
+    def forward(self, both):
+        return super().forward(both.x, both.y)
+
+
+@dataclasses.dataclass
 class Answer:
     logits: torch.Tensor
     features: torch.Tensor
@@ -600,8 +611,9 @@ class Several(Around):
         (Two, lambda x: (x, x[:, :1] * 2)),
         (Two, lambda x: {"x": x, "y": x[:, :1] * 2}),
         (Listed, lambda x: [x, x[:, :1] * 2]),
+        (Paired, lambda x: Pair(x, x[:, :1] * 2)),
     ],
-    ids=["tuple", "dict", "list"],
+    ids=["tuple", "dict", "list", "dataclass"],
 )
 def test_several_inputs(model, example):
     torch.manual_seed(0)

@@ -356,3 +356,25 @@ def test_statistics_in_buffers_are_no_state_of_calls():
 
     model = nn.Sequential(nn.Conv2d(3, 8, 1), Moving(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
     assert len(ChannelGraph(model.eval(), torch.randn(1, 3, 4, 4)).units) == 8
+
+
+class Bounded(nn.Module):
+    def forward(self, x):
+        if x.abs().amax() > 60:
+            raise ValueError("out of range")
+        return F.relu(x)
+
+
+class WithConstant(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.bounded, self.fc = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 5, 3), Bounded(), nn.Linear(5, 4)
+
+    def forward(self, x):
+        y = self.fc(F.relu(self.b(F.relu(self.a(x)))).mean((2, 3)))
+        return y, self.bounded(x).mean() * 0
+
+
+def test_a_network_that_takes_no_large_values_is_verified_on_small_ones():
+    graph = ChannelGraph(WithConstant().double().eval(), torch.randn(1, 3, 12, 12, dtype=torch.double))
+    assert len(graph.units) == 11

@@ -102,6 +102,15 @@ def placed(block, x):
     return x + (place if place.shape[2:] == x.shape[2:] else F.interpolate(place, size=x.shape[2:]))
 
 
+def pooled_otherwise(block, x):
+    return F.avg_pool2d(x, 2) if x.shape[2] > 12 else F.max_pool2d(x, 2)
+
+
+def joined_otherwise(block, x):
+    y = block.row(x)
+    return F.relu(x) + (x if x.shape[2] > 12 else y)
+
+
 SIZES = [(12, 12), (15, 9), (24, 19)]
 
 
@@ -118,7 +127,7 @@ def test_numbers_that_a_size_was_turned_into_are_those_of_every_size(middle):
     assert len(graph.units) == 14 and "forward" not in vars(model)
 
 
-@pytest.mark.parametrize("middle", [row_by_row, placed])
+@pytest.mark.parametrize("middle", [row_by_row, placed, pooled_otherwise, joined_otherwise])
 def test_a_size_at_which_the_forward_does_other_steps_is_refused(middle):
     model = around(middle, row=nn.Conv2d(8, 8, 1), place=nn.Parameter(torch.randn(1, 8, 12, 12)))
     graph = check_law(model, images(), seeds=(0,))

@@ -133,6 +133,15 @@ def recomputed_spectral(layer):
     return layer.eval()
 
 
+class Distributed(nn.Parameter):
+    __module__ = "torch.distributed.tensor"
+
+
+def spread(model):
+    model.head.weight = Distributed(model.head.weight.data)
+    return model
+
+
 REFUSED = {
     "a class": (lambda model: Network, "is the class Network; give an instance"),
     "a function": (lambda model: model.forward, "of type method; give an nn.Module"),
@@ -147,6 +156,10 @@ REFUSED = {
     "prepared": (prepared, "is prepared for quantisation; prune the float network first"),
     "prepared for training": (trainable_prepared, "is prepared for quantisation"),
     "lazy": (lazy, "module head .LazyLinear. has no shape yet; run the network once"),
+    "spread over processes": (
+        spread,
+        "weights of module head are spread over processes; give a network that has them whole",
+    ),
     "on meta": (lambda model: model.to("meta"), "on the meta device, without values"),
 }
 

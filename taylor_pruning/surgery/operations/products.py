@@ -145,8 +145,6 @@ def einsum(call):
     if not arrow:
         right = "..." * ("." in left) + "".join(sorted(c for c in set(left) if c.isalpha() and left.count(c) == 1))
     own, out = _labels(terms, right, [len(value.shape) for value in values])
-    if any(len(set(term)) < len(term) for term in own):  # diagonals
-        return call.unknown()
     operands = list(zip(values, own, strict=True))
     return contract(call, operands, out, linear=any(call.is_constant(i) for i in range(len(values))))
 
