@@ -133,11 +133,9 @@ def _makers():
     }
 
 
-def _variable(kind, data=None, requires_grad=False, **more):
+def _variable(kind, data, requires_grad=False, **more):
     """What `torch.autograd.Variable` makes of a tensor, by a call that is seen: most networks of before torch 0.4 call it."""
-    if isinstance(data, torch.Tensor):
-        return data.detach().requires_grad_(requires_grad)
-    return type.__call__(kind, data, requires_grad, **more)
+    return data.detach().requires_grad_(requires_grad)
 
 
 def _sized_tensor(kind, *given, **more):

@@ -10,6 +10,8 @@ from test_surgery import centre_if_bright, check_law
 from torch import nn
 from torchvision.ops import DeformConv2d, roi_align
 
+from taylor_pruning.surgery.graph import ChannelGraph
+
 MASK = torch.zeros(12, 12, dtype=torch.bool)
 MASK[2:5, 3:9] = True
 
@@ -232,6 +234,22 @@ class Named(nn.Module):
 
     def forward(self, x):
         return {"out": x * 2 if x.mean() > 0 else x}
+
+
+def test_the_gradient_of_an_activation_may_be_replaced():
+    def cleared(s, x):
+        y = s.a(x).detach()
+        y.grad, y.requires_grad = None, True
+        return s.b(y)
+
+    assert ChannelGraph(around(Block(cleared)), images(1)).layers["block.a"].reason is None
+
+
+def test_a_module_whose_hook_computes_with_values_runs_as_a_whole():
+    layer = conv(C, C, 1)
+    layer.register_forward_hook(lambda module, args, output: output * 2 if output.mean() > -9 else output)
+    graph = check_law(around(Block(lambda s, x: s.b(s.c(s.a(x))), c=layer)), images(), seeds=(0,), train=False)
+    assert graph.layers["block.a"].reason and graph.layers["block.b"].reason is None
 
 
 def test_what_calls_a_module_that_cannot_be_traced_and_returns_no_tensors_stays():
