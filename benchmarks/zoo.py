@@ -83,7 +83,6 @@ KINDS = {  # names, where one of every family is enough to know it
         shakeshakeresnet20_2x16d_cifar10 wrn16_10_cifar10 wrn20_10_1bit_cifar10 xdensenet40_2_k24_bc_cifar10
     """,
 }
-PREFIXES = {"pytorchcv": "pytorchcv/"}  # before the names of networks of another package than timm
 
 
 def build(name):
@@ -233,7 +232,8 @@ def main():
     torch.set_num_threads(1)
     options = {"prune_linear": arguments.prune_linear, "prune_heads": arguments.prune_heads}
     rows = []
-    names = [PREFIXES.get(arguments.kind, "") + name for name in KINDS[arguments.kind].split()]
+    prefix = "pytorchcv/" if arguments.kind == "pytorchcv" else ""
+    names = [prefix + name for name in KINDS[arguments.kind].split()]
     for name in arguments.names or names:
         rows.append(check(name, options) + ([peer(name)] if arguments.peer else []))
         print("  ".join(rows[-1]), flush=True)

@@ -172,9 +172,8 @@ class ChannelIds:
             if number.terms and not number.widths:
                 self.sums.append((ids, number.terms, reason))
                 return True
-            if number.terms and all(
-                factor == -1 for _, factor in number.terms
-            ):  # together they are as many as a width says
+            if number.terms and all(factor == -1 for _, factor in number.terms):
+                # together they are as many as a width says
                 along = torch.cat([*(some for some, _ in number.terms), ids])
                 self.bind_width(number.widths[0], along, Fraction(1), reason)
                 return True

@@ -153,7 +153,10 @@ class CutProof:
         differences = []
         with torch.no_grad():
             dense = self._copy(dtype)
-            smaller = self.cut(dense, units)
+            try:
+                smaller = self.cut(dense, units)
+            except InputError as error:
+                return str(error)
             for training in self.modes:
                 for network in (dense, smaller):
                     set_mode(network, training)
